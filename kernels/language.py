@@ -1,0 +1,138 @@
+"""The words a rule may use, in one table with a column a backend, and the step from a rule to its torch form.
+
+A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. Triton compiles it as it stands. With
+its globals bound to the torch column it is what ``torch.compile`` compiles and what runs eagerly. A rule may import
+the words below by name, or write ``import triton.language as tl`` and use ``tl.sqrt`` and the like.
+"""
+
+from __future__ import annotations
+
+import builtins
+import types
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+if triton is not None:
+
+    def jit(fn: Callable[..., Any]) -> Any:
+        """``triton.jit`` for rules. Triton's interpreter insists on finding its language among a function's globals."""
+        fn.__globals__.setdefault("tl", tl)
+        return triton.jit(fn)
+
+    @jit
+    def abs(x):
+        return tl.abs(x)
+
+    @jit
+    def exp(x):
+        return tl.exp(x)
+
+    @jit
+    def log(x):
+        return tl.log(x)
+
+    # NaN goes through, as in torch; Triton's own drop it.
+    @jit
+    def maximum(x, y):
+        return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+    @jit
+    def minimum(x, y):
+        return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+    @jit
+    def sign(x):
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+    # This and `/` are within 2 ulp in float32. Their error reaches a parameter scaled by lr, far under the rounding of
+    # the parameter itself; the correctly rounded forms add a slow-path call an element each.
+    @jit
+    def sqrt(x):
+        return tl.sqrt(x)
+
+    @jit
+    def where(condition, x, y):
+        return tl.where(condition, x, y)
+
+else:
+
+    def jit(fn: Callable[..., Any]) -> Any:
+        return fn
+
+    abs, exp, log, sign, sqrt, where = torch.abs, torch.exp, torch.log, torch.sign, torch.sqrt, torch.where
+    maximum, minimum = torch.maximum, torch.minimum
+
+PRIMITIVES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "abs": (abs, torch.abs),
+    "exp": (exp, torch.exp),
+    "log": (log, torch.log),
+    "maximum": (maximum, torch.maximum),
+    "minimum": (minimum, torch.minimum),
+    "sign": (sign, torch.sign),
+    "sqrt": (sqrt, torch.sqrt),
+    "where": (where, torch.where),
+}
+
+_torch_column = types.SimpleNamespace(**{name: function for name, (_, function) in PRIMITIVES.items()})
+
+
+def python_function(rule: Any) -> types.FunctionType:
+    """The Python function inside a jit function (or the function itself, where there is no Triton)."""
+    function = getattr(rule, "fn", rule)
+    if not isinstance(function, types.FunctionType):
+        raise TypeError(f"a rule must be a @jit function; got {rule!r}. Decorate it with triton_optim.kernels.language.jit")
+    return function
+
+
+@cache
+def torch_form(rule: Any) -> Callable[..., Any]:
+    """The same function with Triton's words replaced by torch's, in it and in every jit function it calls.
+
+    Example:
+        >>> import torch
+        >>> from triton_optim.kernels.language import jit, sqrt, torch_form
+        >>> @jit
+        ... def root(x):
+        ...     return sqrt(x)
+        >>> torch_form(root)(torch.tensor(4.0))
+        tensor(2.)
+    """
+    function = python_function(rule)
+    names = _names(function.__code__)
+    # No __name__ among the globals: Dynamo would follow it back to the module and find Triton's words there.
+    bound: dict[str, Any] = {"__builtins__": builtins}
+    bound.update({name: _torch_value(value) for name, value in function.__globals__.items() if name in names})
+    cells = tuple(types.CellType(_torch_value(cell.cell_contents)) for cell in function.__closure__ or ())
+    return types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__, cells)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _torch_value(value: Any) -> Any:
+    for triton_word, torch_word in PRIMITIVES.values():
+        if value is triton_word:
+            return torch_word
+    if triton is None:
+        return value
+    if value is tl:
+        return _torch_column
+    if isinstance(value, tl.constexpr):
+        return value.value
+    if isinstance(getattr(value, "fn", None), types.FunctionType):
+        return torch_form(value)
+    return value

@@ -1,0 +1,114 @@
+"""The one kernel: any rule over any number of tensors in one launch.
+
+A program updates one chunk of one tensor. It finds which in the chunk table, the tensor's addresses, size and scalar
+row in the tensor table and the gradient column, and its scalars in the row table. A gradient address of 0 means that
+the tensor has no gradient in this step: its programs do nothing.
+"""
+
+import triton
+import triton.language as tl
+
+# Launch shape: 8 elements a thread are two 128-bit accesses a role in float32 and one in bfloat16.
+BLOCK = 1024
+NUM_WARPS = 4
+
+# Columns of the tensor table: the number of elements, the scalar row, then an address a role but the gradient's.
+NUMEL, ROW, FIRST_ADDRESS = 0, 1, 2
+_NUMEL, _ROW, _FIRST_ADDRESS = tl.constexpr(NUMEL), tl.constexpr(ROW), tl.constexpr(FIRST_ADDRESS)
+
+
+@triton.jit
+def convert(value, DTYPE: tl.constexpr):
+    return value.to(DTYPE)
+
+
+@triton.jit
+def convert_nearest(value, DTYPE: tl.constexpr):
+    """The interpreter truncates float32 to bfloat16; a GPU rounds. Round by bits first, and both agree."""
+    if DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def update_chunk(
+    addresses,
+    start,
+    mask,
+    h,
+    RULE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CONVERT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    offsets = tl.arange(0, BLOCK)
+    pointers = ()
+    values = ()
+    for i in tl.static_range(len(DTYPES)):
+        pointer = addresses[i].to(tl.pointer_type(DTYPES[i]))
+        if ALIGNED:
+            # After the cast: only there does the hint reach the access, which is scalar without it.
+            pointer = tl.multiple_of(pointer, 16)
+        pointer = pointer + start + offsets
+        pointers = pointers + (pointer,)
+        values = values + (tl.load(pointer, mask=mask).to(COMPUTE),)
+    g = values[1] * h[0]
+    new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
+    tl.store(pointers[0], CONVERT(new[0], DTYPES[0]), mask=mask)
+    for i in tl.static_range(2, len(DTYPES)):
+        tl.store(pointers[i], CONVERT(new[i - 1], DTYPES[i]), mask=mask)
+
+
+@triton.jit
+def multi_tensor(
+    chunks,
+    tensors,
+    gradients,
+    rows,
+    RULE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CONVERT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Update one chunk of one tensor by a rule.
+
+    Args:
+        chunks: int32 ``(programs, 2)``: the tensor and the chunk in it, a program.
+        tensors: int64 ``(tensors, 1 + roles)``: see the columns above.
+        gradients: int64 ``(tensors,)``: the address of each gradient, 0 for none.
+        rows: ``(rows, 1 + len(FIELDS))`` in COMPUTE: the factor of the gradient, then the rule's scalars.
+        RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
+            key; the class is not).
+        DTYPES: what each role (p, g, states) is stored as. COMPUTE: what the arithmetic is done in.
+        ALIGNED: whether every address is a multiple of 16.
+    """
+    program = tl.program_id(0)
+    tensor = tl.load(chunks + 2 * program)
+    # int64 before the product: an offset of 2^31 elements would wrap to a negative one and pass every bound.
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
+    gradient = tl.load(gradients + tensor)
+    if gradient != 0:
+        COLUMNS: tl.constexpr = _FIRST_ADDRESS + len(DTYPES) - 1
+        entry = tensors + tensor.to(tl.int64) * COLUMNS
+        numel = tl.load(entry + _NUMEL)
+        row = rows + tl.load(entry + _ROW) * (1 + len(FIELDS))
+        addresses = (tl.load(entry + _FIRST_ADDRESS), gradient)
+        for i in tl.static_range(2, len(DTYPES)):
+            addresses = addresses + (tl.load(entry + _FIRST_ADDRESS + i - 1),)
+        h = ()
+        for i in tl.static_range(1 + len(FIELDS)):
+            h = h + (tl.load(row + i),)
+        if start + BLOCK <= numel:
+            update_chunk(addresses, start, None, h, RULE, SCALARS, DTYPES, COMPUTE, CONVERT, BLOCK, ALIGNED)
+        else:
+            mask = start + tl.arange(0, BLOCK) < numel
+            update_chunk(addresses, start, mask, h, RULE, SCALARS, DTYPES, COMPUTE, CONVERT, BLOCK, ALIGNED)

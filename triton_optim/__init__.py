@@ -1,0 +1,12 @@
+"""Optimizers for PyTorch, each written once as a Triton function and run by Triton, torch.compile or eagerly."""
+
+from . import dispatch
+from .adam import Adam, AdamW
+from .explain import explain
+from .lion import Lion
+from .optimizer import RuleOptimizer, Variant
+from .sgd import SGD
+
+__version__ = "0.1.0"
+
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "RuleOptimizer", "Variant", "dispatch", "explain"]

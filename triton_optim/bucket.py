@@ -1,0 +1,298 @@
+"""What every backend's bucket does alike: states, step counts, rows of scalars, and whether a step still fits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import Choice
+from .layout import in_layout_of, is_sharded, local, local_gradient, same_layout
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer, Variant
+
+try:
+    # The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
+
+_CPU = torch.device("cpu")
+
+
+class Key(NamedTuple):
+    """What the tensors of a bucket have in common."""
+
+    choice: Choice
+    device: torch.device
+    variant: Variant
+    dtypes: tuple[torch.dtype, ...]  # a role: parameter, gradient, states
+    aligned: bool  # every address is a multiple of 16
+    capturable: bool
+    differentiable: bool
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What the arithmetic is done in."""
+        return torch.float64 if self.dtypes[0] in (torch.float64, torch.complex128) else torch.float32
+
+
+class Row(NamedTuple):
+    """The scalars of one cohort in one step: the factor of the gradient, and the rule's ``h``."""
+
+    factor: float
+    h: Any
+
+
+class Member:
+    """A parameter in a plan."""
+
+    __slots__ = ("count", "group", "index", "p", "state")
+
+    def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
+        self.index, self.group, self.p = index, group, p
+        self.state: dict[str, Any] = optimizer.state[p] if p in optimizer.state else {}
+        if "step" in self.state:
+            self.count = int(self.state["step"])
+        else:
+            self.count = int(any(value is not None for value in self.state.values()))
+
+    def start(self, optimizer: RuleOptimizer, key: Key) -> None:
+        """Make the states that are not there yet, and ``step`` a tensor where it belongs."""
+        if not key.variant.state_names and not optimizer.counts_steps:
+            return
+        self.state = optimizer.state[self.p]
+        if optimizer.counts_steps:
+            device = self.p.device if key.capturable else _CPU
+            self.state["step"] = torch.as_tensor(self.state.get("step", 0.0), dtype=torch.float32).to(device).reshape(())
+        for name in key.variant.state_names:
+            if self.state.get(name) is None:
+                self.state[name] = torch.zeros_like(self.p, memory_format=torch.preserve_format)
+
+
+class Cohort:
+    """Members of one group that have made the same number of steps, and so share one row of scalars.
+
+    Their ``step`` tensors share one element of memory: incrementing a thousand would cost more than all other host
+    work of a step.
+    """
+
+    def __init__(self, group: int, count: int, members: list[Member], places: list[int]) -> None:
+        self.group, self.members, self.places = group, members, places
+        self._count = count
+        self.step: Tensor | None = None
+        if "step" in members[0].state:
+            self.step = members[0].state["step"].detach().clone()
+            for m in members:
+                m.state["step"] = self.step.detach()
+
+    @property
+    def count(self) -> int:
+        return self._count if self.step is None else int(self.step)
+
+    def advance(self) -> None:
+        self._count += 1
+        if self.step is not None:
+            self.step.add_(1)
+
+
+class Bucket(ABC):
+    """Members that one backend updates together."""
+
+    keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
+
+    def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
+        self.optimizer, self.key, self.members = optimizer, key, members
+        self.sharded = any(is_sharded(m.p) for m in members)
+        self.held = [local(m.p).detach() for m in members]  # so that no other tensor can take their addresses
+        self.addresses = [t.data_ptr() for t in self.held]
+        self.gradients: list[Tensor | None] = []
+        self._indices = [m.index for m in members]
+        self._guards: Any = None
+        self.place_states()
+        self._form_cohorts([m.count for m in members])
+
+    # What a backend says.
+
+    @classmethod
+    def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
+        """Compile what the bucket will need. Called before anything changes, so that a failure changes nothing."""
+        return None
+
+    @abstractmethod
+    def run(self, rows: list[Row | None]) -> None:
+        """Update every member i whose ``gradients[i]`` is not None by the scalars ``rows[self.row_of[i]]``."""
+
+    @classmethod
+    @abstractmethod
+    def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
+        """How many kernels, compiled calls or torch operations a step of such a bucket starts."""
+
+    @classmethod
+    def bytes_per_parameter(cls, optimizer: RuleOptimizer, key: Key) -> float:
+        """Bytes read and written an element and step. At best every role is read and all but the gradient written."""
+        sizes = [dtype.itemsize for dtype in key.dtypes]
+        return float(2 * sum(sizes) - sizes[1])
+
+    # States.
+
+    def states_of(self, m: Member) -> list[Tensor]:
+        """The local parts of a member's states, in the rule's order."""
+        return [local(m.state[name]) for name in self.key.variant.state_names]
+
+    def place_states(self) -> None:
+        """Bring the states into the memory layout that the backend needs."""
+        if self.keeps_layout:
+            for m, value in zip(self.members, self.held, strict=True):
+                for name in self.key.variant.state_names:
+                    if not same_layout(local(m.state[name]), value):
+                        m.state[name] = in_layout_of(m.p, m.state[name])
+
+    # Counting.
+
+    def _form_cohorts(self, keys: list[int]) -> None:
+        """Sort the members by group and key; those of one cohort have made the same number of steps."""
+        places: dict[tuple[int, int], list[int]] = {}
+        for i, (m, key) in enumerate(zip(self.members, keys, strict=True)):
+            places.setdefault((m.group, key), []).append(i)
+        counts = self._counts()
+        self.cohorts = [
+            Cohort(group, counts[own[0]], [self.members[i] for i in own], own) for (group, _), own in places.items()
+        ]
+        self.row_of = [0] * len(self.members)
+        for row, cohort in enumerate(self.cohorts):
+            for i in cohort.places:
+                self.row_of[i] = row
+        self.regrouped = True
+        names = [*self.key.variant.state_names] + ["step"] * ("step" in self.members[0].state)
+        dicts = [m.state for m in self.members]
+        self._known = [(itemgetter(name), dicts, [d[name] for d in dicts]) for name in names]
+
+    def _counts(self) -> list[int]:
+        counts = [m.count for m in self.members]
+        for cohort in getattr(self, "cohorts", ()):
+            for i in cohort.places:
+                counts[i] = cohort.count
+        return counts
+
+    def next_rows(self) -> list[Row | None]:
+        """The scalars of this step, a cohort; None where no member has a gradient. Counts nothing yet."""
+        present = [g is not None for g in self.gradients]
+        if all(present):
+            self._active = [True] * len(self.cohorts)
+        else:
+            if any(len({present[i] for i in cohort.places}) == 2 for cohort in self.cohorts):
+                self._form_cohorts([2 * n + there for n, there in zip(self._counts(), present, strict=True)])
+            self._active = [present[cohort.places[0]] for cohort in self.cohorts]
+        return [self._row(c) if active else None for c, active in zip(self.cohorts, self._active, strict=True)]
+
+    def _row(self, cohort: Cohort) -> Row:
+        step: Any
+        if not self.optimizer.counts_steps:
+            step = min(cohort.count, 1) + 1
+        elif self.key.capturable and cohort.step is not None:
+            step = (cohort.step + 1).double()
+        else:
+            step = cohort.count + 1
+        group = self.optimizer.param_groups[cohort.group]
+        return row_for(self.optimizer, group, step, keep=self.key.differentiable)
+
+    def commit(self) -> None:
+        """Count the step."""
+        for cohort, active in zip(self.cohorts, self._active, strict=True):
+            if active:
+                cohort.advance()
+        self.regrouped = False
+        self.gradients = []
+
+    # Fitting.
+
+    def fits(self, gradients: list[Tensor | None]) -> bool:
+        """Whether the bucket can run with these gradients; it keeps them, in the parameters' layout, for the step."""
+        values = [local(m.p) for m in self.members] if self.sharded else [m.p for m in self.members]
+        if [v.data_ptr() for v in values] != self.addresses:
+            return False
+        if not all(all(map(is_, map(get, dicts), known)) for get, dicts, known in self._known):
+            return False
+        own = [gradients[i] for i in self._indices]
+        if self.sharded:
+            own = [g if g is None else local_gradient(m.p, g) for m, g in zip(self.members, own, strict=True)]
+        try:
+            ready = self._guards is not None and self._guards.check(*own)
+        except TypeError:  # one is None
+            ready = False
+        return self.accept(own) if ready else self._examine(own)
+
+    def _examine(self, own: list[Tensor | None]) -> bool:
+        as_they_are = True
+        for i, (value, g) in enumerate(zip(self.held, own, strict=True)):
+            if g is None:
+                as_they_are = False
+                continue
+            if g.layout != torch.strided or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device):
+                return False
+            if g.shape != value.shape:
+                return False
+            if self.keeps_layout and not same_layout(g, value):
+                own[i] = in_layout_of(value, g)
+                as_they_are = False
+        if as_they_are and TensorGuards is not None:
+            examples: list[Any] = own
+            self._guards = TensorGuards(
+                *examples,
+                dynamic_dims_sizes=[list(g.shape) for g in examples],
+                dynamic_dims_strides=[list(g.stride()) for g in examples],
+            )
+        return self.accept(own)
+
+    def accept(self, gradients: list[Tensor | None]) -> bool:
+        """Keep the gradients for the step; a backend may still refuse them."""
+        self.gradients = gradients
+        return True
+
+
+def row_for(optimizer: RuleOptimizer, group: dict[str, Any], step: Any, keep: bool = False) -> Row:
+    """The scalars of a group's members in their update number `step`."""
+    values = {name: plain_number(v, keep) for name, v in group.items() if name not in ("params", "param_names")}
+    h = optimizer.scalars(values, step)
+    if not hasattr(h, "_fields"):
+        raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
+    return Row(-1.0 if group.get("maximize") else 1.0, h)
+
+
+def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The rows as a table on the device, made without waiting for it; zeros where there is no row."""
+    width = 1 + len(next(row.h for row in rows if row is not None))
+    cells: list[Any] = [x for row in rows for x in ([0.0] * width if row is None else (row.factor, *row.h))]
+    if any(isinstance(x, Tensor) for x in cells):
+        cells = [x if isinstance(x, Tensor) else torch.full((), x, device=device, dtype=torch.float64) for x in cells]
+        return torch.stack([x.to(device, dtype) for x in cells]).view(-1, width)
+    return to_device(array("d" if dtype == torch.float64 else "f", cells), dtype, device).view(-1, width)
+
+
+def to_device(values: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host values as a tensor on the device, without waiting for it.
+
+    Every copy has pinned memory of its own, which torch's caching allocator does not reuse while it is in flight.
+    """
+    staged = torch.frombuffer(values, dtype=dtype)
+    return staged if device.type == "cpu" else staged.pin_memory().to(device, non_blocking=True)
+
+
+def plain_number(value: Any, keep: bool = False) -> Any:
+    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats.
+
+    A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        if keep:
+            return value.reshape(())
+        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain_number(v, keep) for v in value)
+    return value

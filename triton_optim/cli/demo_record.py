@@ -1,0 +1,115 @@
+"""What `triton-optim demo` leaves behind: the plot of the loss curves, and where the numbers come from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TORCH_COLOUR, OURS_COLOUR, NOISE_COLOUR = "#d95f02", "#1b6ca8", "#8a8a8a"
+
+
+def save_plot(path: Path, curves: dict[str, list[float]], title: str) -> None:
+    """Draws the loss curves of "torch" and "ours", and how far "ours" and "torch_fused" are from "torch".
+
+    Writes the format that the suffix of `path` names.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it would choose a window system and keep the figure for ever
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    steps = range(1, len(curves["torch"]) + 1)
+
+    above.plot(
+        steps, curves["torch"], color=TORCH_COLOUR, linewidth=3.5, alpha=0.55, label="torch.optim.AdamW"
+    )
+    above.plot(steps, curves["ours"], color=OURS_COLOUR, linewidth=1.0, label="triton_optim.AdamW")
+    above.set_yscale("log")
+    above.set_ylabel("training loss of the batch")
+    above.set_title(title)
+    above.legend(frameon=False)
+
+    plot_difference(
+        below,
+        "torch.optim.AdamW(fused=True): rounding noise",
+        NOISE_COLOUR,
+        curves["torch"],
+        curves["torch_fused"],
+    )
+    plot_difference(below, "triton_optim.AdamW", OURS_COLOUR, curves["torch"], curves["ours"])
+    below.set_yscale("log")
+    below.set_ylabel("|loss - torch's loss|")
+    below.set_xlabel("optimizer step")
+    below.set_title(
+        "how far the losses are apart; in a gap they are equal to the last bit", fontsize="medium"
+    )
+    below.legend(frameon=False, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def plot_difference(axes: Axes, label: str, colour: str, reference: list[float], other: list[float]) -> None:
+    """A difference of exactly 0 has no place on a log axis: it leaves a gap, and the points show the rest."""
+    difference = [abs(a - b) or float("nan") for a, b in zip(reference, other, strict=True)]
+    steps = range(1, len(difference) + 1)
+    axes.plot(steps, difference, color=colour, linewidth=0.8, marker=".", markersize=3, label=label)
+
+
+def plot_formats() -> list[str]:
+    """The suffixes, without the dot, that matplotlib can write with no window system."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return sorted(FigureCanvasAgg.get_supported_filetypes())
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and date, for a number to be worth something later."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in ("torch", "triton", "triton-optim", "scikit-learn")},
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "device": device_name(device),
+        },
+    }
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """`platform.processor()` is empty on most Linux systems, where /proc/cpuinfo has the name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

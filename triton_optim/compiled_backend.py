@@ -1,0 +1,206 @@
+"""The compiled backend: the rule compiled by torch.compile for flat tensors of any length, once for each dtype.
+
+A large tensor is one call. Small ones are packed: their states live in one flat buffer, their parameters and gradients
+are gathered into it for one call and the parameters scattered back, which costs less than a call for each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket, Key, Member, Row, row_for, table_of
+from .kernels.language import torch_form
+from .layout import flat, is_sharded
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+# Measured on two cores: below this many elements gathering and scattering costs less than a call, and a pack of this
+# size stays in the cache.
+PACK_BELOW = 16 * 1024
+PACK_LIMIT = 256 * 1024
+
+LONGEST = 1 << 30
+
+# Example length for the compiler: long enough that it writes a parallel loop.
+EXAMPLE = 1 << 20
+
+
+def update(rule: Callable[..., Any], scalars: Any, compute: torch.dtype, row: Tensor, *tensors: Tensor) -> None:
+    """What torch.compile compiles: the rule on whole flat tensors, writing parameter and states in place."""
+    p, g, *states = tensors
+    factor, *h = row.unbind()
+    values = [t.to(compute) for t in tensors]
+    new = rule(values[0], values[1] * factor, *values[2:], scalars(*h))
+    for old, value in zip((p, *states), new, strict=True):
+        old.copy_(value)
+
+
+class Graph:
+    """The rule compiled for one scalar type and one dtype a role.
+
+    Dynamo traces it once, with the length as the one dynamic size. Afterwards the compiled code is called directly:
+    Dynamo's guards check what a bucket has checked already, and cost several times the rest of a call.
+    """
+
+    def __init__(
+        self, rule: Any, scalars: Any, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, device: torch.device
+    ) -> None:
+        self._code: Callable[..., Any] | None = None
+        self._order: list[int] = []
+        # A code object of its own: Dynamo counts recompilations by code object and stops at 8.
+        own = types.FunctionType(update.__code__.replace(co_name=rule.__name__), update.__globals__, rule.__name__)
+        form = torch_form(rule)
+
+        def call(row: Tensor, *tensors: Tensor) -> None:
+            own(form, scalars, compute, row, *tensors)
+
+        call = types.FunctionType(call.__code__.replace(), call.__globals__, rule.__name__, None, call.__closure__)
+        traced = torch.compile(call, fullgraph=True, backend=self._backend)
+        tensors = [torch.zeros(EXAMPLE, dtype=dtype, device=device) for dtype in dtypes]
+        for t in tensors:
+            torch._dynamo.mark_dynamic(t, 0)
+        row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
+        self._example = [row, *tensors]
+        with torch.no_grad(), torch.compiler.set_stance("default"):
+            traced(row, *tensors)
+        del self._example
+        if self._code is None:
+            raise RuntimeError("torch.compile is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)")
+
+    def _backend(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        code = compile_fx(graph, example)
+
+        def first_call(*arguments: Any) -> Any:
+            # Where each of our arguments stands among the graph's; the length stands as itself.
+            places = {id(t): i for i, t in enumerate(self._example)}
+            self._order = [places[id(x)] if isinstance(x, Tensor) else -1 for x in arguments]
+            self._code = code
+            return code(*arguments)
+
+        return first_call
+
+    def __call__(self, *arguments: Tensor) -> None:
+        assert self._code is not None
+        length = arguments[1].numel()
+        self._code(*[length if i < 0 else arguments[i] for i in self._order])
+
+
+@cache
+def graph_for(
+    rule: Any, scalars: Any, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, device: torch.device
+) -> Graph | Exception:
+    """The compiled graph, one for a process; or why there is none, so that it is tried once."""
+    try:
+        return Graph(rule, scalars, dtypes, compute, device)
+    except Exception as error:
+        return error
+
+
+class Pack:
+    """Small members whose states lie one after the other in flat buffers."""
+
+    def __init__(self, places: list[int], values: list[Tensor], states: list[Tensor]) -> None:
+        self.places, self.values, self.states = places, values, states
+        self.lengths = [v.numel() for v in values]
+        self.numel = sum(self.lengths)
+
+
+def packs_of(members: list[Member]) -> list[list[int]]:
+    """Places of the members that are packed, a list for each pack: small ones of one group and step count."""
+    waiting: dict[tuple[int, int], list[int]] = {}
+    for i, m in enumerate(members):
+        if m.p.numel() < PACK_BELOW and not is_sharded(m.p):
+            waiting.setdefault((m.group, m.count), []).append(i)
+    packs = []
+    for places in waiting.values():
+        ends = itertools.accumulate(members[i].p.numel() for i in places)
+        for _, run in itertools.groupby(zip(places, ends, strict=True), lambda pair: (pair[1] - 1) // PACK_LIMIT):
+            packs.append([i for i, _ in run])
+    return [places for places in packs if len(places) > 1]
+
+
+class CompiledBucket(Bucket):
+    def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
+        self.packs: list[Pack] = []
+        super().__init__(optimizer, key, members)
+        packed = {i for pack in self.packs for i in pack.places}
+        self.alone = [i for i in range(len(members)) if i not in packed]
+        self.flats = [[flat(v), *map(flat, self.states_of(m))] for v, m in zip(self.held, members, strict=True)]
+        room = max((pack.numel for pack in self.packs), default=0)
+        self.gathered = [torch.empty(room, dtype=dtype, device=key.device) for dtype in key.dtypes[:2]]
+        self.scattered = [self.gathered[0][: pack.numel].split(pack.lengths) for pack in self.packs]
+
+    @classmethod
+    def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
+        graph = cls.graph(optimizer, key)
+        if isinstance(graph, Exception):
+            raise graph
+
+    @classmethod
+    def graph(cls, optimizer: RuleOptimizer, key: Key) -> Graph | Exception:
+        group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
+        scalars = type(row_for(optimizer, group, 1).h)
+        return graph_for(key.variant.rule, scalars, key.dtypes, key.compute, key.device)
+
+    @classmethod
+    def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
+        packs = packs_of(members)
+        # A pack: gather parameters, gather gradients, update, scatter.
+        return len(members) - sum(map(len, packs)) + 4 * len(packs)
+
+    def place_states(self) -> None:
+        super().place_states()
+        for places in packs_of(self.members):
+            self._pack(places)
+
+    def _pack(self, places: list[int]) -> None:
+        values = [flat(self.held[i]) for i in places]
+        numel = sum(v.numel() for v in values)
+        buffers = []
+        for role, name in enumerate(self.key.variant.state_names, start=2):
+            buffer = torch.empty(numel, dtype=self.key.dtypes[role], device=self.key.device)
+            start = 0
+            for i in places:
+                m, value = self.members[i], self.held[i]
+                own = buffer.as_strided(value.shape, value.stride(), start)
+                m.state[name] = own.copy_(m.state[name])
+                start += value.numel()
+            buffers.append(buffer)
+        self.packs.append(Pack(places, values, buffers))
+
+    def run(self, rows: list[Row | None]) -> None:
+        graph = self.graph(self.optimizer, self.key)
+        assert isinstance(graph, Graph)
+        table = table_of(rows, self.key.compute, self.key.device).unbind()
+        for i in self.alone:
+            self._run_alone(graph, table, i)
+        for pack, scattered in zip(self.packs, self.scattered, strict=True):
+            gradients = [self.gradients[i] for i in pack.places]
+            if any(g is None for g in gradients) or len({self.row_of[i] for i in pack.places}) > 1:
+                for i in pack.places:
+                    self._run_alone(graph, table, i)
+                continue
+            p, g = (buffer[: pack.numel] for buffer in self.gathered)
+            torch.cat(pack.values, out=p)
+            torch.cat([g if g.dim() == 1 else flat(g) for g in gradients if g is not None], out=g)
+            graph(table[self.row_of[pack.places[0]]], p, g, *pack.states)
+            torch._foreach_copy_(pack.values, scattered)
+
+    def _run_alone(self, graph: Graph, table: tuple[Tensor, ...], i: int) -> None:
+        g = self.gradients[i]
+        if g is None:
+            return
+        value, *states = self.flats[i]
+        # Inductor indexes by 32 bits on a GPU.
+        for piece in zip(*(t.split(LONGEST) for t in (value, flat(g), *states)), strict=True):
+            graph(table[self.row_of[i]], *piece)

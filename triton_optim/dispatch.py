@@ -1,0 +1,149 @@
+"""Which backend runs a bucket of parameters: a pure function of what is asked and what the machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+
+Backend = Literal["triton", "compiled", "eager"]
+BACKENDS: tuple[Backend, ...] = ("triton", "compiled", "eager")
+Layout = Literal["dense", "strided", "overlapping"]
+
+GPUS = ("cuda", "xpu")  # torch calls ROCm devices cuda
+COMPILED_DEVICES = ("cpu", "mps", *GPUS)
+
+
+class Machine(NamedTuple):
+    """What is installed here."""
+
+    triton: bool
+    interpreter: bool  # TRITON_INTERPRET=1: Triton kernels run on CPU tensors
+    compiler: bool  # a C++ compiler, which torch.compile needs on a CPU
+
+
+class Request(NamedTuple):
+    """What one bucket of parameters is, and what its user asks for."""
+
+    device: str
+    dtype: torch.dtype
+    layout: Layout = "dense"
+    differentiable: bool = False
+    pinned: Backend | None = None  # backend=
+    fused: bool | None = None
+    foreach: bool | None = None
+
+
+class Choice(NamedTuple):
+    backend: Backend
+    reason: str
+
+
+@cache
+def this_machine() -> Machine:
+    """What is installed on this machine. Nothing is imported or started to find out.
+
+    Example:
+        >>> import triton_optim
+        >>> isinstance(triton_optim.dispatch.this_machine().triton, bool)
+        True
+    """
+    triton = importlib.util.find_spec("triton") is not None
+    interpreter = triton and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+    return Machine(triton, interpreter, cxx_compiler() is not None)
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that torch.compile would start: ``$CXX``, else the platform's usual one; None if not found."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else []
+    names += ["clang++"] if sys.platform == "darwin" else ["cl"] if sys.platform == "win32" else ["g++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def only_eager(request: Request) -> str | None:
+    """Why only the eager backend can run this bucket, or None."""
+    if request.differentiable:
+        return "differentiable=True records the step for autograd"
+    if request.dtype.is_complex:
+        return f"{request.dtype} runs as pairs of reals"
+    if request.layout == "overlapping":
+        return "parameters overlap in memory, so they are updated one after another"
+    if request.layout == "strided":
+        return "the parameter is a view with gaps"
+    return None
+
+
+def unable(backend: Backend, request: Request, machine: Machine) -> str | None:
+    """Why `backend` cannot run this bucket on this machine, or None."""
+    if backend == "eager":
+        return None
+    if reason := only_eager(request):
+        return reason
+    if backend == "triton":
+        if not machine.triton:
+            return "Triton is not installed"
+        if request.device not in GPUS and not (machine.interpreter and request.device == "cpu"):
+            return f"it needs GPU tensors; these are on {request.device}"
+        return None
+    if request.device not in COMPILED_DEVICES:
+        return f"torch.compile has no code generator for {request.device}"
+    if request.device == "cpu" and not machine.compiler:
+        return "no C++ compiler was found"
+    if request.device in GPUS and not machine.triton:
+        return "torch.compile needs Triton on a GPU, and it is not installed"
+    return None
+
+
+_REMEDY = {
+    "triton": "Move the parameters to a GPU (pip install triton), or leave backend out to choose automatically.",
+    "compiled": "Install g++ or set CXX, or leave backend out to choose automatically.",
+}
+
+
+def choose(request: Request, machine: Machine) -> Choice:
+    """The backend for a bucket, and why.
+
+    A pinned `backend` runs or raises; it never falls back. ``fused=True`` prefers the one-kernel backend of the device
+    (Triton on a GPU, compiled elsewhere) and ``foreach=True`` the compiled one; where these cannot run, the automatic
+    choice is made. One of them False and none True is eager, as torch's for-loop.
+
+    Args:
+        request: what the bucket is and what was asked for.
+        machine: what is installed.
+
+    Raises:
+        RuntimeError: the pinned backend cannot run this bucket here.
+
+    Example:
+        >>> import torch
+        >>> from triton_optim.dispatch import Machine, Request, choose
+        >>> choose(Request("cuda", torch.float32), Machine(triton=True, interpreter=False, compiler=True)).backend
+        'triton'
+    """
+    if request.pinned is not None:
+        if reason := unable(request.pinned, request, machine):
+            raise RuntimeError(
+                f'backend="{request.pinned}" cannot run {request.dtype} parameters on {request.device}: {reason}. '
+                f"{_REMEDY[request.pinned]}"
+            )
+        return Choice(request.pinned, "asked for by backend=")
+    if reason := only_eager(request):
+        return Choice("eager", reason)
+    on_gpu = request.device in GPUS
+    if request.fused or request.foreach:
+        wanted: Backend = "triton" if request.fused and on_gpu else "compiled"
+        if unable(wanted, request, machine) is None:
+            return Choice(wanted, f"asked for by {'fused' if request.fused else 'foreach'}=True")
+    elif request.fused is False or request.foreach is False:
+        return Choice("eager", "asked for by foreach=False or fused=False")
+    if on_gpu and unable("triton", request, machine) is None:
+        return Choice("triton", "one launch for all parameters on a GPU")
+    obstacle = unable("compiled", request, machine)
+    if obstacle is None:
+        return Choice("compiled", f"torch.compile is the fastest here on {request.device}")
+    return Choice("eager", obstacle)

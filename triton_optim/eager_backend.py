@@ -1,0 +1,80 @@
+"""The last resort: the rule as torch operations, a parameter at a time. It runs anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .bucket import Bucket, Key, Member, Row, row_for
+from .kernels.language import torch_form
+from .layout import local
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+
+class EagerBucket(Bucket):
+    keeps_layout = False
+
+    def run(self, rows: list[Row | None]) -> None:
+        for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
+            row = rows[self.row_of[i]]
+            if g is None or row is None:
+                continue
+            # Under autograd the parameter itself is written, so that the graph goes through it.
+            p = m.p if self.key.differentiable else self.held[i]
+            update(self.key, [p, g, *self.states_of(m)], row)
+
+    @classmethod
+    def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
+        return traffic(optimizer, key)[0] * sum(bool(local(m.p).numel()) for m in members)
+
+    @classmethod
+    def bytes_per_parameter(cls, optimizer: RuleOptimizer, key: Key) -> float:
+        return traffic(optimizer, key)[1]
+
+
+def update(key: Key, tensors: list[Tensor], row: Row) -> None:
+    """One parameter's step in torch operations, in place."""
+    if tensors[0].is_complex():
+        tensors = [torch.view_as_real(t) for t in tensors]
+    p, g, *states = tensors
+    # A rule may hand its argument to autograd, which must not see it change afterwards.
+    values = [t.clone() for t in tensors] if key.differentiable else tensors
+    values = [t.to(key.compute) for t in values]
+    if row.factor != 1:
+        values[1] = values[1] * row.factor
+    new = torch_form(key.variant.rule)(*values, row.h)
+    for old, value in zip((p, *states), new, strict=True):
+        old.copy_(value)
+
+
+def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:
+    """Operations a parameter, and bytes they read and write an element: counted on tensors without memory."""
+    n = 1024
+    tensors = [torch.empty(n, dtype=dtype, device="meta") for dtype in key.dtypes]
+    group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
+    with torch.no_grad(), _TrafficCounter() as counter:
+        update(key, tensors, row_for(optimizer, group, 1)._replace(factor=1.0))
+    return counter.operations, counter.bytes / n
+
+
+class _TrafficCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.operations += 1
+            out = result if isinstance(result, (tuple, list)) else [result]
+            # copy_ takes what it overwrites as an argument, but does not read it.
+            read = args[1:] if func is torch.ops.aten.copy_.default else args
+            self.bytes += sum(t.nbytes for t in (*read, *out) if isinstance(t, Tensor))
+        return result
+
+

@@ -1,0 +1,101 @@
+"""How tensors lie in memory: density, overlap, flat views, and the local part of sharded ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import Layout
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor. One can only exist once its module is imported, which costs a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of `tensor` on this process, outside autograd and DTensor dispatch; an ordinary tensor is its own."""
+    shard: Any = getattr(tensor, "_local_tensor", tensor)
+    return shard.wait() if hasattr(shard, "wait") else shard
+
+
+def local_gradient(p: Tensor, g: Tensor) -> Tensor:
+    """The local part of `g`, placed as its parameter (a gradient may still be a partial sum, or whole)."""
+    if not is_sharded(p):
+        return g
+    if not is_sharded(g):
+        raise RuntimeError(
+            f"the gradient of a sharded parameter of shape {tuple(p.shape)} is an ordinary tensor. "
+            "Assign a DTensor placed as the parameter."
+        )
+    if g.placements != p.placements:  # type: ignore[attr-defined]
+        g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return local(g)
+
+
+def strides(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+    """(size, stride) a dimension, without dimensions of size 1: equal for equal memory layouts."""
+    return tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
+
+
+def layout(tensor: Tensor) -> Layout:
+    """Whether the elements fill one stretch of memory, leave gaps, or lie on top of each other."""
+    if tensor.is_contiguous() or tensor.numel() < 2:
+        return "dense"
+    span, gaps = 1, False
+    for size, stride in sorted(strides(tensor), key=lambda pair: pair[1]):
+        if stride < span:
+            return "overlapping"
+        gaps |= stride > span
+        span += stride * (size - 1)
+    return "strided" if gaps else "dense"
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """First address and one past the last that `tensor` can touch."""
+    start = tensor.data_ptr()
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + elements * tensor.element_size()
+
+
+def overlapping(tensors: Sequence[Tensor]) -> set[int]:
+    """Indices of the tensors that share memory with another one of the list."""
+    found = set()
+    reach = (0, -1)  # the furthest end so far and whose it is
+    real = (i for i, t in enumerate(tensors) if t.numel() and t.device.type != "meta")
+    for start, end, i in sorted((*extent(tensors[i]), i) for i in real):
+        if start < reach[0]:
+            found |= {i, reach[1]}
+        if end > reach[0]:
+            reach = (end, i)
+    return found
+
+
+def same_layout(tensor: Tensor, p: Tensor) -> bool:
+    return tensor.stride() == p.stride() or strides(tensor) == strides(p)
+
+
+def in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` itself where it lies in memory as `p` does, else a copy that does."""
+    if same_layout(tensor, p):
+        return tensor
+    return torch.empty_like(p, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor as one dimension, in the order of memory, outside autograd."""
+    tensor = tensor.detach()
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def all_aligned(pointers: Iterable[int]) -> bool:
+    """Whether every address is a multiple of 16 bytes, what a 128-bit access needs."""
+    bits = 0
+    for pointer in pointers:
+        bits |= pointer
+    return bits % 16 == 0

@@ -1,0 +1,297 @@
+"""The base of every optimizer: torch.optim.Optimizer's contract around a rule."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import opaque
+from .dispatch import BACKENDS, choose, this_machine
+from .plan import Plan, request_for
+
+OPTIONS: dict[str, Any] = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+class Variant(NamedTuple):
+    """One way an optimizer can run: a rule and the names of the states it takes, in the rule's order."""
+
+    rule: Any
+    state_names: tuple[str, ...]
+
+
+class RuleOptimizer(Optimizer):
+    r"""An optimizer from a rule: subclass it with ``rule``, ``state_names`` and :meth:`scalars`.
+
+    The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
+    updated on its own. ``h`` is what :meth:`scalars` returns, formed on the host in float64. Arithmetic is float32
+    (float64 for float64 parameters), however the values are stored.
+
+    Class attributes:
+        rule: the update.
+        state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
+        counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
+            ``capturable``, else on the CPU).
+        option_names: the options that every parameter group carries, whatever their value.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in torch.optim.
+        defaults: the hyperparameters of a group.
+        maximize: ascend instead of descend.
+        foreach: True prefers the compiled backend.
+        fused: True prefers the one-kernel backend of the device: Triton on a GPU, compiled elsewhere. ``foreach`` or
+            ``fused`` False, with neither True, is eager.
+        capturable: keep ``step`` on the device and form the scalars there, so that a step can be captured.
+        differentiable: let autograd record the step (eager).
+        backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"compiled"``, ``"eager"``.
+
+    Raises:
+        ValueError: `backend` is unknown, or torch's own checks of `params` fail.
+        TypeError: an option is unknown, or `params` is a tensor.
+        RuntimeError: the options exclude each other, or the pinned backend cannot run these parameters here.
+    """
+
+    rule: ClassVar[Any] = None
+    state_names: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = True
+    option_names: ClassVar[tuple[str, ...]] = tuple(OPTIONS)
+    variants: ClassVar[tuple[Variant, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.rule is not None and "variants" not in cls.__dict__:
+            cls.variants = (Variant(cls.rule, cls.state_names),)
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], *, backend: str = "auto", **options: Any
+    ) -> None:
+        if unknown := options.keys() - OPTIONS.keys():
+            raise TypeError(
+                f"{type(self).__name__} got unknown options {sorted(unknown)}; known are {sorted(OPTIONS)} and backend"
+            )
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))
+        options = OPTIONS | options
+        if options["fused"] and options["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
+        if options["fused"] and options["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
+        self.backend = backend
+        self._flat: list[Tensor] = []
+        self._plan: Plan | None = None
+        self._handle = opaque.register(self)
+        carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
+        super().__init__(params, defaults | carried)
+
+    # What a subclass says.
+
+    def scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The rule's ``h``: a NamedTuple of numbers.
+
+        Args:
+            group: the parameter group; 1-element tensors on the CPU have become floats. A hyperparameter on a device
+                stays a 0-dim float64 tensor, so write arithmetic that works for both (``**``, not ``math.pow``).
+            step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
+                False it is 1 for a parameter without state and 2 ever after.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method scalars(group, step)")
+
+    def variant(self, group: dict[str, Any]) -> Variant:
+        """The variant a group runs, one of ``variants``."""
+        return self.variants[0]
+
+    # torch.optim.Optimizer's contract.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or differs from its parameter in shape or device. Nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            opaque.traced_step(self)
+            return loss
+        self._flat = [p for group in self.param_groups for p in group["params"]]
+        self.update([p.grad for p in self._flat])
+        return loss
+
+    def update(self, gradients: list[Tensor | None]) -> None:
+        """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
+        recording = any(group.get("differentiable") for group in self.param_groups)
+        with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
+            if self._plan is None or not self._plan.fits(self._flat, gradients):
+                self._plan = Plan(self, self._flat, gradients)
+                if not self._plan.fits(self._flat, gradients):
+                    raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+            self._plan.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        # `_flat` when traced: reading a group would guard on its learning rate.
+        groups = [self._flat] if torch.compiler.is_compiling() else [group["params"] for group in self.param_groups]
+        for params in groups:
+            for p in params:
+                p.grad = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch.optim, checking that a pinned backend can run it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._flat = [p for group in self.param_groups for p in group["params"]]
+        self._plan = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            if not (p.is_floating_point() or p.is_complex()):
+                raise ValueError(
+                    f"parameter {i} is {p.dtype} on {p.device}; {type(self).__name__} optimizes floating-point and "
+                    "complex tensors. Leave it out of params."
+                )
+            choose(request_for(self, group, p), this_machine())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as in torch.optim. Steps that are counted together are handed out as tensors of their own."""
+        handle = self.register_state_dict_post_hook(_own_steps, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours or of torch.optim's.
+
+        Unlike torch's, it keeps the dtype in which each state was saved: torch casts all but ``step`` to the
+        parameter's, and float32 moments of bfloat16 parameters would be lost.
+
+        Raises:
+            ValueError: the groups, or the states of a parameter, are not those of this optimizer. Nothing was changed.
+        """
+        loaded: dict[str, Any] = {}
+
+        def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._check_state_dict(state_dict)
+            loaded.update(state_dict)
+
+        def restore(_: Optimizer) -> None:
+            self._restore_dtypes(loaded)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        known = {"step", *(name for variant in self.variants for name in variant.state_names)}
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(indices, params, strict=False):
+            state = state_dict["state"].get(i, {})
+            if state and not known & state.keys():
+                raise ValueError(
+                    f"the state of parameter {i} holds {sorted(state)}, and {type(self).__name__} keeps {sorted(known)}: "
+                    "this state dict is of another optimizer. Load it into that one."
+                )
+            for name, value in state.items():
+                if name in known - {"step"} and isinstance(value, Tensor) and value.shape != p.shape:
+                    raise ValueError(
+                        f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: this "
+                        "state dict is of another model. Load one saved with the same parameters in the same order."
+                    )
+
+    def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
+        indices = [i for group in loaded["param_groups"] for i in group["params"]]
+        for i, p in zip(indices, self._flat, strict=True):
+            for name, value in loaded["state"].get(i, {}).items():
+                if name == "step":
+                    self._own_step(p)
+                elif isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def _own_step(self, p: Tensor) -> None:
+        group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
+        step = self.state[p]["step"]
+        device = p.device if group.get("capturable") else torch.device("cpu")
+        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step))
+        self.state[p]["step"] = value.to(device, torch.float32, copy=True).reshape(())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = defaultdict(dict, {p: _with_own_step(values) for p, values in self.state.items()})
+        return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups, "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self.__dict__.setdefault("backend", "auto")
+        if "_handle" not in self.__dict__:
+            self._handle = opaque.register(self)
+        written = inspect.signature(type(self).__init__).parameters
+        for group in self.param_groups:
+            # A checkpoint from before an option existed lacks its key, and was made with what is its default now.
+            for name, value in self.defaults.items():
+                default = written[name].default if name in written else OPTIONS.get(name, value)
+                group.setdefault(name, value if default is inspect.Parameter.empty else default)
+        self._flat = [p for group in self.param_groups for p in group["params"]]
+        for p in self._flat:
+            if "step" in self.state.get(p, ()) and not isinstance(self.state[p]["step"], Tensor):
+                self._own_step(p)
+
+
+def _with_own_step(values: Any) -> Any:
+    if isinstance(values, dict) and isinstance(values.get("step"), Tensor):
+        return {**values, "step": values["step"].clone()}
+    return values
+
+
+def _own_steps(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    # Loaded into torch.optim, tensors that share memory would each be counted once for every one of them.
+    return {**state_dict, "state": {i: _with_own_step(values) for i, values in state_dict["state"].items()}}
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise torch's ValueError unless low <= value < high.
+
+    Args:
+        name: as torch spells it in its message, such as ``"learning rate"``.
+        value: a number or a 1-element tensor.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if not low <= float(value) < high:
+        bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+        raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")

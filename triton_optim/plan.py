@@ -1,0 +1,209 @@
+"""How a step runs: parameters sorted into buckets, each run by one backend, with what can be kept from step to step.
+
+A plan is made once and kept while it fits: the same parameters at the same addresses, the same states, the same
+options. Gradients may come and go and move; schedules may change any hyperparameter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket, Key, Member
+from .dispatch import Backend, Choice, Request, choose, this_machine
+from .layout import all_aligned, layout, local, local_gradient, overlapping
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+_BUCKETS: dict[Backend, tuple[str, str]] = {
+    "triton": ("triton_backend", "TritonBucket"),
+    "compiled": ("compiled_backend", "CompiledBucket"),
+    "eager": ("eager_backend", "EagerBucket"),
+}
+
+
+class Entry(NamedTuple):
+    """A parameter on its way into a plan: what decides its bucket."""
+
+    index: int
+    group: int
+    p: Tensor
+    g: Tensor  # the parameter itself stands in where there is none yet
+    states: Sequence[Tensor]
+    overlaps: bool
+
+
+def request_for(optimizer: RuleOptimizer, group: dict[str, Any], p: Tensor, overlaps: bool = False) -> Request:
+    """What is asked of a backend for parameter `p` of `group`."""
+    return Request(
+        device=p.device.type,
+        dtype=p.dtype,
+        layout="overlapping" if overlaps else layout(local(p)),
+        differentiable=bool(group.get("differentiable")),
+        pinned=None if optimizer.backend == "auto" else cast(Backend, optimizer.backend),
+        fused=group.get("fused"),
+        foreach=group.get("foreach"),
+    )
+
+
+def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
+    """The bucket of a parameter."""
+    group = optimizer.param_groups[entry.group]
+    choice = choose(request_for(optimizer, group, entry.p, entry.overlaps), this_machine())
+    tensors = (local(entry.p), entry.g, *entry.states)
+    if not tensors[0].numel():
+        choice = Choice("eager", "no elements here: the step is only counted")
+    return Key(
+        choice,
+        entry.p.device,
+        optimizer.variant(group),
+        tuple(t.dtype for t in tensors),
+        aligned=choice.backend == "triton" and all_aligned(t.data_ptr() for t in tensors),
+        capturable=bool(group.get("capturable")),
+        differentiable=bool(group.get("differentiable")),
+    )
+
+
+def checked_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, g: Tensor) -> Tensor:
+    """The local part of a gradient, or the error that torch raises."""
+    name = type(optimizer).__name__
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} does not support sparse gradients: the gradient of parameter {index} is {g.layout}. "
+            "Build the embedding with sparse=False, or call grad.to_dense() before the step."
+        )
+    local_p, local_g = local(p), local_gradient(p, g)
+    for what in ("shape", "device"):
+        ours, theirs = getattr(local_g, what), getattr(local_p, what)
+        if ours != theirs:
+            raise RuntimeError(
+                f"{name}: the gradient of parameter {index} has {what} {ours}, the parameter {theirs}. "
+                "Clear the gradients after moving or reshaping parameters (zero_grad())."
+            )
+    if local_g.is_complex() != local_p.is_complex():
+        raise RuntimeError(
+            f"{name}: the gradient of parameter {index} is {local_g.dtype}, the parameter {local_p.dtype}. "
+            "Give both real, or both complex."
+        )
+    return local_g
+
+
+def entries_of(
+    optimizer: RuleOptimizer, params: list[Tensor], gradients: Sequence[Tensor | None], every: bool = False
+) -> list[Entry]:
+    """The parameters that belong to a plan: those with a gradient or a state, or all of them. Changes nothing."""
+    groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+    overlaps = overlapping([local(p) for p in params])
+    entries = []
+    for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
+        state = optimizer.state[p] if p in optimizer.state else {}
+        names = optimizer.variant(optimizer.param_groups[group]).state_names
+        if g is None and not every and not (names and all(isinstance(state.get(n), Tensor) for n in names)):
+            continue
+        present = local(p) if g is None else checked_gradient(optimizer, index, p, g)
+        states = []
+        for name in names:
+            held = state.get(name)
+            if held is not None and held.shape != p.shape:
+                raise ValueError(
+                    f"{name} of parameter {index} has shape {tuple(held.shape)}, the parameter {tuple(p.shape)}. "
+                    "Load a state dict of the same parameters, or clear opt.state."
+                )
+            states.append(local(p if held is None else held))
+        entries.append(Entry(index, group, p, present, states, index in overlaps))
+    return entries
+
+
+class Plan:
+    """The buckets of an optimizer's parameters.
+
+    Args:
+        optimizer: whose states are made here for parameters that have none yet.
+        params: its parameters, in the order of the groups.
+        gradients: one for each, None where there is none.
+
+    Raises:
+        RuntimeError: a gradient is sparse or does not match its parameter, or a pinned backend cannot run one.
+            Everything is checked before anything changes.
+    """
+
+    def __init__(self, optimizer: RuleOptimizer, params: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        self.optimizer, self.params = optimizer, params
+        self.options = options_of(optimizer)
+        members = sort_members(optimizer, entries_of(optimizer, params, gradients))
+        self.buckets: list[Bucket] = []
+        for key, own in prepared(optimizer, members).items():
+            for m in own:
+                m.start(optimizer, key)
+            self.buckets.append(bucket_class(key)(optimizer, key, own))
+        self._state_dicts = list(optimizer.state.values())
+        planned = {m.index for own in members.values() for m in own}
+        self._without = [i for i in range(len(params)) if i not in planned]
+
+    def fits(self, params: list[Tensor], gradients: list[Tensor | None]) -> bool:
+        """Whether the plan can run this step. The buckets keep the gradients for it."""
+        states = self.optimizer.state
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and all(gradients[i] is None for i in self._without)
+            and len(states) == len(self._state_dicts)
+            and all(map(is_, states.values(), self._state_dicts))
+            and options_of(self.optimizer) == self.options
+            and all([bucket.fits(gradients) for bucket in self.buckets])
+        )
+
+    def step(self) -> None:
+        """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run."""
+        rows = [bucket.next_rows() for bucket in self.buckets]
+        for bucket, own in zip(self.buckets, rows, strict=True):
+            bucket.run(own)
+        for bucket in self.buckets:
+            bucket.commit()
+
+
+def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, list[Member]]:
+    """The parameters by bucket."""
+    members: dict[Key, list[Member]] = {}
+    for entry in entries:
+        member = Member(optimizer, entry.index, entry.group, entry.p)
+        members.setdefault(key_for(optimizer, entry), []).append(member)
+    return members
+
+
+def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict[Key, list[Member]]:
+    """The buckets with all compiled that they need. One that was chosen automatically and fails runs eagerly."""
+    ready: dict[Key, list[Member]] = {}
+    for key, own in members.items():
+        try:
+            bucket_class(key).prepare(optimizer, key)
+        except Exception as error:
+            reason = f"the {key.choice.backend} backend failed to compile: {type(error).__name__}: {error}"
+            if optimizer.backend != "auto":
+                raise RuntimeError(
+                    f'backend="{optimizer.backend}" cannot run {type(optimizer).__name__}: {reason}. '
+                    "Leave backend out to fall back to eager."
+                ) from error
+            warnings.warn(f"{type(optimizer).__name__} runs eagerly: {reason}", RuntimeWarning, stacklevel=2)
+            key = key._replace(choice=Choice("eager", reason), aligned=False)
+        ready.setdefault(key, []).extend(own)
+    return ready
+
+
+def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:
+    """What a plan depends on besides tensors, a group."""
+    names = ("foreach", "fused", "capturable", "differentiable")
+    return [(optimizer.variant(group), *map(group.get, names)) for group in optimizer.param_groups]
+
+
+def bucket_class(key: Key) -> type[Bucket]:
+    """The class that runs a bucket. Imported on demand: a backend may need what is not installed."""
+    module, name = _BUCKETS[key.choice.backend]
+    return cast(type[Bucket], getattr(importlib.import_module(f".{module}", __package__), name))

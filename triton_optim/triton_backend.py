@@ -1,0 +1,87 @@
+"""The Triton backend: one launch of one kernel updates every member of a bucket."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .bucket import Bucket, Key, Member, Row, table_of, to_device
+from .dispatch import this_machine
+from .kernels import multi_tensor as kernel
+from .layout import all_aligned
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+TRITON_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
+    """Start the kernel. The only place that does."""
+    kernel.multi_tensor[(programs,)](*tables, **constants, num_warps=kernel.NUM_WARPS, enable_fp_fusion=True)
+
+
+class TritonBucket(Bucket):
+    """Holds the kernel's tables on the device: chunks and tensors, made once; gradients and rows, refreshed."""
+
+    def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
+        super().__init__(optimizer, key, members)
+        numels = torch.tensor([t.numel() for t in self.held])
+        chunks = -(-numels // kernel.BLOCK)
+        tensor = torch.repeat_interleave(torch.arange(len(members)), chunks)
+        first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+        chunk = torch.arange(len(tensor)) - first
+        self.chunks = torch.stack((tensor, chunk), dim=1).to(torch.int32).to(key.device)
+        states = [[s.data_ptr() for s in self.states_of(m)] for m in members]
+        own = zip(numels.tolist(), self.addresses, states, strict=True)
+        self.tensors = torch.tensor([[numel, 0, p, *s] for numel, p, s in own]).to(key.device)
+        self.pointers: list[int] = []
+
+    @classmethod
+    def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
+        return 1
+
+    def accept(self, gradients: list[Tensor | None]) -> bool:
+        try:
+            pointers = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
+        except TypeError:  # one is None
+            pointers = [0 if g is None else g.data_ptr() for g in gradients]
+        if pointers != self.pointers:
+            if self.key.aligned and not all_aligned(pointers):
+                return False
+            self.gradient_table = to_device(array("q", pointers), torch.int64, self.key.device)
+            self.pointers = pointers
+        return super().accept(gradients)
+
+    def run(self, rows: list[Row | None]) -> None:
+        if self.regrouped:
+            self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
+        h = next(row.h for row in rows if row is not None)
+        table = table_of(rows, self.key.compute, self.key.device)
+        constants = {
+            "RULE": self.key.variant.rule,
+            "SCALARS": type(h),
+            "FIELDS": h._fields,
+            "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in self.key.dtypes),
+            "COMPUTE": TRITON_DTYPES[self.key.compute],
+            "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
+            "BLOCK": kernel.BLOCK,
+            "ALIGNED": self.key.aligned,
+        }
+        tables = (self.chunks, self.tensors, self.gradient_table, table)
+        if self.key.device.type == "cpu":
+            launch(len(self.chunks), tables, constants)
+        else:
+            with torch.get_device_module(self.key.device).device(self.key.device):
+                launch(len(self.chunks), tables, constants)
+        # The kernel writes behind autograd's back; a graph that saved a parameter must still notice.
+        torch.autograd.graph.increment_version(self.held)
