@@ -1,7 +1,7 @@
 """Compiles every rule for GPUs that need not be there, and measures what comes out.
 
-The speed of an optimizer is the bytes it moves, so it can be audited without a GPU: how many bytes an element are
-loaded and stored beside the fewest possible, by accesses of which width, with how many registers and instructions.
+The time of an optimizer's step is the time to move its bytes, so much of its speed shows without a GPU: how many bytes
+an element are moved beside the fewest possible, by accesses of which width, with how many registers and instructions.
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from ast import Call, Constant, parse, walk
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -22,14 +19,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 import triton_optim
 
-from .audit_assembly import amdgcn_blocks, branch_of_call, sass_blocks, wrapping_offsets
+from .audit_assembly import amdgcn_blocks, branch_of_call, sass_blocks
+from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
 from .triton_backend import TRITON_DTYPES
@@ -41,7 +37,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# How the parameter, the gradient and the states are stored.
+# How the parameter, the gradient and each state are stored.
 DTYPES = {
     "fp32": (torch.float32, torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -49,23 +45,37 @@ DTYPES = {
     "fp64": (torch.float64, torch.float64, torch.float64),
     "bf16+fp32": (torch.bfloat16, torch.bfloat16, torch.float32),
 }
-MISALIGNED = "bf16"  # the narrowest: any access wider than its element shows
+MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
 
-FULL_WIDTH = 128  # bits, the widest access of a thread
+
+class Bound(NamedTuple):
+    """What a compilation may come to: registers a thread at most, bits an access of the full-chunk branch at least."""
+
+    registers: int = 64
+    narrowest_bits: int = 128
+
+
+# Where 1024 elements a program by 4 warps, the launch shape of all cases, misses the bounds, by backend and dtypes.
+BOUNDS = {
+    # 8 elements a thread take twice the registers of float32, and more at a time for divisions and roots.
+    ("cuda", "fp64"): Bound(registers=142),
+    # 8 float32 elements a thread are stored by way of shared memory, and ptxas keeps more of them alive meanwhile.
+    ("cuda", "bf16+fp32"): Bound(registers=88),
+    # 4 warps are 256 threads here, so each has 4 elements.
+    ("hip", "bf16"): Bound(narrowest_bits=64),
+    ("hip", "fp16"): Bound(narrowest_bits=64),
+    ("hip", "bf16+fp32"): Bound(narrowest_bits=64),
+}
 
 
 class AuditedRule(NamedTuple):
-    """A rule, the type of its scalars and the optimizers that run it."""
+    """A rule, the type of its scalars, and the optimizers that run it."""
 
     name: str
     rule: Any
     state_names: tuple[str, ...]
     scalars: type
     optimizers: tuple[str, ...]
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return ("p", "g", *self.state_names)
 
 
 class Case(NamedTuple):
@@ -82,22 +92,22 @@ class Measurement:
     """What one compilation came to.
 
     Attributes:
-        rule, optimizers, dtypes, arch, aligned: what was compiled. Not aligned is the bucket of misaligned addresses.
+        rule, optimizers, dtypes, arch, aligned: what was compiled; not aligned is the bucket of misaligned addresses.
         roles: how each of p, g and the states is stored.
         block, num_warps: the launch shape.
         registers: a thread; on gfx942, vector registers.
         scalar_registers: a wave, on gfx942.
-        spills: instructions that move a register to or from the stack on NVIDIA, registers spilled on AMD.
+        spills: instructions that access the stack, and registers that AMD's compiler says it spilled.
         stack_bytes, shared_bytes: a thread, a program.
-        loaded, stored: bytes an element that the full-chunk branch moves; floor_loaded, floor_stored: the fewest
-            possible, each role read once and each but g written once.
+        loaded, stored: bytes an element that the full-chunk branch moves.
+        floor_loaded, floor_stored: the fewest possible: each role is read once, and each but g written once.
         narrowest_bits, widest_bits: of the accesses of the full-chunk branch.
-        masked_accesses: how many accesses of the full-chunk branch a predicate may skip; 0 or it is not that branch.
-        instructions: an element, in the full-chunk branch; subroutines that it calls are not counted.
+        masked_accesses: how many of these a predicate may skip, on NVIDIA (a mask shows in no access on AMD).
+        instructions: an element, in the full-chunk branch, without the subroutines that it calls.
         code_bytes: the whole kernel.
         wrapping_offsets: values in the IR that may wrap at 2^31 elements.
-        fp_fusion: what the launch says of contracting to fused multiply-adds; None if it leaves this to Triton.
-        special_functions: PTX instructions for divisions, roots and the like, which may be inexact.
+        fp_fusion: what the launch says of contraction to fused multiply-adds; None leaves it to Triton's default.
+        ptx_functions: for divisions, roots and the like, some of them inexact; empty on AMD.
     """
 
     rule: str
@@ -124,56 +134,70 @@ class Measurement:
     code_bytes: int
     wrapping_offsets: list[str]
     fp_fusion: bool | None
-    special_functions: list[str]
+    ptx_functions: list[str]
 
 
 @cache
 def every_rule() -> tuple[AuditedRule, ...]:
-    """The rules of all optimizers that the package exports, each once."""
-    found: dict[tuple[Any, tuple[str, ...]], AuditedRule] = {}
+    """The rules of all optimizers that the package exports, each once.
+
+    Raises:
+        ValueError: two rules have the same name.
+    """
+    found: dict[str, AuditedRule] = {}
     for name in triton_optim.__all__:
         cls = getattr(triton_optim, name)
         if not (isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants):
             continue
-        opt: Any = cls([torch.zeros(1, requires_grad=True)])  # type: ignore[call-arg]  # a subclass has defaults
+        opt: Any = cls([torch.zeros(1, requires_grad=True)])  # type: ignore[call-arg]  # subclasses have defaults
         scalars = type(opt.scalars(opt.param_groups[0], 1.0))
-        for variant in cls.variants:
-            known = found.get((variant.rule, variant.state_names))
+        for rule, state_names in cls.variants:
+            known = found.get(rule.__name__)
+            if known is not None and (known.rule, known.state_names) != (rule, state_names):
+                raise ValueError(
+                    f"{name} and {known.optimizers[0]} have different rules named {known.name}: rename one"
+                )
             optimizers = (*(known.optimizers if known else ()), name)
-            rule = AuditedRule(variant.rule.__name__, variant.rule, variant.state_names, scalars, optimizers)
-            found[variant.rule, variant.state_names] = rule
+            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, scalars, optimizers)
     return tuple(found.values())
 
 
+def role_dtypes(rule: AuditedRule, dtypes: str) -> tuple[torch.dtype, ...]:
+    """How p, g and the states of `rule` are stored in ``DTYPES[dtypes]``."""
+    parameter, gradient, state = DTYPES[dtypes]
+    return (parameter, gradient, *[state] * len(rule.state_names))
+
+
 def every_case() -> list[Case]:
-    """Every rule with every set of dtypes for every target, and once for misaligned addresses."""
+    """Every rule in every set of dtypes for every target, and once for misaligned addresses."""
     cases = []
     for rule in every_rule():
-        sets = {tuple(_role_dtypes(rule, name)): name for name in reversed(DTYPES)}  # without states, some are equal
-        for dtypes in filter(set(sets.values()).__contains__, DTYPES):
-            cases += [Case(rule.name, dtypes, arch, True) for arch in TARGETS]
+        different: dict[tuple[torch.dtype, ...], str] = {}  # without states, two of the sets are the same
+        for dtypes in DTYPES:
+            different.setdefault(role_dtypes(rule, dtypes), dtypes)
+        cases += [Case(rule.name, dtypes, arch, True) for dtypes in different.values() for arch in TARGETS]
         cases += [Case(rule.name, MISALIGNED, arch, False) for arch in TARGETS]
     return cases
 
 
 def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measurement]:
-    """Measure `cases`, in their order, in so many `processes` (default: one a core that this process may use).
+    """Measure `cases`, in their order, in so many `processes` (default: one a core, at most 8).
 
     Raises:
-        RuntimeError: this process has Triton's interpreter in the place of its compiler.
+        RuntimeError: Triton's interpreter has replaced its compiler.
     """
     if not isinstance(multi_tensor.multi_tensor, JITFunction):
         raise RuntimeError(
-            f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '1')} replaces Triton's compiler by its interpreter, "
-            "so there is nothing to audit. Unset it: env -u TRITON_INTERPRET triton-optim audit"
+            f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '1')} puts an interpreter in the place of Triton's "
+            "compiler, so there is nothing to audit. Run it without: env -u TRITON_INTERPRET triton-optim audit"
         )
-    processes = min(processes or len(os.sched_getaffinity(0)), len(cases))
+    processes = min(processes or os.cpu_count() or 1, 8, len(cases))
     if processes < 2:
         yield from map(measure_case, cases)
         return
-    # Not forked: torch may have started threads.
+    # Not forked: torch may have threads by now.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(measure_case, cases, chunksize=4)
+        yield from pool.map(measure_case, cases, chunksize=2)
 
 
 def measure_case(case: Case) -> Measurement:
@@ -185,137 +209,90 @@ def measure_case(case: Case) -> Measurement:
 def measure(
     rule: AuditedRule, dtypes: str, arch: str, aligned: bool = True, kernel: ModuleType = multi_tensor
 ) -> Measurement:
-    """Compile `rule` for `arch`, stored as ``DTYPES[dtypes]``, and measure it.
+    """Compile `rule` for ``TARGETS[arch]``, stored as ``DTYPES[dtypes]``, and measure it.
 
     Args:
-        kernel: the module with the multi-tensor kernel.
+        aligned: whether every address is a multiple of 16.
+        kernel: the module of the multi-tensor kernel.
 
     Raises:
         ValueError: the full-chunk branch cannot be found in what was compiled.
     """
-    target, options = TARGETS[arch], launch_options(kernel)
-    compiled = _compile(rule, dtypes, target, options, aligned, kernel)
-    stored_as = _role_dtypes(rule, dtypes)
-    file = Path(inspect.getsourcefile(kernel) or "").name
-    on_nvidia = target.backend == "cuda"
-    assembly = _disassembled(compiled.asm["cubin"]) if on_nvidia else compiled.asm["amdgcn"]
-    blocks = sass_blocks(assembly, file) if on_nvidia else amdgcn_blocks(assembly, file)
+    target, options, stored_as = TARGETS[arch], launch_options(kernel), role_dtypes(rule, dtypes)
+    compiled = compile_kernel(kernel, rule.rule, rule.scalars, stored_as, target, options, aligned)
+    blocks_of = sass_blocks if target.backend == "cuda" else amdgcn_blocks
+    blocks = blocks_of(assembly(compiled), Path(inspect.getsourcefile(kernel.multi_tensor.fn) or "").name)
+    instructions = [x for block in blocks for x in block.instructions]
     branch = branch_of_call(blocks, unmasked_call(kernel))
+    widths = [8 * (x.loaded + x.stored) for x in branch.accesses]
     elements = kernel.BLOCK / (options["num_warps"] * target.warp_size)  # a thread
-    resources = _nvidia_resources(compiled, blocks) if on_nvidia else _amd_resources(assembly)
     sizes = [dtype.itemsize for dtype in stored_as]
+    need = resources(compiled)
     return Measurement(
         rule=rule.name,
         optimizers=rule.optimizers,
         dtypes=dtypes,
         arch=arch,
         aligned=aligned,
-        roles={role: str(TRITON_DTYPES[dtype]) for role, dtype in zip(rule.roles, stored_as, strict=True)},
+        roles={
+            role: str(TRITON_DTYPES[dtype])
+            for role, dtype in zip(("p", "g", *rule.state_names), stored_as, strict=True)
+        },
         block=kernel.BLOCK,
         num_warps=options["num_warps"],
-        **resources,
-        shared_bytes=compiled.metadata.shared,
+        registers=need.registers,
+        scalar_registers=need.scalar_registers,
+        spills=need.spilled + sum(x.local for x in instructions),
+        stack_bytes=need.stack_bytes,
+        shared_bytes=need.shared_bytes,
         loaded=sum(x.loaded for x in branch.accesses) / elements,
         stored=sum(x.stored for x in branch.accesses) / elements,
         floor_loaded=sum(sizes),
         floor_stored=sum(sizes) - sizes[1],
-        narrowest_bits=8 * min(x.loaded + x.stored for x in branch.accesses),
-        widest_bits=8 * max(x.loaded + x.stored for x in branch.accesses),
+        narrowest_bits=min(widths),
+        widest_bits=max(widths),
         masked_accesses=sum(x.guarded for x in branch.accesses),
         instructions=sum(x.opcode != "NOP" for x in branch.instructions) / elements,
+        code_bytes=code_bytes(compiled, len(instructions)),
         wrapping_offsets=wrapping_offsets(compiled.asm["ttir"]),
         fp_fusion=options.get("enable_fp_fusion"),
-        special_functions=sorted(set(re.findall(r"\b(?:div|r?sqrt|rcp|ex2|lg2|sin|cos|tanh)\.\w[.\w]*", compiled.asm["ptx"])))
-        if on_nvidia
-        else [],
+        ptx_functions=ptx_functions(compiled),
     )
 
 
 def launch_options(kernel: ModuleType = multi_tensor) -> dict[str, Any]:
-    """What the Triton backend passes beside the kernel's arguments."""
+    """What the Triton backend passes beside the kernel's own arguments."""
     return {"num_warps": kernel.NUM_WARPS, "enable_fp_fusion": True}
 
 
 def unmasked_call(kernel: ModuleType = multi_tensor) -> int:
-    """The line of the kernel's file with the call of its full-chunk branch: the one whose mask is None."""
+    """The line of the kernel's file where it calls its full-chunk branch: the call that gives None for a mask."""
     lines, first = inspect.getsourcelines(kernel.multi_tensor.fn)
     calls = [node for node in walk(parse("".join(lines))) if isinstance(node, Call)]
     unmasked = [call for call in calls if any(isinstance(a, Constant) and a.value is None for a in call.args)]
     if len(unmasked) != 1:
-        raise ValueError(f"the kernel has {len(unmasked)} calls with None as an argument; the audit needs exactly one")
+        raise ValueError(f"the kernel has {len(unmasked)} calls with the argument None; the audit looks for exactly 1")
     return first + unmasked[0].lineno - 1
 
 
-def _role_dtypes(rule: AuditedRule, name: str) -> list[torch.dtype]:
-    parameter, gradient, state = DTYPES[name]
-    return [parameter, gradient, *[state] * len(rule.state_names)]
+def bound_of(m: Measurement) -> Bound:
+    """What `m` may come to. Misaligned accesses are as narrow as an element."""
+    bound = BOUNDS.get((TARGETS[m.arch].backend, m.dtypes), Bound())
+    return bound if m.aligned else bound._replace(narrowest_bits=8 * min(dtype.itemsize for dtype in DTYPES[m.dtypes]))
 
 
-def _compile(
-    rule: AuditedRule, dtypes: str, target: GPUTarget, options: dict[str, Any], aligned: bool, kernel: ModuleType
-) -> Any:
-    stored_as = _role_dtypes(rule, dtypes)
-    compute = TRITON_DTYPES[torch.float64 if stored_as[0] == torch.float64 else torch.float32]
-    constants = {
-        "RULE": rule.rule,
-        "SCALARS": rule.scalars,
-        "FIELDS": rule.scalars._fields,  # type: ignore[attr-defined]
-        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in stored_as),
-        "COMPUTE": compute,
-        "CONVERT": kernel.convert,
-        "BLOCK": kernel.BLOCK,
-        "ALIGNED": aligned,
+def problems(m: Measurement) -> list[str]:
+    """What is wrong with `m`, in a phrase each."""
+    registers, bits = bound_of(m)
+    good = {
+        f"{m.spills} spills, {m.stack_bytes} bytes of stack": m.spills == m.stack_bytes == 0,
+        f"{m.registers} registers, over {registers}": m.registers <= registers,
+        f"accesses of {m.narrowest_bits} bits, under {bits}": m.narrowest_bits >= bits,
+        f"accesses of {m.widest_bits} bits to misaligned elements of {bits}": m.aligned or m.widest_bits <= bits,
+        f"{m.masked_accesses} masked accesses in the full-chunk branch": m.masked_accesses == 0,
+        f"{m.loaded:g} bytes an element loaded for a floor of {m.floor_loaded}": m.loaded == m.floor_loaded,
+        f"{m.stored:g} bytes an element stored for a floor of {m.floor_stored}": m.stored == m.floor_stored,
+        f"offsets of 32 bits: {', '.join(m.wrapping_offsets)}": not m.wrapping_offsets,
+        "contraction to fused multiply-adds left to Triton's default": m.fp_fusion is not None,
     }
-    signature = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}"}
-    tables = len(signature)
-    signature |= dict.fromkeys(constants, "constexpr")
-    order = list(signature)
-    source = ASTSource(
-        fn=kernel.multi_tensor,
-        signature=signature,
-        constexprs={(order.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(tables)},  # torch's allocations are
-    )
-    return triton.compile(source, target=target, options=options)
-
-
-def _run_on_cubin(tool: str, arguments: Iterable[str], cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        path = getattr(triton.knobs.nvidia, tool).path
-        return subprocess.run([path, *arguments, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _disassembled(cubin: bytes) -> str:
-    # Data-flow analysis (of the branch stack, which this kernel does not use) takes a third of the tool's time.
-    return _run_on_cubin("nvdisasm", ["-c", "-gi", "-ndf"], cubin)
-
-
-def _nvidia_resources(compiled: Any, blocks: list[Any]) -> dict[str, Any]:
-    usage = _run_on_cubin("cuobjdump", ["--dump-resource-usage"], compiled.asm["cubin"])
-    instructions = [x for block in blocks for x in block.instructions]
-    return {
-        "registers": _number(r"\bREG:(\d+)", usage),
-        "scalar_registers": None,
-        "spills": sum(x.local for x in instructions),
-        "stack_bytes": _number(r"\bSTACK:(\d+)", usage) + _number(r"\bLOCAL:(\d+)", usage),
-        "code_bytes": 16 * len(instructions),
-    }
-
-
-def _amd_resources(assembly: str) -> dict[str, Any]:
-    return {
-        "registers": _number(r"\.vgpr_count:\s+(\d+)", assembly),
-        "scalar_registers": _number(r"\.sgpr_count:\s+(\d+)", assembly),
-        "spills": sum(_number(rf"\.{kind}gpr_spill_count:\s+(\d+)", assembly) for kind in "vs"),
-        "stack_bytes": _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
-        "code_bytes": _number(r"; codeLenInByte = (\d+)", assembly),
-    }
-
-
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"{pattern} is not in what was compiled: this Triton writes it otherwise than the audit knows")
-    return int(match[1])
+    return [problem for problem, passed in good.items() if not passed]

@@ -1,4 +1,4 @@
-"""Reads what Triton made of a kernel: control flow and memory accesses in SASS and amdgcn, offsets in Triton's IR."""
+"""Reads SASS and amdgcn: control flow, memory accesses, and which code is which branch of a kernel."""
 
 from __future__ import annotations
 
@@ -162,8 +162,9 @@ def _sass_code(opcode: str, operands: str, guarded: bool, lines: frozenset[int])
     return _Code(instruction, target[1] if target else None, not ends or conditional, ends)
 
 
-_AMDGCN_ACCESS = re.compile(r"(buffer|global|flat|scratch)_(load|store)_([a-z]*)(\d*)(?:x(\d))?")
-_AMDGCN_BYTES = {"dword": 4, "short": 2, "ushort": 2, "sshort": 2, "byte": 1, "ubyte": 1, "sbyte": 1}
+# Older targets say ushort and dwordx4, newer ones u16 and b128.
+_AMDGCN_ACCESS = re.compile(r"(buffer|global|flat|scratch)_(load|store)_(\w+)")
+_AMDGCN_SIZE = re.compile(r"(?:[us]?(byte|short)|(dword)(?:x(\d))?|(?:d16_)?(?:hi_)?[bui](\d+))(?:_|$)")
 
 
 def amdgcn_blocks(text: str, file: str) -> list[Block]:
@@ -187,58 +188,17 @@ def _amdgcn_code(opcode: str, operands: str, lines: frozenset[int]) -> _Code:
     loaded = stored = 0
     local = False
     if match := _AMDGCN_ACCESS.match(opcode):
-        space, direction, word, bits, words = match.groups()
-        if not bits and word not in _AMDGCN_BYTES:
+        space, direction, what = match.groups()
+        size = _AMDGCN_SIZE.match(what)
+        if size is None:
             raise ValueError(f"{opcode} is an access whose width the audit does not know: add it to its table")
-        # Older targets say ushort and dwordx4, newer ones u16 and b128.
-        size = int(bits) // 8 if bits else _AMDGCN_BYTES[word] * int(words or 1)
+        words = {"byte": 1, "short": 2, None: 4 * int(size[3] or 1)}
+        moved = int(size[4]) // 8 if size[4] else words[size[1]]
         local = space == "scratch"
-        loaded, stored = (0, 0) if local else (size, 0) if direction == "load" else (0, size)
+        loaded, stored = (0, 0) if local else (moved, 0) if direction == "load" else (0, moved)
     if opcode in ("s_setpc_b64", "s_swappc_b64"):
         raise ValueError(f"{opcode} {operands} goes to a computed address, which the audit cannot follow")
     jumps = opcode == "s_branch" or opcode.startswith("s_cbranch")
     ends = jumps or opcode == "s_endpgm"
     instruction = Instruction(opcode, lines, loaded=loaded, stored=stored, local=local)
     return _Code(instruction, operands if jumps else None, opcode.startswith("s_cbranch") or not ends, ends)
-
-
-_IR = re.compile(r"\s*(%\w+)(?::\d+)? = ([a-z_]+\.[a-z_]+)(.*)")
-
-
-class _Value(NamedTuple):
-    """What is known of a value in the IR, by how it came about."""
-
-    varies: bool = False  # from memory or the program's number
-    wraps: bool = False  # by 32-bit arithmetic on what varies
-    addresses: bool = False  # a pointer made from a number: one into a tensor
-
-
-def wrapping_offsets(ttir: str) -> list[str]:
-    """The values in Triton's IR that address or bound the elements of a tensor and may wrap at 2^31 elements.
-
-    Such a value comes from what is read in memory, or from the program's number, by 32-bit arithmetic: widened after
-    the product and not before, or never. Offsets within a chunk come from constants and may be 32-bit. The lines are
-    read in order, since branches side by side use the same names.
-    """
-    values: dict[str, _Value] = {}
-    found: set[str] = set()
-    for match in filter(None, map(_IR.match, ttir.splitlines())):
-        name, opcode, rest = match[1], match[2], match[3].split(" loc(")[0].rstrip()
-        operands = re.findall(r"%\w+", rest)
-        known = [values.get(operand, _Value()) for operand in operands]
-        if opcode == "tt.addptr" and known[0].addresses:
-            suspects = operands[1:]
-        else:
-            suspects = operands if opcode == "arith.cmpi" else []
-        found.update(operand for operand in suspects if values.get(operand, _Value()).wraps)
-        if opcode in ("tt.load", "tt.get_program_id"):
-            values[name] = _Value(varies=True)
-            continue
-        varies = any(value.varies for value in known)
-        narrow = opcode in ("arith.muli", "arith.addi", "arith.shli") and re.search(r"(: |x)i32>?$", rest)
-        values[name] = _Value(
-            varies,
-            any(value.wraps for value in known) or bool(narrow and varies),
-            opcode == "tt.int_to_ptr" or any(value.addresses for value in known[:1]),
-        )
-    return sorted(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import types
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ class Graph:
             torch._dynamo.mark_dynamic(t, 0)
         row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
         self._example = [row, *tensors]
-        with torch.no_grad(), torch.compiler.set_stance("default"):
+        with torch.no_grad(), torch.compiler.set_stance("default"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses what torch deprecates
             traced(row, *tensors)
         del self._example
         if self._code is None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
+    from triton_optim.explain import Explanation
+
 PIPED_WIDTH = 100
 
 
@@ -97,6 +99,25 @@ def print_step_times(console: Console, times: StepTimes) -> None:
         f"{times.tensors} tensors, {times.elements:,} parameters; {rounds} steps of each, taking turns, "
         "after a real backward pass",
     )
+
+
+def print_dispatch(console: Console, explanation: Explanation) -> None:
+    """The table of `explain`, with its two wide columns as lines under it so that it fits 100 columns."""
+    say(console, "\nWhat was dispatched where: triton_optim.explain(optimizer)", style="bold")
+    table = new_table("backend", "device", "tensors", "elements", "launches a step", "bytes a parameter")
+    for bucket in explanation:
+        table.add_row(
+            bucket.backend,
+            str(bucket.device),
+            f"{bucket.tensors:,}",
+            f"{bucket.elements:,}",
+            f"{bucket.launches:,}",
+            f"{bucket.bytes_per_parameter:g}",
+        )
+    console.print(table)
+    for bucket in explanation:
+        say(console, f"{bucket.backend}: {bucket.reason}")
+        say(console, ", ".join(f"{role} {str(dtype).removeprefix('torch.')}" for role, dtype in bucket.dtypes.items()))
 
 
 def readable_seconds(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,21 @@ class StepTimes:
     elements: int
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps torch to one CPU thread: batches this small gain nothing from more.
+
+    With more, threads that wait for one another spin; beside other programs on two cores, a training that
+    takes 8 s on one thread took 80 s on two.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def load_digits(device: torch.device) -> Digits:
     """Loads the 1797 digits with a split that is the same in every run, whatever the seed."""
     from sklearn import datasets
@@ -76,9 +92,7 @@ def load_digits(device: torch.device) -> Digits:
     labels = torch.tensor(bunch.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:TRAINING_SAMPLES], order[TRAINING_SAMPLES:]
-    return Digits(
-        images[train].to(device), labels[train].to(device), images[test].to(device), labels[test].to(device)
-    )
+    return Digits(images[train].to(device), labels[train].to(device), images[test].to(device), labels[test].to(device))
 
 
 def small_cnn(seed: int, device: torch.device) -> nn.Sequential:
@@ -125,9 +139,7 @@ def batches(digits: Digits, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield digits.train_images[chosen], digits.train_labels[chosen]
 
 
-def train(
-    build: BuildOptimizer, digits: Digits, epochs: int, seed: int, advance: Callable[[], None]
-) -> Training:
+def train(build: BuildOptimizer, digits: Digits, epochs: int, seed: int, advance: Callable[[], None]) -> Training:
     """Trains the network that `seed` gives, on the batches that `seed` gives, with a one-cycle schedule.
 
     The schedule changes lr and beta1 before every step, so a backend that compiled them in would be found

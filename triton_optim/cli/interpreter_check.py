@@ -65,9 +65,7 @@ def groups(parameters: list[Tensor]) -> list[dict[str, Any]]:
 
 def largest_difference(left: list[Tensor], right: list[Tensor]) -> float:
     """The largest absolute difference over all elements; NaN if either side has one."""
-    differences = torch.cat(
-        [(p.detach() - q.detach()).abs().flatten() for p, q in zip(left, right, strict=True)]
-    )
+    differences = torch.cat([(p.detach() - q.detach()).abs().flatten() for p, q in zip(left, right, strict=True)])
     return float(differences.max())
 
 

@@ -1,0 +1,43 @@
+"""One pytest run tests it all: with no GPU the Triton kernels run in the interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined, so before any import of it
+
+import importlib.util
+
+import pytest
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def backends() -> list:
+    """Every backend, as pytest parameters; what cannot run here says why."""
+    triton = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"))
+    return ["eager", "compiled", triton]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,156 @@
+"""Compiles the multi-tensor kernel for GPUs that need not be there, and reads what Triton and its tools say of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .triton_backend import TRITON_DTYPES
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs; see :class:`triton_optim.audit.Measurement`."""
+
+    registers: int
+    scalar_registers: int | None
+    spilled: int  # registers that the compiler says it spilled; NVIDIA's does not say
+    stack_bytes: int
+    shared_bytes: int
+
+
+def compile_kernel(
+    kernel: ModuleType,
+    rule: Any,
+    scalars: Any,
+    dtypes: Sequence[torch.dtype],
+    target: GPUTarget,
+    options: dict[str, Any],
+    aligned: bool,
+) -> Any:
+    """Triton's compiled kernel, specialised as the Triton backend does.
+
+    Args:
+        kernel: the module of the multi-tensor kernel.
+        rule, scalars: the rule and the NamedTuple type of its scalars.
+        dtypes: how each of p, g and the states is stored.
+        options: what is passed beside the kernel's arguments.
+        aligned: whether every address is a multiple of 16.
+    """
+    compute = TRITON_DTYPES[torch.float64 if dtypes[0] == torch.float64 else torch.float32]
+    constants = {
+        "RULE": rule,
+        "SCALARS": scalars,
+        "FIELDS": scalars._fields,
+        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
+        "COMPUTE": compute,
+        "CONVERT": kernel.convert,
+        "BLOCK": kernel.BLOCK,
+        "ALIGNED": aligned,
+    }
+    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}"}
+    order = [*tables, *constants]
+    source = ASTSource(
+        fn=kernel.multi_tensor,
+        signature=tables | dict.fromkeys(constants, "constexpr"),
+        constexprs={(order.index(name),): value for name, value in constants.items()},
+        # The tables are tensors that torch allocates, at multiples of 64 or more.
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tables))},
+    )
+    return triton.compile(source, target=target, options=options)
+
+
+def assembly(compiled: Any) -> str:
+    """SASS with line information, as nvdisasm prints it, or amdgcn."""
+    if "cubin" not in compiled.asm:
+        return str(compiled.asm["amdgcn"])
+    # Without data-flow analysis, which serves the branch stack of old GPUs and takes a third of the tool's time.
+    return _run_on_cubin("nvdisasm", ["-c", "-gi", "-ndf"], compiled)
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers and memory, from the metadata of the binary."""
+    if "cubin" in compiled.asm:
+        usage = _run_on_cubin("cuobjdump", ["--dump-resource-usage"], compiled)
+        registers, stack, local = (_number(rf"\b{word}:(\d+)", usage) for word in ("REG", "STACK", "LOCAL"))
+        return Resources(registers, None, 0, stack + local, compiled.metadata.shared)
+    text = compiled.asm["amdgcn"]
+    names = ("vgpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    vector, scalar, *spilled, stack = (_number(rf"\.{name}:\s+(\d+)", text) for name in names)
+    return Resources(vector, scalar, sum(spilled), stack, compiled.metadata.shared)
+
+
+def code_bytes(compiled: Any, instructions: int) -> int:
+    """The size of the kernel. `instructions`: how many it has; on NVIDIA each takes 16 bytes."""
+    if "cubin" in compiled.asm:
+        return 16 * instructions
+    return _number(r"; codeLenInByte = (\d+)", compiled.asm["amdgcn"])
+
+
+def ptx_functions(compiled: Any) -> list[str]:
+    """The PTX instructions, some of them inexact, for divisions, roots and transcendental functions."""
+    return sorted(set(re.findall(r"\b(?:div|r?sqrt|rcp|ex2|lg2|sin|cos|tanh)\.\w[.\w]*", compiled.asm.get("ptx", ""))))
+
+
+def _run_on_cubin(tool: str, arguments: list[str], compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        path = getattr(triton.knobs.nvidia, tool).path
+        return subprocess.run([path, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(
+            f"{pattern} is not in what Triton {triton.__version__} compiled: teach the audit how it says it"
+        )
+    return int(match[1])
+
+
+_IR = re.compile(r"\s*(%\w+)(?::\d+)? = ([a-z_]+\.[a-z_]+)(.*)")
+
+
+class _Value(NamedTuple):
+    """What is known of a value in the IR from how it came about."""
+
+    varies: bool = False  # read in memory, or made from that or from the program's number
+    wraps: bool = False  # made by 32-bit arithmetic on what varies
+    addresses: bool = False  # a pointer made from a number: one into a tensor
+
+
+def wrapping_offsets(ttir: str) -> list[str]:
+    """The values in Triton's IR that address or bound the elements of a tensor and may wrap at 2^31 elements.
+
+    Such a value comes from what is read in memory, or from the program's number, by 32-bit arithmetic: widened after
+    the product and not before, or never. Offsets within a chunk come from constants and may be 32-bit. The lines are
+    read in order, since branches side by side use the same names.
+    """
+    values: dict[str, _Value] = {}
+    found: set[str] = set()
+    for match in filter(None, map(_IR.match, ttir.splitlines())):
+        name, opcode, rest = match[1], match[2], match[3].split(" loc(")[0].rstrip()
+        operands = re.findall(r"%\w+", rest)
+        known = [values.get(operand, _Value()) for operand in operands]
+        if opcode == "arith.cmpi" or (opcode == "tt.addptr" and known[0].addresses):
+            found.update(operand for operand, value in zip(operands, known, strict=True) if value.wraps)
+        if opcode in ("tt.load", "tt.get_program_id"):
+            values[name] = _Value(varies=True)
+            continue
+        varies = any(value.varies for value in known)
+        narrow = opcode in ("arith.muli", "arith.addi", "arith.shli") and re.search(r"(: |x)i32>?$", rest)
+        values[name] = _Value(
+            varies,
+            any(value.wraps for value in known) or bool(narrow and varies),
+            opcode == "tt.int_to_ptr" or any(value.addresses for value in known[:1]),
+        )
+    return sorted(found)

@@ -1,0 +1,127 @@
+"""`triton-optim audit`: what every rule compiles to on every GPU, with no GPU here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..table import table
+
+if TYPE_CHECKING:
+    from ..audit import Case, Measurement
+
+HEADER = ("rule", "dtypes", "arch", "regs", "spills", "loaded/floor", "stored/floor", "bits", "instr", "code")
+LEGEND = """\
+regs    registers a thread; on gfx942, vector registers
+spills  instructions that access the stack, and registers that AMD's compiler says it spilled
+loaded, stored, bits, instr
+        of the branch for full chunks: bytes an element beside the fewest possible, width of the
+        narrowest access, instructions an element
+code    bytes of the whole kernel"""
+
+
+class AuditError(Exception):
+    """The audit cannot start; the message is one line of value, cause and fix."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--arch", metavar="NAMES", help="architectures, such as sm_90,gfx942 (default: all)")
+    parser.add_argument("--rule", metavar="NAMES", help="rules, such as adam,lion (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the audit; 0 if all is well, 1 if a case misses its bounds or the audit cannot start."""
+    try:
+        cases = chosen_cases(args)
+        from .. import audit
+
+        measured = []
+        for m in audit.audit(cases):
+            measured.append(m)
+            show_progress(len(measured), len(cases))
+    except (AuditError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    found = [audit.problems(m) for m in measured]
+    print(table(HEADER, [row(m) for m in measured]))
+    print(f"\n{LEGEND}\n")
+    if args.json is not None:
+        args.json.write_text(json.dumps(record(measured, found), indent=1) + "\n")
+        print(f"Everything measured: {args.json}")
+    for m, own in zip(measured, found, strict=True):
+        for problem in own:
+            print(f"FAILED: {m.rule}, {stored_as(m)}, {m.arch}: {problem}")
+    if any(found):
+        return 1
+    print(f"PASSED: {len(measured)} compilations within their bounds.")
+    return 0
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """The cases that the options leave.
+
+    Raises:
+        AuditError: Triton is missing, or an option names what is not there.
+    """
+    if find_spec("triton") is None:
+        raise AuditError(f"triton-optim audit needs triton: not installed in {sys.prefix}. pip install triton (Linux)")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise AuditError(f"--json {args.json}: the folder {args.json.parent} does not exist. Create it first.")
+    from .. import audit
+
+    cases = audit.every_case()
+    rules = chosen("--rule", args.rule, [rule.name for rule in audit.every_rule()])
+    archs = chosen("--arch", args.arch, list(audit.TARGETS))
+    return [case for case in cases if case.rule in rules and case.arch in archs]
+
+
+def chosen(option: str, given: str | None, known: list[str]) -> list[str]:
+    """The names that an option gives, comma-separated, or all `known` ones."""
+    names = known if given is None else [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in known:
+            raise AuditError(f"{option} {given}: the audit knows no {name!r}. Choose from {', '.join(known)}.")
+    return names
+
+
+def show_progress(done: int, of: int) -> None:
+    """Keep one line of a terminal up to date; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\rcompiled {done} of {of}", end="" if done < of else "\n", file=sys.stderr, flush=True)
+
+
+def stored_as(m: Measurement) -> str:
+    """The dtypes, and whether addresses are misaligned, in words."""
+    return m.dtypes if m.aligned else f"{m.dtypes} misaligned"
+
+
+def row(m: Measurement) -> list[str]:
+    """The cells of a measurement, under `HEADER`."""
+    moved = (f"{m.loaded:g}/{m.floor_loaded}", f"{m.stored:g}/{m.floor_stored}")
+    counts = (str(m.registers), str(m.spills), *moved, str(m.narrowest_bits))
+    return [m.rule, stored_as(m), m.arch, *counts, f"{m.instructions:.1f}", str(m.code_bytes)]
+
+
+def record(measured: list[Measurement], found: list[list[str]]) -> dict[str, object]:
+    """What ``--json`` writes."""
+    import triton
+
+    from ..audit import bound_of
+
+    return {
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
+        "cases": [
+            {**asdict(m), "bounds": bound_of(m)._asdict(), "problems": own}
+            for m, own in zip(measured, found, strict=True)
+        ],
+    }
