@@ -115,6 +115,15 @@ def torch_form(rule: Any) -> Callable[..., Any]:
     return types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__, cells)
 
 
+def apply(rule: Callable[..., Any], tensors: list[torch.Tensor], values: list[torch.Tensor], h: Any) -> None:
+    """Run a rule's torch form on `values`, and write what it returns to ``tensors`` (p, g, states) but the gradient."""
+    new = rule(*values, h)
+    # A rule may return one of its arguments; it must not change when the tensor it came from is written.
+    new = [v.clone() if any(v is old for old in values) else v for v in new]
+    for old, v in zip((tensors[0], *tensors[2:]), new, strict=True):
+        old.copy_(v)
+
+
 def _names(code: types.CodeType) -> set[str]:
     names = set(code.co_names)
     for constant in code.co_consts:

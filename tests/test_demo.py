@@ -37,9 +37,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     options = ["--epochs", "10", "--plot", str(plot), "--json", str(record)]
     finished = subprocess.run(
         [sys.executable, "-m", "triton_optim", "demo", *options],
-        env={
-            key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FORCE_COLOR")
-        },
+        env={key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FORCE_COLOR")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -84,7 +82,9 @@ def test_record_says_where_its_numbers_come_from(short_run: Run) -> None:
     assert set(times["median_seconds"]) == set(times["ratio_to_torch_fused"]) == set(times["seconds"])
     assert times["ratio_to_torch_fused"]["torch_fused"] == 1.0
     assert (times["tensors"], times["elements"]) == (10, 96_426)
-    assert record["explain"]["text"] in short_run.out
+    for backend in record["explain"]["backends"]:
+        assert backend in short_run.out
+        assert backend in record["explain"]["text"]
 
 
 @needs_extras
@@ -119,9 +119,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return captured.err
 
 
-def test_missing_extra_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)  # what Python itself reads as "not there"
     message = refused(capsys)
     assert "scikit-learn: not installed in " in message
@@ -139,15 +137,11 @@ def test_missing_extra_is_one_line(
         (("--json", "no/such/folder/demo.json"), "--json no/such/folder/demo.json: the folder"),
     ],
 )
-def test_bad_option_is_one_line(
-    options: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_option_is_one_line(options: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, *options).startswith(expected)
 
 
-def a_record(
-    torch: float = 0.98, ours: float = 0.98, interpreter: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def a_record(torch: float = 0.98, ours: float = 0.98, interpreter: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "trainings": {"torch": {"accuracy": torch}, "ours": {"accuracy": ours}},
         "settings": {"epochs": 6},

@@ -12,20 +12,30 @@ import textwrap
 
 import pytest
 import torch
-import triton_optim as to
-from test_contract import SETTINGS, assert_equal, assert_same, each_optimizer, give_grads, leaves, ours, train, values
+from test_contract import (
+    SETTINGS,
+    TRITON,
+    assert_equal,
+    assert_same,
+    each_optimizer,
+    give_grads,
+    leaves,
+    ours,
+    train,
+    values,
+)
 from torch.nn import Parameter
+
+import triton_optim as to
 
 TORCH = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "Lion": torch.optim.AdamW}
 
 
 def raised_by(action):
-    try:
+    with pytest.raises(Exception) as error:  # noqa: PT011 (which one is the question)
         action()
-    except Exception as error:
-        assert not isinstance(error, Warning), error
-        return type(error)
-    raise AssertionError("torch accepts this, so it is no case for these tests")
+    assert not isinstance(error.value, Warning)  # these are errors here
+    return error.type
 
 
 def explains(error, *parts):
@@ -68,7 +78,7 @@ HYPERPARAMETERS = [
     (ALL, {"lr": -1.5}, ["learning rate", -1.5]),
     (ALL, {"lr": NEGATIVE}, ["learning rate", -0.5]),
     (ADAMS, {"lr": float("nan")}, ["learning rate", "nan"]),
-    (ALL, {"lr": torch.tensor([0.1, 0.2])}, ["lr", "1-element"]),
+    (ALL, {"lr": torch.tensor([0.1, 0.2])}, ["1-element"]),
     (ADAMS, {"betas": (1.0, 0.9)}, ["beta parameter at index 0", 1.0]),
     (ADAMS, {"betas": (-0.25, 0.9)}, ["beta parameter at index 0", -0.25]),
     (ADAMS, {"betas": (0.9, 1.5)}, ["beta parameter at index 1", 1.5]),
@@ -195,42 +205,42 @@ def test_parameter_that_is_not_floating_point(name, dtype, device):
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["tirton", "cuda", ""])
-def test_unknown_backend(name, backend, device):
-    with pytest.raises(ValueError) as error:
-        getattr(to, name)(leaves(device), backend=backend)
-    explains(error, "backend", repr(backend), "auto", "triton", "compiled", "eager")
+@pytest.mark.parametrize("unknown", ["tirton", "cuda", ""])
+def test_unknown_backend(name, unknown, device):
+    with pytest.raises(ValueError, match="backend") as error:
+        getattr(to, name)(leaves(device), backend=unknown)
+    explains(error, repr(unknown), "auto", "triton", "compiled", "eager")
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", [None, 3, ["eager"]])
-def test_backend_that_is_no_string(name, backend, device):
+@pytest.mark.parametrize("unknown", [None, 3, ["eager"]], ids=repr)
+def test_backend_that_is_no_string(name, unknown, device):
     with pytest.raises((ValueError, TypeError)) as error:
-        getattr(to, name)(leaves(device), backend=backend)
-    explains(error, "backend", repr(backend))
+        getattr(to, name)(leaves(device), backend=unknown)
+    explains(error, "backend", repr(unknown))
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["compiled", "triton"])
-def test_pinned_backend_that_cannot_be_differentiable(name, backend, device):
+@pytest.mark.parametrize("pinned", ["compiled", pytest.param("triton", marks=TRITON)])
+def test_pinned_backend_that_cannot_be_differentiable(name, pinned, device):
     """torch: `fused` with `differentiable` is a RuntimeError."""
     expected = raised_by(lambda: TORCH[name](leaves(device), fused=True, differentiable=True))
     params = leaves(device)
     give_grads(0, params)
     with pytest.raises(expected) as error:
-        ours(name, params, backend, differentiable=True).step()
-    explains(error, backend, "differentiable")
+        ours(name, params, pinned, differentiable=True).step()
+    explains(error, pinned, "differentiable")
     assert_equal(params, leaves(device))
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["compiled", "triton"])
-def test_pinned_backend_and_complex_parameters(name, backend, device):
+@pytest.mark.parametrize("pinned", ["compiled", pytest.param("triton", marks=TRITON)])
+def test_pinned_backend_and_complex_parameters(name, pinned, device):
     params = leaves(device, torch.complex64)
     give_grads(0, params)
     with pytest.raises(RuntimeError) as error:
-        ours(name, params, backend).step()
-    explains(error, backend, "complex64")
+        ours(name, params, pinned).step()
+    explains(error, pinned, "complex64")
     assert_equal(params, leaves(device, torch.complex64))
 
 
@@ -267,14 +277,16 @@ def test_pinned_backend_that_this_machine_lacks(tmp_path):
     # An empty PATH has no compiler, and an empty cache nothing that an earlier one made.
     environment |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     script = textwrap.dedent(WITHOUT_INTERPRETER_OR_COMPILER)
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     for name in SETTINGS:
         triton = next(line for line in lines if line.startswith(f"{name} triton raised"))
         compiled = next(line for line in lines if line.startswith(f"{name} compiled raised"))
-        assert "cpu" in triton and "GPU" in triton and "leave backend out" in triton.lower()
-        assert "compiler" in compiled and "leave backend out" in compiled.lower()
+        for message, parts in ((triton, ("cpu", "GPU")), (compiled, ("compiler",))):
+            assert all(part in message for part in parts), message
+            assert "leave backend out" in message.lower()
         assert f"{name} auto ran True" in lines
 
 
@@ -288,7 +300,6 @@ def replaced(p, data):
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton"])
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
 def test_trap_9_gradient_of_another_shape(name, backend, started, device):
     """torch has then stepped the parameters before it. Ours checks the whole list before the first write."""
@@ -309,13 +320,12 @@ def test_trap_9_gradient_of_another_shape(name, backend, started, device):
     params, opt = build(lambda groups: ours(name, groups, backend))
     with Unchanged(opt), pytest.raises(expected) as error:
         opt.step()
-    explains(error, "(2, 3, 2)", "(7,)")
+    explains(error, "parameter 4", "2, 3, 2", "7")
     give_grads(2, params)
     opt.step()  # and it goes on once the gradient fits
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["eager", "compiled", "triton"])
 def test_gradient_that_would_only_broadcast(name, backend, device):
     """torch's for-loop stretches it, its fused kernel reads past its end. Refused here, as any other misfit."""
     params = leaves(device)
@@ -326,16 +336,12 @@ def test_gradient_that_would_only_broadcast(name, backend, device):
     params[1].data = torch.ones(5, device=device)
     with Unchanged(opt), pytest.raises(RuntimeError) as error:
         opt.step()
-    explains(error, "(1,)", "(5,)")
+    explains(error, "parameter 1", "1", "5")
 
 
 @pytest.mark.gpu
 @each_optimizer
-@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_gradient_on_another_device(name, backend, device):
-    if device == "cpu":
-        pytest.skip("a parameter and its gradient apart need two devices")
-
     def build(make):
         params = leaves("cpu")
         give_grads(0, params)
@@ -350,7 +356,7 @@ def test_gradient_on_another_device(name, backend, device):
     opt = build(lambda params: ours(name, params, backend))
     with Unchanged(opt), pytest.raises(expected) as error:
         opt.step()
-    explains(error, "cpu", device)
+    explains(error, "cpu", device.type)
 
 
 def sparse(p):
@@ -359,7 +365,6 @@ def sparse(p):
 
 
 @pytest.mark.parametrize("name", ADAMS)
-@pytest.mark.parametrize("backend", ["auto", "eager", "compiled", "triton"])
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
 def test_trap_8_sparse_gradient(name, backend, started, device):
     def build(make):
@@ -379,12 +384,12 @@ def test_trap_8_sparse_gradient(name, backend, started, device):
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_trap_8_sgd_takes_sparse_gradients_as_torchs_does(settings, backend, device):
+@pytest.mark.parametrize("unpinned", ["auto", "eager"])
+def test_trap_8_sgd_takes_sparse_gradients_as_torchs_does(settings, unpinned, device):
     """Embedding(sparse=True) with SGD is a documented pair."""
     settings = {"lr": 0.1} | settings
     params, theirs = leaves(device), leaves(device)
-    opt, torchs = to.SGD(params, **settings, backend=backend), torch.optim.SGD(theirs, **settings, foreach=False)
+    opt, torchs = to.SGD(params, **settings, backend=unpinned), torch.optim.SGD(theirs, **settings, foreach=False)
     for step in range(3):
         give_grads(step, params, theirs)
         for p in (params[0], theirs[0]):
@@ -395,16 +400,16 @@ def test_trap_8_sgd_takes_sparse_gradients_as_torchs_does(settings, backend, dev
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["compiled", "triton"])
-def test_trap_8_pinned_backend_refuses_a_sparse_gradient_of_sgd(backend, device):
+@pytest.mark.parametrize("pinned", ["compiled", pytest.param("triton", marks=TRITON)])
+def test_trap_8_pinned_backend_refuses_a_sparse_gradient_of_sgd(pinned, device):
     """A pinned backend never falls back."""
     params = leaves(device)
-    opt = to.SGD(params, lr=0.1, backend=backend)
+    opt = to.SGD(params, lr=0.1, backend=pinned)
     give_grads(0, params)
     params[0].grad = sparse(params[0])
     with Unchanged(opt), pytest.raises(RuntimeError) as error:
         opt.step()
-    explains(error, "sparse", backend)
+    explains(error, "sparse", pinned)
 
 
 # State dicts of something else
@@ -501,7 +506,6 @@ def test_state_dict_of_another_optimizer(saver, loader, momentum, device):
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_state_of_another_shape(name, backend, device):
     """The same number of parameters, of another model. A kernel would read past the end of these states."""
     source = leaves(device, shapes=((4, 2), (5,), (), (0,), (2, 3, 2)))
@@ -521,11 +525,10 @@ def test_state_of_another_shape(name, backend, device):
     opt = build(lambda params: ours(name, params, backend))
     with Unchanged(opt), pytest.raises(expected) as error:
         load_and_step(opt, saved)
-    explains(error, "(4, 2)", "(4, 3)")
+    explains(error, "parameter 0", "4, 2", "4, 3")
 
 
 @each_optimizer
-@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_state_of_another_shape_put_there_by_hand(name, backend, device):
     params = leaves(device)
     opt = ours(name, params, backend)
@@ -535,7 +538,7 @@ def test_state_of_another_shape_put_there_by_hand(name, backend, device):
     give_grads(1, params)
     with Unchanged(opt), pytest.raises(RuntimeError) as error:
         opt.step()
-    explains(error, key, "(4, 2)", "(4, 3)")
+    explains(error, key, "parameter 0", "4, 2", "4, 3")
 
 
 @each_optimizer

@@ -6,15 +6,12 @@ an element are moved beside the fewest possible, by accesses of which width, wit
 
 from __future__ import annotations
 
-import inspect
 import multiprocessing
 import os
-from ast import Call, Constant, parse, walk
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,7 +21,7 @@ from triton.runtime import JITFunction
 
 import triton_optim
 
-from .audit_assembly import amdgcn_blocks, branch_of_call, sass_blocks
+from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
@@ -220,11 +217,10 @@ def measure(
     """
     target, options, stored_as = TARGETS[arch], launch_options(kernel), role_dtypes(rule, dtypes)
     compiled = compile_kernel(kernel, rule.rule, rule.scalars, stored_as, target, options, aligned)
-    blocks_of = sass_blocks if target.backend == "cuda" else amdgcn_blocks
-    blocks = blocks_of(assembly(compiled), Path(inspect.getsourcefile(kernel.multi_tensor.fn) or "").name)
+    blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(assembly(compiled))
     instructions = [x for block in blocks for x in block.instructions]
-    branch = branch_of_call(blocks, unmasked_call(kernel))
-    widths = [8 * (x.loaded + x.stored) for x in branch.accesses]
+    branch = full_chunk_branch(blocks)
+    widths = [8 * x.moved for x in branch.accesses]
     elements = kernel.BLOCK / (options["num_warps"] * target.warp_size)  # a thread
     sizes = [dtype.itemsize for dtype in stored_as]
     need = resources(compiled)
@@ -263,16 +259,6 @@ def measure(
 def launch_options(kernel: ModuleType = multi_tensor) -> dict[str, Any]:
     """What the Triton backend passes beside the kernel's own arguments."""
     return {"num_warps": kernel.NUM_WARPS, "enable_fp_fusion": True}
-
-
-def unmasked_call(kernel: ModuleType = multi_tensor) -> int:
-    """The line of the kernel's file where it calls its full-chunk branch: the call that gives None for a mask."""
-    lines, first = inspect.getsourcelines(kernel.multi_tensor.fn)
-    calls = [node for node in walk(parse("".join(lines))) if isinstance(node, Call)]
-    unmasked = [call for call in calls if any(isinstance(a, Constant) and a.value is None for a in call.args)]
-    if len(unmasked) != 1:
-        raise ValueError(f"the kernel has {len(unmasked)} calls with the argument None; the audit looks for exactly 1")
-    return first + unmasked[0].lineno - 1
 
 
 def bound_of(m: Measurement) -> Bound:

@@ -11,18 +11,21 @@ class Instruction(NamedTuple):
     """One machine instruction.
 
     Attributes:
-        lines: lines of the kernel's file that it was made from: its own and those it was inlined at.
         guarded: whether a predicate may skip it.
         loaded, stored: bytes of global memory that one thread loads or stores with it.
         local: whether it moves a register to or from the stack.
     """
 
     opcode: str
-    lines: frozenset[int]
     guarded: bool = False
     loaded: int = 0
     stored: int = 0
     local: bool = False
+
+    @property
+    def moved(self) -> int:
+        """Bytes of global memory that one thread moves with it."""
+        return self.loaded + self.stored
 
 
 class Block(NamedTuple):
@@ -33,54 +36,80 @@ class Block(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """The code of one inlined call: its instructions and those of them that access global memory."""
+    """The code of one branch: its instructions, and those of them that access global memory."""
 
     instructions: list[Instruction]
     accesses: list[Instruction]
 
 
-def branch_of_call(blocks: list[Block], line: int) -> Branch:
-    """The code that runs for the call on `line` of the kernel's file, found from control flow and line information.
+def full_chunk_branch(blocks: list[Block]) -> Branch:
+    """The code that updates a full chunk, without masks, found from the control flow alone.
 
-    The call's accesses are the loads and stores whose chain of inlining goes through `line`. Its code is every block
-    that lies between two of them: that an access can reach and that can reach an access. So tests and address tables
-    before the call are not part of it, nor is the other branch; the slow paths of a division that branch off and come
-    back are, but not the subroutines which these call.
+    The kernel stores nothing but what it updates, and decides by one test whether a chunk is full. So the block with
+    the test is the last one that every way to every store passes (their nearest common dominator), and two of the
+    blocks that it is the immediate dominator of lead on to stores: the sides of the test. Each side is its blocks from
+    the first access of global memory to the last: those that lie between two accesses. What comes before the test, the
+    reading of tables, belongs to neither, nor do subroutines such as the slow path of a division.
+
+    Both sides do the same work and one also computes masks: the full chunk's is the one of fewer instructions. Were
+    the masked one taken for it, its guarded and narrow accesses would fail the audit, not pass it.
 
     Raises:
-        ValueError: no access comes from that line.
+        ValueError: the stores do not lie on two sides of a test.
     """
-    seeds = {i for i, block in enumerate(blocks) if any(map(_accesses, _made_from(block.instructions, line)))}
-    if not seeds:
-        raise ValueError(
-            f"no load or store is made from line {line} of the kernel. Its artefact may lack line information: unset "
-            "TRITON_DISABLE_LINE_INFO and empty Triton's cache."
-        )
+    dominators = _dominators(blocks)
+    storing = {i for i, block in enumerate(blocks) if dominators[i] and any(x.stored for x in block.instructions)}
+    shared = set.intersection(*(dominators[i] - {i} for i in storing)) if storing else set()
+    test = max(shared, key=lambda i: len(dominators[i]), default=None)
+    sides = []
+    for i, own in enumerate(dominators):
+        side = {j for j, above in enumerate(dominators) if i in above}
+        if test is not None and own - {i} == dominators[test] and storing & side:
+            sides.append(_from_first_access_to_last(blocks, side))
+    if len(sides) != 2:
+        raise ValueError(f"the kernel's stores lie on {len(sides)} sides of a test, and the audit can read 2 of them")
+    return min(sides, key=lambda side: len(side.instructions))
+
+
+def _from_first_access_to_last(blocks: list[Block], side: set[int]) -> Branch:
+    forward = [[j for j in block.successors if j in side] for block in blocks]
     backward: list[list[int]] = [[] for _ in blocks]
-    for i, block in enumerate(blocks):
-        for successor in block.successors:
-            backward[successor].append(i)
-    between = _reached(seeds, [block.successors for block in blocks]) & _reached(seeds, backward)
+    for i in side:
+        for j in forward[i]:
+            backward[j].append(i)
+    ends = {i for i in side if any(x.moved for x in blocks[i].instructions)}
+    between = _reached(ends, forward) & _reached(ends, backward)
     instructions = [x for i in sorted(between) for x in blocks[i].instructions]
-    return Branch(instructions, [x for x in _made_from(instructions, line) if _accesses(x)])
+    return Branch(instructions, [x for x in instructions if x.moved])
 
 
-def _accesses(instruction: Instruction) -> bool:
-    return instruction.loaded + instruction.stored > 0
-
-
-def _made_from(instructions: Iterable[Instruction], line: int) -> Iterator[Instruction]:
-    return (x for x in instructions if line in x.lines)
-
-
-def _reached(seeds: set[int], edges: list[list[int]]) -> set[int]:
-    found, waiting = set(seeds), list(seeds)
+def _reached(starts: set[int], edges: list[list[int]]) -> set[int]:
+    found, waiting = set(starts), list(starts)
     while waiting:
         for i in edges[waiting.pop()]:
             if i not in found:
                 found.add(i)
                 waiting.append(i)
     return found
+
+
+def _dominators(blocks: list[Block]) -> list[set[int]]:
+    """For each block the blocks that every way to it from the first one passes, itself among them; {} if none leads."""
+    reachable = _reached({0}, [block.successors for block in blocks])
+    before: list[list[int]] = [[] for _ in blocks]
+    for i in reachable:
+        for j in blocks[i].successors:
+            before[j].append(i)
+    dominators = [set(reachable) if i in reachable else set() for i in range(len(blocks))]
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for i in sorted(reachable - {0}):
+            own = {i} | set.intersection(*(dominators[j] for j in before[i]))
+            changed |= own != dominators[i]
+            dominators[i] = own
+    return dominators
 
 
 class _Code(NamedTuple):
@@ -119,35 +148,25 @@ _SASS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
-def sass_blocks(text: str, file: str) -> list[Block]:
-    """Basic blocks of what ``nvdisasm -c -gi`` prints; `file` ends the path of the kernel's file."""
-    return _blocks(_sass(text, file))
+def sass_blocks(text: str) -> list[Block]:
+    """Basic blocks of what ``nvdisasm -c`` prints."""
+    return _blocks(_sass(text))
 
 
-def _sass(text: str, file: str) -> Iterator[_Code | str]:
-    lines: frozenset[int] = frozenset()
-    noted = False
+def _sass(text: str) -> Iterator[_Code | str]:
     for row in text.splitlines():
-        if row.lstrip().startswith("//##"):
-            # One note may span rows; the instructions up to the next note share it.
-            own = {int(line) for path, line in re.findall(r'"([^"]+)", line (\d+)', row) if path.endswith(file)}
-            lines = lines | own if noted else frozenset(own)
-            noted = True
-            continue
         if match := _SASS.match(row):
-            noted = False
             guard, opcode, operands = match.groups()
-            yield _sass_code(opcode, operands.strip(), guard is not None, lines)
+            yield _sass_code(opcode, operands.strip(), guard is not None)
         elif label := re.match(r"(\.L_\w+):", row):
             yield label[1]
 
 
-def _sass_code(opcode: str, operands: str, guarded: bool, lines: frozenset[int]) -> _Code:
+def _sass_code(opcode: str, operands: str, guarded: bool) -> _Code:
     name, *modifiers = opcode.split(".")
     size = next((_SASS_BYTES[m] for m in modifiers if m in _SASS_BYTES), 4)
     instruction = Instruction(
         opcode,
-        lines,
         guarded,
         loaded=size if name in ("LDG", "LD") else 0,
         stored=size if name in ("STG", "ST") else 0,
@@ -167,24 +186,21 @@ _AMDGCN_ACCESS = re.compile(r"(buffer|global|flat|scratch)_(load|store)_(\w+)")
 _AMDGCN_SIZE = re.compile(r"(?:[us]?(byte|short)|(dword)(?:x(\d))?|(?:d16_)?(?:hi_)?[bui](\d+))(?:_|$)")
 
 
-def amdgcn_blocks(text: str, file: str) -> list[Block]:
-    """Basic blocks of amdgcn assembly; `file` is the name of the kernel's file."""
-    return _blocks(_amdgcn(text, file))
+def amdgcn_blocks(text: str) -> list[Block]:
+    """Basic blocks of amdgcn assembly."""
+    return _blocks(_amdgcn(text))
 
 
-def _amdgcn(text: str, file: str) -> Iterator[_Code | str]:
-    lines: frozenset[int] = frozenset()
+def _amdgcn(text: str) -> Iterator[_Code | str]:
     for row in text.split(".Lfunc_end", 1)[0].splitlines():
-        code, _, comment = row.partition(";")
-        if code.startswith("\t.loc"):
-            lines = frozenset(int(line) for line in re.findall(rf"\b{re.escape(file)}:(\d+)", comment))
-        elif label := re.match(r"(\.?\w+):", code):
+        code = row.split(";", 1)[0]
+        if label := re.match(r"(\.?\w+):", code):
             yield label[1]
         elif match := re.match(r"\t([a-z]\w*)\s*(.*)", code):
-            yield _amdgcn_code(match[1], match[2].strip(), lines)
+            yield _amdgcn_code(match[1], match[2].strip())
 
 
-def _amdgcn_code(opcode: str, operands: str, lines: frozenset[int]) -> _Code:
+def _amdgcn_code(opcode: str, operands: str) -> _Code:
     loaded = stored = 0
     local = False
     if match := _AMDGCN_ACCESS.match(opcode):
@@ -200,5 +216,5 @@ def _amdgcn_code(opcode: str, operands: str, lines: frozenset[int]) -> _Code:
         raise ValueError(f"{opcode} {operands} goes to a computed address, which the audit cannot follow")
     jumps = opcode == "s_branch" or opcode.startswith("s_cbranch")
     ends = jumps or opcode == "s_endpgm"
-    instruction = Instruction(opcode, lines, loaded=loaded, stored=stored, local=local)
+    instruction = Instruction(opcode, loaded=loaded, stored=stored, local=local)
     return _Code(instruction, operands if jumps else None, opcode.startswith("s_cbranch") or not ends, ends)

@@ -69,11 +69,11 @@ def compile_kernel(
 
 
 def assembly(compiled: Any) -> str:
-    """SASS with line information, as nvdisasm prints it, or amdgcn."""
+    """SASS, as nvdisasm prints it, or amdgcn."""
     if "cubin" not in compiled.asm:
         return str(compiled.asm["amdgcn"])
     # Without data-flow analysis, which serves the branch stack of old GPUs and takes a third of the tool's time.
-    return _run_on_cubin("nvdisasm", ["-c", "-gi", "-ndf"], compiled)
+    return _run_on_cubin("nvdisasm", ["-c", "-ndf"], compiled)
 
 
 def resources(compiled: Any) -> Resources:

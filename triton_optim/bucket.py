@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -111,6 +111,7 @@ class Bucket(ABC):
         self.sharded = any(is_sharded(m.p) for m in members)
         self.held = [local(m.p).detach() for m in members]  # so that no other tensor can take their addresses
         self.addresses = [t.data_ptr() for t in self.held]
+        self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
         self._indices = [m.index for m in members]
         self._guards: Any = None
@@ -170,8 +171,9 @@ class Bucket(ABC):
                 self.row_of[i] = row
         self.regrouped = True
         names = [*self.key.variant.state_names] + ["step"] * ("step" in self.members[0].state)
-        dicts = [m.state for m in self.members]
-        self._known = [(itemgetter(name), dicts, [d[name] for d in dicts]) for name in names]
+        self._state_tensors = [(itemgetter(name), [m.state for m in self.members]) for name in names]
+        self._state_held = [self._state_column(*column) for column in self._state_tensors]
+        self._state_addresses = [list(map(Tensor.data_ptr, column)) for column in self._state_held]
 
     def _counts(self) -> list[int]:
         counts = [m.count for m in self.members]
@@ -212,25 +214,33 @@ class Bucket(ABC):
 
     # Fitting.
 
+    def _state_column(self, get: Any, states: list[dict[str, Any]]) -> list[Tensor]:
+        column = map(get, states)
+        return [local(s) for s in column] if self.sharded else list(column)
+
     def fits(self, gradients: list[Tensor | None]) -> bool:
         """Whether the bucket can run with these gradients; it keeps them, in the parameters' layout, for the step."""
-        values = [local(m.p) for m in self.members] if self.sharded else [m.p for m in self.members]
-        if [v.data_ptr() for v in values] != self.addresses:
+        values = [local(m.p) for m in self.members] if self.sharded else self._params
+        if list(map(Tensor.data_ptr, values)) != self.addresses:
             return False
-        if not all(all(map(is_, map(get, dicts), known)) for get, dicts, known in self._known):
-            return False
+        # Addresses, not identity: code that moves an optimizer to another device and back sets `state.data`.
+        for column, addresses in zip(self._state_tensors, self._state_addresses, strict=True):
+            if list(map(Tensor.data_ptr, self._state_column(*column))) != addresses:
+                return False
         own = [gradients[i] for i in self._indices]
         if self.sharded:
             own = [g if g is None else local_gradient(m.p, g) for m, g in zip(self.members, own, strict=True)]
         try:
-            ready = self._guards is not None and self._guards.check(*own)
+            ready = self._guards is not None and self._guards.check(*values, *own)
         except TypeError:  # one is None
             ready = False
-        return self.accept(own) if ready else self._examine(own)
+        return self.accept(own) if ready else self._examine(values, own)
 
-    def _examine(self, own: list[Tensor | None]) -> bool:
+    def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
         as_they_are = True
-        for i, (value, g) in enumerate(zip(self.held, own, strict=True)):
+        for i, (value, held, g) in enumerate(zip(values, self.held, own, strict=True)):
+            if value.shape != held.shape or value.stride() != held.stride() or value.dtype != held.dtype:
+                return False
             if g is None:
                 as_they_are = False
                 continue
@@ -238,15 +248,18 @@ class Bucket(ABC):
                 return False
             if g.shape != value.shape:
                 return False
-            if self.keeps_layout and not same_layout(g, value):
-                own[i] = in_layout_of(value, g)
+            plain = g.resolve_neg().resolve_conj()
+            if self.keeps_layout and not same_layout(plain, value):
+                plain = in_layout_of(value, plain)
+            if plain is not g:
+                own[i] = plain
                 as_they_are = False
         if as_they_are and TensorGuards is not None:
-            examples: list[Any] = own
+            examples: list[Any] = [*values, *own]
             self._guards = TensorGuards(
                 *examples,
-                dynamic_dims_sizes=[list(g.shape) for g in examples],
-                dynamic_dims_strides=[list(g.stride()) for g in examples],
+                dynamic_dims_sizes=[list(t.shape) for t in examples],
+                dynamic_dims_strides=[list(t.stride()) for t in examples],
             )
         return self.accept(own)
 

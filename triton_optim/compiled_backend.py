@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Key, Member, Row, row_for, table_of
-from .kernels.language import torch_form
+from .kernels.language import apply, torch_form
 from .layout import flat, is_sharded
 
 if TYPE_CHECKING:
@@ -36,12 +36,10 @@ EXAMPLE = 1 << 20
 
 def update(rule: Callable[..., Any], scalars: Any, compute: torch.dtype, row: Tensor, *tensors: Tensor) -> None:
     """What torch.compile compiles: the rule on whole flat tensors, writing parameter and states in place."""
-    p, g, *states = tensors
     factor, *h = row.unbind()
     values = [t.to(compute) for t in tensors]
-    new = rule(values[0], values[1] * factor, *values[2:], scalars(*h))
-    for old, value in zip((p, *states), new, strict=True):
-        old.copy_(value)
+    values[1] = values[1] * factor
+    apply(rule, list(tensors), values, scalars(*h))
 
 
 class Graph:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bucket import Bucket, Key, Member, Row, row_for
-from .kernels.language import torch_form
+from .kernels.language import apply, torch_form
 from .layout import local
 
 if TYPE_CHECKING:
@@ -41,15 +41,12 @@ def update(key: Key, tensors: list[Tensor], row: Row) -> None:
     """One parameter's step in torch operations, in place."""
     if tensors[0].is_complex():
         tensors = [torch.view_as_real(t) for t in tensors]
-    p, g, *states = tensors
     # A rule may hand its argument to autograd, which must not see it change afterwards.
     values = [t.clone() for t in tensors] if key.differentiable else tensors
     values = [t.to(key.compute) for t in values]
     if row.factor != 1:
         values[1] = values[1] * row.factor
-    new = torch_form(key.variant.rule)(*values, row.h)
-    for old, value in zip((p, *states), new, strict=True):
-        old.copy_(value)
+    apply(torch_form(key.variant.rule), tensors, values, row.h)
 
 
 def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:

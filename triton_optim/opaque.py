@@ -35,7 +35,17 @@ def step(params: list[Tensor], gradients: list[Tensor], indices: list[int], hand
     present: list[Tensor | None] = [None] * len(optimizer._flat)
     for i, g in zip(indices, gradients, strict=True):
         present[i] = g
-    optimizer.update(present)
+    # A compiler that could not prove the mutation safe passes copies, and keeps the parameters for who reads them later.
+    pairs = [(optimizer._flat[i], p) for i, p in zip(indices, params, strict=True)]
+    copies = [(own, p) for own, p in pairs if own.data_ptr() != p.data_ptr()]
+    kept = [own.detach().clone() for own, _ in copies]
+    with torch.no_grad():
+        for own, p in copies:
+            own.copy_(p)
+        optimizer.update(present)
+        for (own, p), before in zip(copies, kept, strict=True):
+            p.copy_(own)
+            own.copy_(before)
 
 
 @step.register_fake

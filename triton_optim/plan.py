@@ -105,8 +105,14 @@ def entries_of(
     for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
         state = optimizer.state[p] if p in optimizer.state else {}
         names = optimizer.variant(optimizer.param_groups[group]).state_names
-        if g is None and not every and not (names and all(isinstance(state.get(n), Tensor) for n in names)):
+        kept = [*names] + ["step"] * optimizer.counts_steps
+        if g is None and not every and any(state.get(name) is None for name in kept):
             continue
+        if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "
+                "elements share memory and cannot be updated one by one. Make it a parameter of its own (p.clone())."
+            )
         present = local(p) if g is None else checked_gradient(optimizer, index, p, g)
         states = []
         for name in names:
@@ -164,7 +170,8 @@ class Plan:
         """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run."""
         rows = [bucket.next_rows() for bucket in self.buckets]
         for bucket, own in zip(self.buckets, rows, strict=True):
-            bucket.run(own)
+            if any(row is not None for row in own):
+                bucket.run(own)
         for bucket in self.buckets:
             bucket.commit()
 

@@ -84,4 +84,5 @@ class TritonBucket(Bucket):
             with torch.get_device_module(self.key.device).device(self.key.device):
                 launch(len(self.chunks), tables, constants)
         # The kernel writes behind autograd's back; a graph that saved a parameter must still notice.
-        torch.autograd.graph.increment_version(self.held)
+        written = zip(self.held, self.gradients, strict=True)
+        torch.autograd.graph.increment_version([value for value, g in written if g is not None])

@@ -1,0 +1,94 @@
+"""What every benchmark module shares: where it runs, how long it waits for others, and where its answers go.
+
+pytest benchmarks                      # measure and print
+pytest benchmarks --results DIR        # and write one JSON file a module
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
+if not HAS_GPU:
+    # Host time and launches of the Triton backend are measured on CPU tensors. Triton reads this when a kernel is
+    # defined. The compiled backend uses no Triton on a CPU; processes started from here do not inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from harness import Measurement, Record, write_records
+
+RECORDS = pytest.StashKey[list[Record]]()
+LONGEST_SECONDS = 3600  # a test waits for a quiet machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("triton-optim benchmarks")
+    group.addoption("--results", type=Path, help="folder for one JSON file a module; nothing is written without it")
+    group.addoption(
+        "--patience",
+        type=float,
+        default=300.0,
+        help="seconds a measurement may wait for other programs and repeat what they disturbed (default 300)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDS] = []
+    # Warnings are errors, so that nothing measured has fallen back to another backend; these two are not ours.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
+    config.addinivalue_line("filterwarnings", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.timeout(LONGEST_SECONDS))
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def patience(request: pytest.FixtureRequest) -> float:
+    return request.config.getoption("patience")
+
+
+@pytest.fixture
+def answer(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``answer(case, text, figures, value=, target=, measurement=)`` records and prints what was found."""
+    question = request.path.stem.removeprefix("test_")
+
+    def answer(
+        case: str,
+        text: str,
+        figures: dict,
+        *,
+        value: float | None = None,
+        target: float | None = None,
+        measurement: Measurement | None = None,
+    ) -> None:
+        record = Record(question, case, text, figures, value, target, measurement)
+        request.config.stash[RECORDS].append(record)
+        if "benchmark" in request.fixturenames:
+            request.getfixturevalue("benchmark").extra_info.update(figures, target=target, met=record.met)
+
+    return answer
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    records = config.stash[RECORDS]
+    if not records:
+        return
+    terminalreporter.section("answers")
+    for record in records:
+        terminalreporter.write_line(f"{record.question}: {record.line()}")
+    if folder := config.getoption("results"):
+        device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+        for path in write_records(folder, records, device):
+            terminalreporter.write_line(f"wrote {path}")

@@ -1,0 +1,274 @@
+"""Timing on a machine that others use too: sides take turns, and rounds that were disturbed are run again.
+
+A *run* is one call of a side. In a *pass* every side runs once, in random order; a *round* is as many passes as it takes
+to see what else the machine did meanwhile. The ratio of two sides is that of their medians over all kept runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triton_optim.cli.demo_record import provenance
+
+ROUND_SECONDS = 0.6  # /proc/stat counts in ticks of 10 ms: shorter, and their rounding looks like load
+FOREIGN_LIMIT = 0.05  # of all cores
+WAIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is timed. `prepare` is called before every run, outside the time."""
+
+    name: str
+    run: Callable[[], Any]
+    prepare: Callable[[], Any] | None = None
+
+
+class Load:
+    """CPU time that other programs use. `since_start` is None where there is no /proc/stat."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.busy, self.own = _busy_seconds(), _own_seconds()
+
+    def since_start(self) -> float | None:
+        """Cores in use by others, on average since this object was made."""
+        busy, wall = _busy_seconds(), time.perf_counter() - self.start
+        if busy is None or self.busy is None:
+            return None
+        return max(0.0, (busy - self.busy - (_own_seconds() - self.own)) / wall)
+
+
+def _busy_seconds() -> float | None:
+    """CPU time of the whole machine. Time stolen by the hypervisor counts: it was not ours."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    except OSError:
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+class Patience:
+    """Time that may be spent waiting for others and repeating what they disturbed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> bool:
+        return time.monotonic() < self.end
+
+    def wait_until_quiet(self) -> None:
+        """Return once nobody else uses the machine, or no time is left."""
+        while self.left():
+            load = Load()
+            time.sleep(WAIT_SECONDS)
+            if is_quiet(load.since_start()):
+                return
+
+
+def is_quiet(foreign: float | None) -> bool:
+    return foreign is None or foreign <= FOREIGN_LIMIT * (os.cpu_count() or 1)
+
+
+@dataclass
+class Measurement:
+    """Seconds a run, by side, a list for each kept round."""
+
+    rounds: list[dict[str, list[float]]] = field(default_factory=list)
+    foreign: list[float] = field(default_factory=list)  # cores busy with other programs in each kept round
+    repeated: int = 0  # rounds thrown away
+    disturbed: int = 0  # rounds kept although others were busy, because patience ran out
+
+    def samples(self, side: str) -> list[float]:
+        return [sample for one in self.rounds for sample in one[side]]
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.samples(side))
+
+    def ratio(self, side: str, peer: str) -> float:
+        """Median of `side` over the median of `peer`."""
+        return self.median(side) / self.median(peer)
+
+    def ratio_range(self, side: str, peer: str) -> tuple[float, float]:
+        """Lowest and highest ratio of a single round."""
+        ratios = [statistics.median(one[side]) / statistics.median(one[peer]) for one in self.rounds]
+        return min(ratios), max(ratios)
+
+    def take(self, times: dict[str, list[float]], foreign: float | None, limit: Patience) -> None:
+        """Keep a round unless it was disturbed and there is time to repeat it."""
+        if not is_quiet(foreign):
+            if limit.left():
+                self.repeated += 1
+                return
+            self.disturbed += 1
+        self.rounds.append(times)
+        if foreign is not None:
+            self.foreign.append(foreign)
+
+    def quality(self) -> str:
+        """How far to trust it, in words."""
+        if not self.foreign:
+            return f"{len(self.rounds)} rounds"
+        text = f"{len(self.rounds)} rounds, {self.repeated} repeated, others used {max(self.foreign):.2f} cores at most"
+        return f"{text}; {self.disturbed} DISTURBED" if self.disturbed else text
+
+
+def measure(
+    sides: Sequence[Side],
+    patience: float,
+    *,
+    device: torch.device | str = "cpu",
+    rounds: int = 10,
+    inner: int = 1,
+    warmup: int = 2,
+) -> Measurement:
+    """Time the sides in turns.
+
+    Args:
+        sides: what to time.
+        patience: seconds to spend beyond the rounds themselves, waiting for others and repeating disturbed rounds.
+        device: on a GPU, time is taken by its events.
+        rounds: how many undisturbed rounds to keep.
+        inner: calls a run. On a GPU several in a row let the host run ahead, so that the device alone is timed.
+        warmup: passes before the first round.
+    """
+    clock = _event_seconds if torch.device(device).type != "cpu" else _wall_seconds
+    shuffle = random.Random(0).shuffle
+    order = list(sides)
+
+    def one_pass(times: dict[str, list[float]]) -> None:
+        shuffle(order)
+        for side in order:
+            if side.prepare is not None:
+                side.prepare()
+            times[side.name].append(clock(side.run, inner, device))
+
+    def no_times() -> dict[str, list[float]]:
+        return {side.name: [] for side in sides}
+
+    for _ in range(warmup):
+        start = time.perf_counter()
+        one_pass(no_times())
+    passes = 1 + int(ROUND_SECONDS / (time.perf_counter() - start))
+
+    result, limit = Measurement(), Patience(patience)
+    while len(result.rounds) < rounds:
+        limit.wait_until_quiet()
+        times = no_times()
+        gc.collect()
+        gc.disable()
+        try:
+            load = Load()
+            for _ in range(passes):
+                one_pass(times)
+            foreign = load.since_start()
+        finally:
+            gc.enable()
+        result.take(times, foreign, limit)
+    return result
+
+
+def measure_processes(run: Callable[[], Mapping[str, float]], patience: float, runs: int) -> Measurement:
+    """As `measure`, for what happens once in a process: a round is one call of `run`, which returns its own seconds."""
+    result, limit = Measurement(), Patience(patience)
+    while len(result.rounds) < runs:
+        limit.wait_until_quiet()
+        load = Load()
+        seconds = run()
+        result.take({name: [value] for name, value in seconds.items()}, load.since_start(), limit)
+    return result
+
+
+def _wall_seconds(run: Callable[[], Any], inner: int, _: torch.device | str) -> float:
+    start = time.perf_counter()
+    for _ in range(inner):
+        run()
+    return (time.perf_counter() - start) / inner
+
+
+def _event_seconds(run: Callable[[], Any], inner: int, device: torch.device | str) -> float:
+    module = torch.get_device_module(device)
+    start, end = (module.Event(enable_timing=True) for _ in range(2))
+    module.synchronize()
+    start.record()
+    for _ in range(inner):
+        run()
+    end.record()
+    module.synchronize()
+    return start.elapsed_time(end) / 1e3 / inner
+
+
+def assert_agree(optimizers: Mapping[str, torch.optim.Optimizer], steps: int) -> None:
+    """Step them all, from equal parameters and gradients, and compare with the last: no ratio of different results."""
+    for optimizer in optimizers.values():
+        for _ in range(steps):
+            optimizer.step()
+    *others, expected = [[p for group in o.param_groups for p in group["params"]] for o in optimizers.values()]
+    for params in others:
+        torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-6)
+
+
+@dataclass
+class Record:
+    """One answer: what was measured, what was claimed of it, and every sample."""
+
+    question: str
+    case: str
+    text: str  # the answer in words
+    figures: dict[str, Any]
+    value: float | None = None  # what the target is about
+    target: float | None = None
+    measurement: Measurement | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.value is None or self.target is None else self.value <= self.target
+
+    def line(self) -> str:
+        verdict = {None: "", True: f"; target <= {self.target:g}: met", False: f"; target <= {self.target:g}: NOT MET"}
+        quality = f" [{self.measurement.quality()}]" if self.measurement else ""
+        return f"{self.case}: {self.text}{verdict[self.met]}{quality}"
+
+
+def write_records(folder: Path, records: Sequence[Record], device: torch.device) -> list[Path]:
+    """One JSON file a question, each with what is needed to run it again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"command": shlex.join(sys.argv), "source": _git_description(), **provenance(device)}
+    paths = []
+    for question in dict.fromkeys(record.question for record in records):
+        own = [asdict(record) | {"met": record.met} for record in records if record.question == question]
+        path = folder / f"{question}.json"
+        path.write_text(json.dumps({"question": question, **about, "records": own}, indent=1) + "\n")
+        paths.append(path)
+    return paths
+
+
+def _git_description() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,123 @@
+"""Where the host time of a Triton step goes, line by line: ``python benchmarks/host_profile.py``.
+
+Every step is interrupted once, at a random moment, and the line of the package that runs then is counted: no line is
+slowed down to time it, and a call into C counts for the line that makes it. With no GPU the parameters are on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import linecache
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
+
+from models import MODELS, parameters
+
+import triton_optim
+from triton_optim import triton_backend
+
+PACKAGE = str(Path(triton_optim.__file__).parent)
+
+
+@contextmanager
+def launches_replaced(by: Callable[..., None] = lambda *_: None) -> Iterator[None]:
+    """All of a Triton step but the launch of the kernel."""
+    launch = triton_backend.launch
+    triton_backend.launch = by
+    try:
+        yield
+    finally:
+        triton_backend.launch = launch
+
+
+def give_new_gradients(params: Sequence[torch.Tensor]) -> None:
+    """Gradients that are new objects at new addresses: the old ones live until all new ones do."""
+    fresh = [torch.empty_like(p) for p in params]
+    for p, g in zip(params, fresh, strict=True):
+        p.grad = g
+
+
+class Sampler:
+    """Interrupts a call at a random moment of `span` seconds and counts what it was doing."""
+
+    def __init__(self, span: float) -> None:
+        self.span = span
+        self.lines: Counter[tuple[str, int, str]] = Counter()  # file, line, function
+        signal.signal(signal.SIGALRM, self._count)
+
+    def run(self, call: Callable[[], Any]) -> None:
+        self.active = True
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, self.span))
+        call()
+        self.active = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _count(self, _: int, frame: FrameType | None) -> None:
+        if not self.active:
+            return
+        while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+            if frame.f_code is Sampler.run.__code__:
+                self.lines["(torch's hooks around step)", 0, "step"] += 1
+                return
+            frame = frame.f_back
+        if frame is not None:
+            self.lines[frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname] += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="1000 x 1")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--lines", type=int, default=25, help="how many lines to print")
+    arguments = parser.parse_args()
+
+    device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+    params = list(parameters(arguments.model, device))
+    optimizer = triton_optim.AdamW(params, backend="triton")
+    times = []
+    with launches_replaced():
+        for _ in range(200):
+            give_new_gradients(params)
+            start = time.perf_counter()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+        median = statistics.median(times)
+        # A little longer than a step, so that its end is as likely to be met as its beginning.
+        sampler = Sampler(1.5 * median)
+        end = time.monotonic() + arguments.seconds
+        while time.monotonic() < end:
+            give_new_gradients(params)
+            sampler.run(optimizer.step)
+
+    total = sum(sampler.lines.values())
+    print(f"{arguments.model}: {1e6 * median:.0f} us a step (median of {len(times)}), {total} samples on {device}\n")
+    functions: Counter[str] = Counter()
+    for (_, _, function), count in sampler.lines.items():
+        functions[function.partition(".<locals>")[0]] += count
+    for function, count in functions.most_common(12):
+        print(f"{1e6 * median * count / total:7.1f} us {count / total:6.1%}  {function}")
+    print()
+    for (file, line, _), count in sampler.lines.most_common(arguments.lines):
+        place = f"{Path(file).name}:{line}" if line else file
+        print(
+            f"{1e6 * median * count / total:7.1f} us {count / total:6.1%}  {place:26} {linecache.getline(file, line).strip()}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How long does the first step take in a fresh process, with empty compiler caches and with filled ones?"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from harness import measure_processes
+from models import MODELS
+
+# Device and seconds to reach; with filled caches nothing was promised.
+DEVICES = [pytest.param("cpu", 8.0, id="cpu"), pytest.param("gpu", 1.5, id="gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize(("kind", "target"), DEVICES)
+@pytest.mark.parametrize("model", ["1000 x 1k", "ResNet-50"])
+def test_first_step(
+    model: str,
+    kind: str,
+    target: float,
+    device: torch.device,
+    tmp_path: Path,
+    benchmark: Callable,
+    answer: Callable,
+    patience: float,
+) -> None:
+    where, backend = ("cpu", "compiled") if kind == "cpu" else (device.type, "triton")
+    script = [sys.executable, str(Path(__file__).with_name("first_step.py")), model, where]
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def first_step(caches: Path) -> dict:
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+        output = subprocess.run(script, env=inherited | own, capture_output=True, text=True, check=True).stdout
+        figures = json.loads(output)
+        assert figures.pop("backend") == backend
+        return figures
+
+    folders = (tmp_path / str(i) for i in range(1000))
+    cold = measure_processes(lambda: first_step(next(folders)), patience, runs=3)
+    warm = measure_processes(lambda: first_step(tmp_path / "0"), patience, runs=3)
+    for caches, m, limit in (("empty", cold, target), ("filled", warm, None)):
+        figures = {name: m.median(name) for name in m.rounds[0]}
+        case = f"AdamW, {model} ({len(MODELS[model])} tensors), {kind}, {caches} caches"
+        text = f"{figures['first step s']:.2f} s, the second {1e3 * figures['second step s']:.1f} ms"
+        answer(case, text, figures, value=figures["first step s"], target=limit, measurement=m)
+    # The table shows the whole process, imports included, with filled caches.
+    benchmark.pedantic(first_step, args=(tmp_path / "0",), rounds=1)

@@ -1,0 +1,310 @@
+"""What every rule compiles to on every GPU: run as a user runs it, without a GPU and outside this process."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import triton_optim
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed, and there is nothing else to audit", allow_module_level=True)
+
+from triton_optim.kernels import multi_tensor
+
+from triton_optim import audit, triton_backend
+from triton_optim.audit_assembly import amdgcn_blocks, branch_of_call, sass_blocks
+from triton_optim.audit_compile import wrapping_offsets
+from triton_optim.cli import audit as command
+
+ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
+Row = dict[str, Any]
+
+
+def compiling() -> dict[str, str]:
+    """The environment of a process that compiles kernels; this one may interpret them."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """All that the command measures."""
+    path = tmp_path_factory.mktemp("audit") / "audit.json"
+    words = [sys.executable, "-m", "triton_optim", "audit", "--json", str(path)]
+    finished = subprocess.run(words, env=compiling(), capture_output=True, text=True, timeout=550, check=False)
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-6000:]
+    assert max(map(len, finished.stdout.replace(str(path), "").splitlines())) <= 100
+    record = json.loads(path.read_text())
+    assert record["versions"].keys() == {"torch", "triton", "python"}
+    return list(record["cases"])
+
+
+@pytest.fixture(scope="module")
+def aligned(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["aligned"]]
+
+
+def failing(rows: list[Row], good: Callable[[Row], bool], *fields: str) -> list[tuple[Any, ...]]:
+    """The rows that are not good: which they are, and the fields that say why."""
+    return [tuple(row[f] for f in ("rule", "dtypes", "arch", *fields)) for row in rows if not good(row)]
+
+
+def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
+    rules = {row["rule"] for row in rows}
+    assert rules >= {"adam", "amsgrad", "sgd", "sgd_momentum", "sgd_nesterov", "lion"}
+    optimizers = {
+        name
+        for name in triton_optim.__all__
+        if getattr(getattr(triton_optim, name), "variants", ()) and name != "RuleOptimizer"
+    }
+    assert {name for row in rows for name in row["optimizers"]} == optimizers
+    expected = {
+        (rule, dtypes, arch)
+        for rule in rules
+        for dtypes in ("fp32", "bf16", "fp16", "fp64", "bf16+fp32")
+        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
+        if (rule, dtypes) != ("sgd", "bf16+fp32")  # no states: the same as bf16
+    }
+    assert {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]} == expected
+    assert {(row["rule"], row["arch"]) for row in rows if not row["aligned"]} == {(r, a) for r, _, a in expected}
+
+
+def test_nothing_spills(rows: list[Row]) -> None:
+    assert not failing(rows, lambda row: row["spills"] == row["stack_bytes"] == 0, "spills", "stack_bytes")
+
+
+def test_registers(rows: list[Row]) -> None:
+    """64 leave an SM 1,024 threads; what needs more is in `audit.BOUNDS` with the reason."""
+    assert not failing(rows, lambda row: row["registers"] <= row["bounds"]["registers"], "registers", "bounds")
+    exceptions = {(row["arch"][:2], row["dtypes"]) for row in rows if row["bounds"]["registers"] > 64}
+    assert exceptions <= {("sm", "fp64"), ("sm", "bf16+fp32")}
+
+
+def test_accesses_of_full_chunks_are_128_bits(aligned: list[Row]) -> None:
+    """In every role on NVIDIA; what is narrower on AMD is in `audit.BOUNDS` with the reason."""
+    bits = "narrowest_bits"
+    assert not failing(aligned, lambda row: row[bits] >= row["bounds"][bits], bits, "bounds")
+    assert not failing(aligned, lambda row: row[bits] == 128 or row["arch"] == "gfx942", bits)
+    assert not failing(aligned, lambda row: row["masked_accesses"] == 0, "masked_accesses")
+
+
+def test_bytes_an_element_are_the_floor(rows: list[Row]) -> None:
+    def floor(row: Row) -> tuple[float, float]:
+        sizes = {role: ELEMENT_BITS[dtype] // 8 for role, dtype in row["roles"].items()}
+        return sum(sizes.values()), sum(size for role, size in sizes.items() if role != "g")
+
+    assert not failing(rows, lambda row: (row["loaded"], row["stored"]) == floor(row), "loaded", "stored")
+    adamw = [row for row in rows if "AdamW" in row["optimizers"] and row["dtypes"] == "fp32" and row["rule"] == "adam"]
+    assert [(row["loaded"], row["stored"]) for row in adamw] == [(16, 12)] * 4
+
+
+def test_trap_1_offsets_are_int64(rows: list[Row]) -> None:
+    assert not failing(rows, lambda row: not row["wrapping_offsets"], "wrapping_offsets")
+
+
+def test_trap_4_misaligned_accesses_are_an_element_wide(rows: list[Row]) -> None:
+    misaligned = [row for row in rows if not row["aligned"]]
+    assert misaligned
+    assert not failing(misaligned, lambda row: row["widest_bits"] <= ELEMENT_BITS[row["dtypes"]], "widest_bits")
+
+
+def test_trap_11_divisions_and_roots_are_as_exact_as_chosen(rows: list[Row]) -> None:
+    """Within 2 ulp in float32, see kernels/language.py; correctly rounded in float64."""
+    for row in rows:
+        double = row["dtypes"] == "fp64"
+        allowed = {"div.rn.f64", "sqrt.rn.f64"} if double else {"div.full.f32", "sqrt.approx.ftz.f32"}
+        assert set(row["ptx_functions"]) <= allowed, (row["rule"], row["dtypes"])
+    assert {f for row in rows if row["rule"] == "adam" for f in row["ptx_functions"]} > {"div.full.f32", "div.rn.f64"}
+
+
+def test_trap_13_fusion_of_multiply_and_add_is_set(rows: list[Row]) -> None:
+    assert not failing(rows, lambda row: row["fp_fusion"] is True, "fp_fusion")
+
+
+def test_the_audit_finds_no_problem(rows: list[Row]) -> None:
+    assert not failing(rows, lambda row: row["problems"] == [], "problems")
+
+
+def test_the_backend_launches_what_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *tables, **options: launched.append(options)
+
+    stub = SimpleNamespace(multi_tensor=Kernel(), NUM_WARPS=multi_tensor.NUM_WARPS)
+    monkeypatch.setattr(triton_backend, "kernel", stub)
+    triton_backend.launch(1, (), {})
+    assert launched == [audit.launch_options()]
+
+
+# Each is one edit of the kernel, and what the audit must say of it.
+MUTATIONS = {
+    "nothing": ("NUM_WARPS = ", "NUM_WARPS = ", None),
+    "32-bit chunk offset": (".to(tl.int64) * BLOCK", " * BLOCK", "offsets of 32 bits"),
+    "offset widened too late": (
+        "tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK",
+        "(tl.load(chunks + 2 * program + 1) * BLOCK).to(tl.int64)",
+        "offsets of 32 bits",
+    ),
+    "no alignment hint": ("tl.multiple_of(pointer, 16)", "pointer", "accesses of 32 bits, under 128"),
+    "g written back": (
+        "    for i in tl.static_range(2, len(DTYPES)):\n        tl.store",
+        "    for i in tl.static_range(1, len(DTYPES)):\n        tl.store",
+        "16 bytes an element stored for a floor of 12",
+    ),
+    "too few threads": (f"NUM_WARPS = {multi_tensor.NUM_WARPS}", "NUM_WARPS = 1", "registers, over 64"),
+}
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the audit says of each mutation, and of misaligned accesses taken for aligned ones, for Adam on an H100."""
+    folder = tmp_path_factory.mktemp("mutations")
+    source = Path(inspect.getsourcefile(multi_tensor) or "").read_text()
+    for name, (old, new, _) in MUTATIONS.items():
+        assert source.count(old) == 1, f"the kernel no longer has what the mutation {name!r} changes"
+        # Of the same name as the original: the audit looks for it in line information.
+        (folder / name).mkdir()
+        (folder / name / "multi_tensor.py").write_text(source.replace(old, new))
+    script = """
+        import dataclasses, json, pathlib, sys
+        from importlib.util import module_from_spec, spec_from_file_location
+        from triton_optim import audit
+
+        adam = next(rule for rule in audit.every_rule() if rule.name == "adam")
+        found = {}
+        for path in pathlib.Path(sys.argv[1]).glob("*/multi_tensor.py"):
+            spec = spec_from_file_location("mutated_" + path.parent.name.replace(" ", "_"), path)
+            kernel = module_from_spec(spec)
+            spec.loader.exec_module(kernel)
+            found[path.parent.name] = audit.problems(audit.measure(adam, "fp32", "sm_90", kernel=kernel))
+        misaligned = audit.measure(adam, "fp32", "sm_90", aligned=False)
+        found["misaligned"] = audit.problems(misaligned)
+        found["misaligned for aligned"] = audit.problems(dataclasses.replace(misaligned, aligned=True))
+        print(json.dumps(found))
+    """
+    words = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
+    finished = subprocess.run(words, env=compiling(), capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return dict(json.loads(finished.stdout))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_audit_catches_a_mutation(findings: dict[str, list[str]], mutation: str) -> None:
+    expected = MUTATIONS[mutation][2]
+    assert bool(findings[mutation]) == (expected is not None), findings[mutation]
+    assert expected is None or any(expected in problem for problem in findings[mutation]), findings[mutation]
+
+
+def test_the_audit_catches_a_lost_alignment(findings: dict[str, list[str]]) -> None:
+    assert findings["misaligned"] == []
+    assert findings["misaligned for aligned"] == ["accesses of 32 bits, under 128"]
+
+
+@pytest.mark.parametrize(
+    ("offset", "wraps"),
+    [
+        ("%b = arith.extsi %a : i32 to i64\n%c = arith.muli %b, %k : i64", False),
+        ("%b = arith.muli %a, %k : i32\n%c = arith.extsi %b : i32 to i64", True),
+        ("%b = arith.muli %a, %k : i32\n%c = tt.splat %b : i32 -> tensor<8xi32>", True),
+        ("%c = tt.make_range {end = 8 : i32, start = 0 : i32} : tensor<8xi32>", False),
+    ],
+)
+def test_offsets_that_wrap_are_seen_in_the_ir(offset: str, wraps: bool) -> None:
+    lines = ["%a = tt.load %chunks : !tt.ptr<i32>", *offset.split("\n"), "%p = tt.int_to_ptr %x : i64 -> !tt.ptr<f32>"]
+    ttir = "\n".join(["tt.func @f(%chunks: !tt.ptr<i32>) {", *lines, "%q = tt.addptr %p, %c : !tt.ptr<f32>, i64"])
+    assert wrapping_offsets(ttir) == (["%c"] if wraps else [])
+
+
+def test_the_branch_of_a_call_in_sass() -> None:
+    """The table's load before it and the other branch are left out, the slow path that comes back is counted."""
+    text = r"""
+	//## File "/a/kernel.py", line 5
+        /*0000*/                   LDG.E R7, desc[UR14][R2.64] ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+	//## File "/a/kernel.py", line 2 inlined at "/a/kernel.py", line 9
+	//## File "/a/kernel.py", line 9
+        /*0020*/              @!P6 LDG.E R26, desc[UR14][R6.64+0x4] ;
+        /*0030*/                   EXIT ;
+.L_x_0:
+	//## File "/a/kernel.py", line 2 inlined at "/a/kernel.py", line 7
+	//## File "/a/kernel.py", line 7
+        /*0040*/                   LDG.E.128 R12, desc[UR14][R40.64] ;
+        /*0050*/               @P0 BRA P1, `(.L_x_1) ;
+	//## File "/a/rule.py", line 9
+        /*0060*/                   CALL.REL.NOINC `($slow) ;
+.L_x_1:
+        /*0070*/                   FMUL R0, R0, R31 ;
+	//## File "/a/kernel.py", line 3 inlined at "/a/kernel.py", line 7
+	//## File "/a/kernel.py", line 7
+        /*0080*/                   STG.E.64 desc[UR14][R36.64], R4 ;
+        /*0090*/                   EXIT ;
+$slow:
+        /*00a0*/                   STL [R1], R4 ;
+        /*00b0*/                   RET.REL.NODEC R18 `(kernel) ;
+"""
+    branch = branch_of_call(sass_blocks(text, "kernel.py"), 7)
+    assert [(x.opcode, x.loaded, x.stored) for x in branch.accesses] == [("LDG.E.128", 16, 0), ("STG.E.64", 0, 8)]
+    assert [x.opcode for x in branch.instructions] == ["LDG.E.128", "BRA", "CALL.REL.NOINC", "FMUL", "STG.E.64", "EXIT"]
+    assert branch_of_call(sass_blocks(text, "kernel.py"), 9).accesses[0].guarded
+    with pytest.raises(ValueError, match="no load or store is made from line 8"):
+        branch_of_call(sass_blocks(text, "kernel.py"), 8)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "loaded", "stored", "local"),
+    [
+        ("buffer_load_dwordx4", 16, 0, False),
+        ("buffer_store_short", 0, 2, False),
+        ("global_load_ushort", 2, 0, False),
+        ("global_load_short_d16_hi", 2, 0, False),
+        ("global_store_b128", 0, 16, False),
+        ("global_load_d16_b16", 2, 0, False),
+        ("scratch_store_dword", 0, 0, True),
+    ],
+)
+def test_the_width_of_an_access_in_amdgcn(opcode: str, loaded: int, stored: int, local: bool) -> None:
+    (block, *_) = amdgcn_blocks(f"kernel:\n\t.loc\t1 57 19 ; kernel.py:57:19\n\t{opcode} v0\n\ts_endpgm\n", "kernel.py")
+    access = block.instructions[0]
+    assert (access.loaded, access.stored, access.local, set(access.lines)) == (loaded, stored, local, {57})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "adm"}, "--rule adm: the audit knows no 'adm'. Choose from "),
+        ({"arch": "sm_90,sm90"}, "--arch sm_90,sm90: the audit knows no 'sm90'. Choose from sm_80, "),
+        ({"json": Path("/nowhere/a.json")}, "--json /nowhere/a.json: the folder /nowhere does not exist. Create it"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"rule": None, "arch": None, "json": None} | options
+    assert command.run(argparse.Namespace(**given)) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="a GPU is here, so this process compiles its kernels")
+def test_under_the_interpreter_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(argparse.Namespace(rule=None, arch=None, json=None)) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("TRITON_INTERPRET=1 puts an interpreter in the place of Triton's compiler")
+    assert "env -u TRITON_INTERPRET" in message
+
+
+def test_stateless_rules_have_no_states_in_their_dtypes() -> None:
+    sgd = next(rule for rule in audit.every_rule() if not rule.state_names)
+    assert audit.role_dtypes(sgd, "bf16+fp32") == (torch.bfloat16, torch.bfloat16)

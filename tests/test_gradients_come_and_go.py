@@ -1,0 +1,301 @@
+"""Mixtures of experts and frozen layers: which parameters have a gradient differs from step to step.
+
+A parameter without one keeps every bit of itself and of its state, and its step is not counted. Who is absent, and
+where gradients lie, must not make the optimizer plan anew.
+"""
+
+import copy
+
+import pytest
+import torch
+import triton_optim as to
+from table import CASES, EVERY
+from torch.nn import Parameter
+from triton_optim.plan import Plan
+
+SHAPES = ((4, 3), (5,), (), (2, 2, 2), (0,), (7,))
+NEVER = 5  # the last of these never gets a gradient
+BY_NAME = {case.name: case for case in CASES}
+
+
+def presence(steps, members, seed=0):
+    """Who has a gradient: one at first, then any half of them, in one step nobody."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.rand(steps, members, generator=random) < 0.5
+    rows[0] = False
+    rows[0, 0] = True
+    rows[steps // 2] = False
+    return rows.tolist()
+
+
+def gradients_of(params, present, seed):
+    random = torch.Generator().manual_seed(seed)
+    values = [torch.randn(p.shape, generator=random).to(p) for p in params]
+    return [g if there else None for g, there in zip(values, present, strict=True)]
+
+
+def step(opt, params, gradients):
+    for p, g in zip(params, gradients, strict=True):
+        if g is not None and g.dtype != p.dtype:
+            p.grad_dtype = g.dtype
+        p.grad = g
+    opt.step()
+
+
+def bits(opt, p):
+    """The parameter and its states, to compare with later."""
+    tensors = {"p": p, **{key: value for key, value in opt.state.get(p, {}).items() if value is not None}}
+    return {key: t.detach().clone() for key, t in tensors.items()}
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """One entry for each plan that an optimizer made."""
+    made, init = [], Plan.__init__
+
+    def counted(self, *arguments):
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Plan, "__init__", counted)
+    return made
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Counts the rows of scalars that are formed."""
+    formed = []
+    row_for = to.optimizer.Plan.__init__.__globals__["Bucket"]._row
+
+    def counted(self, cohort):
+        formed.append(cohort)
+        return row_for(self, cohort)
+
+    monkeypatch.setattr("triton_optim.bucket.Bucket._row", counted)
+    return formed
+
+
+@pytest.fixture
+def no_launch(monkeypatch):
+    """A program costs the interpreter 20 ms; where only the planning matters, none runs."""
+    if to.dispatch.this_machine().triton:
+        monkeypatch.setattr("triton_optim.triton_backend.launch", lambda *_: None)
+
+
+# Values.
+
+
+@pytest.mark.parametrize(**EVERY)
+def test_random_presence_is_the_references(case, options, backend, device):
+    steps = 9
+    params = [Parameter(torch.randn(shape).to(device)) for shape in SHAPES]
+    starts = [p.detach().cpu().numpy() for p in params]
+    starts = [start.copy() for start in starts]
+    opt = case.ours([{"params": params[:3]}, {"params": params[3:]}], **options, backend=backend)
+    given = []
+    for k, present in enumerate(presence(steps, len(params))):
+        present[NEVER] = False
+        given.append(gradients_of(params, present, k))
+        before = [bits(opt, p) for p in params]
+        step(opt, params, given[-1])
+        for i, p in enumerate(params):
+            if not present[i]:
+                after = bits(opt, p)
+                assert after.keys() == before[i].keys(), f"step {k} made states for parameter {i}, which it skipped"
+                assert all(torch.equal(after[key], before[i][key]) for key in after), f"step {k} changed parameter {i}"
+    reference, states = case.reference(
+        starts, [[None if g is None else g.cpu().numpy() for g in row] for row in given], **options
+    )
+    for i, (p, value, state) in enumerate(zip(params, reference, states, strict=True)):
+        # float32: eight roundings a step at values of order 1.
+        tolerance = {"rtol": steps * 8 * 2**-23, "atol": steps * 8 * 2**-23}
+        torch.testing.assert_close(p.detach().cpu().double(), torch.as_tensor(value), **tolerance)
+        for key, expected in state.items():
+            if key == "step" and not case.ours.counts_steps:
+                continue
+            exactly = {"rtol": 0, "atol": 0} if key == "step" else tolerance
+            actual = opt.state[p][key].cpu().double()
+            torch.testing.assert_close(
+                actual, torch.as_tensor(expected).double(), **exactly, msg=lambda m, i=i, k=key: f"{k} of {i}: {m}"
+            )
+    assert not opt.state.get(params[NEVER]), "a state without a gradient"
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_mixture_of_experts_trains_as_with_torch(name, backend, device):
+    """Top-1 routing by chance; ``zero_grad`` to None, and for some steps to zero, which counts as a gradient."""
+    case = BY_NAME[name]
+    if case.torchs is None:
+        pytest.skip("torch has no Lion; the reference test above judges it")
+
+    class Mixture(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.out = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x, expert):
+            return self.out(torch.tanh(self.experts[expert](self.inside(x))))
+
+    ours = Mixture().to(device)
+    theirs = copy.deepcopy(ours)
+    opt = case.ours(ours.parameters(), lr=0.05, backend=backend)
+    their_opt = case.torchs(theirs.parameters(), lr=0.05, foreach=False)
+    random = torch.Generator().manual_seed(1)
+    for k in range(8):
+        expert = int(torch.randint(3, (), generator=random))
+        x = torch.randn(6, 3, generator=random).to(device)
+        for net, each in ((ours, opt), (theirs, their_opt)):
+            each.zero_grad(set_to_none=k < 6)
+            net(x, expert).square().mean().backward()
+            each.step()
+        for (label, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            # Gradients come from the parameters of the step before, so rounding is passed on and on.
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, label=label: f"{label}: {m}")
+            assert opt.state[p].get("step") == their_opt.state[q].get("step") if q in their_opt.state else True
+
+
+def test_a_whole_bucket_misses_a_step(backend, device):
+    """Two dtypes are two buckets, and in turn neither member of one has a gradient."""
+    dtypes = [torch.float32, torch.float32, torch.float64, torch.float64]
+    params = [Parameter(torch.randn(3, dtype=dtype).to(device)) for dtype in dtypes]
+    starts = [p.detach().cpu().double().numpy().copy() for p in params]
+    opt = to.AdamW(params, backend=backend)
+    patterns = [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
+    given = [gradients_of(params, present, k) for k, present in enumerate(patterns)]
+    for row in given:
+        step(opt, params, row)
+    values, _ = BY_NAME["AdamW"].reference(
+        starts, [[None if g is None else g.cpu().double().numpy() for g in row] for row in given]
+    )
+    for p, value in zip(params, values, strict=True):
+        eps = 8 * len(given) * torch.finfo(p.dtype).eps
+        torch.testing.assert_close(p.detach().cpu().double(), torch.as_tensor(value), rtol=eps, atol=eps)
+    assert [opt.state[p]["step"].item() for p in params] == [3, 4, 3, 3]
+
+
+def test_skipped_parameter_can_still_be_backed_through(backend, device):
+    """A graph that saved it is still valid, as with torch.optim: nothing was written."""
+    used, skipped = (Parameter(torch.ones(3, device=device)) for _ in range(2))
+    opt = to.AdamW([used, skipped], backend=backend)
+    step(opt, [used, skipped], [torch.ones_like(used), torch.ones_like(skipped)])
+    loss = (skipped * skipped).sum()
+    step(opt, [used, skipped], [torch.ones_like(used), None])
+    loss.backward()
+    assert torch.equal(skipped.grad, 2 * skipped)
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_newcomer_starts_with_its_own_first_step(name, backend, device):
+    """Long after the others have begun, it moves as the only parameter of a fresh optimizer would."""
+    options = {"SGD": {"momentum": 0.9, "dampening": 0.5}}.get(name, {})
+    old, new, alone = (Parameter(torch.full((3,), float(i), device=device)) for i in (0, 1, 1))
+    opt = BY_NAME[name].ours([old, new], lr=0.1, **options, backend=backend)
+    for k in range(4):
+        step(opt, [old, new], gradients_of([old, new], [True, k == 3], k))
+    fresh = BY_NAME[name].ours([alone], lr=0.1, **options, backend=backend)
+    step(fresh, [alone], [new.grad])
+    torch.testing.assert_close(new, alone, rtol=1e-6, atol=0)  # on a CPU equal; packed and alone, GPUs may contract
+    for key, value in fresh.state[alone].items():
+        torch.testing.assert_close(opt.state[new][key], value, rtol=1e-6, atol=0)
+
+
+def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
+    members, steps = 12, 60
+    params = [Parameter(torch.zeros(2, device=device)) for _ in range(members)]
+    opt = to.AdamW(params, backend=backend)
+    patterns = presence(steps, members)
+    for k, present in enumerate(patterns):
+        step(opt, params, gradients_of(params, present, k))
+        if k in (7, 30):  # a checkpoint in between
+            opt.load_state_dict(opt.state_dict())
+    expected = [sum(column) for column in zip(*patterns, strict=True)]
+    assert [opt.state[p]["step"].item() for p in params] == expected
+    assert [state["step"].item() for state in opt.state_dict()["state"].values()] == expected
+
+
+# Planning.
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_rows_of_scalars_do_not_multiply(name, backend, device, rows, no_launch):
+    """At most two for each number of steps that members have made; where steps are not counted, two a group."""
+    members, steps = 32, 30
+    params = [Parameter(torch.zeros(2, device=device)) for _ in range(members)]
+    opt = BY_NAME[name].ours([{"params": params[:20]}, {"params": params[20:]}], backend=backend)
+    patterns = presence(steps, members)
+    counts = torch.zeros(members)
+    for k, present in enumerate(patterns):
+        group = torch.arange(members) >= 20
+        made = counts if BY_NAME[name].ours.counts_steps else counts.clamp(max=1)
+        distinct = len(set(zip(group.tolist(), made.tolist(), strict=True)))
+        rows.clear()
+        step(opt, params, gradients_of(params, present, k))
+        assert len(rows) <= 2 * distinct, f"step {k}"
+        counts += torch.tensor(present)
+
+
+def newcomers(patterns):
+    """In how many steps some parameter gets its first gradient."""
+    seen, steps = set(), 0
+    for present in patterns:
+        own = {i for i, there in enumerate(present) if there}
+        steps += not own <= seen
+        seen |= own
+    return steps
+
+
+@pytest.mark.parametrize(**EVERY)
+def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, backend, device, plans, no_launch):
+    params = [Parameter(torch.zeros(3, device=device)) for _ in range(6)]
+    opt = case.ours(params, **options, backend=backend)
+    patterns = [[True] * 6, [True] * 6, *presence(10, 6)]
+    held = []  # so that no gradient gets the address of an earlier one
+    for k, present in enumerate(patterns):
+        for group in opt.param_groups:
+            group["lr"] = 1e-3 / (k + 1)
+        held.append(gradients_of(params, present, k))
+        step(opt, params, held[-1])
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize(**EVERY)
+def test_plans_are_made_for_newcomers_alone(case, options, backend, device, plans, no_launch):
+    """Also where no state would tell that a parameter has been here before (SGD without momentum)."""
+    params = [Parameter(torch.zeros(3, device=device)) for _ in range(6)]
+    opt = case.ours(params, **options, backend=backend)
+    patterns = presence(20, 6)
+    for k, present in enumerate(patterns):
+        step(opt, params, gradients_of(params, present, k))
+    assert len(plans) <= newcomers(patterns)
+
+
+def test_two_experts_in_turn_plan_twice(backend, device, plans, no_launch):
+    for cls in (to.AdamW, to.SGD):
+        plans.clear()
+        params = [Parameter(torch.zeros(3, device=device)) for _ in range(2)]
+        opt = cls(params, backend=backend)
+        for k in range(12):
+            step(opt, params, gradients_of(params, [k % 2 == 0, k % 2 == 1], k))
+        assert len(plans) <= 2, cls.__name__
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
+def test_absent_gradients_of_another_dtype_are_remembered(backend, device, plans, no_launch):
+    """Planned for while absent as if it were of the parameter's dtype, each would come back to a wrong bucket."""
+    params = [Parameter(torch.zeros(3, dtype=torch.bfloat16, device=device)) for _ in range(4)]
+    opt = to.AdamW(params, backend=backend)
+    patterns = presence(24, 4)
+    for k, present in enumerate(patterns):
+        step(opt, params, [g if g is None else g.float() for g in gradients_of(params, present, k)])
+    assert len(plans) <= newcomers(patterns)
+
+
+def test_absent_misaligned_gradients_are_remembered(device, plans, no_launch):
+    params = [Parameter(torch.zeros(3, device=device)) for _ in range(4)]
+    opt = to.AdamW(params, backend="triton")
+    patterns = presence(24, 4)
+    for k, present in enumerate(patterns):
+        gradients = gradients_of(params, present, k)
+        step(opt, params, [g if g is None else torch.cat((g[:1], g))[1:] for g in gradients])
+    assert len(plans) <= newcomers(patterns)

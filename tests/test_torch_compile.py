@@ -1,0 +1,184 @@
+"""Under torch.compile: the eager result, one graph, and nothing recompiled by a schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from table import CASES, Case
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import triton_optim
+
+pytestmark = [
+    # torch's own compiler warns: of what torch deprecates, and when it looks at a tensor between two graphs.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+COMPILERS = ["eager", "aot_eager", "inductor"]
+
+
+def model_and_optimizer(case: Case, backend: str, device: torch.device, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).to(device)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.1}]
+    return model, case.ours(groups, lr=0.01, backend=backend, **options)
+
+
+def change_hyperparameters(optimizer: torch.optim.Optimizer, i: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 / (i + 1)
+        group["weight_decay"] = 0.01 * i
+        if "betas" in group:
+            group["betas"] = (0.9 - 0.01 * i, 0.99)
+        else:
+            group["momentum"] = 0.9 - 0.01 * i
+
+
+def train(model: Any, optimizer: Any, step: Any, steps: int = 6) -> list[torch.Tensor]:
+    x = torch.linspace(-1, 1, 24, device=next(model.parameters()).device).reshape(4, 6)
+    for i in range(steps):
+        change_hyperparameters(optimizer, i)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiled_step_equals_eager_step_and_is_compiled_once(
+    case: Case, compiler: str, backend: str, device: torch.device
+) -> None:
+    model, optimizer = model_and_optimizer(case, backend, device)
+    expected = train(model, optimizer, optimizer.step)
+
+    model, optimizer = model_and_optimizer(case, backend, device)
+    counter = CompileCounterWithBackend(compiler)
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    got = train(model, optimizer, step)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_whole_train_step_is_one_graph(case: Case, backend: str, device: torch.device) -> None:
+    def whole(model: Any, optimizer: Any, x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().sum()
+        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            p.grad = g
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    x = torch.linspace(-1, 1, 24, device=device).reshape(4, 6)
+    losses = []
+    for compiled in (False, True):
+        model, optimizer = model_and_optimizer(case, backend, device)
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(whole, fullgraph=True, backend=counter) if compiled else whole
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            own = []
+            for i in range(5):
+                change_hyperparameters(optimizer, i)
+                own.append(run(model, optimizer, x).item())
+        losses.append(own)
+        if compiled:
+            assert counter.frame_count == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_train_step_with_backward_and_graph_breaks_around_it(backend: str, device: torch.device) -> None:
+    def whole(model: Any, optimizer: Any, x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    x = torch.linspace(-1, 1, 24, device=device).reshape(4, 6)
+    losses = []
+    for compiled in (False, True):
+        model, optimizer = model_and_optimizer(CASES[0], backend, device)
+        run = torch.compile(whole) if compiled else whole
+        own = []
+        for i in range(5):
+            change_hyperparameters(optimizer, i)
+            own.append(run(model, optimizer, x).item())
+        losses.append(own)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_tensor_learning_rate_recompiles_nothing(backend: str, device: torch.device) -> None:
+    model = torch.nn.Linear(3, 2).to(device)
+    optimizer = triton_optim.AdamW(model.parameters(), lr=torch.tensor(0.1), backend=backend)
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    for i in range(4):
+        optimizer.param_groups[0]["lr"].fill_(0.1 / (i + 1))
+        model(torch.ones(1, 3, device=device)).sum().backward()
+        step()
+    assert counter.frame_count == 1
+
+
+def test_hooks_and_closures_run_inside_a_compiled_step(device: torch.device) -> None:
+    model = torch.nn.Linear(3, 2).to(device)
+    optimizer = triton_optim.AdamW(model.parameters(), backend="eager")
+    x = torch.ones(1, 3, device=device)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    before = model.weight.detach().clone()
+    first = torch.compile(optimizer.step)(closure)
+    assert first.item() > optimizer.step(closure).item()
+    assert not torch.equal(before, model.weight)
+
+
+def test_a_step_leaves_the_graph_before_the_optimizer_dies(device: torch.device) -> None:
+    """The operator finds its optimizer by a weak reference: compiling must not keep it alive."""
+    import gc
+    import weakref
+
+    model = torch.nn.Linear(2, 2).to(device)
+    optimizer = triton_optim.SGD(model.parameters(), backend="eager")
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+
+
+def test_changed_set_of_gradients_recompiles_and_stays_right(device: torch.device) -> None:
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    optimizer = triton_optim.SGD(params, lr=0.5, backend="eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    params[0].grad = torch.ones(3, device=device)
+    step()
+    params[1].grad = torch.ones(3, device=device)
+    step()
+    assert params[0].tolist() == [0.0] * 3
+    assert params[1].tolist() == [0.5] * 3
+
+
+def test_parameter_groups_changed_after_compiling(device: torch.device) -> None:
+    first, second = (torch.nn.Parameter(torch.ones(2, device=device)) for _ in range(2))
+    optimizer = triton_optim.SGD([first], lr=1.0, backend="eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    first.grad = torch.ones_like(first)
+    step()
+    optimizer.add_param_group({"params": [second], "lr": 0.5})
+    second.grad = torch.ones_like(second)
+    step()
+    assert first.tolist() == [-1.0] * 2
+    assert second.tolist() == [0.5] * 2
