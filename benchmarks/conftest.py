@@ -16,8 +16,8 @@ if not HAS_GPU:
     # defined. The compiled backend uses no Triton on a CPU; processes started from here do not inherit it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest
-from harness import Measurement, Record, write_records
+import pytest  # noqa: E402
+from harness import Measurement, Record, write_records  # noqa: E402
 
 RECORDS = pytest.StashKey[list[Record]]()
 LONGEST_SECONDS = 3600  # a test waits for a quiet machine
@@ -85,10 +85,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     records = config.stash[RECORDS]
     if not records:
         return
+    if folder := config.getoption("results"):
+        device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+        paths = write_records(folder, records, device)
+        terminalreporter.section("results")
+        terminalreporter.write_line("\n".join(map(str, paths)))
     terminalreporter.section("answers")
     for record in records:
         terminalreporter.write_line(f"{record.question}: {record.line()}")
-    if folder := config.getoption("results"):
-        device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
-        for path in write_records(folder, records, device):
-            terminalreporter.write_line(f"wrote {path}")

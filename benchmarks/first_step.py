@@ -8,13 +8,13 @@ import sys
 import time
 
 started = time.perf_counter()
-import torch
+import torch  # noqa: E402
 
 torch_imported = time.perf_counter()
-import triton_optim
+import triton_optim  # noqa: E402
 
 imported = time.perf_counter()
-from models import parameters
+from models import parameters  # noqa: E402
 
 
 def main(model: str, device: str) -> None:

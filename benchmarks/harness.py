@@ -1,7 +1,7 @@
 """Timing on a machine that others use too: sides take turns, and rounds that were disturbed are run again.
 
-A *run* is one call of a side. In a *pass* every side runs once, in random order; a *round* is as many passes as it takes
-to see what else the machine did meanwhile. The ratio of two sides is that of their medians over all kept runs.
+A *run* is one call of a side. In a *pass* every side runs once, in random order; a *round* is as many passes as it
+takes to see what else the machine did meanwhile. The ratio of two sides is that of their medians over all kept runs.
 """
 
 from __future__ import annotations
@@ -246,9 +246,9 @@ class Record:
         return None if self.value is None or self.target is None else self.value <= self.target
 
     def line(self) -> str:
-        verdict = {None: "", True: f"; target <= {self.target:g}: met", False: f"; target <= {self.target:g}: NOT MET"}
+        verdict = "" if self.met is None else f"; target <= {self.target:g}: {'met' if self.met else 'NOT MET'}"
         quality = f" [{self.measurement.quality()}]" if self.measurement else ""
-        return f"{self.case}: {self.text}{verdict[self.met]}{quality}"
+        return f"{self.case}: {self.text}{verdict}{quality}"
 
 
 def write_records(folder: Path, records: Sequence[Record], device: torch.device) -> list[Path]:
@@ -266,9 +266,8 @@ def write_records(folder: Path, records: Sequence[Record], device: torch.device)
 
 def _git_description() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__).parent
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

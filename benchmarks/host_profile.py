@@ -26,10 +26,10 @@ HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
 
-from models import MODELS, parameters
+from models import MODELS, parameters  # noqa: E402
 
-import triton_optim
-from triton_optim import triton_backend
+import triton_optim  # noqa: E402
+from triton_optim import triton_backend  # noqa: E402
 
 PACKAGE = str(Path(triton_optim.__file__).parent)
 
@@ -106,17 +106,19 @@ def main() -> None:
 
     total = sum(sampler.lines.values())
     print(f"{arguments.model}: {1e6 * median:.0f} us a step (median of {len(times)}), {total} samples on {device}\n")
+
+    def show(count: int, what: str) -> None:
+        print(f"{1e6 * median * count / total:7.1f} us {count / total:6.1%}  {what}")
+
     functions: Counter[str] = Counter()
     for (_, _, function), count in sampler.lines.items():
         functions[function.partition(".<locals>")[0]] += count
     for function, count in functions.most_common(12):
-        print(f"{1e6 * median * count / total:7.1f} us {count / total:6.1%}  {function}")
+        show(count, function)
     print()
     for (file, line, _), count in sampler.lines.most_common(arguments.lines):
         place = f"{Path(file).name}:{line}" if line else file
-        print(
-            f"{1e6 * median * count / total:7.1f} us {count / total:6.1%}  {place:26} {linecache.getline(file, line).strip()}"
-        )
+        show(count, f"{place:26} {linecache.getline(file, line).strip()}")
 
 
 if __name__ == "__main__":

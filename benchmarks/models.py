@@ -8,7 +8,7 @@ Shapes = list[tuple[int, ...]]
 
 
 def resnet50() -> Shapes:
-    """He et al. 2016, Table 1 (https://arxiv.org/abs/1512.03385), as torchvision builds it: 161 tensors, 25.6M elements."""
+    """He et al. 2016, Table 1, https://arxiv.org/abs/1512.03385, as torchvision builds it: 161 tensors, 25.6M."""
     shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
     incoming = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):

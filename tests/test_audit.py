@@ -26,7 +26,7 @@ if find_spec("triton") is None:
 from triton_optim.kernels import multi_tensor
 
 from triton_optim import audit, triton_backend
-from triton_optim.audit_assembly import amdgcn_blocks, branch_of_call, sass_blocks
+from triton_optim.audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from triton_optim.audit_compile import wrapping_offsets
 from triton_optim.cli import audit as command
 
@@ -177,9 +177,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     source = Path(inspect.getsourcefile(multi_tensor) or "").read_text()
     for name, (old, new, _) in MUTATIONS.items():
         assert source.count(old) == 1, f"the kernel no longer has what the mutation {name!r} changes"
-        # Of the same name as the original: the audit looks for it in line information.
-        (folder / name).mkdir()
-        (folder / name / "multi_tensor.py").write_text(source.replace(old, new))
+        (folder / f"{name}.py").write_text(source.replace(old, new))
     script = """
         import dataclasses, json, pathlib, sys
         from importlib.util import module_from_spec, spec_from_file_location
@@ -187,11 +185,11 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
         adam = next(rule for rule in audit.every_rule() if rule.name == "adam")
         found = {}
-        for path in pathlib.Path(sys.argv[1]).glob("*/multi_tensor.py"):
-            spec = spec_from_file_location("mutated_" + path.parent.name.replace(" ", "_"), path)
+        for path in pathlib.Path(sys.argv[1]).glob("*.py"):
+            spec = spec_from_file_location("mutated", path)
             kernel = module_from_spec(spec)
             spec.loader.exec_module(kernel)
-            found[path.parent.name] = audit.problems(audit.measure(adam, "fp32", "sm_90", kernel=kernel))
+            found[path.stem] = audit.problems(audit.measure(adam, "fp32", "sm_90", kernel=kernel))
         misaligned = audit.measure(adam, "fp32", "sm_90", aligned=False)
         found["misaligned"] = audit.problems(misaligned)
         found["misaligned for aligned"] = audit.problems(dataclasses.replace(misaligned, aligned=True))
@@ -230,39 +228,82 @@ def test_offsets_that_wrap_are_seen_in_the_ir(offset: str, wraps: bool) -> None:
     assert wrapping_offsets(ttir) == (["%c"] if wraps else [])
 
 
-def test_the_branch_of_a_call_in_sass() -> None:
-    """The table's load before it and the other branch are left out, the slow path that comes back is counted."""
-    text = r"""
-	//## File "/a/kernel.py", line 5
-        /*0000*/                   LDG.E R7, desc[UR14][R2.64] ;
-        /*0010*/              @!P0 BRA `(.L_x_0) ;
-	//## File "/a/kernel.py", line 2 inlined at "/a/kernel.py", line 9
-	//## File "/a/kernel.py", line 9
-        /*0020*/              @!P6 LDG.E R26, desc[UR14][R6.64+0x4] ;
-        /*0030*/                   EXIT ;
+SASS = """
+        /*0000*/                   LDG.E.64 R10, desc[UR14][R2.64] ;
+        /*0010*/              @!P0 EXIT ;
+        /*0020*/                   LDG.E R7, desc[UR14][R2.64] ;
+        /*0030*/              @!P0 BRA `(.L_x_0) ;
+        /*0040*/                   IADD3 R9, P1, R2, 0x400, RZ ;
+        /*0050*/                   ISETP.GT.U32.AND P0, PT, R9, R10, PT ;
+        /*0060*/              @!P6 LDG.E R26, desc[UR14][R6.64+0x4] ;
+        /*0070*/                   FMUL R26, R26, R31 ;
+        /*0080*/                   FMUL R26, R26, R31 ;
+        /*0090*/                   FMUL R26, R26, R31 ;
+        /*00a0*/                   FMUL R26, R26, R31 ;
+        /*00b0*/               @P5 EXIT ;
+        /*00c0*/                   STG.E desc[UR14][R6.64], R26 ;
+        /*00d0*/                   EXIT ;
 .L_x_0:
-	//## File "/a/kernel.py", line 2 inlined at "/a/kernel.py", line 7
-	//## File "/a/kernel.py", line 7
-        /*0040*/                   LDG.E.128 R12, desc[UR14][R40.64] ;
-        /*0050*/               @P0 BRA P1, `(.L_x_1) ;
-	//## File "/a/rule.py", line 9
-        /*0060*/                   CALL.REL.NOINC `($slow) ;
+        /*00e0*/                   LDG.E.128 R12, desc[UR14][R40.64] ;
+        /*00f0*/               @P0 BRA P1, `(.L_x_1) ;
+        /*0100*/                   CALL.REL.NOINC `($slow) ;
 .L_x_1:
-        /*0070*/                   FMUL R0, R0, R31 ;
-	//## File "/a/kernel.py", line 3 inlined at "/a/kernel.py", line 7
-	//## File "/a/kernel.py", line 7
-        /*0080*/                   STG.E.64 desc[UR14][R36.64], R4 ;
-        /*0090*/                   EXIT ;
+        /*0110*/                   FMUL R0, R0, R31 ;
+        /*0120*/                   STG.E.U16 desc[UR14][R36.64], R4 ;
+        /*0130*/                   EXIT ;
 $slow:
-        /*00a0*/                   STL [R1], R4 ;
-        /*00b0*/                   RET.REL.NODEC R18 `(kernel) ;
+        /*0140*/                   STL [R1], R4 ;
+        /*0150*/                   RET.REL.NODEC R18 `(kernel) ;
 """
-    branch = branch_of_call(sass_blocks(text, "kernel.py"), 7)
-    assert [(x.opcode, x.loaded, x.stored) for x in branch.accesses] == [("LDG.E.128", 16, 0), ("STG.E.64", 0, 8)]
-    assert [x.opcode for x in branch.instructions] == ["LDG.E.128", "BRA", "CALL.REL.NOINC", "FMUL", "STG.E.64", "EXIT"]
-    assert branch_of_call(sass_blocks(text, "kernel.py"), 9).accesses[0].guarded
-    with pytest.raises(ValueError, match="no load or store is made from line 8"):
-        branch_of_call(sass_blocks(text, "kernel.py"), 8)
+
+
+def test_the_full_chunk_branch_in_sass() -> None:
+    """The tables' loads before the test and the masked side are left out; a slow path that comes back is not."""
+    blocks = sass_blocks(SASS)
+    branch = full_chunk_branch(blocks)
+    assert [(x.opcode, x.loaded, x.stored) for x in branch.accesses] == [("LDG.E.128", 16, 0), ("STG.E.U16", 0, 2)]
+    assert [x.opcode for x in branch.instructions] == [
+        "LDG.E.128",
+        "BRA",
+        "CALL.REL.NOINC",
+        "FMUL",
+        "STG.E.U16",
+        "EXIT",
+    ]
+    assert [x.opcode for block in blocks for x in block.instructions if x.local] == ["STL"]
+
+
+def test_the_full_chunk_branch_in_amdgcn() -> None:
+    """Here the masked side also follows the full one in the text, where a flag skips it."""
+    text = """kernel:
+\ts_load_dword s0, s[0:1], 0x0 ; a table
+\ts_cbranch_scc1 .LBB0_3
+; %bb.1:
+\ts_cbranch_vccnz .LBB0_2
+; %bb.4:
+\tbuffer_load_dwordx4 v[6:9], v0, s[0:3], 0 offen
+\tbuffer_store_dwordx2 v[6:7], v0, s[0:3], 0 offen
+.LBB0_2:                                ; %Flow
+\ts_cbranch_scc1 .LBB0_3
+; %bb.5:
+\tv_cndmask_b32_e32 v36, v1, v0, vcc
+\tbuffer_load_dword v0, v36, s[0:3], 0 offen
+\tv_mov_b32_e32 v1, v0
+\tbuffer_store_dword v1, v36, s[0:3], 0 offen
+.LBB0_3:
+\ts_endpgm
+.Lfunc_end0:
+"""
+    branch = full_chunk_branch(amdgcn_blocks(text))
+    assert [(x.opcode, x.moved) for x in branch.accesses] == [("buffer_load_dwordx4", 16), ("buffer_store_dwordx2", 8)]
+
+
+def test_a_kernel_without_a_masked_side_is_refused() -> None:
+    one_side = SASS.replace("STG.E desc", "NOP desc")
+    with pytest.raises(ValueError, match="stores lie on 0 sides of a test"):
+        full_chunk_branch(sass_blocks(one_side.replace("STG.E.U16", "NOP")))
+    with pytest.raises(ValueError, match="stores lie on 1 sides of a test"):
+        full_chunk_branch(sass_blocks(one_side))
 
 
 @pytest.mark.parametrize(
@@ -278,9 +319,8 @@ $slow:
     ],
 )
 def test_the_width_of_an_access_in_amdgcn(opcode: str, loaded: int, stored: int, local: bool) -> None:
-    (block, *_) = amdgcn_blocks(f"kernel:\n\t.loc\t1 57 19 ; kernel.py:57:19\n\t{opcode} v0\n\ts_endpgm\n", "kernel.py")
-    access = block.instructions[0]
-    assert (access.loaded, access.stored, access.local, set(access.lines)) == (loaded, stored, local, {57})
+    access = amdgcn_blocks(f"kernel:\n\t{opcode} v0\n\ts_endpgm\n")[0].instructions[0]
+    assert (access.loaded, access.stored, access.local) == (loaded, stored, local)
 
 
 @pytest.mark.parametrize(

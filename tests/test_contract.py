@@ -691,11 +691,12 @@ def test_copy_in_mid_training_goes_on_alike_and_apart(name, backend, duplicate, 
 
 @each_optimizer
 def test_pickle_is_no_larger_than_torchs(name, backend, device):
-    """Plans, tables and packed work buffers belong to the process, not to the checkpoint."""
-    params, theirs = leaves(device, shapes=((64, 64), (32,))), leaves(device, shapes=((64, 64), (32,)))
+    """Plans, tables and work buffers belong to the process. A state packed with others must not bring them along."""
+    shapes = ((32, 32),) * 6
+    params, theirs = leaves(device, shapes=shapes), leaves(device, shapes=shapes)
     opt, torchs = ours(name, params, backend), peer(name, theirs)
     train(range(2), (params, opt), (theirs, torchs))
-    for content in (lambda o: o, lambda o: o.state_dict()):
+    for content in (lambda o: o, lambda o: o.state_dict(), lambda o: o.state[o.param_groups[0]["params"][0]]):
         assert len(pickle.dumps(content(opt))) < len(pickle.dumps(content(torchs))) + 4096
         files = io.BytesIO(), io.BytesIO()
         torch.save(content(opt), files[0])
@@ -899,15 +900,28 @@ def test_state_written_by_the_user_counts(name, backend, device):
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam"])
-def test_step_count_written_by_the_user_counts(name, backend, device):
+def test_step_count_put_there_by_the_user_counts(name, backend, device):
     params, opt, theirs, torchs = side_by_side(name, backend, device)
     train(range(2), (params, opt), (theirs, torchs))
     for optimizer, model in ((opt, params), (torchs, theirs)):
-        optimizer.state[model[0]]["step"].fill_(10)
+        optimizer.state[model[0]]["step"] = torch.tensor(10.0)
         optimizer.state[model[1]]["step"] = torch.tensor(20.0)
     train(range(2, 4), (params, opt), (theirs, torchs))
     assert_same(opt, torchs)
     assert [opt.state[p]["step"].item() for p in params] == [12, 22, 4, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+@pytest.mark.parametrize("which", [slice(None), slice(1)], ids=["all", "one"])
+def test_step_count_written_in_place_by_the_user_counts(name, backend, which, device):
+    """Counts that share memory would all take the value written into one of them."""
+    params, opt, theirs, torchs = side_by_side(name, backend, device)
+    train(range(2), (params, opt), (theirs, torchs))
+    for optimizer, model in ((opt, params), (torchs, theirs)):
+        for p in model[which]:
+            optimizer.state[p]["step"].fill_(10)
+    train(range(2, 4), (params, opt), (theirs, torchs))
+    assert_same(opt, torchs)
 
 
 @each_optimizer

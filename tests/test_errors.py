@@ -64,7 +64,9 @@ class Unchanged:
     def __enter__(self):
         self.before = self.look()
 
-    def __exit__(self, *_):
+    def __exit__(self, exception, *_):
+        if exception is None:
+            return  # left for pytest.raises to report
         torch.testing.assert_close(self.look(), self.before, rtol=0, atol=0)
 
 
@@ -173,7 +175,7 @@ def test_wrong_group_added_later_changes_nothing(name, group, device):
     params = leaves(device)
     opt = ours(name, params)
     train(range(1), (params, opt))
-    with Unchanged(opt), pytest.raises(expected):
+    with pytest.raises(expected), Unchanged(opt):
         add(opt)()
     train(range(1, 2), (params, opt))
 
@@ -248,7 +250,7 @@ def test_pinned_backend_and_complex_parameters(name, pinned, device):
 def test_pinned_backend_that_cannot_run_a_group_added_later(name, device):
     params = leaves(device)
     opt = ours(name, params, "compiled")
-    with Unchanged(opt), pytest.raises(RuntimeError) as error:
+    with pytest.raises(RuntimeError) as error, Unchanged(opt):
         opt.add_param_group({"params": leaves(device, torch.complex64)})
     explains(error, "compiled", "complex64")
 
@@ -318,7 +320,7 @@ def test_trap_9_gradient_of_another_shape(name, backend, started, device):
 
     expected = raised_by(lambda: build(TORCH[name])[1].step())
     params, opt = build(lambda groups: ours(name, groups, backend))
-    with Unchanged(opt), pytest.raises(expected) as error:
+    with pytest.raises(expected) as error, Unchanged(opt):
         opt.step()
     explains(error, "parameter 4", "2, 3, 2", "7")
     give_grads(2, params)
@@ -334,7 +336,7 @@ def test_gradient_that_would_only_broadcast(name, backend, device):
     params[1].data = torch.ones(1, device=device)
     params[1].grad = torch.ones(1, device=device)
     params[1].data = torch.ones(5, device=device)
-    with Unchanged(opt), pytest.raises(RuntimeError) as error:
+    with pytest.raises(RuntimeError) as error, Unchanged(opt):
         opt.step()
     explains(error, "parameter 1", "1", "5")
 
@@ -354,7 +356,7 @@ def test_gradient_on_another_device(name, backend, device):
 
     expected = raised_by(lambda: build(TORCH[name]).step())
     opt = build(lambda params: ours(name, params, backend))
-    with Unchanged(opt), pytest.raises(expected) as error:
+    with pytest.raises(expected) as error, Unchanged(opt):
         opt.step()
     explains(error, "cpu", device.type)
 
@@ -378,7 +380,7 @@ def test_trap_8_sparse_gradient(name, backend, started, device):
 
     expected = raised_by(lambda: build(TORCH[name]).step())
     opt = build(lambda params: ours(name, params, backend))
-    with Unchanged(opt), pytest.raises(expected) as error:
+    with pytest.raises(expected) as error, Unchanged(opt):
         opt.step()
     explains(error, "sparse", name)
 
@@ -407,7 +409,7 @@ def test_trap_8_pinned_backend_refuses_a_sparse_gradient_of_sgd(pinned, device):
     opt = to.SGD(params, lr=0.1, backend=pinned)
     give_grads(0, params)
     params[0].grad = sparse(params[0])
-    with Unchanged(opt), pytest.raises(RuntimeError) as error:
+    with pytest.raises(RuntimeError) as error, Unchanged(opt):
         opt.step()
     explains(error, "sparse", pinned)
 
@@ -473,7 +475,7 @@ def test_foreign_state_dict(name, fault, device):
 
     expected = raised_by(lambda: load_and_step(*build(TORCH[name])))
     opt, saved = build(lambda params: ours(name, params))
-    with Unchanged(opt), pytest.raises(expected):
+    with pytest.raises(expected), Unchanged(opt):
         opt.load_state_dict(saved)
     opt.step()
 
@@ -500,7 +502,7 @@ def test_state_dict_of_another_optimizer(saver, loader, momentum, device):
 
     expected = raised_by(lambda: load_and_step(build(TORCH[loader]), copy.deepcopy(saved)))
     opt = build(lambda params: ours(loader, params))
-    with Unchanged(opt), pytest.raises(expected) as error:
+    with pytest.raises(expected) as error, Unchanged(opt):
         opt.load_state_dict(copy.deepcopy(saved))
     explains(error, loader)
 
@@ -523,7 +525,7 @@ def test_state_of_another_shape(name, backend, device):
     torchs["state"] = {0: {"momentum_buffer": torch.zeros(4, 2, device=device)}}
     expected = raised_by(lambda: load_and_step(build(lambda p: torch.optim.SGD(p, momentum=0.9)), torchs))
     opt = build(lambda params: ours(name, params, backend))
-    with Unchanged(opt), pytest.raises(expected) as error:
+    with pytest.raises(expected) as error, Unchanged(opt):
         load_and_step(opt, saved)
     explains(error, "parameter 0", "4, 2", "4, 3")
 
@@ -536,7 +538,7 @@ def test_state_of_another_shape_put_there_by_hand(name, backend, device):
     key = "momentum_buffer" if name == "SGD" else "exp_avg"
     opt.state[params[0]][key] = torch.zeros(4, 2, device=device)
     give_grads(1, params)
-    with Unchanged(opt), pytest.raises(RuntimeError) as error:
+    with pytest.raises(RuntimeError) as error, Unchanged(opt):
         opt.step()
     explains(error, key, "parameter 0", "4, 2", "4, 3")
 

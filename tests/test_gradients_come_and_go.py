@@ -11,6 +11,7 @@ import torch
 import triton_optim as to
 from table import CASES, EVERY
 from torch.nn import Parameter
+from triton_optim.bucket import Bucket
 from triton_optim.plan import Plan
 
 SHAPES = ((4, 3), (5,), (), (2, 2, 2), (0,), (7,))
@@ -63,15 +64,14 @@ def plans(monkeypatch):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """Counts the rows of scalars that are formed."""
-    formed = []
-    row_for = to.optimizer.Plan.__init__.__globals__["Bucket"]._row
+    """One entry for each row of scalars that was formed."""
+    formed, row = [], Bucket._row
 
     def counted(self, cohort):
         formed.append(cohort)
-        return row_for(self, cohort)
+        return row(self, cohort)
 
-    monkeypatch.setattr("triton_optim.bucket.Bucket._row", counted)
+    monkeypatch.setattr(Bucket, "_row", counted)
     return formed
 
 
@@ -211,7 +211,8 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
             opt.load_state_dict(opt.state_dict())
     expected = [sum(column) for column in zip(*patterns, strict=True)]
     assert [opt.state[p]["step"].item() for p in params] == expected
-    assert [state["step"].item() for state in opt.state_dict()["state"].values()] == expected
+    saved = opt.state_dict()["state"]
+    assert [saved[i]["step"].item() for i in range(members)] == expected
 
 
 # Planning.

@@ -229,7 +229,7 @@ def test_pinned_backend_survives_a_checkpoint_that_asks_for_another(name, backen
     opt.load_state_dict(torchs.state_dict())
     train(range(1, 2), (params, opt))
     assert opt.backend == backend
-    assert {bucket.backend for bucket in to.explain(opt)} == {backend}
+    assert {bucket.backend for bucket in to.explain(opt) if bucket.elements} == {backend}
 
 
 @each_optimizer
@@ -340,14 +340,15 @@ def test_trap_22_codes_of_a_state_stay_integers(name, p_dtype, dtype, device):
 
 
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
-# A compilation for each new pair of dtypes takes seconds, so compiled stands for the pair that people train with.
+MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.bfloat16)]
+# The interpreter is slow, and a compilation takes seconds: the conversions are the same for every rule.
 RESUMED = [
     pytest.param(name, pinned, *pair, marks=marks, id="-".join([name, pinned, *(str(d).split(".")[1] for d in pair)]))
     for name in PEERS
     for pinned, pairs, marks in (
         ("eager", DTYPE_PAIRS, ()),
-        ("triton", DTYPE_PAIRS, TRITON),
-        ("compiled", [(torch.bfloat16, torch.float32)] if name == "AdamW" else [], ()),
+        ("triton", DTYPE_PAIRS if name == "AdamW" else MIXED, TRITON),
+        ("compiled", MIXED[:1] if name == "AdamW" else [], ()),
     )
     for pair in pairs
 ]
@@ -355,24 +356,28 @@ RESUMED = [
 
 @pytest.mark.parametrize(("name", "pinned", "p_dtype", "s_dtype"), RESUMED)
 def test_training_resumes_bit_for_bit_with_states_of_another_dtype(name, pinned, p_dtype, s_dtype, device):
-    params = leaves(device, p_dtype)
-    opt = ours(name, params, pinned)
-    train(range(1), (params, opt))
-    for p in params:
-        for key, value in opt.state[p].items():
-            if key != "step":
-                opt.state[p][key] = value.to(s_dtype)
-    train(range(1, 2), (params, opt))
+    shapes = ((4, 3), (5,))
+    params, eager = leaves(device, p_dtype, shapes), leaves(device, p_dtype, shapes)
+    opt, reference = ours(name, params, pinned), ours(name, eager, "eager")
+    train(range(1), (params, opt), (eager, reference))
+    for optimizer, model in ((opt, params), (reference, eager)):
+        for p in model:
+            for key, value in optimizer.state[p].items():
+                if key != "step":
+                    optimizer.state[p][key] = value.to(s_dtype)
+    train(range(1, 2), (params, opt), (eager, reference))
     resumed = [torch.nn.Parameter(value) for value in values(params)]
     other = ours(name, resumed, pinned)
     other.load_state_dict(through_a_file(opt.state_dict()))
-    train(range(2, 4), (params, opt), (resumed, other))
+    train(range(2, 4), (params, opt), (resumed, other), (eager, reference))
     for p, q in zip(params, resumed, strict=True):
         assert_bitwise(q, p)
-        assert torch.isfinite(q).all()
-    assert_same_states(other.state_dict(), opt.state_dict())
-    saved = opt.state_dict()["state"]
-    assert {v.dtype for state in saved.values() for key, v in state.items() if key != "step"} == {s_dtype}
+    saved = opt.state_dict()
+    assert_same_states(other.state_dict(), saved)
+    assert {v.dtype for s in saved["state"].values() for key, v in s.items() if key != "step"} == {s_dtype}
+    # Nor are they bit for bit the same nonsense: a few roundings, of values of order 1, from the eager backend.
+    rounding = 4 * max(torch.finfo(p_dtype).eps, torch.finfo(s_dtype).eps)
+    assert_same(opt, reference, rtol=rounding, atol=rounding)
 
 
 # Old and foreign forms of what we keep
@@ -470,7 +475,7 @@ def test_trap_24_step_is_on_the_gpu_when_capturable(name, backend, device):
 
 
 def steps(saved):
-    return [state["step"] for state in saved["state"].values()]
+    return [state["step"] for _, state in sorted(saved["state"].items(), key=lambda item: str(item[0]))]
 
 
 def distinct(tensors):

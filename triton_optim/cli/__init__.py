@@ -1,0 +1,28 @@
+"""The command line: ``triton-optim`` and ``python -m triton_optim``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+COMMANDS = {
+    "doctor": "what is installed, and which backend every device and dtype would get, and why",
+    "demo": "train a small network on real data with torch's AdamW and with ours, and compare",
+    "audit": "compile every rule for GPUs that need not be here, and check registers, traffic and access width",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="triton-optim", description="Optimizers for PyTorch as Triton functions.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in COMMANDS.items():
+        # Imported here: a command may need what the core does without.
+        module = importlib.import_module(f".{name}", __package__)
+        own = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    status: int = parsed.run(parsed)
+    return status

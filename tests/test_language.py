@@ -1,0 +1,116 @@
+"""The words of rules: the columns agree, special values included, and a rule's torch form is the same function."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the Triton column needs Triton")
+import triton.language as tl  # noqa: E402
+
+from triton_optim.kernels.language import PRIMITIVES, jit, maximum, sqrt, torch_form, where  # noqa: E402
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
+UNARY = ["abs", "exp", "log", "sign", "sqrt"]
+BINARY = ["maximum", "minimum"]
+
+
+@triton.jit
+def _unary(x, out, WORD: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, WORD(tl.load(x + i)))
+
+
+@triton.jit
+def _binary(x, y, out, WORD: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, WORD(tl.load(x + i), tl.load(y + i)))
+
+
+@triton.jit
+def _where(x, y, out, WORD: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    b = tl.load(y + i)
+    tl.store(out + i, WORD(a > b, a, b))
+
+
+def pairs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = torch.tensor([[a, b] for a in SPECIAL for b in SPECIAL] + [[0.5, 0.25]] * 7, device=device)
+    assert len(grid) == 128
+    return grid[:, 0].contiguous(), grid[:, 1].contiguous()
+
+
+def test_every_word_is_tested() -> None:
+    assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, "where"])
+
+
+@pytest.mark.parametrize("word", UNARY)
+def test_unary_words_agree(word: str, device: torch.device) -> None:
+    in_triton, in_torch = PRIMITIVES[word]
+    x, _ = pairs(device)
+    x = x[x.abs() != 1e-42] if word in ("log", "sqrt") else x  # a GPU's approximate forms flush denormals
+    x = torch.cat([x, x.new_ones(128 - len(x))])
+    out = torch.full_like(x, 7.0)
+    _unary[(1,)](x, out, in_triton, 128)
+    torch.testing.assert_close(out, in_torch(x), rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("word", BINARY)
+def test_binary_words_agree_and_keep_nan(word: str, device: torch.device) -> None:
+    in_triton, in_torch = PRIMITIVES[word]
+    x, y = pairs(device)
+    out = torch.full_like(x, 7.0)
+    _binary[(1,)](x, y, out, in_triton, 128)
+    torch.testing.assert_close(out, in_torch(x, y), rtol=0, atol=0, equal_nan=True)
+    assert out[x.isnan() | y.isnan()].isnan().all()
+
+
+def test_where_agrees(device: torch.device) -> None:
+    in_triton, in_torch = PRIMITIVES["where"]
+    x, y = pairs(device)
+    out = torch.full_like(x, 7.0)
+    _where[(1,)](x, y, out, in_triton, 128)
+    torch.testing.assert_close(out, in_torch(x > y, x, y), rtol=0, atol=0, equal_nan=True)
+
+
+FACTOR = tl.constexpr(3.0)
+
+
+@jit
+def inner(x):
+    return sqrt(x) * FACTOR
+
+
+@jit
+def outer(x, y):
+    return where(x > y, inner(x), maximum(x, y))
+
+
+@triton.jit
+def with_tl(x, y):
+    return tl.where(x > y, tl.sqrt(x), tl.maximum(x, y))
+
+
+def test_torch_form_follows_calls_and_constants() -> None:
+    x, y = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 9.0])
+    assert torch_form(outer)(x, y).tolist() == [6.0, 9.0]
+
+
+def test_torch_form_of_tl_words() -> None:
+    x, y = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 9.0])
+    assert torch_form(with_tl)(x, y).tolist() == [2.0, 9.0]
+
+
+def test_torch_form_refuses_what_is_no_function() -> None:
+    with pytest.raises(TypeError, match="must be a @jit function"):
+        torch_form("adam")
+
+
+def test_trap_27_dynamo_does_not_find_triton_behind_a_rebound_rule() -> None:
+    form = torch_form(outer)
+    compiled = torch.compile(form, fullgraph=True, backend="eager")
+    x, y = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 9.0])
+    assert torch.equal(compiled(x, y), form(x, y))

@@ -1,0 +1,93 @@
+"""README's own text runs: the ten lines, and the user's optimizer on all three backends."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import triton_optim
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def block(marker: str) -> str:
+    (text,) = [text for text in BLOCKS if marker in text]
+    return text
+
+
+def execute(text: str, name: str, folder: Path) -> types.ModuleType:
+    """Run a block as a module of its own file: Triton reads a rule's source."""
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_ten_lines(tmp_path: Path) -> None:
+    module = execute(block("import triton_optim as optim"), "readme_example", tmp_path)
+    assert module.loss.item() < 1.0
+
+
+def test_the_users_own_optimizer(backend: str, device: torch.device, tmp_path: Path) -> None:
+    text = block("class SignMomentum")
+    assert len(text.splitlines()) <= 30
+    module = execute(text, f"readme_{backend}", tmp_path)
+    start = [torch.randn(shape, device=device) for shape in [(3,), (1030,), (4, 5)]]
+    gradients = [[torch.randn_like(t) for t in start] for _ in range(5)]
+    params = [torch.nn.Parameter(t.clone()) for t in start]
+    optimizer = module.SignMomentum(params, lr=0.01, beta=0.8, backend=backend)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    lrs = []
+    for step in gradients:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    for p, initial, own in zip(params, start, zip(*gradients, strict=True), strict=True):
+        value, m = initial.double().cpu().numpy(), np.zeros(initial.shape)
+        for lr, g in zip(lrs, own, strict=True):
+            m = 0.8 * m + (1 - 0.8) * g.double().cpu().numpy()
+            value = value - lr * np.sign(m)
+        np.testing.assert_allclose(p.detach().cpu().numpy(), value, rtol=1e-5, atol=1e-6)
+    (bucket,) = triton_optim.explain(optimizer)
+    assert bucket.backend == backend
+    restored = module.SignMomentum(params, backend=backend)
+    restored.load_state_dict(optimizer.state_dict())
+    assert torch.equal(restored.state[params[1]]["momentum"], optimizer.state[params[1]]["momentum"])
+
+
+def modules() -> list[str]:
+    names = ["triton_optim"]
+    for package in ("triton_optim", "triton_optim.kernels"):
+        path = importlib.import_module(package).__path__
+        names += [f"{package}.{m.name}" for m in pkgutil.iter_modules(path) if m.name not in ("__main__", "cli", "kernels")]
+    return names
+
+
+@pytest.mark.parametrize("name", modules())
+def test_the_examples_in_docstrings(name: str) -> None:
+    if name.endswith(("triton_backend", "multi_tensor")):
+        pytest.importorskip("triton", reason="this module is Triton's")
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("name", triton_optim.__all__)
+def test_every_public_name_is_documented_in_the_readme(name: str) -> None:
+    assert f"`{name}" in README or name in ("dispatch", "Variant")

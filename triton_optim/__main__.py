@@ -1,0 +1,5 @@
+"""``python -m triton_optim``."""
+
+from .cli import main
+
+raise SystemExit(main())

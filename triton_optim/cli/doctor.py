@@ -1,0 +1,92 @@
+"""``triton-optim doctor``: what is installed, and what the dispatcher would choose."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dispatch import BACKENDS, Machine, Request, choose, cxx_compiler, this_machine, unable
+from ..table import table
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write it as JSON")
+
+
+def version(package: str) -> str | None:
+    """The installed version of `package`, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> dict[str, str]:
+    """The devices torch sees: the kind and what it is."""
+    found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        name = module.get_device_name() if hasattr(module, "get_device_name") else accelerator.type
+        found[accelerator.type] = f"{torch.accelerator.device_count()} x {name}"
+    return found
+
+
+def diagnosis(machine: Machine) -> dict[str, Any]:
+    """All that the command tells."""
+    present = devices()
+    kinds = [*present, *(kind for kind in ("cuda", "xpu", "mps") if kind not in present)]
+    choices = []
+    for kind in kinds:
+        for dtype in DTYPES if kind != "mps" else DTYPES[:3]:  # Metal has no float64
+            request = Request(kind, dtype)
+            choice = choose(request, machine)
+            choices.append(
+                {
+                    "device": kind,
+                    "present": kind in present,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "backend": choice.backend,
+                    "reason": choice.reason,
+                    "also": [b for b in BACKENDS if b != choice.backend and unable(b, request, machine) is None],
+                }
+            )
+    return {
+        "versions": {name: version(name) for name in ("triton-optim", "torch", "triton")},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "devices": present,
+        "cxx_compiler": cxx_compiler(),
+        "interpreter": machine.interpreter,
+        "choices": choices,
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the diagnosis."""
+    found = diagnosis(this_machine())
+    facts = [[name, value or "not installed"] for name, value in found["versions"].items()]
+    facts += [["python", found["python"]], ["platform", found["platform"]]]
+    facts += [[kind, what] for kind, what in found["devices"].items()]
+    facts += [["C++ compiler", found["cxx_compiler"] or "none found (torch.compile on a CPU needs one; or set CXX)"]]
+    facts += [["TRITON_INTERPRET", "on: Triton kernels run on CPU tensors" if found["interpreter"] else "off"]]
+    print(table(["", "found"], facts))
+    print()
+    rows = [
+        [c["device"] + ("" if c["present"] else " (not here)"), c["dtype"], c["backend"], c["reason"], ", ".join(c["also"])]
+        for c in found["choices"]
+    ]
+    print(table(["device", "dtype", "auto", "reason", "could be pinned"], rows))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
