@@ -1,5 +1,6 @@
 """What share of the GPU's copy bandwidth does a step reach, and how long do 1,000 small tensors take?"""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -13,12 +14,8 @@ import triton_optim
 OPTIMIZERS = {
     "SGD": (triton_optim.SGD, {"lr": 1e-3}, torch.optim.SGD, ("fused", "foreach")),
     "SGD-momentum": (triton_optim.SGD, {"lr": 1e-3, "momentum": 0.9}, torch.optim.SGD, ("fused", "foreach")),
-    "SGD-nesterov": (
-        triton_optim.SGD,
-        {"lr": 1e-3, "momentum": 0.9, "nesterov": True},
-        torch.optim.SGD,
-        ("fused", "foreach"),
-    ),
+    # torch's foreach writes Nesterov's sum into the gradients, so that from step to step they grow.
+    "SGD-nesterov": (triton_optim.SGD, {"lr": 1e-3, "momentum": 0.9, "nesterov": True}, torch.optim.SGD, ("fused",)),
     "Lion": (triton_optim.Lion, {"lr": 1e-4, "weight_decay": 0.1}, None, ()),
     "Adam": (triton_optim.Adam, {"lr": 1e-3, "weight_decay": 0.1}, torch.optim.Adam, ("fused", "foreach")),
     "AdamW": (triton_optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}, torch.optim.AdamW, ("fused", "foreach")),
@@ -47,11 +44,7 @@ def test_step(
 ) -> None:
     ours, options, torchs, implementations = OPTIMIZERS[name]
     count = elements(model)
-    # A side keeps parameter, gradient and at most three states; foreach makes as many temporaries; the copy has two.
-    need = 4 * count * (5 * (1 + len(implementations)) + 5 + 2)
-    free = torch.get_device_module(device).mem_get_info()[0]
-    if need > free:
-        pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory; {free / 2**30:.0f} are")
+    skip_without_memory(4 * count, ours, options, len(implementations), device)
 
     optimizers = {how: torchs(list(parameters(model, device)), **options, **{how: True}) for how in implementations}
     optimizers = {"ours": ours(list(parameters(model, device)), **options)} | optimizers
@@ -62,7 +55,9 @@ def test_step(
     source = torch.randn(max(count, 1 << 28), device=device)
     target_of_copy = torch.empty_like(source)
     sides = [Side(how, optimizer.step) for how, optimizer in optimizers.items()]
-    m = measure([*sides, Side("copy", lambda: target_of_copy.copy_(source))], patience, device=device, inner=inner)
+    m = measure(
+        [*sides, Side("copy", lambda: target_of_copy.copy_(source))], patience, device=device, inner=inner, rounds=5
+    )
 
     copy_speed = 2 * source.nbytes / m.median("copy")
     floor = bucket.bytes_per_parameter * count / copy_speed
@@ -74,8 +69,9 @@ def test_step(
         "bytes per parameter": bucket.bytes_per_parameter,
     }
     figures |= {f"{how} share of copy bandwidth": floor / m.median(how) for how in optimizers}
-    text = ", ".join(f"{how} {ms[how]:.3f} ms ({floor / m.median(how):.1%} of copy bandwidth)" for how in optimizers)
-    text += f"; copy {copy_speed / 1e12:.2f} TB/s"
+    text = ", ".join(f"{how} {ms[how]:.3f} ms" for how in optimizers)
+    if target_ms is None:  # the small model stays in the cache
+        text += f"; {floor / m.median('ours'):.1%} of copy bandwidth, which is {copy_speed / 1e12:.2f} TB/s"
     value = m.median("ours") / floor if target_ms is None else ms["ours"]
     case = f"{name}, {model} ({len(MODELS[model])} tensors)" + (", ms" if target_ms else ", time over the floor")
     answer(case, text, figures, value=value, target=target or target_ms, measurement=m)
@@ -85,3 +81,16 @@ def test_step(
         torch.accelerator.synchronize()
 
     benchmark.pedantic(step, rounds=10, warmup_rounds=1)
+
+
+def skip_without_memory(role: int, ours: type, options: dict, peers: int, device: torch.device) -> None:
+    """Skip unless all sides fit into memory, given the bytes of one role: p, g or a state."""
+    tiny = ours([torch.nn.Parameter(torch.zeros(1, device=device))], **options)
+    roles = len(triton_optim.explain(tiny)[0].dtypes)
+    need = role * (roles * (1 + peers) + 3 + 2)  # foreach has up to three temporaries, the copy two buffers
+    gc.collect()
+    module = torch.get_device_module(device)
+    module.empty_cache()
+    free = module.mem_get_info()[0]
+    if need > free:
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory; {free / 2**30:.0f} are")

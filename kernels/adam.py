@@ -1,5 +1,6 @@
 """Adam: Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980. AMSGrad: Reddi et al. 2018,
-https://arxiv.org/abs/1904.09237. Decoupled decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101."""
+https://arxiv.org/abs/1904.09237. Decoupled decay: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+"""
 
 from typing import NamedTuple
 

@@ -89,7 +89,9 @@ def python_function(rule: Any) -> types.FunctionType:
     """The Python function inside a jit function (or the function itself, where there is no Triton)."""
     function = getattr(rule, "fn", rule)
     if not isinstance(function, types.FunctionType):
-        raise TypeError(f"a rule must be a @jit function; got {rule!r}. Decorate it with triton_optim.kernels.language.jit")
+        raise TypeError(
+            f"a rule must be a @jit function; got {rule!r}. Decorate it with triton_optim.kernels.language.jit"
+        )
     return function
 
 
@@ -118,6 +120,8 @@ def torch_form(rule: Any) -> Callable[..., Any]:
 def apply(rule: Callable[..., Any], tensors: list[torch.Tensor], values: list[torch.Tensor], h: Any) -> None:
     """Run a rule's torch form on `values`, and write what it returns to ``tensors`` (p, g, states) but the gradient."""
     new = rule(*values, h)
+    if not isinstance(new, tuple) or len(new) != len(tensors) - 1:
+        raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(tensors) - 2} states.")
     # A rule may return one of its arguments; it must not change when the tensor it came from is written.
     new = [v.clone() if any(v is old for old in values) else v for v in new]
     for old, v in zip((tensors[0], *tensors[2:]), new, strict=True):

@@ -25,7 +25,7 @@ def convert(value, DTYPE: tl.constexpr):
 @triton.jit
 def convert_nearest(value, DTYPE: tl.constexpr):
     """The interpreter truncates float32 to bfloat16; a GPU rounds. Round by bits first, and both agree."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
@@ -59,6 +59,7 @@ def update_chunk(
         values = values + (tl.load(pointer, mask=mask).to(COMPUTE),)
     g = values[1] * h[0]
     new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
+    tl.static_assert(len(new) == len(DTYPES) - 1, "a rule must return p and every state")
     tl.store(pointers[0], CONVERT(new[0], DTYPES[0]), mask=mask)
     for i in tl.static_range(2, len(DTYPES)):
         tl.store(pointers[i], CONVERT(new[i - 1], DTYPES[i]), mask=mask)

@@ -1,5 +1,6 @@
 """Stochastic gradient descent with momentum as torch.optim.SGD defines it; Nesterov's form: Sutskever et al. 2013,
-https://proceedings.mlr.press/v28/sutskever13.html."""
+https://proceedings.mlr.press/v28/sutskever13.html.
+"""
 
 from typing import NamedTuple
 

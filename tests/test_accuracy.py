@@ -82,7 +82,9 @@ def test_error_is_no_larger_than_torchs(
     ours = error(run(case.ours, start, gradients, backend=backend, **options), truth)
     theirs = error(run(case.torchs or TorchLion, start, gradients, **options), truth)
     # torch's float16 goes to NaN where eps = 1e-8 is 0; any finite error is no worse.
-    assert ours <= BOUND[dtype] * theirs or (np.isfinite(ours) and np.isnan(theirs)), f"ours {ours:.3g}, torch {theirs:.3g}"
+    assert ours <= BOUND[dtype] * theirs or (np.isfinite(ours) and np.isnan(theirs)), (
+        f"ours {ours:.3g}, torch {theirs:.3g}"
+    )
 
 
 @pytest.mark.parametrize(**EVERY)
@@ -100,7 +102,7 @@ def test_states_match_the_reference(case: Case, options: dict[str, Any], backend
 
     _, states = case.reference(plain(start), [plain(step) for step in gradients], **options)
     for p, expected in zip(params, states, strict=True):
-        state = optimizer.state[p] if p in optimizer.state else {}
+        state = optimizer.state.get(p, {})
         assert state.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(

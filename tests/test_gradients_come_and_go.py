@@ -8,9 +8,10 @@ import copy
 
 import pytest
 import torch
-import triton_optim as to
 from table import CASES, EVERY
 from torch.nn import Parameter
+
+import triton_optim as to
 from triton_optim.bucket import Bucket
 from triton_optim.plan import Plan
 

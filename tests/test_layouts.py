@@ -8,11 +8,12 @@ import itertools
 
 import pytest
 import torch
-import triton_optim as to
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from references import adamw, lion, sgd
 from torch.nn import Parameter
+
+import triton_optim as to
 
 LR = 0.1  # an element that gets another one's gradient is then off by more than any dtype rounds
 OPTIMIZERS = {
@@ -263,7 +264,10 @@ def test_states_loaded_in_another_layout(name, p_layout, s_layout, backend, devi
 def test_trap_4_misaligned_view(what, dtype, offset, backend, device):
     """Its own bucket on Triton, and the memory around it is left alone."""
     values = [random_values((37,), i, device).to(dtype) for i in range(6)]
-    p, q = Parameter(values[0].clone()), Parameter(in_buffer(values[1], offset) if what == "parameter" else values[1].clone())
+    p, q = (
+        Parameter(values[0].clone()),
+        Parameter(in_buffer(values[1], offset) if what == "parameter" else values[1].clone()),
+    )
     opt = optimizer("AdamW", [p, q], backend)
     opt.state[q]["exp_avg"] = in_buffer(torch.zeros_like(values[0]), offset if what == "state" else 0)
     gradients = [values[2:4], values[4:6]]
@@ -294,7 +298,8 @@ def test_trap_4_one_launch_and_two_with_a_misaligned_tensor(device, launches):
 
 def test_trap_4_alignment_is_never_claimed_for_a_misaligned_address(device, launches):
     """Gradients move into and out of alignment; 37 float32 fill no multiple of 16 bytes, so neighbours in a flat
-    buffer, as sharded training makes them, are misaligned too."""
+    buffer, as sharded training makes them, are misaligned too.
+    """
     params = [Parameter(random_values((37,), i, device)) for i in range(3)]
     starts = [p.detach().clone() for p in params]
     opt = optimizer("AdamW", params, "triton")
@@ -389,7 +394,11 @@ def test_expanded_parameter_is_refused_and_nothing_changes(choice, device):
     """As by torch: what its one stored value should become is undefined. It stands last: all is checked first."""
     first, expanded = Parameter(random_values((2,), 1, device)), Parameter(random_values((1,), 0, device).expand(3))
     with pytest.raises(RuntimeError):  # when it is made, or at the latest here
-        step(to.AdamW([first, expanded], backend=choice), [first, expanded], [torch.ones_like(t) for t in (first, expanded)])
+        step(
+            to.AdamW([first, expanded], backend=choice),
+            [first, expanded],
+            [torch.ones_like(t) for t in (first, expanded)],
+        )
     assert torch.equal(first, random_values((2,), 1, device)), "half applied"
     assert torch.equal(expanded[0], random_values((1,), 0, device)[0])
 
@@ -575,9 +584,7 @@ def trained(model, backend, device, groups):
 
 
 # A program costs the interpreter 20 ms. The same examples in each run: what fails once fails again.
-@settings(
-    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(model=models(), groups=st.integers(0, 2))
 def test_any_model_is_updated_as_by_the_reference_and_as_eagerly(backend, device, model, groups):
     assume(any(any(present) for *_, present in model))

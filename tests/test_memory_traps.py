@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import triton_optim as to
 from conftest import HAS_GPU, HAS_TRITON
 from table import EVERY
 from torch.nn import Parameter
 from triton_optim.kernels.language import jit
+
+import triton_optim as to
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -46,8 +47,9 @@ def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
 
     In front of it lie 2^31 more: there a wrapped offset, being negative, would read and write.
     """
-    from triton_optim import triton_backend
     from triton_optim.kernels.multi_tensor import BLOCK
+
+    from triton_optim import triton_backend
 
     front, numel, apart = 2**31, 2**31 + BLOCK + 5, 64 * BLOCK
     memory = lazy_zeros(front + numel + 3 * apart, torch.float16)

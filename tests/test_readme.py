@@ -77,7 +77,9 @@ def modules() -> list[str]:
     names = ["triton_optim"]
     for package in ("triton_optim", "triton_optim.kernels"):
         path = importlib.import_module(package).__path__
-        names += [f"{package}.{m.name}" for m in pkgutil.iter_modules(path) if m.name not in ("__main__", "cli", "kernels")]
+        names += [
+            f"{package}.{m.name}" for m in pkgutil.iter_modules(path) if m.name not in ("__main__", "cli", "kernels")
+        ]
     return names
 
 

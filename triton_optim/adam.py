@@ -121,7 +121,8 @@ class AdamW(Adam):
     r"""AdamW, with torch.optim.AdamW's arguments, defaults and state: :class:`Adam` with decoupled weight decay.
 
     .. math::
-        p_t = (1 - \gamma\lambda) p_{t-1} - \frac{\gamma}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+        p_t = (1 - \gamma\lambda) p_{t-1}
+            - \frac{\gamma}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     Args, state and errors as for :class:`Adam`; ``weight_decay`` is 0.01 unless given.
 

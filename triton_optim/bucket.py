@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dispatch import Choice
-from .layout import in_layout_of, is_sharded, local, local_gradient, same_layout
+from .layout import in_layout_of, is_sharded, local, same_layout, with_local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer, Variant
 
-try:
-    # The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
+# The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
+TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 _CPU = torch.device("cpu")
 
@@ -56,7 +53,7 @@ class Member:
 
     def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
-        self.state: dict[str, Any] = optimizer.state[p] if p in optimizer.state else {}
+        self.state: dict[str, Any] = optimizer.state.get(p, {})
         if "step" in self.state:
             self.count = int(self.state["step"])
         else:
@@ -69,7 +66,9 @@ class Member:
         self.state = optimizer.state[self.p]
         if optimizer.counts_steps:
             device = self.p.device if key.capturable else _CPU
-            self.state["step"] = torch.as_tensor(self.state.get("step", 0.0), dtype=torch.float32).to(device).reshape(())
+            self.state["step"] = (
+                torch.as_tensor(self.state.get("step", 0.0), dtype=torch.float32).to(device).reshape(())
+            )
         for name in key.variant.state_names:
             if self.state.get(name) is None:
                 self.state[name] = torch.zeros_like(self.p, memory_format=torch.preserve_format)
@@ -96,7 +95,7 @@ class Cohort:
         return self._count if self.step is None else int(self.step)
 
     def advance(self) -> None:
-        self._count += 1
+        self._count = 1  # where no step is kept, all that is known is that there was one
         if self.step is not None:
             self.step.add_(1)
 
@@ -122,8 +121,10 @@ class Bucket(ABC):
 
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
-        """Compile what the bucket will need. Called before anything changes, so that a failure changes nothing."""
-        return None
+        """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
+        for group in optimizer.param_groups:
+            if optimizer.variant(group) == key.variant:
+                row_for(optimizer, group, 1, keep=key.differentiable)
 
     @abstractmethod
     def run(self, rows: list[Row | None]) -> None:
@@ -151,8 +152,9 @@ class Bucket(ABC):
         if self.keeps_layout:
             for m, value in zip(self.members, self.held, strict=True):
                 for name in self.key.variant.state_names:
-                    if not same_layout(local(m.state[name]), value):
-                        m.state[name] = in_layout_of(m.p, m.state[name])
+                    held = local(m.state[name])
+                    if not same_layout(held, value):
+                        m.state[name] = with_local(m.state[name], in_layout_of(value, held))
 
     # Counting.
 
@@ -172,7 +174,8 @@ class Bucket(ABC):
         self.regrouped = True
         names = [*self.key.variant.state_names] + ["step"] * ("step" in self.members[0].state)
         self._state_tensors = [(itemgetter(name), [m.state for m in self.members]) for name in names]
-        self._state_held = [self._state_column(*column) for column in self._state_tensors]
+        self._state_known = [list(map(get, states)) for get, states in self._state_tensors]
+        self._state_held = [[local(s).detach() for s in column] for column in self._state_known]
         self._state_addresses = [list(map(Tensor.data_ptr, column)) for column in self._state_held]
 
     def _counts(self) -> list[int]:
@@ -194,13 +197,7 @@ class Bucket(ABC):
         return [self._row(c) if active else None for c, active in zip(self.cohorts, self._active, strict=True)]
 
     def _row(self, cohort: Cohort) -> Row:
-        step: Any
-        if not self.optimizer.counts_steps:
-            step = min(cohort.count, 1) + 1
-        elif self.key.capturable and cohort.step is not None:
-            step = (cohort.step + 1).double()
-        else:
-            step = cohort.count + 1
+        step: Any = cohort.count + 1 if cohort.step is None or not self.key.capturable else (cohort.step + 1).double()
         group = self.optimizer.param_groups[cohort.group]
         return row_for(self.optimizer, group, step, keep=self.key.differentiable)
 
@@ -214,22 +211,20 @@ class Bucket(ABC):
 
     # Fitting.
 
-    def _state_column(self, get: Any, states: list[dict[str, Any]]) -> list[Tensor]:
-        column = map(get, states)
-        return [local(s) for s in column] if self.sharded else list(column)
-
     def fits(self, gradients: list[Tensor | None]) -> bool:
-        """Whether the bucket can run with these gradients; it keeps them, in the parameters' layout, for the step."""
+        """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
         values = [local(m.p) for m in self.members] if self.sharded else self._params
         if list(map(Tensor.data_ptr, values)) != self.addresses:
             return False
-        # Addresses, not identity: code that moves an optimizer to another device and back sets `state.data`.
-        for column, addresses in zip(self._state_tensors, self._state_addresses, strict=True):
-            if list(map(Tensor.data_ptr, self._state_column(*column))) != addresses:
+        for (get, states), known, addresses in zip(
+            self._state_tensors, self._state_known, self._state_addresses, strict=True
+        ):
+            if not all(map(is_, map(get, states), known)):
+                return False
+            # Code that moves an optimizer to another device and back keeps the tensor and sets its `data`.
+            if list(map(Tensor.data_ptr, map(local, known) if self.sharded else known)) != addresses:
                 return False
         own = [gradients[i] for i in self._indices]
-        if self.sharded:
-            own = [g if g is None else local_gradient(m.p, g) for m, g in zip(self.members, own, strict=True)]
         try:
             ready = self._guards is not None and self._guards.check(*values, *own)
         except TypeError:  # one is None
@@ -275,6 +270,11 @@ def row_for(optimizer: RuleOptimizer, group: dict[str, Any], step: Any, keep: bo
     h = optimizer.scalars(values, step)
     if not hasattr(h, "_fields"):
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
+    for name, value in zip(h._fields, h, strict=True):
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
+            )
     return Row(-1.0 if group.get("maximize") else 1.0, h)
 
 

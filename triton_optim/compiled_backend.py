@@ -78,7 +78,7 @@ class Graph:
     def _backend(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        code = compile_fx(graph, example)
+        code: Any = compile_fx(graph, example)
 
         def first_call(*arguments: Any) -> Any:
             # Where each of our arguments stands among the graph's; the length stands as itself.
@@ -138,10 +138,11 @@ class CompiledBucket(Bucket):
         self.flats = [[flat(v), *map(flat, self.states_of(m))] for v, m in zip(self.held, members, strict=True)]
         room = max((pack.numel for pack in self.packs), default=0)
         self.gathered = [torch.empty(room, dtype=dtype, device=key.device) for dtype in key.dtypes[:2]]
-        self.scattered = [self.gathered[0][: pack.numel].split(pack.lengths) for pack in self.packs]
+        self.scattered = [torch.split(self.gathered[0][: pack.numel], pack.lengths) for pack in self.packs]
 
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
+        super().prepare(optimizer, key)
         graph = cls.graph(optimizer, key)
         if isinstance(graph, Exception):
             raise graph
@@ -149,7 +150,7 @@ class CompiledBucket(Bucket):
     @classmethod
     def graph(cls, optimizer: RuleOptimizer, key: Key) -> Graph | Exception:
         group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
-        scalars = type(row_for(optimizer, group, 1).h)
+        scalars: Any = type(row_for(optimizer, group, 1).h)
         return graph_for(key.variant.rule, scalars, key.dtypes, key.compute, key.device)
 
     @classmethod
@@ -202,5 +203,5 @@ class CompiledBucket(Bucket):
             return
         value, *states = self.flats[i]
         # Inductor indexes by 32 bits on a GPU.
-        for piece in zip(*(t.split(LONGEST) for t in (value, flat(g), *states)), strict=True):
+        for piece in zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True):
             graph(table[self.row_of[i]], *piece)

@@ -73,5 +73,3 @@ class _TrafficCounter(TorchDispatchMode):
             read = args[1:] if func is torch.ops.aten.copy_.default else args
             self.bytes += sum(t.nbytes for t in (*read, *out) if isinstance(t, Tensor))
         return result
-
-

@@ -21,18 +21,32 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of `tensor` on this process, outside autograd and DTensor dispatch; an ordinary tensor is its own."""
     shard: Any = getattr(tensor, "_local_tensor", tensor)
-    return shard.wait() if hasattr(shard, "wait") else shard
+    own: Tensor = shard.wait() if hasattr(shard, "wait") else shard
+    return own
+
+
+def with_local(tensor: Tensor, shard: Tensor) -> Tensor:
+    """`tensor` with `shard` as its local part."""
+    if not is_sharded(tensor):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    own: Any = tensor
+    return DTensor.from_local(
+        shard, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def local_gradient(p: Tensor, g: Tensor) -> Tensor:
     """The local part of `g`, placed as its parameter (a gradient may still be a partial sum, or whole)."""
+    if is_sharded(p) != is_sharded(g):
+        kinds = ["an ordinary tensor", "a DTensor"]
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} is {kinds[is_sharded(p)]} and its gradient {kinds[is_sharded(g)]}. "
+            "Assign a gradient of the parameter's own kind."
+        )
     if not is_sharded(p):
         return g
-    if not is_sharded(g):
-        raise RuntimeError(
-            f"the gradient of a sharded parameter of shape {tuple(p.shape)} is an ordinary tensor. "
-            "Assign a DTensor placed as the parameter."
-        )
     if g.placements != p.placements:  # type: ignore[attr-defined]
         g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
     return local(g)

@@ -35,7 +35,7 @@ def step(params: list[Tensor], gradients: list[Tensor], indices: list[int], hand
     present: list[Tensor | None] = [None] * len(optimizer._flat)
     for i, g in zip(indices, gradients, strict=True):
         present[i] = g
-    # A compiler that could not prove the mutation safe passes copies, and keeps the parameters for who reads them later.
+    # A compiler that cannot prove the mutation safe passes copies, and keeps the parameters for later readers.
     pairs = [(optimizer._flat[i], p) for i, p in zip(indices, params, strict=True)]
     copies = [(own, p) for own, p in pairs if own.data_ptr() != p.data_ptr()]
     kept = [own.detach().clone() for own, _ in copies]
@@ -60,4 +60,6 @@ def traced_step(optimizer: "RuleOptimizer") -> None:
     indices = [i for i in range(len(flat)) if flat[i].grad is not None]
     if indices:
         with torch.no_grad():
-            torch.ops.triton_optim.step([flat[i] for i in indices], [flat[i].grad for i in indices], indices, optimizer._handle)
+            torch.ops.triton_optim.step(
+                [flat[i] for i in indices], [flat[i].grad for i in indices], indices, optimizer._handle
+            )

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import opaque
 from .dispatch import BACKENDS, choose, this_machine
+from .layout import is_sharded, local_gradient
 from .plan import Plan, request_for
 
 OPTIONS: dict[str, Any] = {
@@ -142,11 +143,16 @@ class RuleOptimizer(Optimizer):
         """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
         recording = any(group.get("differentiable") for group in self.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
-            if self._plan is None or not self._plan.fits(self._flat, gradients):
-                self._plan = Plan(self, self._flat, gradients)
-                if not self._plan.fits(self._flat, gradients):
+            plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
+            if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
+                # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
+                pairs = zip(self._flat, gradients, strict=True)
+                gradients = [g if g is None else local_gradient(p, g) for p, g in pairs]
+            if plan is None or not plan.fits(gradients):
+                plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
+                if not plan.fits(gradients):
                     raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
-            self._plan.step()
+            plan.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""
@@ -224,7 +230,7 @@ class RuleOptimizer(Optimizer):
             state = state_dict["state"].get(i, {})
             if state and not known & state.keys():
                 raise ValueError(
-                    f"the state of parameter {i} holds {sorted(state)}, and {type(self).__name__} keeps {sorted(known)}: "
+                    f"the state of parameter {i} holds {sorted(state)}, {type(self).__name__} keeps {sorted(known)}: "
                     "this state dict is of another optimizer. Load it into that one."
                 )
             for name, value in state.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bucket import Bucket, Key, Member
 from .dispatch import Backend, Choice, Request, choose, this_machine
-from .layout import all_aligned, layout, local, local_gradient, overlapping
+from .layout import all_aligned, is_sharded, layout, local, overlapping
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -32,10 +32,11 @@ _BUCKETS: dict[Backend, tuple[str, str]] = {
 class Entry(NamedTuple):
     """A parameter on its way into a plan: what decides its bucket."""
 
-    index: int
+    place: int  # among the optimizer's parameters
     group: int
     p: Tensor
-    g: Tensor  # the parameter itself stands in where there is none yet
+    g_dtype: torch.dtype
+    g_aligned: bool
     states: Sequence[Tensor]
     overlaps: bool
 
@@ -57,29 +58,29 @@ def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
     """The bucket of a parameter."""
     group = optimizer.param_groups[entry.group]
     choice = choose(request_for(optimizer, group, entry.p, entry.overlaps), this_machine())
-    tensors = (local(entry.p), entry.g, *entry.states)
+    tensors = (local(entry.p), *entry.states)
     if not tensors[0].numel():
         choice = Choice("eager", "no elements here: the step is only counted")
     return Key(
         choice,
         entry.p.device,
         optimizer.variant(group),
-        tuple(t.dtype for t in tensors),
-        aligned=choice.backend == "triton" and all_aligned(t.data_ptr() for t in tensors),
+        (entry.p.dtype, entry.g_dtype, *(state.dtype for state in entry.states)),
+        aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in tensors),
         capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
     )
 
 
-def checked_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, g: Tensor) -> Tensor:
-    """The local part of a gradient, or the error that torch raises."""
+def check_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, local_g: Tensor) -> None:
+    """Raise the error that torch would of a (local) gradient that cannot be used."""
     name = type(optimizer).__name__
-    if g.layout != torch.strided:
+    if local_g.layout != torch.strided:
         raise RuntimeError(
-            f"{name} does not support sparse gradients: the gradient of parameter {index} is {g.layout}. "
+            f"{name} does not support sparse gradients: the gradient of parameter {index} is {local_g.layout}. "
             "Build the embedding with sparse=False, or call grad.to_dense() before the step."
         )
-    local_p, local_g = local(p), local_gradient(p, g)
+    local_p = local(p)
     for what in ("shape", "device"):
         ours, theirs = getattr(local_g, what), getattr(local_p, what)
         if ours != theirs:
@@ -92,18 +93,38 @@ def checked_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, g: Tensor)
             f"{name}: the gradient of parameter {index} is {local_g.dtype}, the parameter {local_p.dtype}. "
             "Give both real, or both complex."
         )
-    return local_g
+
+
+def check_state(index: int, p: Tensor, name: str, state: Tensor) -> None:
+    """Raise ValueError of a state that does not belong to its parameter."""
+    placed = [getattr(t, "placements", None) for t in (p, state)]
+    if state.shape != p.shape or placed[0] != placed[1] or local(state).shape != local(p).shape:
+        theirs, ours = (
+            f"{tuple(t.shape)}, placed {where}" for t, where in zip((state, p), reversed(placed), strict=True)
+        )
+        raise ValueError(
+            f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
+            "Load a state dict of the same parameters, placed alike, or clear opt.state."
+        )
 
 
 def entries_of(
-    optimizer: RuleOptimizer, params: list[Tensor], gradients: Sequence[Tensor | None], every: bool = False
+    optimizer: RuleOptimizer,
+    params: list[Tensor],
+    gradients: Sequence[Tensor | None],
+    previous: Plan | None = None,
+    every: bool = False,
 ) -> list[Entry]:
-    """The parameters that belong to a plan: those with a gradient or a state, or all of them. Changes nothing."""
+    """The parameters that belong to a plan: those with a gradient or a state, or all of them. Changes nothing.
+
+    One without a gradient is taken to have the dtype and alignment that the previous plan knew, else its own.
+    """
     groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
     overlaps = overlapping([local(p) for p in params])
+    known = {m.index: bucket.key for bucket in previous.buckets for m in bucket.members} if previous is not None else {}
     entries = []
     for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
-        state = optimizer.state[p] if p in optimizer.state else {}
+        state = optimizer.state.get(p, {})
         names = optimizer.variant(optimizer.param_groups[group]).state_names
         kept = [*names] + ["step"] * optimizer.counts_steps
         if g is None and not every and any(state.get(name) is None for name in kept):
@@ -113,17 +134,20 @@ def entries_of(
                 f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "
                 "elements share memory and cannot be updated one by one. Make it a parameter of its own (p.clone())."
             )
-        present = local(p) if g is None else checked_gradient(optimizer, index, p, g)
-        states = []
         for name in names:
-            held = state.get(name)
-            if held is not None and held.shape != p.shape:
-                raise ValueError(
-                    f"{name} of parameter {index} has shape {tuple(held.shape)}, the parameter {tuple(p.shape)}. "
-                    "Load a state dict of the same parameters, or clear opt.state."
-                )
-            states.append(local(p if held is None else held))
-        entries.append(Entry(index, group, p, present, states, index in overlaps))
+            if state.get(name) is not None:
+                check_state(index, p, name, state[name])
+        if g is not None:
+            check_gradient(optimizer, index, p, g)
+            dtype, aligned = g.dtype, g.data_ptr() % 16 == 0
+        elif index in known:
+            # A bucket that is not Triton's knows nothing of alignment.
+            key = known[index]
+            dtype, aligned = key.dtypes[1], key.aligned or key.choice.backend != "triton"
+        else:
+            dtype, aligned = p.dtype, True
+        states = [local(p if state.get(name) is None else state[name]) for name in names]
+        entries.append(Entry(index, group, p, dtype, aligned, states, index in overlaps))
     return entries
 
 
@@ -133,17 +157,26 @@ class Plan:
     Args:
         optimizer: whose states are made here for parameters that have none yet.
         params: its parameters, in the order of the groups.
-        gradients: one for each, None where there is none.
+        gradients: the local one of each, None where there is none.
+        previous: the plan it replaces.
 
     Raises:
         RuntimeError: a gradient is sparse or does not match its parameter, or a pinned backend cannot run one.
             Everything is checked before anything changes.
     """
 
-    def __init__(self, optimizer: RuleOptimizer, params: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self,
+        optimizer: RuleOptimizer,
+        params: list[Tensor],
+        gradients: Sequence[Tensor | None],
+        previous: Plan | None = None,
+    ) -> None:
         self.optimizer, self.params = optimizer, params
+        self.sharded = any(map(is_sharded, params))
         self.options = options_of(optimizer)
-        members = sort_members(optimizer, entries_of(optimizer, params, gradients))
+        same = previous if previous is not None and previous.covers(params) else None
+        members = sort_members(optimizer, entries_of(optimizer, params, gradients, same))
         self.buckets: list[Bucket] = []
         for key, own in prepared(optimizer, members).items():
             for m in own:
@@ -153,17 +186,19 @@ class Plan:
         planned = {m.index for own in members.values() for m in own}
         self._without = [i for i in range(len(params)) if i not in planned]
 
-    def fits(self, params: list[Tensor], gradients: list[Tensor | None]) -> bool:
-        """Whether the plan can run this step. The buckets keep the gradients for it."""
+    def covers(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters it was made for."""
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
+
+    def fits(self, gradients: list[Tensor | None]) -> bool:
+        """Whether the plan can run a step with these (local) gradients. The buckets keep them for it."""
         states = self.optimizer.state
         return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and all(gradients[i] is None for i in self._without)
+            all(gradients[i] is None for i in self._without)
             and len(states) == len(self._state_dicts)
             and all(map(is_, states.values(), self._state_dicts))
             and options_of(self.optimizer) == self.options
-            and all([bucket.fits(gradients) for bucket in self.buckets])
+            and all(bucket.fits(gradients) for bucket in self.buckets)
         )
 
     def step(self) -> None:
@@ -180,7 +215,7 @@ def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, li
     """The parameters by bucket."""
     members: dict[Key, list[Member]] = {}
     for entry in entries:
-        member = Member(optimizer, entry.index, entry.group, entry.p)
+        member = Member(optimizer, entry.place, entry.group, entry.p)
         members.setdefault(key_for(optimizer, entry), []).append(member)
     return members
 

@@ -83,7 +83,13 @@ def run(args: argparse.Namespace) -> int:
     print(table(["", "found"], facts))
     print()
     rows = [
-        [c["device"] + ("" if c["present"] else " (not here)"), c["dtype"], c["backend"], c["reason"], ", ".join(c["also"])]
+        [
+            c["device"] + ("" if c["present"] else " (not here)"),
+            c["dtype"],
+            c["backend"],
+            c["reason"],
+            ", ".join(c["also"]),
+        ]
         for c in found["choices"]
     ]
     print(table(["device", "dtype", "auto", "reason", "could be pinned"], rows))
