@@ -1,6 +1,6 @@
 """Timing on a machine that others use too: sides take turns, and rounds that were disturbed are run again.
 
-A *run* is one call of a side. In a *pass* every side runs once, in random order; a *round* is as many passes as it
+A *run* is one call of a side. In a *pass* every side has a turn, in random order; a *round* is as many passes as it
 takes to see what else the machine did meanwhile. The ratio of two sides is that of their medians over all kept runs.
 """
 
@@ -140,8 +140,8 @@ def measure(
     *,
     device: torch.device | str = "cpu",
     rounds: int = 10,
+    turn: int = 1,
     inner: int = 1,
-    warmup: int = 2,
 ) -> Measurement:
     """Time the sides in turns.
 
@@ -150,8 +150,9 @@ def measure(
         patience: seconds to spend beyond the rounds themselves, waiting for others and repeating disturbed rounds.
         device: on a GPU, time is taken by its events.
         rounds: how many undisturbed rounds to keep.
+        turn: runs of a side before the next one's turn. With 1 each finds the caches full of what the others left, as
+            after a backward pass; with more its own data stays there.
         inner: calls a run. On a GPU several in a row let the host run ahead, so that the device alone is timed.
-        warmup: passes before the first round.
     """
     clock = _event_seconds if torch.device(device).type != "cpu" else _wall_seconds
     shuffle = random.Random(0).shuffle
@@ -160,17 +161,16 @@ def measure(
     def one_pass(times: dict[str, list[float]]) -> None:
         shuffle(order)
         for side in order:
-            if side.prepare is not None:
-                side.prepare()
-            times[side.name].append(clock(side.run, inner, device))
+            for _ in range(turn):
+                if side.prepare is not None:
+                    side.prepare()
+                times[side.name].append(clock(side.run, inner, device))
 
     def no_times() -> dict[str, list[float]]:
         return {side.name: [] for side in sides}
 
-    for _ in range(warmup):
-        start = time.perf_counter()
+    for _ in range(2):  # to warm up
         one_pass(no_times())
-    passes = 1 + int(ROUND_SECONDS / (time.perf_counter() - start))
 
     result, limit = Measurement(), Patience(patience)
     while len(result.rounds) < rounds:
@@ -180,7 +180,7 @@ def measure(
         gc.disable()
         try:
             load = Load()
-            for _ in range(passes):
+            while time.perf_counter() - load.start < ROUND_SECONDS:
                 one_pass(times)
             foreign = load.since_start()
         finally:

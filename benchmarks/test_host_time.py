@@ -27,7 +27,7 @@ def test_host_time(device: torch.device, benchmark: Callable, answer: Callable, 
     sides = [side("ours", ours), side("torch fused", torchs)]
     with launches_replaced():
         # Wall time even on a GPU: what the device does meanwhile is not waited for.
-        m = measure(sides, patience, rounds=20)
+        m = measure(sides, patience, rounds=20, turn=20)
         benchmark.pedantic(ours.step, setup=sides[0].prepare, rounds=200)
 
     ms = {side.name: 1e3 * m.median(side.name) for side in sides}

@@ -18,18 +18,29 @@ _NUMEL, _ROW, _FIRST_ADDRESS = tl.constexpr(NUMEL), tl.constexpr(ROW), tl.conste
 
 
 @triton.jit
+def widen(value, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    # Neither the interpreter nor every GPU converts between 16 bits and float64 in one step.
+    if DTYPE.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(COMPUTE)
+
+
+@triton.jit
 def convert(value, DTYPE: tl.constexpr):
+    if DTYPE.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
     return value.to(DTYPE)
 
 
 @triton.jit
 def convert_nearest(value, DTYPE: tl.constexpr):
     """The interpreter truncates float32 to bfloat16; a GPU rounds. Round by bits first, and both agree."""
-    if tl.bfloat16 == DTYPE:
-        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    return value.to(DTYPE)
+    return convert(value, DTYPE)
 
 
 @triton.jit
@@ -56,7 +67,7 @@ def update_chunk(
             pointer = tl.multiple_of(pointer, 16)
         pointer = pointer + start + offsets
         pointers = pointers + (pointer,)
-        values = values + (tl.load(pointer, mask=mask).to(COMPUTE),)
+        values = values + (widen(tl.load(pointer, mask=mask), DTYPES[i], COMPUTE),)
     g = values[1] * h[0]
     new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
     tl.static_assert(len(new) == len(DTYPES) - 1, "a rule must return p and every state")

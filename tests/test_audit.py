@@ -273,6 +273,27 @@ def test_the_full_chunk_branch_in_sass() -> None:
     assert [x.opcode for block in blocks for x in block.instructions if x.local] == ["STL"]
 
 
+def test_a_full_chunk_branch_under_a_predicate() -> None:
+    """Triton 3.6's ptxas does not branch to a short one."""
+    text = """
+        /*0000*/                   LDG.E.64 R10, desc[UR14][R2.64] ;
+        /*0010*/                   ISETP.GT.AND.EX P0, PT, R5, R13, PT, P0 ;
+        /*0020*/              @!P0 LDG.E.128 R4, desc[UR4][R4.64] ;
+        /*0030*/                   LDG.E R27, desc[UR4][R24.64+0x4] ;
+        /*0040*/              @!P0 FMUL R29, R20.reuse, R4 ;
+        /*0050*/              @!P0 STG.E.128 desc[UR4][R18.64], R8 ;
+        /*0060*/              @!P0 EXIT ;
+        /*0070*/              @!P1 LDG.E R9, desc[UR4][R4.64] ;
+        /*0080*/                   FMUL R9, R9, R4 ;
+        /*0090*/                   FMUL R9, R9, R4 ;
+        /*00a0*/              @!P1 STG.E desc[UR4][R2.64], R9 ;
+        /*00b0*/                   EXIT ;
+"""
+    branch = full_chunk_branch(sass_blocks(text))
+    assert [x.opcode for x in branch.instructions] == ["LDG.E.128", "FMUL", "STG.E.128", "EXIT"]
+    assert not any(x.guarded for x in branch.accesses)
+
+
 def test_the_full_chunk_branch_in_amdgcn() -> None:
     """Here the masked side also follows the full one in the text, where a flag skips it."""
     text = """kernel:

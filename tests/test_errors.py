@@ -193,9 +193,10 @@ def test_parameter_that_is_not_floating_point(name, dtype, device):
         opt.step()
 
     held = {}
+    # torch's for-loop stumbles over each dtype in its own way; fused=True raises RuntimeError for all of them.
     expected = raised_by(lambda: build(TORCH[name]))
     held.clear()
-    with pytest.raises(expected) as error:
+    with pytest.raises((expected, RuntimeError)) as error:
         build(getattr(to, name))
     explains(error, dtype)
     if held:  # it was accepted, and refused when it came to step
@@ -307,14 +308,14 @@ def test_trap_9_gradient_of_another_shape(name, backend, started, device):
     """torch has then stepped the parameters before it. Ours checks the whole list before the first write."""
 
     def build(make):
-        params = leaves(device)
+        params = leaves(device)[::-1]
         opt = make([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}])
         if started:
             train(range(1), (params, opt))
         give_grads(1, params)
-        replaced(params[4], torch.ones(7, device=device))
+        replaced(params[3], torch.ones(7, device=device))
         if started:  # so that the gradient alone is at odds, not the state as well
-            state = opt.state[params[4]]
+            state = opt.state[params[3]]
             state.update({key: torch.zeros(7, device=device) for key in state if key != "step"})
         return params, opt
 
@@ -322,7 +323,7 @@ def test_trap_9_gradient_of_another_shape(name, backend, started, device):
     params, opt = build(lambda groups: ours(name, groups, backend))
     with pytest.raises(expected) as error, Unchanged(opt):
         opt.step()
-    explains(error, "parameter 4", "2, 3, 2", "7")
+    explains(error, "parameter 3", "4, 3", "7")
     give_grads(2, params)
     opt.step()  # and it goes on once the gradient fits
 
@@ -345,20 +346,17 @@ def test_gradient_that_would_only_broadcast(name, backend, device):
 @each_optimizer
 def test_gradient_on_another_device(name, backend, device):
     def build(make):
-        params = leaves("cpu")
-        give_grads(0, params)
+        params = leaves(device)
         opt = make(params)
-        grads = [p.grad for p in params]
-        for p in params:
-            p.data = p.data.to(device)
-        params[0].grad = grads[0]
+        train(range(1), (params, opt))
+        params[0].data = params[0].data.cpu()  # the way around autograd's own check
         return opt
 
-    expected = raised_by(lambda: build(TORCH[name]).step())
+    expected = raised_by(build(TORCH[name]).step)
     opt = build(lambda params: ours(name, params, backend))
     with pytest.raises(expected) as error, Unchanged(opt):
         opt.step()
-    explains(error, "cpu", device.type)
+    explains(error, "cpu")
 
 
 def sparse(p):
@@ -386,12 +384,11 @@ def test_trap_8_sparse_gradient(name, backend, started, device):
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("unpinned", ["auto", "eager"])
-def test_trap_8_sgd_takes_sparse_gradients_as_torchs_does(settings, unpinned, device):
+def test_trap_8_sgd_takes_sparse_gradients_as_torchs_does(settings, backend, device):
     """Embedding(sparse=True) with SGD is a documented pair."""
     settings = {"lr": 0.1} | settings
     params, theirs = leaves(device), leaves(device)
-    opt, torchs = to.SGD(params, **settings, backend=unpinned), torch.optim.SGD(theirs, **settings, foreach=False)
+    opt, torchs = to.SGD(params, **settings, backend=backend), torch.optim.SGD(theirs, **settings, foreach=False)
     for step in range(3):
         give_grads(step, params, theirs)
         for p in (params[0], theirs[0]):
@@ -400,18 +397,6 @@ def test_trap_8_sgd_takes_sparse_gradients_as_torchs_does(settings, unpinned, de
         torchs.step()
     for p, q in zip(params, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("pinned", ["compiled", pytest.param("triton", marks=TRITON)])
-def test_trap_8_pinned_backend_refuses_a_sparse_gradient_of_sgd(pinned, device):
-    """A pinned backend never falls back."""
-    params = leaves(device)
-    opt = to.SGD(params, lr=0.1, backend=pinned)
-    give_grads(0, params)
-    params[0].grad = sparse(params[0])
-    with pytest.raises(RuntimeError) as error, Unchanged(opt):
-        opt.step()
-    explains(error, "sparse", pinned)
 
 
 # State dicts of something else
@@ -481,16 +466,18 @@ def test_foreign_state_dict(name, fault, device):
 
 
 @pytest.mark.parametrize(
-    ("saver", "loader"),
-    [("SGD", "AdamW"), ("SGD", "Adam"), ("AdamW", "SGD"), ("Adam", "SGD"), ("Lion", "AdamW"), ("Lion", "SGD")],
+    ("saver", "settings", "loader"),
+    [
+        *(("SGD", {"momentum": momentum}, loader) for momentum in (0.0, 0.9) for loader in ("AdamW", "Adam")),
+        *((saver, {}, "SGD") for saver in ("AdamW", "Adam", "Lion")),
+        ("Lion", {}, "AdamW"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_state_dict_of_another_optimizer(saver, loader, momentum, device):
-    """torch.optim.Lion there is none, so there ours plays the saver."""
-    if saver != "SGD" and momentum:
-        pytest.skip("momentum is SGD's alone")
+def test_state_dict_of_another_optimizer(saver, settings, loader, device):
+    """There is no torch.optim.Lion, so there ours plays the saver."""
     source = leaves(device)
-    first = ours(saver, source, **({"momentum": momentum} if saver == "SGD" else {}))
+    first = ours(saver, source, **settings)
     train(range(2), (source, first))
     saved = first.state_dict()
 
@@ -510,7 +497,7 @@ def test_state_dict_of_another_optimizer(saver, loader, momentum, device):
 @each_optimizer
 def test_state_of_another_shape(name, backend, device):
     """The same number of parameters, of another model. A kernel would read past the end of these states."""
-    source = leaves(device, shapes=((4, 2), (5,), (), (0,), (2, 3, 2)))
+    source = leaves(device, shapes=((4, 2), (5,), (0,), ()))
     first = ours(name, source, "eager")
     train(range(2), (source, first))
     saved = first.state_dict()
@@ -521,7 +508,7 @@ def test_state_of_another_shape(name, backend, device):
         return make(params)
 
     # What torch says when that meets a parameter, whichever optimizer's state it is.
-    torchs = ours("SGD", leaves(device, shapes=((4, 2), (5,), (), (0,), (2, 3, 2))), "eager").state_dict()
+    torchs = ours("SGD", leaves(device, shapes=((4, 2), (5,), (0,), ())), "eager").state_dict()
     torchs["state"] = {0: {"momentum_buffer": torch.zeros(4, 2, device=device)}}
     expected = raised_by(lambda: load_and_step(build(lambda p: torch.optim.SGD(p, momentum=0.9)), torchs))
     opt = build(lambda params: ours(name, params, backend))

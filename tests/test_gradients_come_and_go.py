@@ -55,9 +55,9 @@ def plans(monkeypatch):
     """One entry for each plan that an optimizer made."""
     made, init = [], Plan.__init__
 
-    def counted(self, *arguments):
+    def counted(self, *arguments, **more):
         made.append(self)
-        init(self, *arguments)
+        init(self, *arguments, **more)
 
     monkeypatch.setattr(Plan, "__init__", counted)
     return made

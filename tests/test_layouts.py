@@ -24,9 +24,12 @@ OPTIMIZERS = {
 SHAPE = (2, 3, 4, 2)
 
 
+OUTSIDE = 96.0  # exact in every dtype
+
+
 def in_buffer(values, offset=0):
-    """The same layout, `offset` elements into a buffer that is NaN everywhere else."""
-    buffer = values.new_full((values.numel() + offset + 16,), torch.nan)
+    """The same layout, `offset` elements into a buffer that is OUTSIDE everywhere else."""
+    buffer = values.new_full((values.numel() + offset + 16,), OUTSIDE)
     return buffer.as_strided(values.shape, values.stride(), offset).copy_(values)
 
 
@@ -146,13 +149,13 @@ def test_trap_5_parameter_and_gradient_of_any_two_layouts(p_layout, g_layout, ba
     place, strides = p.data_ptr(), p.stride()
     plain_opt, opt = (optimizer("AdamW", [q], backend) for q in (plain, p))
     for g in wanted:
-        given = GRADIENTS[g_layout](g)
-        strides_of_g = given.stride()
+        laid = GRADIENTS[g_layout](g)
+        strides_of_g = laid.stride()
         step(plain_opt, [plain], [g.clone()])
-        step(opt, [p], [given])
-        assert torch.equal(given, g), "the gradient was written to"
-        assert p.grad is given
-        assert given.stride() == strides_of_g
+        step(opt, [p], [laid])
+        assert torch.equal(laid, g), "the gradient was written to"
+        assert p.grad is laid
+        assert laid.stride() == strides_of_g
     assert (p.data_ptr(), p.stride()) == (place, strides)
     assert_same(p, plain, "parameter")
     for key in ("exp_avg", "exp_avg_sq"):
@@ -278,7 +281,7 @@ def test_trap_4_misaligned_view(what, dtype, offset, backend, device):
         around = t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
         start = t.storage_offset()
         outside = torch.cat((around[:start], around[start + t.numel() :]))
-        assert outside.isnan().all() or len(outside) == p.numel(), "written outside"  # or the two are packed
+        assert (outside == OUTSIDE).all() or len(outside) == p.numel(), "written outside"  # or the two are packed
     if backend == "triton":
         assert [(bucket.tensors, bucket.launches) for bucket in to.explain(opt)] == [(1, 1), (1, 1)]
 
@@ -521,6 +524,20 @@ def test_every_dtype_is_a_bucket_of_its_own(backend, device):
     assert sorted(tuple(map(str, bucket.dtypes.values()))[:3] for bucket in to.explain(opt)) == sorted(
         tuple(map(str, dtypes)) for dtypes in DTYPES
     )
+
+
+def test_states_are_in_the_order_of_their_parameters(backend, device):
+    """Whatever bucket each is in. Ranks that gather a state dict go by that order, and their buckets differ."""
+    dtypes = [F32, F64, F32, F64]
+    params = [
+        Parameter(random_values((i,), i, device).to(dtype)) for i, dtype in enumerate(dtypes)
+    ]  # the first is empty
+    params.append(Parameter(in_buffer(random_values((5,), 5, device), 1)))
+    params.append(Parameter(random_values((6,), 6, device)))
+    opt = optimizer("AdamW", params, backend)
+    step(opt, params, [torch.ones_like(p) for p in params])
+    assert [next(i for i, p in enumerate(params) if p is q) for q in opt.state] == list(range(6))
+    assert list(opt.state_dict()["state"]) == list(range(6))
 
 
 def test_trap_6_gradient_is_not_rounded_to_the_parameters_dtype(backend, device):

@@ -124,8 +124,12 @@ def test_trap_1_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
 
 
 def test_trap_2_20_000_tiny_parameters_and_empty_ones_among_them(backend, device, monkeypatch):
-    """They move as one long parameter does. In the interpreter (20 ms a program) the launch is read instead of run."""
-    sizes = [(0, 1, 2, 3)[i % 4] for i in range(20_000)]
+    """They move as one long parameter does. In the interpreter (20 ms a program) the launch is read instead of run.
+
+    On the eager backend, where nothing is done for all of them together, a tenth of them.
+    """
+    count = 2_000 if backend == "eager" else 20_000
+    sizes = [(0, 1, 2, 3)[i % 4] for i in range(count)]
     start, g = values(sum(sizes), 0, device), values(sum(sizes), 1, device)
     params = [Parameter(p.clone()) for p in start.split(sizes)]
     opt = to.AdamW(params, lr=0.1, backend=backend)
@@ -135,7 +139,7 @@ def test_trap_2_20_000_tiny_parameters_and_empty_ones_among_them(backend, device
     step(opt, params, list(g.split(sizes)))
     assert all(opt.state[p]["step"].item() == 1 for p in params[:100])
     assert len(opt.state) == len(params)
-    assert sum(bucket.tensors for bucket in to.explain(opt) if bucket.elements) == 15_000
+    assert sum(bucket.tensors for bucket in to.explain(opt) if bucket.elements) == 3 * count // 4
     if interpreted:
         kinds = {constants["ALIGNED"]: (programs, tables) for programs, tables, constants in launches}
         assert len(kinds) == len(launches)  # the gradients are slices of one buffer, so most are misaligned
@@ -250,34 +254,34 @@ def test_trap_3_gradients_freed_and_others_at_their_addresses(backend, device):
         assert (p == -expected).all()
 
 
-def test_trap_3_data_of_a_state_replaced(backend, device):
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+def test_trap_3_data_of_a_state_replaced(place, backend, device):
     """As code does that keeps states on another device between steps. The old memory must not be written."""
-    p = Parameter(torch.zeros(4, device=device))
-    opt = sgd([p], backend)
-    step(opt, [p], [torch.ones(4, device=device)])
-    old = opt.state[p]["momentum_buffer"].data
+    params = [Parameter(torch.zeros(4, device=device)) for _ in range(3)]
+    opt = sgd(params, backend)
+    ones = [torch.ones(4, device=device) for _ in params]
+    step(opt, params, ones)
+    state = opt.state[params[place]]["momentum_buffer"]
+    old = state.data
     before = old.clone()
-    opt.state[p]["momentum_buffer"].data = torch.full((4,), 10.0, device=device)
-    step(opt, [p], [torch.ones(4, device=device)])
-    assert opt.state[p]["momentum_buffer"].tolist() == [6.0] * 4
-    assert p.tolist() == [-7.0] * 4
+    state.data = torch.full((4,), 10.0, device=device)
+    step(opt, params, ones)
+    assert opt.state[params[place]]["momentum_buffer"].tolist() == [6.0] * 4
+    assert [p[0].item() for p in params] == [-7.0 if i == place else -2.5 for i in range(3)]
     assert torch.equal(old, before)
 
 
-@pytest.mark.parametrize("how", ["entry", "data"])
-def test_trap_3_state_replaced_by_its_transpose(how, backend, device):
+def test_trap_3_state_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
     opt = sgd([p], backend)
     step(opt, [p], [torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)])
-    if how == "data":
-        opt.state[p]["momentum_buffer"].data = opt.state[p]["momentum_buffer"].data.t()
-    else:
-        opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].t()
+    opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].t()
     step(opt, [p], [torch.zeros(2, 2, device=device)])
     assert p.tolist() == [[-1.5, -3.5], [-4.0, -6.0]]
 
 
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")  # Inductor's, when it compiles
 def test_trap_3_state_replaced_at_the_same_address_in_another_dtype(backend, device):
     p = Parameter(torch.zeros(4, dtype=torch.float16, device=device))
     opt = sgd([p], backend)
@@ -362,7 +366,7 @@ class OneValueTooMany(Accumulate):
 
 
 def two_buckets(cls, backend, device, started):
-    """Parameters of two dtypes in two groups, the same in each group; the last one stands in a bucket that runs last."""
+    """Parameters of two dtypes in each of two groups; the last one stands in the bucket that runs last."""
     params = [Parameter(values(3, i, device, dtype)) for i, dtype in enumerate([torch.float32, torch.float64] * 2)]
     opt = cls([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
     if started:
@@ -474,21 +478,20 @@ RULES = {
     "lion": (to.Lion, {}),
 }
 SIZES = (1, 15, 17, 1023, 1024, 1025, 2049)  # around the kernel's block and a vector of the CPU
-MARK = 0x7FC0BEEF  # a NaN that nothing computes
 
 
 class Guarded:
-    """A tensor between two bands of NaNs."""
+    """A tensor between two bands of a number, one for each role: a NaN there would stay itself when written to."""
 
-    def __init__(self, inside, offset):
-        self.start, self.numel = 64 + offset, inside.numel()
-        self.bits = torch.full((inside.numel() + 128 + offset,), MARK, dtype=torch.int32, device=inside.device)
-        self.inside = self.bits.view(torch.float32)[self.start : self.start + self.numel]
+    def __init__(self, inside, role, offset):
+        self.start, self.numel, self.mark = 64 + offset, inside.numel(), 100.0 * (role + 1)
+        self.buffer = inside.new_full((inside.numel() + 128 + offset,), self.mark)
+        self.inside = self.buffer[self.start : self.start + self.numel]
         self.inside.copy_(inside)
 
     def is_intact(self):
-        outside = torch.cat((self.bits[: self.start], self.bits[self.start + self.numel :]))
-        return bool((outside == MARK).all())
+        outside = torch.cat((self.buffer[: self.start], self.buffer[self.start + self.numel :]))
+        return bool((outside == self.mark).all())
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
@@ -500,7 +503,7 @@ def test_nothing_is_written_out_of_bounds(rule, offset, backend, device):
     for sizes in [list(SIZES), *alone]:
         guarded, params, twins = [], [], []
         for i, n in enumerate(sizes):
-            roles = [Guarded(values(n, 10 * i + role, device).abs(), offset) for role in range(5)]
+            roles = [Guarded(values(n, 10 * i + role, device).abs(), role, offset) for role in range(5)]
             guarded.append(roles)
             params.append(Parameter(roles[0].inside))
             twins.append(Parameter(roles[0].inside.clone()))
@@ -551,7 +554,7 @@ def test_uninitialised_memory_is_never_read(case, options, backend, device, pois
             opt = case.ours(params, **options, backend=backend)
             for k in range(2):
                 gradients = [values(shape, 10 * k + i, device) for i, shape in enumerate(shapes)]
-                step(opt, params, gradients[:-1] + [gradients[-1] if k else None])
+                step(opt, params, [*gradients[:-1], gradients[-1] if k else None])
         states = [s for p in params for s in opt.state.get(p, {}).values() if s is not None]
         results.append([*(p.detach() for p in params), *states])
     for plain, same in zip(*results, strict=True):

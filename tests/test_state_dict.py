@@ -70,7 +70,7 @@ def through_a_file(saved):
 @each_optimizer
 def test_state_dict_has_the_structure_of_torchs(name, backend, device):
     params, theirs = leaves(device), leaves(device)
-    groups = [{"params": [0, 1]}, {"params": [2, 3, 4], "lr": 0.5, "name": "decoder"}]
+    groups = [{"params": [0, 1]}, {"params": [2, 3], "lr": 0.5, "name": "decoder"}]
     opt, torchs = (
         make([{**group, "params": [model[i] for i in group["params"]]} for group in groups])
         for make, model in ((lambda g: ours(name, g, backend), params), (lambda g: peer(name, g), theirs))
@@ -81,7 +81,7 @@ def test_state_dict_has_the_structure_of_torchs(name, backend, device):
     saved, expected = opt.state_dict(), torchs.state_dict()
     assert set(saved) == {"state", "param_groups"}
     assert saved["param_groups"] == expected["param_groups"]
-    assert sorted(saved["state"]) == sorted(expected["state"]) == [0, 2, 3, 4]
+    assert sorted(saved["state"]) == sorted(expected["state"]) == [0, 2, 3]
     for i, state in expected["state"].items():
         described = {key: (v.dtype, v.shape, v.device, v.requires_grad) for key, v in saved["state"][i].items()}
         assert described == {key: (v.dtype, v.shape, v.device, v.requires_grad) for key, v in state.items()}
@@ -264,10 +264,10 @@ def test_group_keys_of_the_users_own_travel(name, device):
 def test_parameters_without_state_stay_without(name, device):
     params, fresh = leaves(device), leaves(device)
     opt, other = ours(name, params), ours(name, fresh)
-    give_grads(0, params, missing=(0, 3))
+    give_grads(0, params, missing=(0, 2))
     opt.step()
     other.load_state_dict(opt.state_dict())
-    assert sorted(other.state_dict()["state"]) == [1, 2, 4]
+    assert sorted(other.state_dict()["state"]) == [1, 3]
     assert not other.state.get(fresh[0])
 
 
@@ -341,13 +341,14 @@ def test_trap_22_codes_of_a_state_stay_integers(name, p_dtype, dtype, device):
 
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
 MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.bfloat16)]
+HALVES = [pair for pair in DTYPE_PAIRS if pair[0] != pair[1] and pair[1].itemsize == 2]
 # The interpreter is slow, and a compilation takes seconds: the conversions are the same for every rule.
 RESUMED = [
     pytest.param(name, pinned, *pair, marks=marks, id="-".join([name, pinned, *(str(d).split(".")[1] for d in pair)]))
     for name in PEERS
     for pinned, pairs, marks in (
         ("eager", DTYPE_PAIRS, ()),
-        ("triton", DTYPE_PAIRS if name == "AdamW" else MIXED, TRITON),
+        ("triton", HALVES + MIXED[:1] if name == "AdamW" else MIXED, TRITON),
         ("compiled", MIXED[:1] if name == "AdamW" else [], ()),
     )
     for pair in pairs
@@ -415,9 +416,9 @@ def test_trap_25_checkpoint_without_the_newer_group_keys(name, backend, device):
     ],
     ids=["float", "int", "int64", "1-element", "float64", "bfloat16"],
 )
-def test_trap_25_step_in_another_form_becomes_torchs(name, backend, form, device):
+def test_trap_25_step_in_another_form_becomes_torchs(name, form, device):
     params, theirs = leaves(device), leaves(device)
-    opt, torchs = ours(name, params, backend), peer(name, theirs)
+    opt, torchs = ours(name, params), peer(name, theirs)
     train(range(2), (theirs, torchs))
     saved = copy.deepcopy(torchs.state_dict())
     for state in saved["state"].values():
@@ -482,7 +483,6 @@ def distinct(tensors):
     return len({t.data_ptr() for t in tensors}) == len(tensors)
 
 
-@counting
 @pytest.mark.parametrize(
     "passed_on",
     [
@@ -496,9 +496,9 @@ def distinct(tensors):
     ],
     ids=["state_dict", "deepcopied", "saved", "pickle", "deepcopy", "states of a deepcopy", "states of a pickle"],
 )
-def test_trap_32_nothing_handed_out_aliases_step(name, backend, passed_on, device):
+def test_trap_32_nothing_handed_out_aliases_step(backend, passed_on, device):
     params = leaves(device)
-    opt = ours(name, params, backend)
+    opt = ours("AdamW", params, backend)
     train(range(2), (params, opt))
     counts = steps(passed_on(opt))
     assert len(counts) == len(params)
@@ -540,7 +540,7 @@ def test_trap_32_counts_part_when_gradients_do(name, backend, device):
     """A shared count must be given up as soon as one parameter skips a step, or its state is replaced."""
     params, theirs = leaves(device), leaves(device)
     opt, torchs = ours(name, params, backend), peer(name, theirs)
-    for step, missing in enumerate([(), (), (1, 4), (0,), ()]):
+    for step, missing in enumerate([(), (), (1, 3), (0,), ()]):
         give_grads(step, params, theirs, missing=missing)
         opt.step()
         torchs.step()

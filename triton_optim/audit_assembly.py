@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -113,27 +112,19 @@ def _dominators(blocks: list[Block]) -> list[set[int]]:
 
 
 class _Code(NamedTuple):
-    """An instruction with the label that it may go to, and whether it may go on to the next one."""
+    """An instruction with what it says of the flow: its guard, the label it may go to, whether it may go on instead."""
 
     instruction: Instruction
+    operands: str
+    guard: str | None
     target: str | None
     falls_through: bool
     ends_block: bool
 
 
-def _blocks(listing: Iterable[_Code | str]) -> list[Block]:
+def _blocks(listing: list[_Code | str]) -> list[Block]:
     """Basic blocks of a listing of instructions and (as strings) labels."""
-    runs: list[list[_Code]] = [[]]
-    labels: dict[str, int] = {}
-    for item in listing:
-        if isinstance(item, str):
-            if runs[-1]:
-                runs.append([])
-            labels[item] = len(runs) - 1
-            continue
-        runs[-1].append(item)
-        if item.ends_block:
-            runs.append([])
+    runs, labels = _runs(listing)
     blocks = []
     for i, run in enumerate(runs):
         last = run[-1] if run else None
@@ -141,33 +132,70 @@ def _blocks(listing: Iterable[_Code | str]) -> list[Block]:
         if last is not None and last.target is not None:
             successors.append(labels[last.target])
         blocks.append(Block([code.instruction for code in run], successors))
+    for i, run in enumerate(runs):
+        before, side = _predicated_side(run)
+        if side:
+            taken = side[-1].target
+            blocks[i] = Block([code.instruction for code in before], [i + 1, len(blocks)])
+            unguarded = [code.instruction._replace(guarded=False) for code in side]
+            blocks.append(Block(unguarded, [] if taken is None else [labels[taken]]))
     return blocks
 
 
-_SASS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+def _predicated_side(run: list[_Code]) -> tuple[list[_Code], list[_Code]]:
+    """What is before, and what is on, a side of a test that was merged with the code before the test's branch.
+
+    A short side may be merged: each of its instructions has the guard of the branch that ends it. They follow the
+    last instruction that could set their predicate.
+    """
+    guard = run[-1].guard if run and run[-1].ends_block else None
+    if guard is None:
+        return run, []
+    predicate = re.compile(rf"\b{guard.lstrip('!')}\b")
+    sets = [k for k, code in enumerate(run[:-1]) if code.guard != guard and predicate.search(code.operands)]
+    first = sets[-1] + 1 if sets else 0
+    side = [code for code in run[first:] if code.guard == guard]
+    if not any(code.instruction.moved for code in side):
+        return run, []
+    return run[:first] + [code for code in run[first:] if code.guard != guard], side
+
+
+def _runs(listing: list[_Code | str]) -> tuple[list[list[_Code]], dict[str, int]]:
+    """The listing cut after branches and before the labels that they go to, and the run that follows each label."""
+    targets = {item.target for item in listing if isinstance(item, _Code)}
+    runs: list[list[_Code]] = [[]]
+    labels: dict[str, int] = {}
+    for item in listing:
+        if isinstance(item, _Code):
+            runs[-1].append(item)
+        if item in targets or (isinstance(item, _Code) and item.ends_block):
+            runs.append([])
+        if isinstance(item, str):
+            labels[item] = len(runs) - 1
+    return runs, labels
+
+
+_SASS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def sass_blocks(text: str) -> list[Block]:
     """Basic blocks of what ``nvdisasm -c`` prints."""
-    return _blocks(_sass(text))
-
-
-def _sass(text: str) -> Iterator[_Code | str]:
+    listing: list[_Code | str] = []
     for row in text.splitlines():
         if match := _SASS.match(row):
-            guard, opcode, operands = match.groups()
-            yield _sass_code(opcode, operands.strip(), guard is not None)
+            listing.append(_sass_code(match[2], match[3].strip(), match[1]))
         elif label := re.match(r"(\.L_\w+):", row):
-            yield label[1]
+            listing.append(label[1])
+    return _blocks(listing)
 
 
-def _sass_code(opcode: str, operands: str, guarded: bool) -> _Code:
+def _sass_code(opcode: str, operands: str, guard: str | None) -> _Code:
     name, *modifiers = opcode.split(".")
     size = next((_SASS_BYTES[m] for m in modifiers if m in _SASS_BYTES), 4)
     instruction = Instruction(
         opcode,
-        guarded,
+        guarded=guard is not None,
         loaded=size if name in ("LDG", "LD") else 0,
         stored=size if name in ("STG", "ST") else 0,
         local=name in ("LDL", "STL"),
@@ -177,8 +205,8 @@ def _sass_code(opcode: str, operands: str, guarded: bool) -> _Code:
     ends = name in ("BRA", "EXIT", "RET")
     target = re.search(r"\((\.L_\w+)\)", operands) if name == "BRA" else None
     # A branch may carry its condition before it or, as its first operand, after it.
-    conditional = guarded or (target is not None and not operands.startswith("`"))
-    return _Code(instruction, target[1] if target else None, not ends or conditional, ends)
+    conditional = guard is not None or (target is not None and not operands.startswith("`"))
+    return _Code(instruction, operands, guard, target[1] if target else None, not ends or conditional, ends)
 
 
 # Older targets say ushort and dwordx4, newer ones u16 and b128.
@@ -188,16 +216,14 @@ _AMDGCN_SIZE = re.compile(r"(?:[us]?(byte|short)|(dword)(?:x(\d))?|(?:d16_)?(?:h
 
 def amdgcn_blocks(text: str) -> list[Block]:
     """Basic blocks of amdgcn assembly."""
-    return _blocks(_amdgcn(text))
-
-
-def _amdgcn(text: str) -> Iterator[_Code | str]:
+    listing: list[_Code | str] = []
     for row in text.split(".Lfunc_end", 1)[0].splitlines():
         code = row.split(";", 1)[0]
         if label := re.match(r"(\.?\w+):", code):
-            yield label[1]
+            listing.append(label[1])
         elif match := re.match(r"\t([a-z]\w*)\s*(.*)", code):
-            yield _amdgcn_code(match[1], match[2].strip())
+            listing.append(_amdgcn_code(match[1], match[2].strip()))
+    return _blocks(listing)
 
 
 def _amdgcn_code(opcode: str, operands: str) -> _Code:
@@ -208,8 +234,8 @@ def _amdgcn_code(opcode: str, operands: str) -> _Code:
         size = _AMDGCN_SIZE.match(what)
         if size is None:
             raise ValueError(f"{opcode} is an access whose width the audit does not know: add it to its table")
-        words = {"byte": 1, "short": 2, None: 4 * int(size[3] or 1)}
-        moved = int(size[4]) // 8 if size[4] else words[size[1]]
+        small, dword, words, bits = size.groups()
+        moved = 4 * int(words or 1) if dword else int(bits) // 8 if bits else {"byte": 1, "short": 2}[small]
         local = space == "scratch"
         loaded, stored = (0, 0) if local else (moved, 0) if direction == "load" else (0, moved)
     if opcode in ("s_setpc_b64", "s_swappc_b64"):
@@ -217,4 +243,5 @@ def _amdgcn_code(opcode: str, operands: str) -> _Code:
     jumps = opcode == "s_branch" or opcode.startswith("s_cbranch")
     ends = jumps or opcode == "s_endpgm"
     instruction = Instruction(opcode, loaded=loaded, stored=stored, local=local)
-    return _Code(instruction, operands if jumps else None, opcode.startswith("s_cbranch") or not ends, ends)
+    target = operands if jumps else None
+    return _Code(instruction, operands, None, target, opcode.startswith("s_cbranch") or not ends, ends)

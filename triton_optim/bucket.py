@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from operator import is_, itemgetter
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
 _CPU = torch.device("cpu")
+_END = object()
 
 
 class Key(NamedTuple):
@@ -113,6 +115,7 @@ class Bucket(ABC):
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
         self._indices = [m.index for m in members]
+        self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
         self.place_states()
         self._form_cohorts([m.count for m in members])
@@ -122,9 +125,8 @@ class Bucket(ABC):
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
         """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
-        for group in optimizer.param_groups:
-            if optimizer.variant(group) == key.variant:
-                row_for(optimizer, group, 1, keep=key.differentiable)
+        groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
+        one_kind([row_for(optimizer, group, 1, keep=key.differentiable) for group in groups], optimizer)
 
     @abstractmethod
     def run(self, rows: list[Row | None]) -> None:
@@ -172,11 +174,10 @@ class Bucket(ABC):
             for i in cohort.places:
                 self.row_of[i] = row
         self.regrouped = True
-        names = [*self.key.variant.state_names] + ["step"] * ("step" in self.members[0].state)
-        self._state_tensors = [(itemgetter(name), [m.state for m in self.members]) for name in names]
-        self._state_known = [list(map(get, states)) for get, states in self._state_tensors]
-        self._state_held = [[local(s).detach() for s in column] for column in self._state_known]
-        self._state_addresses = [list(map(Tensor.data_ptr, column)) for column in self._state_held]
+        self._state_dicts = [m.state for m in self.members]
+        self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
+        ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
+        self._state_ends = [(state, local(state).detach()) for state in ends]
 
     def _counts(self) -> list[int]:
         counts = [m.count for m in self.members]
@@ -194,7 +195,9 @@ class Bucket(ABC):
             if any(len({present[i] for i in cohort.places}) == 2 for cohort in self.cohorts):
                 self._form_cohorts([2 * n + there for n, there in zip(self._counts(), present, strict=True)])
             self._active = [present[cohort.places[0]] for cohort in self.cohorts]
-        return [self._row(c) if active else None for c, active in zip(self.cohorts, self._active, strict=True)]
+        rows = [self._row(c) if active else None for c, active in zip(self.cohorts, self._active, strict=True)]
+        one_kind([row for row in rows if row is not None], self.optimizer)
+        return rows
 
     def _row(self, cohort: Cohort) -> Row:
         step: Any = cohort.count + 1 if cohort.step is None or not self.key.capturable else (cohort.step + 1).double()
@@ -216,15 +219,14 @@ class Bucket(ABC):
         values = [local(m.p) for m in self.members] if self.sharded else self._params
         if list(map(Tensor.data_ptr, values)) != self.addresses:
             return False
-        for (get, states), known, addresses in zip(
-            self._state_tensors, self._state_known, self._state_addresses, strict=True
-        ):
-            if not all(map(is_, map(get, states), known)):
-                return False
-            # Code that moves an optimizer to another device and back keeps the tensor and sets its `data`.
-            if list(map(Tensor.data_ptr, map(local, known) if self.sharded else known)) != addresses:
-                return False
-        own = [gradients[i] for i in self._indices]
+        found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
+        if not all(map(is_, found, self._state_known)):
+            return False
+        # Code that moves an optimizer to another device and back keeps the tensors and sets their `data`: all of them,
+        # so the first and the last tell.
+        if any(local(state).data_ptr() != held.data_ptr() for state, held in self._state_ends):
+            return False
+        own = gradients if self._all else [gradients[i] for i in self._indices]
         try:
             ready = self._guards is not None and self._guards.check(*values, *own)
         except TypeError:  # one is None
@@ -232,14 +234,14 @@ class Bucket(ABC):
         return self.accept(own) if ready else self._examine(values, own)
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
-        as_they_are = True
+        as_they_are, laid_out = True, list(own)
         for i, (value, held, g) in enumerate(zip(values, self.held, own, strict=True)):
             if value.shape != held.shape or value.stride() != held.stride() or value.dtype != held.dtype:
                 return False
             if g is None:
                 as_they_are = False
                 continue
-            if g.layout != torch.strided or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device):
+            if is_sharded(g) or g.layout != torch.strided or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device):
                 return False
             if g.shape != value.shape:
                 return False
@@ -247,7 +249,7 @@ class Bucket(ABC):
             if self.keeps_layout and not same_layout(plain, value):
                 plain = in_layout_of(value, plain)
             if plain is not g:
-                own[i] = plain
+                laid_out[i] = plain
                 as_they_are = False
         if as_they_are and TensorGuards is not None:
             examples: list[Any] = [*values, *own]
@@ -256,7 +258,7 @@ class Bucket(ABC):
                 dynamic_dims_sizes=[list(t.shape) for t in examples],
                 dynamic_dims_strides=[list(t.stride()) for t in examples],
             )
-        return self.accept(own)
+        return self.accept(laid_out)
 
     def accept(self, gradients: list[Tensor | None]) -> bool:
         """Keep the gradients for the step; a backend may still refuse them."""
@@ -276,6 +278,13 @@ def row_for(optimizer: RuleOptimizer, group: dict[str, Any], step: Any, keep: bo
                 f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
             )
     return Row(-1.0 if group.get("maximize") else 1.0, h)
+
+
+def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:
+    """Raise TypeError unless the rows of one rule are of one type."""
+    if len(kinds := {type(row.h) for row in rows}) > 1:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
 
 
 def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,6 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import chain
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import opaque
 from .dispatch import BACKENDS, choose, this_machine
-from .layout import is_sharded, local_gradient
+from .layout import is_packed, is_sharded, local_gradient
 from .plan import Plan, request_for
 
 OPTIONS: dict[str, Any] = {
@@ -45,7 +47,10 @@ class RuleOptimizer(Optimizer):
         rule: the update.
         state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
-            ``capturable``, else on the CPU).
+            ``capturable``, else on the CPU). Parameters that step together share its memory: to change the count of
+            one of them assign a new tensor, ``optimizer.state[p]["step"] = torch.tensor(0.0)``.
+        takes_sparse_gradients: whether sparse gradients are made dense, instead of refused. Right for rules that leave
+            an element alone, or only decay its state, where the gradient is 0.
         option_names: the options that every parameter group carries, whatever their value.
 
     Args:
@@ -68,6 +73,7 @@ class RuleOptimizer(Optimizer):
     rule: ClassVar[Any] = None
     state_names: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
+    takes_sparse_gradients: ClassVar[bool] = False
     option_names: ClassVar[tuple[str, ...]] = tuple(OPTIONS)
     variants: ClassVar[tuple[Variant, ...]] = ()
 
@@ -92,6 +98,7 @@ class RuleOptimizer(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
         self.backend = backend
         self._flat: list[Tensor] = []
+        self._repeats = False
         self._plan: Plan | None = None
         self._handle = opaque.register(self)
         carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
@@ -135,7 +142,7 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             opaque.traced_step(self)
             return loss
-        self._flat = [p for group in self.param_groups for p in group["params"]]
+        self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         self.update([p.grad for p in self._flat])
         return loss
 
@@ -143,16 +150,37 @@ class RuleOptimizer(Optimizer):
         """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
         recording = any(group.get("differentiable") for group in self.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
-            plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
-            if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
-                # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
-                pairs = zip(self._flat, gradients, strict=True)
-                gradients = [g if g is None else local_gradient(p, g) for p, g in pairs]
-            if plan is None or not plan.fits(gradients):
-                plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
-                if not plan.fits(gradients):
-                    raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
-            plan.step()
+            for own in self._rounds(gradients):
+                self._update(own)
+
+    def _rounds(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
+        """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
+        if not self._repeats:
+            return [gradients]
+        seen: dict[int, int] = {}
+        turns = []
+        for p in self._flat:
+            turns.append(seen.get(id(p), 0))
+            seen[id(p)] = turns[-1] + 1
+        return [
+            [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)] for now in range(max(turns) + 1)
+        ]
+
+    def _update(self, gradients: list[Tensor | None]) -> None:
+        if self._repeats:
+            self._plan = None  # made for one of the parameter's places
+        plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
+        if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
+            # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
+            pairs = zip(self._flat, gradients, strict=True)
+            gradients = [g if g is None else local_gradient(p, g) for p, g in pairs]
+        if plan is None or not plan.fits(gradients):
+            if self.takes_sparse_gradients:
+                gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+            plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
+            if not plan.fits(gradients):
+                raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+        plan.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""
@@ -174,21 +202,26 @@ class RuleOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._forget()
+
+    def _forget(self) -> None:
+        """Take note of the parameters anew; the next step makes its plan."""
         self._flat = [p for group in self.param_groups for p in group["params"]]
+        self._repeats = len(set(map(id, self._flat))) < len(self._flat)
         self._plan = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
             if not (p.is_floating_point() or p.is_complex()):
-                raise ValueError(
+                raise RuntimeError(
                     f"parameter {i} is {p.dtype} on {p.device}; {type(self).__name__} optimizes floating-point and "
                     "complex tensors. Leave it out of params."
                 )
             choose(request_for(self, group, p), this_machine())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in torch.optim. Steps that are counted together are handed out as tensors of their own."""
-        handle = self.register_state_dict_post_hook(_own_steps, prepend=True)
+        """The state as in torch.optim. Steps and states that share memory are handed out as tensors of their own."""
+        handle = self.register_state_dict_post_hook(_own_memory, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -201,7 +234,9 @@ class RuleOptimizer(Optimizer):
         parameter's, and float32 moments of bfloat16 parameters would be lost.
 
         Raises:
-            ValueError: the groups, or the states of a parameter, are not those of this optimizer. Nothing was changed.
+            ValueError: the groups, or the names of the states, are not those of this optimizer.
+            KeyError: a group lacks a hyperparameter.
+            RuntimeError: a state has another shape than its parameter. In all cases nothing was changed.
         """
         loaded: dict[str, Any] = {}
 
@@ -224,6 +259,14 @@ class RuleOptimizer(Optimizer):
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         known = {"step", *(name for variant in self.variants for name in variant.state_names)}
+        for number, group in enumerate(state_dict["param_groups"]):
+            # An option may be newer than the checkpoint; a hyperparameter can't be.
+            needed = [name for name, value in self.defaults.items() if not isinstance(value, (bool, type(None)))]
+            if missing := [name for name in needed if name not in group]:
+                raise KeyError(
+                    f"group {number} of the state dict holds {sorted(group)} and lacks {missing}: it is not one of "
+                    f"{type(self).__name__}'s. Load it into the optimizer that saved it."
+                )
         params = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(indices, params, strict=False):
@@ -235,7 +278,7 @@ class RuleOptimizer(Optimizer):
                 )
             for name, value in state.items():
                 if name in known - {"step"} and isinstance(value, Tensor) and value.shape != p.shape:
-                    raise ValueError(
+                    raise RuntimeError(
                         f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: this "
                         "state dict is of another model. Load one saved with the same parameters in the same order."
                     )
@@ -257,12 +300,12 @@ class RuleOptimizer(Optimizer):
         self.state[p]["step"] = value.to(device, torch.float32, copy=True).reshape(())
 
     def __getstate__(self) -> dict[str, Any]:
-        state = defaultdict(dict, {p: _with_own_step(values) for p, values in self.state.items()})
+        state = defaultdict(dict, {p: _with_own_memory(values) for p, values in self.state.items()})
         return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._forget()
         self.__dict__.setdefault("backend", "auto")
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
@@ -272,21 +315,24 @@ class RuleOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 default = written[name].default if name in written else OPTIONS.get(name, value)
                 group.setdefault(name, value if default is inspect.Parameter.empty else default)
-        self._flat = [p for group in self.param_groups for p in group["params"]]
         for p in self._flat:
             if "step" in self.state.get(p, ()) and not isinstance(self.state[p]["step"], Tensor):
                 self._own_step(p)
 
 
-def _with_own_step(values: Any) -> Any:
-    if isinstance(values, dict) and isinstance(values.get("step"), Tensor):
-        return {**values, "step": values["step"].clone()}
-    return values
+def _with_own_memory(values: Any) -> Any:
+    """A parameter's state with tensors that share memory with no other's: counted steps do, and packed states."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: v.clone() if isinstance(v, Tensor) and (name == "step" or is_packed(v)) else v for name, v in values.items()
+    }
 
 
-def _own_steps(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    # Loaded into torch.optim, tensors that share memory would each be counted once for every one of them.
-    return {**state_dict, "state": {i: _with_own_step(values) for i, values in state_dict["state"].items()}}
+def _own_memory(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    # Loaded into torch.optim, steps that share memory would each be counted once for every one of them; pickled, every
+    # packed state would bring its whole pack along.
+    return {**state_dict, "state": {i: _with_own_memory(values) for i, values in state_dict["state"].items()}}
 
 
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
@@ -297,7 +343,8 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
         value: a number or a 1-element tensor.
     """
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if not low <= float(value) < high:
+        shape = tuple(value.shape)
+        raise ValueError(f"Tensor {name} must be 1-element, got shape {shape}. Use groups to give each its own.")
+    if not low <= value or not value < high:
         bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
         raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")

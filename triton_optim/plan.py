@@ -80,6 +80,11 @@ def check_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, local_g: Ten
             f"{name} does not support sparse gradients: the gradient of parameter {index} is {local_g.layout}. "
             "Build the embedding with sparse=False, or call grad.to_dense() before the step."
         )
+    if is_sharded(local_g):
+        raise RuntimeError(
+            f"{name}: the gradient of parameter {index} is a DTensor, the parameter an ordinary tensor. "
+            "Assign a gradient of the parameter's own kind."
+        )
     local_p = local(p)
     for what in ("shape", "device"):
         ours, theirs = getattr(local_g, what), getattr(local_p, what)
@@ -96,13 +101,13 @@ def check_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, local_g: Ten
 
 
 def check_state(index: int, p: Tensor, name: str, state: Tensor) -> None:
-    """Raise ValueError of a state that does not belong to its parameter."""
+    """Raise the error of a state that does not belong to its parameter."""
     placed = [getattr(t, "placements", None) for t in (p, state)]
     if state.shape != p.shape or placed[0] != placed[1] or local(state).shape != local(p).shape:
         theirs, ours = (
             f"{tuple(t.shape)}, placed {where}" for t, where in zip((state, p), reversed(placed), strict=True)
         )
-        raise ValueError(
+        raise RuntimeError(
             f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
             "Load a state dict of the same parameters, placed alike, or clear opt.state."
         )
@@ -127,7 +132,7 @@ def entries_of(
         state = optimizer.state.get(p, {})
         names = optimizer.variant(optimizer.param_groups[group]).state_names
         kept = [*names] + ["step"] * optimizer.counts_steps
-        if g is None and not every and any(state.get(name) is None for name in kept):
+        if g is None and not every and (optimizer._repeats or any(state.get(name) is None for name in kept)):
             continue
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
             raise RuntimeError(
@@ -177,13 +182,15 @@ class Plan:
         self.options = options_of(optimizer)
         same = previous if previous is not None and previous.covers(params) else None
         members = sort_members(optimizer, entries_of(optimizer, params, gradients, same))
-        self.buckets: list[Bucket] = []
-        for key, own in prepared(optimizer, members).items():
-            for m in own:
-                m.start(optimizer, key)
-            self.buckets.append(bucket_class(key)(optimizer, key, own))
+        ready = prepared(optimizer, members)
+        # In the order of the parameters, not of the buckets: who gathers sharded states goes through them in their
+        # order on every rank, and buckets differ between ranks.
+        started = sorted(((m, key) for key, own in ready.items() for m in own), key=lambda pair: pair[0].index)
+        for m, key in started:
+            m.start(optimizer, key)
+        self.buckets = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
         self._state_dicts = list(optimizer.state.values())
-        planned = {m.index for own in members.values() for m in own}
+        planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned]
 
     def covers(self, params: list[Tensor]) -> bool:

@@ -48,6 +48,7 @@ class SGD(RuleOptimizer):
     """
 
     counts_steps = False
+    takes_sparse_gradients = True
     option_names = ("maximize", "foreach", "differentiable", "fused")  # torch's groups have no capturable
     variants = (
         Variant(sgd, ()),

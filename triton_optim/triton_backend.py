@@ -12,7 +12,6 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member, Row, table_of, to_device
 from .dispatch import this_machine
 from .kernels import multi_tensor as kernel
-from .layout import all_aligned
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -56,9 +55,10 @@ class TritonBucket(Bucket):
         except TypeError:  # one is None
             pointers = [0 if g is None else g.data_ptr() for g in gradients]
         if pointers != self.pointers:
-            if self.key.aligned and not all_aligned(pointers):
+            staged = array("q", pointers)
+            if self.key.aligned and bool((torch.frombuffer(staged, dtype=torch.int64) & 15).any()):
                 return False
-            self.gradient_table = to_device(array("q", pointers), torch.int64, self.key.device)
+            self.gradient_table = to_device(staged, torch.int64, self.key.device)
             self.pointers = pointers
         return super().accept(gradients)
 
