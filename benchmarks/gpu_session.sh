@@ -8,13 +8,14 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 mkdir -p "${OUT:?a folder for what is found}"
+OUT=$(realpath "$OUT")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# As `pip install` would lay it out. A checkout alone is not importable: triton_optim.kernels is the folder kernels/.
+# Where the package is not installed: a checkout alone is not importable, as triton_optim.kernels is the folder kernels/.
 if ! $python -c 'import triton_optim.kernels' 2>/dev/null; then
-    mkdir -p "$scratch/site" && cp -r triton_optim "$scratch/site/" && cp -r kernels "$scratch/site/triton_optim/"
-    export PYTHONPATH="$scratch/site" PYTHONSAFEPATH=1
+    cp -r . "$scratch/checkout" && cd "$scratch/checkout" && cp -r kernels triton_optim/
+    export PYTHONPATH=$PWD
 fi
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton"
 

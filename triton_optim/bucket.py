@@ -102,6 +102,12 @@ class Cohort:
             self.step.add_(1)
 
 
+    def rewind(self) -> None:
+        self._count = 0
+        if self.step is not None:
+            self.step.zero_()
+
+
 class Bucket(ABC):
     """Members that one backend updates together."""
 
@@ -211,6 +217,14 @@ class Bucket(ABC):
                 cohort.advance()
         self.regrouped = False
         self.gradients = []
+
+    def rewind(self) -> None:
+        """Bring the states back to where they were before the first step."""
+        for m in self.members:
+            for state in self.states_of(m):
+                state.zero_()
+        for cohort in self.cohorts:
+            cohort.rewind()
 
     # Fitting.
 

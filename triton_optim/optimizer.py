@@ -169,6 +169,7 @@ class RuleOptimizer(Optimizer):
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self._repeats:
             self._plan = None  # made for one of the parameter's places
+        fresh = not self.state
         plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
         if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
@@ -181,6 +182,16 @@ class RuleOptimizer(Optimizer):
             if not plan.fits(gradients):
                 raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
         plan.step()
+        if fresh and self._was_probed(gradients):
+            plan.rewind()
+
+    def _was_probed(self, gradients: list[Tensor | None]) -> bool:
+        """Whether a first step was only made to see the states: torch.distributed.checkpoint makes one of a fresh
+        optimizer, with a learning rate of 0 and gradients of 0. It must not count."""
+        rates = [group.get("lr") for group in self.param_groups]
+        return all(rate is not None and rate == 0 for rate in rates) and not any(
+            g.any() for g in gradients if g is not None
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""

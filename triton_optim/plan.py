@@ -217,6 +217,11 @@ class Plan:
         for bucket in self.buckets:
             bucket.commit()
 
+    def rewind(self) -> None:
+        """Bring all states back to where they were before the first step."""
+        for bucket in self.buckets:
+            bucket.rewind()
+
 
 def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, list[Member]]:
     """The parameters by bucket."""

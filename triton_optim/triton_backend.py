@@ -26,7 +26,15 @@ TRITON_DTYPES = {
 
 def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
     """Start the kernel. The only place that does."""
-    kernel.multi_tensor[(programs,)](*tables, **constants, num_warps=kernel.NUM_WARPS, enable_fp_fusion=True)
+    kernel.multi_tensor[(programs,)](*tables, **constants)
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads a warp; 32 where the device does not say (the interpreter has none)."""
+    if device.type == "cpu":
+        return 32
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "warp_size", 32))
 
 
 class TritonBucket(Bucket):
@@ -44,6 +52,7 @@ class TritonBucket(Bucket):
         own = zip(numels.tolist(), self.addresses, states, strict=True)
         self.tensors = torch.tensor([[numel, 0, p, *s] for numel, p, s in own]).to(key.device)
         self.pointers: list[int] = []
+        self.options = kernel.launch_options([dtype.itemsize for dtype in key.dtypes], warp_size(key.device))
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
@@ -76,6 +85,7 @@ class TritonBucket(Bucket):
             "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
             "BLOCK": kernel.BLOCK,
             "ALIGNED": self.key.aligned,
+            **self.options,
         }
         tables = (self.chunks, self.tensors, self.gradient_table, table)
         if self.key.device.type == "cpu":
