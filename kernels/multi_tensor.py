@@ -48,7 +48,7 @@ def convert(value, DTYPE: tl.constexpr):
 @triton.jit
 def convert_nearest(value, DTYPE: tl.constexpr):
     """The interpreter truncates float32 to bfloat16; a GPU rounds. Round by bits first, and both agree."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         value = value.to(tl.float32)
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

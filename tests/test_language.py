@@ -8,8 +8,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the Triton column needs Triton")
-import triton.language as tl  # noqa: E402
-from triton_optim.kernels.language import PRIMITIVES, jit, maximum, sqrt, torch_form, where  # noqa: E402
+import triton.language as tl
+from triton_optim.kernels.language import PRIMITIVES, jit, maximum, sqrt, torch_form, where
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
 UNARY = ["abs", "exp", "log", "sign", "sqrt"]

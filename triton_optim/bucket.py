@@ -101,7 +101,6 @@ class Cohort:
         if self.step is not None:
             self.step.add_(1)
 
-
     def rewind(self) -> None:
         self._count = 0
         if self.step is not None:
@@ -255,7 +254,11 @@ class Bucket(ABC):
             if g is None:
                 as_they_are = False
                 continue
-            if is_sharded(g) or g.layout != torch.strided or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device):
+            if (
+                is_sharded(g)
+                or g.layout != torch.strided
+                or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device)
+            ):
                 return False
             if g.shape != value.shape:
                 return False

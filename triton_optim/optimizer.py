@@ -163,7 +163,8 @@ class RuleOptimizer(Optimizer):
             turns.append(seen.get(id(p), 0))
             seen[id(p)] = turns[-1] + 1
         return [
-            [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)] for now in range(max(turns) + 1)
+            [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)]
+            for now in range(max(turns) + 1)
         ]
 
     def _update(self, gradients: list[Tensor | None]) -> None:
@@ -187,7 +188,8 @@ class RuleOptimizer(Optimizer):
 
     def _was_probed(self, gradients: list[Tensor | None]) -> bool:
         """Whether a first step was only made to see the states: torch.distributed.checkpoint makes one of a fresh
-        optimizer, with a learning rate of 0 and gradients of 0. It must not count."""
+        optimizer, with a learning rate of 0 and gradients of 0. It must not count.
+        """
         rates = [group.get("lr") for group in self.param_groups]
         return all(rate is not None and rate == 0 for rate in rates) and not any(
             g.any() for g in gradients if g is not None
@@ -336,7 +338,8 @@ def _with_own_memory(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {
-        name: v.clone() if isinstance(v, Tensor) and (name == "step" or is_packed(v)) else v for name, v in values.items()
+        name: v.clone() if isinstance(v, Tensor) and (name == "step" or is_packed(v)) else v
+        for name, v in values.items()
     }
 
 
