@@ -92,8 +92,9 @@ def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
 
 @pytest.mark.gpu
 def test_trap_1_more_than_2_31_elements_on_a_gpu(backend, device):
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB of free GPU memory")
+    needed = 60 if backend == "eager" else 12  # eager makes float32 copies of all of it
+    if torch.cuda.mem_get_info()[0] < needed * 2**30:
+        pytest.skip(f"needs {needed} GiB of free GPU memory")
     p = Parameter(torch.ones(2**31 + 1029, dtype=torch.bfloat16, device=device))
     p.grad = torch.ones_like(p).detach()
     p.grad[-1] = 2

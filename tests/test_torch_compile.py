@@ -129,6 +129,29 @@ def test_tensor_learning_rate_recompiles_nothing(backend: str, device: torch.dev
     assert counter.frame_count == 1
 
 
+def test_step_is_compiled_whole_under_a_scheduler(backend: str, device: torch.device) -> None:
+    model = torch.nn.Linear(3, 2).to(device)
+    optimizer = triton_optim.SGD(model.parameters(), lr=0.5, backend=backend)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    start = model.bias.detach().clone()
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3, device=device)).sum().backward()
+        step()
+        schedule.step()
+    torch.testing.assert_close(model.bias, start - 0.5 * (1 + 0.5 + 0.25 + 0.125))
+    assert counter.frame_count == 1
+
+
+def test_a_scheduler_still_warns_of_the_wrong_order(device: torch.device) -> None:
+    optimizer = triton_optim.SGD([torch.nn.Parameter(torch.ones(1, device=device))])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        schedule.step()
+
+
 def test_hooks_and_closures_run_inside_a_compiled_step(device: torch.device) -> None:
     model = torch.nn.Linear(3, 2).to(device)
     optimizer = triton_optim.AdamW(model.parameters(), backend="eager")

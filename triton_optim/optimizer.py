@@ -146,8 +146,13 @@ class RuleOptimizer(Optimizer):
         self.update([p.grad for p in self._flat])
         return loss
 
+    # A scheduler wraps `step` to note that it was called, in a file that Dynamo refuses to trace. `update` notes
+    # it instead, which leaves `torch.compile(optimizer.step, fullgraph=True)` whole.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
     def update(self, gradients: list[Tensor | None]) -> None:
         """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
+        self._opt_called = True
         recording = any(group.get("differentiable") for group in self.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in self._rounds(gradients):

@@ -1,0 +1,136 @@
+"""What only the eager backend does: complex parameters, autograd through the step; and what needs no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from table import CASES, Case
+
+import triton_optim
+
+PEERS = [case for case in CASES if case.torchs is not None]
+
+
+@pytest.mark.parametrize("case", PEERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_parameters(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    for options in case.variants.values():
+        ours = [torch.nn.Parameter(torch.randn(4, 3, dtype=dtype, device=device)) for _ in range(2)]
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        optimizers = case.ours(ours, **options), case.torchs(theirs, **options)
+        for _ in range(4):
+            for p, q in zip(ours, theirs, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            for name, value in optimizers[1].state.get(q, {}).items():
+                torch.testing.assert_close(optimizers[0].state[p][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_trap_8_complex_is_not_pinned_elsewhere(case: Case, device: torch.device) -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64, device=device))
+    for backend in ("compiled", "triton"):
+        with pytest.raises(RuntimeError, match="complex64"):
+            case.ours([p], backend=backend)
+
+
+def steps(case: Case, start: torch.Tensor, gradients: torch.Tensor, lr: Any, **options: Any) -> torch.Tensor:
+    p = start.clone()
+    optimizer = case.ours([p], lr=lr, differentiable=True, **options)
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+    return p
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients_through_the_step(case: Case, device: torch.device) -> None:
+    start = torch.randn(3, dtype=torch.float64, device=device, requires_grad=True)
+    gradients = torch.randn(3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    for options in case.variants.values():
+        own = {k: v for k, v in options.items() if k != "lr"}
+        assert torch.autograd.gradcheck(
+            lambda p, g, own=own: steps(case, p, g, 0.1, **own), (start, gradients), raise_exception=True
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_of_the_learning_rate(case: Case, device: torch.device) -> None:
+    start, gradients = torch.randn(3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda lr: steps(case, start + 0 * lr, gradients, lr), (lr,))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_capturable_forms_its_scalars_on_the_device(case: Case, kind: str, backend: str, device: torch.device) -> None:
+    lr = 0.1 if kind == "number" else torch.tensor(0.1, device=device)
+    results = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(5, device=device))
+        optimizer = case.ours([p], lr=lr, capturable=capturable, backend=backend)
+        for _ in range(3):
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append(p.detach().clone())
+        if case.ours.counts_steps:
+            assert optimizer.state[p]["step"].item() == 3
+            assert optimizer.state[p]["step"].device.type == (p.device.type if capturable else "cpu")
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+BARE = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, triton_optim
+assert not triton_optim.dispatch.this_machine().compiler
+p = torch.nn.Parameter(torch.ones(3))
+q = torch.nn.Parameter(torch.ones(3))
+for optimizer_class in ("AdamW", "Adam", "SGD"):
+    ours, theirs = (getattr(m, optimizer_class)([x], lr=0.1) for m, x in ((triton_optim, p), (torch.optim, q)))
+    p.grad = q.grad = torch.tensor([1.0, -2.0, 3.0])
+    ours.step(), theirs.step()
+    torch.testing.assert_close(p, q)
+    (bucket,) = triton_optim.explain(ours)
+    assert bucket.backend == "eager" and "no C++ compiler" in bucket.reason, bucket
+for backend in ("triton", "compiled"):
+    try:
+        triton_optim.Lion([p], backend=backend)
+    except RuntimeError as error:
+        print(error)
+    else:
+        raise AssertionError(backend)
+triton_optim.Lion([p]).step()
+assert not any(name == "triton" or name.startswith("triton.") for name, m in sys.modules.items() if m is not None)
+"""
+
+
+def test_without_triton_and_without_a_compiler() -> None:
+    environment = {**os.environ, "PATH": "/nonexistent"}
+    for name in ("CXX", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "leave backend out" in done.stdout
+
+
+def test_import_is_light() -> None:
+    """Neither the compiler nor sharded tensors are imported along: each takes longer than all of the package."""
+    code = "import sys, torch; before = set(sys.modules); import triton_optim; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    added = done.stdout.split()
+    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "numpy", "rich", "sklearn", "matplotlib")
+    assert not [name for name in added if name.startswith(heavy)]
+    assert triton_optim.__name__ in added
