@@ -299,3 +299,23 @@ def test_absent_misaligned_gradients_are_remembered(device, plans, no_launch):
         gradients = gradients_of(params, present, k)
         step(opt, params, [g if g is None else torch.cat((g[:1], g))[1:] for g in gradients])
     assert len(plans) <= newcomers(patterns)
+
+
+def test_a_bucket_that_sits_out_the_first_step_of_a_plan_keeps_its_rates(backend: str, device: torch.device) -> None:
+    """Two dtypes are two buckets; after loading, the second has no gradient in the first step, then two rates."""
+    first = torch.nn.Parameter(torch.zeros(2, device=device))
+    others = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float64, device=device)) for _ in range(2)]
+    groups = [{"params": [first]}, {"params": [others[0]], "lr": 0.5}, {"params": [others[1]], "lr": 0.25}]
+    source = to.SGD(groups, lr=1.0, momentum=0.5, backend="eager")
+    for p in (first, *others):
+        p.grad = torch.ones_like(p)
+    source.step()
+    optimizer = to.SGD(groups, lr=1.0, momentum=0.5, backend=backend)
+    optimizer.load_state_dict(source.state_dict())
+    for p in others:
+        p.grad = None
+    optimizer.step()
+    for p in others:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert [p[0].item() for p in others] == [-0.5 - 0.5 * 0.5, -0.25 - 0.25 * 0.5]

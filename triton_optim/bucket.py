@@ -115,14 +115,17 @@ class Bucket(ABC):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members
         self.sharded = any(is_sharded(m.p) for m in members)
-        self.held = [local(m.p).detach() for m in members]  # so that no other tensor can take their addresses
-        self.addresses = [t.data_ptr() for t in self.held]
+        values = [local(m.p).detach() for m in members]
+        self.numels = [value.numel() for value in values]
+        self.addresses = [value.data_ptr() for value in values]
+        # Not the values themselves: who moves a parameter's data elsewhere wants this memory back.
+        self._kinds = [(value.shape, value.stride(), value.dtype) for value in values]
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
         self._indices = [m.index for m in members]
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
-        self.place_states()
+        self.place_states(values)
         self._form_cohorts([m.count for m in members])
 
     # What a backend says.
@@ -154,10 +157,10 @@ class Bucket(ABC):
         """The local parts of a member's states, in the rule's order."""
         return [local(m.state[name]) for name in self.key.variant.state_names]
 
-    def place_states(self) -> None:
-        """Bring the states into the memory layout that the backend needs."""
+    def place_states(self, values: list[Tensor]) -> None:
+        """Bring the states into the memory layout that the backend needs, for these (local) parameters."""
         if self.keeps_layout:
-            for m, value in zip(self.members, self.held, strict=True):
+            for m, value in zip(self.members, values, strict=True):
                 for name in self.key.variant.state_names:
                     held = local(m.state[name])
                     if not same_layout(held, value):
@@ -178,11 +181,11 @@ class Bucket(ABC):
         for row, cohort in enumerate(self.cohorts):
             for i in cohort.places:
                 self.row_of[i] = row
-        self.regrouped = True
+        self.regrouped = True  # until the backend has taken note
         self._state_dicts = [m.state for m in self.members]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
         ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
-        self._state_ends = [(state, local(state).detach()) for state in ends]
+        self._state_ends = [(state, local(state).data_ptr()) for state in ends]
 
     def _counts(self) -> list[int]:
         counts = [m.count for m in self.members]
@@ -214,7 +217,6 @@ class Bucket(ABC):
         for cohort, active in zip(self.cohorts, self._active, strict=True):
             if active:
                 cohort.advance()
-        self.regrouped = False
         self.gradients = []
 
     def rewind(self) -> None:
@@ -237,7 +239,7 @@ class Bucket(ABC):
             return False
         # Code that moves an optimizer to another device and back keeps the tensors and sets their `data`: all of them,
         # so the first and the last tell.
-        if any(local(state).data_ptr() != held.data_ptr() for state, held in self._state_ends):
+        if any(local(state).data_ptr() != address for state, address in self._state_ends):
             return False
         own = gradients if self._all else [gradients[i] for i in self._indices]
         try:
@@ -248,8 +250,8 @@ class Bucket(ABC):
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
         as_they_are, laid_out = True, list(own)
-        for i, (value, held, g) in enumerate(zip(values, self.held, own, strict=True)):
-            if value.shape != held.shape or value.stride() != held.stride() or value.dtype != held.dtype:
+        for i, (value, kind, g) in enumerate(zip(values, self._kinds, own, strict=True)):
+            if (value.shape, value.stride(), value.dtype) != kind:
                 return False
             if g is None:
                 as_they_are = False

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bucket import Bucket, Key, Member, Row, row_for, table_of
 from .kernels.language import apply, torch_form
-from .layout import flat, is_sharded
+from .layout import flat, is_sharded, local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -135,7 +135,7 @@ class CompiledBucket(Bucket):
         super().__init__(optimizer, key, members)
         packed = {i for pack in self.packs for i in pack.places}
         self.alone = [i for i in range(len(members)) if i not in packed]
-        self.flats = [[flat(v), *map(flat, self.states_of(m))] for v, m in zip(self.held, members, strict=True)]
+        self.flats = [[flat(local(m.p)), *map(flat, self.states_of(m))] for m in members]
         room = max((pack.numel for pack in self.packs), default=0)
         self.gathered = [torch.empty(room, dtype=dtype, device=key.device) for dtype in key.dtypes[:2]]
         self.scattered = [torch.split(self.gathered[0][: pack.numel], pack.lengths) for pack in self.packs]
@@ -159,25 +159,24 @@ class CompiledBucket(Bucket):
         # A pack: gather parameters, gather gradients, update, scatter.
         return len(members) - sum(map(len, packs)) + 4 * len(packs)
 
-    def place_states(self) -> None:
-        super().place_states()
+    def place_states(self, values: list[Tensor]) -> None:
+        super().place_states(values)
         for places in packs_of(self.members):
-            self._pack(places)
+            self._pack(places, values)
 
-    def _pack(self, places: list[int]) -> None:
-        values = [flat(self.held[i]) for i in places]
-        numel = sum(v.numel() for v in values)
+    def _pack(self, places: list[int], values: list[Tensor]) -> None:
+        numel = sum(values[i].numel() for i in places)
         buffers = []
         for role, name in enumerate(self.key.variant.state_names, start=2):
             buffer = torch.empty(numel, dtype=self.key.dtypes[role], device=self.key.device)
             start = 0
             for i in places:
-                m, value = self.members[i], self.held[i]
+                m, value = self.members[i], values[i]
                 own = buffer.as_strided(value.shape, value.stride(), start)
                 m.state[name] = own.copy_(m.state[name])
                 start += value.numel()
             buffers.append(buffer)
-        self.packs.append(Pack(places, values, buffers))
+        self.packs.append(Pack(places, [flat(values[i]) for i in places], buffers))
 
     def run(self, rows: list[Row | None]) -> None:
         graph = self.graph(self.optimizer, self.key)

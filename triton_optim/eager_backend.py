@@ -25,7 +25,7 @@ class EagerBucket(Bucket):
             if g is None or row is None:
                 continue
             # Under autograd the parameter itself is written, so that the graph goes through it.
-            p = m.p if self.key.differentiable else self.held[i]
+            p = m.p if self.key.differentiable else local(m.p).detach()
             update(self.key, [p, g, *self.states_of(m)], row)
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member, Row, table_of, to_device
 from .dispatch import this_machine
 from .kernels import multi_tensor as kernel
+from .layout import local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -42,7 +43,7 @@ class TritonBucket(Bucket):
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
-        numels = torch.tensor([t.numel() for t in self.held])
+        numels = torch.tensor(self.numels)
         chunks = -(-numels // kernel.BLOCK)
         tensor = torch.repeat_interleave(torch.arange(len(members)), chunks)
         first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
@@ -74,6 +75,7 @@ class TritonBucket(Bucket):
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
+            self.regrouped = False
         h = next(row.h for row in rows if row is not None)
         table = table_of(rows, self.key.compute, self.key.device)
         constants = {
@@ -94,5 +96,5 @@ class TritonBucket(Bucket):
             with torch.get_device_module(self.key.device).device(self.key.device):
                 launch(len(self.chunks), tables, constants)
         # The kernel writes behind autograd's back; a graph that saved a parameter must still notice.
-        written = zip(self.held, self.gradients, strict=True)
-        torch.autograd.graph.increment_version([value for value, g in written if g is not None])
+        written = [m.p for m, g in zip(self.members, self.gradients, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(map(local, written) if self.sharded else written)
