@@ -99,10 +99,13 @@ def unable(backend: Backend, request: Request, machine: Machine) -> str | None:
     return None
 
 
-_REMEDY = {
-    "triton": "Move the parameters to a GPU (pip install triton), or leave backend out to choose automatically.",
-    "compiled": "Install g++ or set CXX, or leave backend out to choose automatically.",
-}
+def remedy(request: Request) -> str:
+    """What to do where a pinned backend is unable."""
+    if only_eager(request):
+        return 'Use backend="eager", or leave backend out to choose automatically.'
+    if request.pinned == "triton":
+        return "Move the parameters to a GPU (pip install triton), or leave backend out to choose automatically."
+    return "Install g++ or set CXX, or leave backend out to choose automatically."
 
 
 def choose(request: Request, machine: Machine) -> Choice:
@@ -129,7 +132,7 @@ def choose(request: Request, machine: Machine) -> Choice:
         if reason := unable(request.pinned, request, machine):
             raise RuntimeError(
                 f'backend="{request.pinned}" cannot run {request.dtype} parameters on {request.device}: {reason}. '
-                f"{_REMEDY[request.pinned]}"
+                f"{remedy(request)}"
             )
         return Choice(request.pinned, "asked for by backend=")
     if reason := only_eager(request):

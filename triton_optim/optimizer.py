@@ -181,9 +181,11 @@ class RuleOptimizer(Optimizer):
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
             pairs = zip(self._flat, gradients, strict=True)
             gradients = [g if g is None else local_gradient(p, g) for p, g in pairs]
-        if plan is None or not plan.fits(gradients):
-            if self.takes_sparse_gradients:
-                gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+        fits = plan is not None and plan.fits(gradients)
+        if not fits and self.takes_sparse_gradients and any(g is not None and g.is_sparse for g in gradients):
+            gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+            fits = plan is not None and plan.fits(gradients)
+        if plan is None or not fits:
             plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
             if not plan.fits(gradients):
                 raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
