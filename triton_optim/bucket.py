@@ -122,6 +122,7 @@ class Bucket(ABC):
         self._kinds = [(value.shape, value.stride(), value.dtype) for value in values]
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
+        self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
@@ -196,10 +197,10 @@ class Bucket(ABC):
 
     def next_rows(self) -> list[Row | None]:
         """The scalars of this step, a cohort; None where no member has a gradient. Counts nothing yet."""
-        present = [g is not None for g in self.gradients]
-        if all(present):
+        if self.complete:
             self._active = [True] * len(self.cohorts)
         else:
+            present = [g is not None for g in self.gradients]
             if any(len({present[i] for i in cohort.places}) == 2 for cohort in self.cohorts):
                 self._form_cohorts([2 * n + there for n, there in zip(self._counts(), present, strict=True)])
             self._active = [present[cohort.places[0]] for cohort in self.cohorts]
@@ -246,6 +247,7 @@ class Bucket(ABC):
             ready = self._guards is not None and self._guards.check(*values, *own)
         except TypeError:  # one is None
             ready = False
+        self.complete = ready or all(g is not None for g in own)
         return self.accept(own) if ready else self._examine(values, own)
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:

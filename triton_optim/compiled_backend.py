@@ -98,20 +98,18 @@ class Graph:
 @cache
 def graph_for(
     rule: Any, scalars: Any, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, device: torch.device
-) -> Graph | Exception:
-    """The compiled graph, one for a process; or why there is none, so that it is tried once."""
-    try:
-        return Graph(rule, scalars, dtypes, compute, device)
-    except Exception as error:
-        return error
+) -> Graph:
+    """The compiled graph, one for a process. A failure is not remembered: its cause may pass."""
+    return Graph(rule, scalars, dtypes, compute, device)
 
 
 class Pack:
     """Small members whose states lie one after the other in flat buffers."""
 
-    def __init__(self, places: list[int], values: list[Tensor], states: list[Tensor]) -> None:
+    def __init__(self, places: list[int], values: list[Tensor], states: list[Tensor], is_flat: bool) -> None:
         self.places, self.values, self.states = places, values, states
         self.lengths = [v.numel() for v in values]
+        self.is_flat = is_flat
         self.numel = sum(self.lengths)
 
 
@@ -132,6 +130,7 @@ def packs_of(members: list[Member]) -> list[list[int]]:
 class CompiledBucket(Bucket):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.packs: list[Pack] = []
+        self._graph = self.graph(optimizer, key)
         super().__init__(optimizer, key, members)
         packed = {i for pack in self.packs for i in pack.places}
         self.alone = [i for i in range(len(members)) if i not in packed]
@@ -143,12 +142,11 @@ class CompiledBucket(Bucket):
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
         super().prepare(optimizer, key)
-        graph = cls.graph(optimizer, key)
-        if isinstance(graph, Exception):
-            raise graph
+        cls.graph(optimizer, key)
 
     @classmethod
-    def graph(cls, optimizer: RuleOptimizer, key: Key) -> Graph | Exception:
+    def graph(cls, optimizer: RuleOptimizer, key: Key) -> Graph:
+        """What runs the bucket."""
         group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
         scalars: Any = type(row_for(optimizer, group, 1).h)
         return graph_for(key.variant.rule, scalars, key.dtypes, key.compute, key.device)
@@ -176,31 +174,31 @@ class CompiledBucket(Bucket):
                 m.state[name] = own.copy_(m.state[name])
                 start += value.numel()
             buffers.append(buffer)
-        self.packs.append(Pack(places, [flat(values[i]) for i in places], buffers))
+        is_flat = all(values[i].dim() == 1 for i in places)
+        self.packs.append(Pack(places, [flat(values[i]) for i in places], buffers, is_flat))
 
     def run(self, rows: list[Row | None]) -> None:
-        graph = self.graph(self.optimizer, self.key)
-        assert isinstance(graph, Graph)
         table = table_of(rows, self.key.compute, self.key.device).unbind()
         for i in self.alone:
-            self._run_alone(graph, table, i)
+            self._run_alone(table, i)
         for pack, scattered in zip(self.packs, self.scattered, strict=True):
-            gradients = [self.gradients[i] for i in pack.places]
-            if any(g is None for g in gradients) or len({self.row_of[i] for i in pack.places}) > 1:
+            gradients: list[Any] = [self.gradients[i] for i in pack.places]
+            together = self.complete and len(self.cohorts) == 1
+            if not together and (any(g is None for g in gradients) or len({self.row_of[i] for i in pack.places}) > 1):
                 for i in pack.places:
-                    self._run_alone(graph, table, i)
+                    self._run_alone(table, i)
                 continue
             p, g = (buffer[: pack.numel] for buffer in self.gathered)
             torch.cat(pack.values, out=p)
-            torch.cat([g if g.dim() == 1 else flat(g) for g in gradients if g is not None], out=g)
-            graph(table[self.row_of[pack.places[0]]], p, g, *pack.states)
+            torch.cat(gradients if pack.is_flat else list(map(flat, gradients)), out=g)
+            self._graph(table[self.row_of[pack.places[0]]], p, g, *pack.states)
             torch._foreach_copy_(pack.values, scattered)
 
-    def _run_alone(self, graph: Graph, table: tuple[Tensor, ...], i: int) -> None:
+    def _run_alone(self, table: tuple[Tensor, ...], i: int) -> None:
         g = self.gradients[i]
         if g is None:
             return
         value, *states = self.flats[i]
         # Inductor indexes by 32 bits on a GPU.
         for piece in zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True):
-            graph(table[self.row_of[i]], *piece)
+            self._graph(table[self.row_of[i]], *piece)

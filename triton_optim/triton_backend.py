@@ -96,5 +96,7 @@ class TritonBucket(Bucket):
             with torch.get_device_module(self.key.device).device(self.key.device):
                 launch(len(self.chunks), tables, constants)
         # The kernel writes behind autograd's back; a graph that saved a parameter must still notice.
-        written = [m.p for m, g in zip(self.members, self.gradients, strict=True) if g is not None]
+        written = self._params
+        if not self.complete:
+            written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
         torch.autograd.graph.increment_version(map(local, written) if self.sharded else written)
