@@ -8,8 +8,7 @@ from .language import jit, maximum, sqrt
 
 
 class AdamScalars(NamedTuple):
-    l2: float  # weight decay added to the gradient (Adam), 0 for decoupled decay
-    keep: float  # 1 - lr * weight_decay for decoupled decay (AdamW), else 1
+    decay: float  # weight_decay (Adam), or 1 - lr * weight_decay (AdamW)
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -20,8 +19,7 @@ class AdamScalars(NamedTuple):
 
 
 @jit
-def moments(p, g, exp_avg, exp_avg_sq, h):
-    g = g + h.l2 * p
+def moments(g, exp_avg, exp_avg_sq, h):
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * g
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (g * g)
     return exp_avg, exp_avg_sq
@@ -29,17 +27,30 @@ def moments(p, g, exp_avg, exp_avg_sq, h):
 
 @jit
 def descend(p, exp_avg, second_moment, h):
-    return p * h.keep - h.step_size * (exp_avg / (sqrt(second_moment) * h.correction + h.eps))
+    return p - h.step_size * (exp_avg / (sqrt(second_moment) * h.correction + h.eps))
 
 
 @jit
 def adam(p, g, exp_avg, exp_avg_sq, h):
-    exp_avg, exp_avg_sq = moments(p, g, exp_avg, exp_avg_sq, h)
+    exp_avg, exp_avg_sq = moments(g + h.decay * p, exp_avg, exp_avg_sq, h)
     return descend(p, exp_avg, exp_avg_sq, h), exp_avg, exp_avg_sq
 
 
 @jit
-def amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, h):
-    exp_avg, exp_avg_sq = moments(p, g, exp_avg, exp_avg_sq, h)
+def adam_amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, h):
+    exp_avg, exp_avg_sq = moments(g + h.decay * p, exp_avg, exp_avg_sq, h)
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     return descend(p, exp_avg, max_exp_avg_sq, h), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@jit
+def adamw(p, g, exp_avg, exp_avg_sq, h):
+    exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
+    return descend(p * h.decay, exp_avg, exp_avg_sq, h), exp_avg, exp_avg_sq
+
+
+@jit
+def adamw_amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, h):
+    exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
+    max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
+    return descend(p * h.decay, exp_avg, max_exp_avg_sq, h), exp_avg, exp_avg_sq, max_exp_avg_sq

@@ -109,7 +109,7 @@ def test_bytes_an_element_are_the_floor(rows: list[Row]) -> None:
         return sum(sizes.values()), sum(size for role, size in sizes.items() if role != "g")
 
     assert not failing(rows, lambda row: (row["loaded"], row["stored"]) == floor(row), "loaded", "stored")
-    adamw = [row for row in rows if "AdamW" in row["optimizers"] and row["dtypes"] == "fp32" and row["rule"] == "adam"]
+    adamw = [row for row in rows if "AdamW" in row["optimizers"] and row["dtypes"] == "fp32" and row["rule"] == "adamw"]
     assert [(row["loaded"], row["stored"]) for row in adamw] == [(16, 12)] * 4
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernels.adam import AdamScalars, adam, amsgrad
+from .kernels.adam import AdamScalars, adam, adam_amsgrad, adamw, adamw_amsgrad
 from .optimizer import RuleOptimizer, Variant, check_range
 
 
@@ -54,7 +54,9 @@ class Adam(RuleOptimizer):
 
     variants = (
         Variant(adam, ("exp_avg", "exp_avg_sq")),
-        Variant(amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
+        Variant(adam_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
+        Variant(adamw, ("exp_avg", "exp_avg_sq")),
+        Variant(adamw_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
     )
 
     def __init__(
@@ -99,14 +101,12 @@ class Adam(RuleOptimizer):
         super().__init__(params, defaults, backend=backend, **options)
 
     def variant(self, group: dict[str, Any]) -> Variant:
-        return self.variants[bool(group["amsgrad"])]
+        return self.variants[2 * bool(group["decoupled_weight_decay"]) + bool(group["amsgrad"])]
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdamScalars:
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-        decoupled = group["decoupled_weight_decay"]
         return AdamScalars(
-            l2=0.0 if decoupled else decay,
-            keep=1 - lr * decay if decoupled else 1.0,
+            decay=1 - lr * decay if group["decoupled_weight_decay"] else decay,
             beta1=beta1,
             one_minus_beta1=1 - beta1,
             beta2=beta2,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,11 +34,14 @@ LONGEST = 1 << 30
 EXAMPLE = 1 << 20
 
 
-def update(rule: Callable[..., Any], scalars: Any, compute: torch.dtype, row: Tensor, *tensors: Tensor) -> None:
+def update(
+    rule: Callable[..., Any], scalars: Any, compute: torch.dtype, scaled: bool, row: Tensor, *tensors: Tensor
+) -> None:
     """What torch.compile compiles: the rule on whole flat tensors, writing parameter and states in place."""
     factor, *h = row.unbind()
     values = [t.to(compute) for t in tensors]
-    values[1] = values[1] * factor
+    if scaled:
+        values[1] = values[1] * factor
     apply(rule, list(tensors), values, scalars(*h))
 
 
@@ -50,7 +53,13 @@ class Graph:
     """
 
     def __init__(
-        self, rule: Any, scalars: Any, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, device: torch.device
+        self,
+        rule: Any,
+        scalars: Any,
+        dtypes: tuple[torch.dtype, ...],
+        compute: torch.dtype,
+        device: torch.device,
+        scaled: bool,
     ) -> None:
         self._code: Callable[..., Any] | None = None
         self._order: list[int] = []
@@ -59,7 +68,7 @@ class Graph:
         form = torch_form(rule)
 
         def call(row: Tensor, *tensors: Tensor) -> None:
-            own(form, scalars, compute, row, *tensors)
+            own(form, scalars, compute, scaled, row, *tensors)
 
         call = types.FunctionType(call.__code__.replace(), call.__globals__, rule.__name__, None, call.__closure__)
         traced = torch.compile(call, fullgraph=True, backend=self._backend)
@@ -97,10 +106,19 @@ class Graph:
 
 @cache
 def graph_for(
-    rule: Any, scalars: Any, dtypes: tuple[torch.dtype, ...], compute: torch.dtype, device: torch.device
+    rule: Any,
+    scalars: Any,
+    dtypes: tuple[torch.dtype, ...],
+    compute: torch.dtype,
+    device: torch.device,
+    scaled: bool,
 ) -> Graph:
-    """The compiled graph, one for a process. A failure is not remembered: its cause may pass."""
-    return Graph(rule, scalars, dtypes, compute, device)
+    """The compiled graph, one for a process. A failure is not remembered: its cause may pass.
+
+    With `scaled` the gradient is multiplied by the row's factor; without, that multiplication is saved: on a CPU an
+    update is nearly as much arithmetic as memory traffic.
+    """
+    return Graph(rule, scalars, dtypes, compute, device, scaled)
 
 
 class Pack:
@@ -130,7 +148,7 @@ def packs_of(members: list[Member]) -> list[list[int]]:
 class CompiledBucket(Bucket):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.packs: list[Pack] = []
-        self._graph = self.graph(optimizer, key)
+        self._graphs = self.graphs(optimizer, key)
         super().__init__(optimizer, key, members)
         packed = {i for pack in self.packs for i in pack.places}
         self.alone = [i for i in range(len(members)) if i not in packed]
@@ -142,14 +160,18 @@ class CompiledBucket(Bucket):
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
         super().prepare(optimizer, key)
-        cls.graph(optimizer, key)
+        cls.graphs(optimizer, key)
 
     @classmethod
-    def graph(cls, optimizer: RuleOptimizer, key: Key) -> Graph:
-        """What runs the bucket."""
-        group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
-        scalars: Any = type(row_for(optimizer, group, 1).h)
-        return graph_for(key.variant.rule, scalars, key.dtypes, key.compute, key.device)
+    def graphs(cls, optimizer: RuleOptimizer, key: Key) -> dict[bool, Graph]:
+        """What runs the bucket: by whether the gradient is scaled."""
+        groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
+        rows = [row_for(optimizer, group, 1) for group in groups]
+        scalars: Any = type(rows[0].h)
+        return {
+            scaled: graph_for(key.variant.rule, scalars, key.dtypes, key.compute, key.device, scaled)
+            for scaled in {row.factor != 1 for row in rows}
+        }
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
@@ -179,26 +201,35 @@ class CompiledBucket(Bucket):
 
     def run(self, rows: list[Row | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device).unbind()
+        calls = [
+            None if row is None else partial(self._graphs[row.factor != 1], scalars)
+            for row, scalars in zip(rows, table, strict=True)
+        ]
         for i in self.alone:
-            self._run_alone(table, i)
+            self._run_alone(calls, i)
         for pack, scattered in zip(self.packs, self.scattered, strict=True):
             gradients: list[Any] = [self.gradients[i] for i in pack.places]
             together = self.complete and len(self.cohorts) == 1
             if not together and (any(g is None for g in gradients) or len({self.row_of[i] for i in pack.places}) > 1):
                 for i in pack.places:
-                    self._run_alone(table, i)
+                    self._run_alone(calls, i)
                 continue
+            call = calls[self.row_of[pack.places[0]]]
+            assert call is not None
             p, g = (buffer[: pack.numel] for buffer in self.gathered)
             torch.cat(pack.values, out=p)
             torch.cat(gradients if pack.is_flat else list(map(flat, gradients)), out=g)
-            self._graph(table[self.row_of[pack.places[0]]], p, g, *pack.states)
+            call(p, g, *pack.states)
             torch._foreach_copy_(pack.values, scattered)
 
-    def _run_alone(self, table: tuple[Tensor, ...], i: int) -> None:
-        g = self.gradients[i]
-        if g is None:
+    def _run_alone(self, calls: Sequence[Callable[..., None] | None], i: int) -> None:
+        g, call = self.gradients[i], calls[self.row_of[i]]
+        if g is None or call is None:
             return
         value, *states = self.flats[i]
+        if self.numels[i] <= LONGEST:
+            call(value, flat(g), *states)
+            return
         # Inductor indexes by 32 bits on a GPU.
         for piece in zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True):
-            self._graph(table[self.row_of[i]], *piece)
+            call(*piece)

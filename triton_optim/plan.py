@@ -253,7 +253,7 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
 
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
-    names = ("foreach", "fused", "capturable", "differentiable")
+    names = ("maximize", "foreach", "fused", "capturable", "differentiable")
     return [(optimizer.variant(group), *map(group.get, names)) for group in optimizer.param_groups]
 
 
