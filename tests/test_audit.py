@@ -63,7 +63,7 @@ def failing(rows: list[Row], good: Callable[[Row], bool], *fields: str) -> list[
 
 def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
     rules = {row["rule"] for row in rows}
-    assert rules >= {"adam", "amsgrad", "sgd", "sgd_momentum", "sgd_nesterov", "lion"}
+    assert rules >= {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum", "sgd_nesterov", "lion"}
     optimizers = {
         name
         for name in triton_optim.__all__

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -71,6 +72,11 @@ def test_the_users_own_optimizer(backend: str, device: torch.device, tmp_path: P
     restored = module.SignMomentum(params, backend=backend)
     restored.load_state_dict(optimizer.state_dict())
     assert torch.equal(restored.state[params[1]]["momentum"], optimizer.state[params[1]]["momentum"])
+
+
+def test_the_numbers_are_those_of_the_committed_results() -> None:
+    report = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "report.py"))
+    assert report["written"](README) == README, "run python benchmarks/report.py"
 
 
 def modules() -> list[str]:
