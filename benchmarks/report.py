@@ -12,19 +12,20 @@ START, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of r
 def table() -> str:
     """One line a measured case, and where it was measured."""
     lines = ["| measured | result | target |", "|---|---|---|"]
-    places = []
+    places: list[str] = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text())
         machine, versions = result["machine"], result["versions"]
-        places.append(
-            f"`{path.name}`: {machine['processor']}, {machine['cores']} cores, {machine['device']}, torch "
-            f"{versions['torch']}, Triton {versions['triton']}, {result['date'][:10]}, commit {result['source']}"
+        place = (
+            f"{machine['processor']}, {machine['cores']} cores, {machine['device']}, torch {versions['torch']}, "
+            f"Triton {versions['triton']}, {result['date'][:10]}, commit {result['source']}"
         )
+        places += [place] if place not in places else []
         for record in result["records"]:
             target = record.get("target")
             met = {True: "met", False: "not met", None: ""}[record.get("met")]
             lines.append(f"| {record['case']} | {record['text']} | {target or ''} {met} |")
-    return "\n".join([*lines, "", "Medians of interleaved runs. " + "; ".join(places) + "."])
+    return "\n".join([*lines, "", "Medians of interleaved runs; the commands and every sample are in `benchmarks/results/`.", *places])
 
 
 def written(readme: str) -> str:
