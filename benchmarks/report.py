@@ -25,7 +25,8 @@ def table() -> str:
             target = record.get("target")
             met = {True: "met", False: "not met", None: ""}[record.get("met")]
             lines.append(f"| {record['case']} | {record['text']} | {target or ''} {met} |")
-    return "\n".join([*lines, "", "Medians of interleaved runs; the commands and every sample are in `benchmarks/results/`.", *places])
+    source = "Medians of interleaved runs; the commands and every sample are in `benchmarks/results/`."
+    return "\n".join([*lines, "", source, *places])
 
 
 def written(readme: str) -> str:
