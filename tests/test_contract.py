@@ -696,7 +696,7 @@ def test_optimizer_saved_whole_by_torch_goes_on_alike(name, device):
 
 @each_optimizer
 def test_pickle_is_no_larger_than_torchs(name, backend, device):
-    """Plans, tables and work buffers belong to the process. A state packed with others must not bring them along."""
+    """Plans, tables and work buffers belong to the process. No state may bring others along."""
     shapes = ((32, 32),) * 6
     params, theirs = leaves(device, shapes=shapes), leaves(device, shapes=shapes)
     opt, torchs = ours(name, params, backend), peer(name, theirs)

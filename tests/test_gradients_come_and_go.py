@@ -194,7 +194,7 @@ def test_newcomer_starts_with_its_own_first_step(name, backend, device):
         step(opt, [old, new], gradients_of([old, new], [True, k == 3], k))
     fresh = BY_NAME[name].ours([alone], lr=0.1, **options, backend=backend)
     step(fresh, [alone], [new.grad])
-    torch.testing.assert_close(new, alone, rtol=1e-6, atol=0)  # on a CPU equal; packed and alone, GPUs may contract
+    torch.testing.assert_close(new, alone, rtol=1e-6, atol=0)  # on a CPU equal; GPUs may contract
     for key, value in fresh.state[alone].items():
         torch.testing.assert_close(opt.state[new][key], value, rtol=1e-6, atol=0)
 

@@ -544,7 +544,7 @@ def poisoned():
 
 @pytest.mark.parametrize(**EVERY)
 def test_uninitialised_memory_is_never_read(case, options, backend, device, poisoned):
-    """Packed and alone, with gradients that must be brought into another layout, with and without a gradient."""
+    """With gradients that must be brought into another layout, with and without a gradient."""
     shapes = [(), (5,), (3, 4), (2, 3, 2), (3,)]
     results = []
     for context in (contextlib.nullcontext, poisoned):

@@ -132,7 +132,7 @@ class Bucket(ABC):
     # What a backend says.
 
     @classmethod
-    def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
+    def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
         """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
         groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
         one_kind([row_for(optimizer, group, 1, keep=key.differentiable) for group in groups], optimizer)

@@ -1,55 +1,67 @@
 """The compiled backend: the rule compiled by torch.compile for flat tensors of any length, once for each dtype.
 
-A large tensor is one call. Small ones are packed: their states live in one flat buffer, their parameters and gradients
-are gathered into it for one call and the parameters scattered back, which costs less than a call for each.
+A call updates several tensors. There are two graphs: one for large tensors, whose loops run on all threads, and one for
+small tensors, which the calling thread updates alone.
 """
 
 from __future__ import annotations
 
-import itertools
 import types
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from .bucket import Bucket, Key, Member, Row, row_for, table_of
 from .kernels.language import apply, torch_form
-from .layout import flat, is_sharded, local
+from .layout import flat, local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
-# Measured on two cores: below this many elements gathering and scattering costs less than a call, and a pack of this
-# size stays in the cache.
-PACK_BELOW = 16 * 1024
-PACK_LIMIT = 256 * 1024
 
-LONGEST = 1 << 30
+# Tensors a call updates. More take longer to compile. Fewer make more calls, which cost host time; and between calls,
+# unlike between the loops of one, the worker threads fall asleep.
+SLOTS = 4
+
+# Elements from which on the threads together were faster than one, measured on two cores.
+PARALLEL_FROM = 16 * 1024
 
 # Example length for the compiler: long enough that it writes a parallel loop.
 EXAMPLE = 1 << 20
 
+LONGEST = 1 << 30
+
 
 def update(
-    rule: Callable[..., Any], scalars: Any, compute: torch.dtype, scaled: bool, row: Tensor, *tensors: Tensor
+    rule: Callable[..., Any],
+    scalars: Any,
+    compute: torch.dtype,
+    roles: int,
+    scaled: bool,
+    row: Tensor,
+    *tensors: Tensor,
 ) -> None:
-    """What torch.compile compiles: the rule on whole flat tensors, writing parameter and states in place."""
+    """What torch.compile compiles: the rule on the flat tensors of all slots, in place."""
     factor, *h = row.unbind()
-    values = [t.to(compute) for t in tensors]
-    if scaled:
-        values[1] = values[1] * factor
-    apply(rule, list(tensors), values, scalars(*h))
+    for start in range(0, len(tensors), roles):
+        own = list(tensors[start : start + roles])
+        values = [t.to(compute) for t in own]
+        if scaled:
+            values[1] = values[1] * factor
+        apply(rule, own, values, scalars(*h))
 
 
 class Graph:
-    """The rule compiled for one scalar type and one dtype a role.
+    """The rule compiled for one scalar type, one dtype a role, with or without parallel loops.
 
-    Dynamo traces it once, with the length as the one dynamic size. Afterwards the compiled code is called directly:
-    Dynamo's guards check what a bucket has checked already, and cost several times the rest of a call.
+    Dynamo traces it once, with the lengths as the dynamic sizes. Afterwards the code that Inductor made is called
+    directly: Dynamo's guards check what a bucket has checked already, and they and AOTAutograd's layers cost several
+    times the rest of a call.
     """
 
     def __init__(
@@ -60,23 +72,30 @@ class Graph:
         compute: torch.dtype,
         device: torch.device,
         scaled: bool,
+        parallel: bool,
     ) -> None:
-        self._code: Callable[..., Any] | None = None
+        self.roles = len(dtypes)
+        self._code: Callable[[list[Any]], Any] | None = None
         self._order: list[int] = []
+        self._empty = [torch.empty(0, dtype=dtype, device=device) for dtype in dtypes]
         # A code object of its own: Dynamo counts recompilations by code object and stops at 8.
         own = types.FunctionType(update.__code__.replace(co_name=rule.__name__), update.__globals__, rule.__name__)
         form = torch_form(rule)
 
         def call(row: Tensor, *tensors: Tensor) -> None:
-            own(form, scalars, compute, scaled, row, *tensors)
+            own(form, scalars, compute, len(dtypes), scaled, row, *tensors)
 
         call = types.FunctionType(call.__code__.replace(), call.__globals__, rule.__name__, None, call.__closure__)
+        # A gradient of any shape can be passed as it is: of the tensors, only the addresses are taken.
+        self._config = {"size_asserts": False} | ({} if parallel else {"cpp.threads": 1})
         traced = torch.compile(call, fullgraph=True, backend=self._backend)
-        tensors = [torch.zeros(EXAMPLE, dtype=dtype, device=device) for dtype in dtypes]
+        # Lengths that differ, else the slots would be taken to be equally long.
+        lengths = [EXAMPLE + 16 * slot for slot in range(SLOTS)]
+        tensors = [torch.zeros(n, dtype=dtype, device=device) for n in lengths for dtype in dtypes]
         for t in tensors:
             torch._dynamo.mark_dynamic(t, 0)
         row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
-        self._example = [row, *tensors]
+        self._example = [*tensors, *lengths, row]
         with torch.no_grad(), torch.compiler.set_stance("default"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses what torch deprecates
             traced(row, *tensors)
@@ -85,23 +104,59 @@ class Graph:
             raise RuntimeError("torch.compile is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)")
 
     def _backend(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
-        code: Any = compile_fx(graph, example)
+        # A hit in AOTAutograd's cache would leave `_inner` out; Inductor's own cache serves all the same.
+        with trusted_vector_isa(), config.patch(enable_autograd_cache=False):
+            code: Any = compile_fx(graph, example, inner_compile=cast(Any, self._inner), config_patches=self._config)
+        return cast(Callable[..., Any], code)
 
-        def first_call(*arguments: Any) -> Any:
-            # Where each of our arguments stands among the graph's; the length stands as itself.
-            places = {id(t): i for i, t in enumerate(self._example)}
-            self._order = [places[id(x)] if isinstance(x, Tensor) else -1 for x in arguments]
-            self._code = code
-            return code(*arguments)
+    def _inner(self, graph: torch.fx.GraphModule, example: Any, **options: Any) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx_inner
 
+        code: Any = compile_fx_inner(graph, example, **options)
+
+        def first_call(arguments: list[Any]) -> Any:
+            # Where each of the graph's arguments stands among ours: the tensors, then the lengths, then the row.
+            places = {x if isinstance(x, int) else id(x): i for i, x in enumerate(self._example)}
+            self._order = [places[id(x) if isinstance(x, Tensor) else int(x)] for x in arguments]
+            self._code = getattr(code, "current_callable", code)
+            return code(arguments)
+
+        first_call._boxed_call = True  # type: ignore[attr-defined]  # it takes its arguments as a list
         return first_call
 
-    def __call__(self, *arguments: Tensor) -> None:
+    def __call__(self, row: Tensor, tensors: list[Tensor]) -> None:
+        """Update every `roles` of the tensors by the scalars of `row`."""
         assert self._code is not None
-        length = arguments[1].numel()
-        self._code(*[length if i < 0 else arguments[i] for i in self._order])
+        step = SLOTS * self.roles
+        for start in range(0, len(tensors), step):
+            arguments: list[Any] = tensors[start : start + step]
+            arguments += self._empty * (SLOTS - len(arguments) // self.roles)
+            arguments += [t.numel() for t in arguments[:: self.roles]]
+            arguments.append(row)
+            self._code([arguments[i] for i in self._order])
+
+
+@contextmanager
+def trusted_vector_isa() -> Iterator[None]:
+    """Take the processor's word for its vector instructions.
+
+    Inductor builds and loads a test library for each kind before it first compiles, which takes three times as long as
+    compiling the update. A compiler that does not know them fails in the update, too.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    kinds = cpu_vec_isa.valid_vec_isa_list
+    if not hasattr(kinds, "cache_clear") or kinds.cache_info().currsize or config.cpp.vec_isa_ok is not None:
+        yield
+        return
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            yield
+    finally:
+        kinds.cache_clear()  # what others compile is tested as ever
 
 
 @cache
@@ -112,124 +167,51 @@ def graph_for(
     compute: torch.dtype,
     device: torch.device,
     scaled: bool,
+    parallel: bool,
 ) -> Graph:
     """The compiled graph, one for a process. A failure is not remembered: its cause may pass.
 
     With `scaled` the gradient is multiplied by the row's factor; without, that multiplication is saved: on a CPU an
     update is nearly as much arithmetic as memory traffic.
     """
-    return Graph(rule, scalars, dtypes, compute, device, scaled)
-
-
-class Pack:
-    """Small members whose states lie one after the other in flat buffers."""
-
-    def __init__(self, places: list[int], values: list[Tensor], states: list[Tensor], is_flat: bool) -> None:
-        self.places, self.values, self.states = places, values, states
-        self.lengths = [v.numel() for v in values]
-        self.is_flat = is_flat
-        self.numel = sum(self.lengths)
-
-
-def packs_of(members: list[Member]) -> list[list[int]]:
-    """Places of the members that are packed, a list for each pack: small ones of one group and step count."""
-    waiting: dict[tuple[int, int], list[int]] = {}
-    for i, m in enumerate(members):
-        if m.p.numel() < PACK_BELOW and not is_sharded(m.p):
-            waiting.setdefault((m.group, m.count), []).append(i)
-    packs = []
-    for places in waiting.values():
-        ends = itertools.accumulate(members[i].p.numel() for i in places)
-        for _, run in itertools.groupby(zip(places, ends, strict=True), lambda pair: (pair[1] - 1) // PACK_LIMIT):
-            packs.append([i for i, _ in run])
-    return [places for places in packs if len(places) > 1]
+    return Graph(rule, scalars, dtypes, compute, device, scaled, parallel)
 
 
 class CompiledBucket(Bucket):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
-        self.packs: list[Pack] = []
-        self._graphs = self.graphs(optimizer, key)
         super().__init__(optimizer, key, members)
-        packed = {i for pack in self.packs for i in pack.places}
-        self.alone = [i for i in range(len(members)) if i not in packed]
+        self.graphs = self.prepare(optimizer, key, members)
         self.flats = [[flat(local(m.p)), *map(flat, self.states_of(m))] for m in members]
-        room = max((pack.numel for pack in self.packs), default=0)
-        self.gathered = [torch.empty(room, dtype=dtype, device=key.device) for dtype in key.dtypes[:2]]
-        self.scattered = [torch.split(self.gathered[0][: pack.numel], pack.lengths) for pack in self.packs]
+        self.parallel = [numel >= PARALLEL_FROM for numel in self.numels]
 
     @classmethod
-    def prepare(cls, optimizer: RuleOptimizer, key: Key) -> None:
-        super().prepare(optimizer, key)
-        cls.graphs(optimizer, key)
-
-    @classmethod
-    def graphs(cls, optimizer: RuleOptimizer, key: Key) -> dict[bool, Graph]:
-        """What runs the bucket: by whether the gradient is scaled."""
+    def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> dict[bool, Graph]:
+        super().prepare(optimizer, key, members)
         groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
         rows = [row_for(optimizer, group, 1) for group in groups]
-        scalars: Any = type(rows[0].h)
-        return {
-            scaled: graph_for(key.variant.rule, scalars, key.dtypes, key.compute, key.device, scaled)
-            for scaled in {row.factor != 1 for row in rows}
-        }
+        scaled = any(row.factor != 1 for row in rows)
+        what: Any = (key.variant.rule, type(rows[0].h), key.dtypes, key.compute, key.device, scaled)
+        sizes = {local(m.p).numel() >= PARALLEL_FROM for m in members}
+        return {parallel: graph_for(*what, parallel) for parallel in sizes}
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
-        packs = packs_of(members)
-        # A pack: gather parameters, gather gradients, update, scatter.
-        return len(members) - sum(map(len, packs)) + 4 * len(packs)
-
-    def place_states(self, values: list[Tensor]) -> None:
-        super().place_states(values)
-        for places in packs_of(self.members):
-            self._pack(places, values)
-
-    def _pack(self, places: list[int], values: list[Tensor]) -> None:
-        numel = sum(values[i].numel() for i in places)
-        buffers = []
-        for role, name in enumerate(self.key.variant.state_names, start=2):
-            buffer = torch.empty(numel, dtype=self.key.dtypes[role], device=self.key.device)
-            start = 0
-            for i in places:
-                m, value = self.members[i], values[i]
-                own = buffer.as_strided(value.shape, value.stride(), start)
-                m.state[name] = own.copy_(m.state[name])
-                start += value.numel()
-            buffers.append(buffer)
-        is_flat = all(values[i].dim() == 1 for i in places)
-        self.packs.append(Pack(places, [flat(values[i]) for i in places], buffers, is_flat))
+        large = sum(local(m.p).numel() >= PARALLEL_FROM for m in members)
+        return -(-large // SLOTS) - (large - len(members)) // SLOTS
 
     def run(self, rows: list[Row | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device).unbind()
-        calls = [
-            None if row is None else partial(self._graphs[row.factor != 1], scalars)
-            for row, scalars in zip(rows, table, strict=True)
-        ]
-        for i in self.alone:
-            self._run_alone(calls, i)
-        for pack, scattered in zip(self.packs, self.scattered, strict=True):
-            gradients: list[Any] = [self.gradients[i] for i in pack.places]
-            together = self.complete and len(self.cohorts) == 1
-            if not together and (any(g is None for g in gradients) or len({self.row_of[i] for i in pack.places}) > 1):
-                for i in pack.places:
-                    self._run_alone(calls, i)
+        calls: dict[tuple[int, bool], list[Tensor]] = {}
+        each = zip(self.gradients, self.flats, self.numels, self.row_of, self.parallel, strict=True)
+        for g, (value, *states), numel, row, parallel in each:
+            if g is None:
                 continue
-            call = calls[self.row_of[pack.places[0]]]
-            assert call is not None
-            p, g = (buffer[: pack.numel] for buffer in self.gathered)
-            torch.cat(pack.values, out=p)
-            torch.cat(gradients if pack.is_flat else list(map(flat, gradients)), out=g)
-            call(p, g, *pack.states)
-            torch._foreach_copy_(pack.values, scattered)
-
-    def _run_alone(self, calls: Sequence[Callable[..., None] | None], i: int) -> None:
-        g, call = self.gradients[i], calls[self.row_of[i]]
-        if g is None or call is None:
-            return
-        value, *states = self.flats[i]
-        if self.numels[i] <= LONGEST:
-            call(value, flat(g), *states)
-            return
-        # Inductor indexes by 32 bits on a GPU.
-        for piece in zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True):
-            call(*piece)
+            tensors = calls.setdefault((row, parallel), [])
+            if numel <= LONGEST:
+                tensors += (value, g, *states)
+                continue
+            # Inductor indexes by 32 bits on a GPU.
+            for piece in zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True):
+                tensors += piece
+        for (row, parallel), tensors in calls.items():
+            self.graphs[parallel](table[row], tensors)

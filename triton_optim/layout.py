@@ -94,12 +94,6 @@ def same_layout(tensor: Tensor, p: Tensor) -> bool:
     return tensor.stride() == p.stride() or strides(tensor) == strides(p)
 
 
-def is_packed(tensor: Tensor) -> bool:
-    """Whether `tensor` is part of a larger stretch of memory."""
-    tensor = local(tensor)
-    return tensor.layout == torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
-
-
 def in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself where it lies in memory as `p` does, else a copy that does."""
     if same_layout(tensor, p):

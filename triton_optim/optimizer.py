@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import opaque
 from .dispatch import BACKENDS, choose, this_machine
-from .layout import is_packed, is_sharded, local_gradient
+from .layout import is_sharded, local_gradient
 from .plan import Plan, request_for
 
 OPTIONS: dict[str, Any] = {
@@ -240,7 +240,7 @@ class RuleOptimizer(Optimizer):
             choose(request_for(self, group, p), this_machine())
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in torch.optim. Steps and states that share memory are handed out as tensors of their own."""
+        """The state as in torch.optim. Steps that share memory are handed out as tensors of their own."""
         handle = self.register_state_dict_post_hook(_own_memory, prepend=True)
         try:
             return super().state_dict()
@@ -341,18 +341,14 @@ class RuleOptimizer(Optimizer):
 
 
 def _with_own_memory(values: Any) -> Any:
-    """A parameter's state with tensors that share memory with no other's: counted steps do, and packed states."""
+    """A parameter's state with a ``step`` that shares memory with no other's, as counted ones do."""
     if not isinstance(values, dict):
         return values
-    return {
-        name: v.clone() if isinstance(v, Tensor) and (name == "step" or is_packed(v)) else v
-        for name, v in values.items()
-    }
+    return {name: v.clone() if isinstance(v, Tensor) and name == "step" else v for name, v in values.items()}
 
 
 def _own_memory(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    # Loaded into torch.optim, steps that share memory would each be counted once for every one of them; pickled, every
-    # packed state would bring its whole pack along.
+    # Loaded into torch.optim, steps that share memory would each be counted once for every one of them.
     return {**state_dict, "state": {i: _with_own_memory(values) for i, values in state_dict["state"].items()}}
 
 

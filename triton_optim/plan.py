@@ -237,7 +237,7 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
     ready: dict[Key, list[Member]] = {}
     for key, own in members.items():
         try:
-            bucket_class(key).prepare(optimizer, key)
+            bucket_class(key).prepare(optimizer, key, own)
         except Exception as error:
             reason = f"the {key.choice.backend} backend failed to compile: {type(error).__name__}: {error}"
             if optimizer.backend != "auto":
