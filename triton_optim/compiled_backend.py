@@ -87,7 +87,8 @@ class Graph:
 
         call = types.FunctionType(call.__code__.replace(), call.__globals__, rule.__name__, None, call.__closure__)
         # A gradient of any shape can be passed as it is: of the tensors, only the addresses are taken.
-        self._config = {"size_asserts": False} | ({} if parallel else {"cpp.threads": 1})
+        # Inductor's cache of graphs first hashes all of torch's source, which takes longer than it saves here.
+        self._config = {"size_asserts": False, "fx_graph_cache": False} | ({} if parallel else {"cpp.threads": 1})
         traced = torch.compile(call, fullgraph=True, backend=self._backend)
         # Lengths that differ, else the slots would be taken to be equally long.
         lengths = [EXAMPLE + 16 * slot for slot in range(SLOTS)]
@@ -107,7 +108,7 @@ class Graph:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
-        # A hit in AOTAutograd's cache would leave `_inner` out; Inductor's own cache serves all the same.
+        # A hit in AOTAutograd's cache would leave `_inner` out.
         with trusted_vector_isa(), config.patch(enable_autograd_cache=False):
             code: Any = compile_fx(graph, example, inner_compile=cast(Any, self._inner), config_patches=self._config)
         return cast(Callable[..., Any], code)
