@@ -3,10 +3,23 @@
 from . import dispatch
 from .adam import Adam, AdamW
 from .explain import explain
+from .lbfgs import LBFGS
 from .lion import Lion
+from .nonlinear_cg import NonlinearCG
 from .optimizer import RuleOptimizer, Variant
 from .sgd import SGD
 
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion", "RuleOptimizer", "Variant", "dispatch", "explain"]
+__all__ = [
+    "LBFGS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "NonlinearCG",
+    "RuleOptimizer",
+    "Variant",
+    "dispatch",
+    "explain",
+]

@@ -1,0 +1,469 @@
+"""LBFGS is torch's LBFGS, evaluation for evaluation; NonlinearCG minimises; both survive bad closures."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import triton_optim as to
+from triton_optim.line_search import Trial, strong_wolfe
+
+BOTH = pytest.mark.parametrize("cls", [to.LBFGS, to.NonlinearCG])
+SEARCHES = pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+BETAS = pytest.mark.parametrize("beta", to.NonlinearCG.betas)
+# The limits that are out of the way when a test counts evaluations to a given accuracy.
+EXACT = {"max_iter": 400, "tolerance_grad": 1e-12, "tolerance_change": 1e-18}
+
+
+def rosenbrock(p):
+    return (100 * (p[1:] - p[:-1] ** 2) ** 2 + (1 - p[:-1]) ** 2).sum()
+
+
+def quadratic(condition, n=20, dtype=torch.float64):
+    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+    matrix = (basis * torch.logspace(0, math.log10(condition), n, dtype=torch.float64)) @ basis.T
+    matrix = (0.5 * (matrix + matrix.T)).to(dtype)
+    return lambda p: 0.5 * (p - 1) @ (matrix @ (p - 1))
+
+
+def closure_of(optimizer, loss_of, params):
+    def closure():
+        closure.calls += 1
+        optimizer.zero_grad()
+        loss = loss_of(*params)
+        loss.backward()
+        return loss
+
+    closure.calls = 0
+    return closure
+
+
+def evaluations_until_solved(make, loss_of, start, tolerance=1e-6):
+    p = Parameter(start.clone())
+    optimizer = make([p])
+    solved = []
+
+    def watched(p):
+        if (p.detach() - 1).norm() < tolerance:
+            solved.append(closure.calls)
+        return loss_of(p)
+
+    closure = closure_of(optimizer, watched, [p])
+    optimizer.step(closure)
+    return solved[0] if solved else math.inf
+
+
+def pair(cls=torch.optim.LBFGS, other=to.LBFGS, start=(0.5,) * 6, dtype=torch.float64, **options):
+    result = []
+    for made in (cls, other):
+        p = Parameter(torch.tensor(start, dtype=dtype))
+        optimizer = made([p], **options)
+        result.append((p, optimizer, closure_of(optimizer, rosenbrock, [p])))
+    return result
+
+
+# LBFGS against torch's
+
+
+def test_arguments_are_those_of_torch() -> None:
+    ours, theirs = inspect.signature(to.LBFGS), inspect.signature(torch.optim.LBFGS)
+    assert {k: v.default for k, v in ours.parameters.items()} == {k: v.default for k, v in theirs.parameters.items()}
+    assert list(ours.parameters) == list(theirs.parameters)
+    (_, theirs, _), (_, ours, _) = pair()
+    assert ours.defaults == theirs.defaults
+
+
+@SEARCHES
+@pytest.mark.parametrize("history_size", [1, 3, 7, 100])
+def test_lbfgs_takes_torchs_path(line_search_fn, history_size) -> None:
+    lr = 1 if line_search_fn else 1e-1
+    (p, theirs, their_closure), (q, ours, our_closure) = pair(
+        line_search_fn=line_search_fn, history_size=history_size, lr=lr, max_iter=7
+    )
+    for _ in range(6):
+        expected, loss = theirs.step(their_closure), ours.step(our_closure)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-9)
+        assert our_closure.calls == their_closure.calls
+    a, b = ours.state[q], theirs.state[p]
+    assert set(b) - set(a) == {"al"}
+    assert (a["func_evals"], a["n_iter"], len(a["ro"])) == (b["func_evals"], b["n_iter"], len(b["ro"]))
+    assert len(a["old_dirs"]) == len(a["old_stps"]) <= history_size
+
+
+def test_a_long_history_takes_torchs_path() -> None:
+    """1000 parameters and 60 pairs on an ill-conditioned quadratic, where each pair counts."""
+    scales = torch.logspace(0, 3, 1000, dtype=torch.float64)
+    finals = []
+    for cls in (torch.optim.LBFGS, to.LBFGS):
+        p = Parameter(torch.zeros(1000, dtype=torch.float64))
+        optimizer = cls([p], max_iter=60, line_search_fn="strong_wolfe", history_size=50)
+        optimizer.step(closure_of(optimizer, lambda p: (0.5 * scales * (p - 1) ** 2).sum(), [p]))
+        finals.append(p.detach())
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-6, atol=1e-9)
+
+
+def test_float32_gets_as_far_as_torch() -> None:
+    """The products of the pairs are rounded to float32; directions must stay as good as the recursion's."""
+    for loss_of, n in ((rosenbrock, 30), (quadratic(1e4, 40, torch.float32), 40)):
+        losses = []
+        for cls in (torch.optim.LBFGS, to.LBFGS):
+            p = Parameter(torch.zeros(n))
+            optimizer = cls([p], max_iter=300, tolerance_change=0, line_search_fn="strong_wolfe")
+            optimizer.step(closure_of(optimizer, loss_of, [p]))
+            losses.append(loss_of(p.detach()).item())
+        assert losses[1] <= 2 * losses[0] + 1e-8
+
+
+@SEARCHES
+@pytest.mark.parametrize("to_ours", [True, False])
+def test_state_dicts_load_both_ways_in_mid_training(line_search_fn, to_ours) -> None:
+    lr = 1 if line_search_fn else 1e-1
+    classes = (torch.optim.LBFGS, to.LBFGS) if to_ours else (to.LBFGS, torch.optim.LBFGS)
+    options = {"line_search_fn": line_search_fn, "lr": lr, "max_iter": 4, "history_size": 5}
+    (p, source, source_closure), (q, target, target_closure) = pair(*classes, **options)
+    for _ in range(3):
+        source.step(source_closure)
+    with torch.no_grad():
+        q.copy_(p)
+    # A copy: torch's state dict holds the tensors that its next step overwrites.
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    for _ in range(4):
+        source.step(source_closure)
+        target.step(target_closure)
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-9)
+
+
+@SEARCHES
+def test_memory_that_was_never_written_is_never_read(line_search_fn) -> None:
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        test_lbfgs_takes_torchs_path(line_search_fn, 7)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_with_gaps_are_taken() -> None:
+    """torch.optim.LBFGS raises RuntimeError for them."""
+    p = Parameter(torch.randn(4, 3).T)
+    optimizer = to.LBFGS([p])
+    optimizer.step(closure_of(optimizer, lambda p: (p - 1).square().sum(), [p]))
+    torch.testing.assert_close(p.detach(), torch.ones(3, 4))
+
+
+def test_a_state_dict_is_a_copy_of_the_history() -> None:
+    p, optimizer, closure = pair(history_size=2)[1]
+    optimizer.step(closure)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved["state"][0])
+    optimizer.step(closure)
+    for a, b in zip(before["old_dirs"], saved["state"][0]["old_dirs"], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(before["prev_flat_grad"], saved["state"][0]["prev_flat_grad"])
+    assert len(optimizer.state[p]["old_dirs"]) == 2
+
+
+def test_a_copied_optimizer_continues_alike() -> None:
+    p, optimizer, closure = pair(line_search_fn="strong_wolfe", max_iter=4)[1]
+    optimizer.step(closure)
+    twin = copy.deepcopy(optimizer)
+    (q,) = twin.param_groups[0]["params"]
+    twin_closure = closure_of(twin, rosenbrock, [q])
+    for _ in range(3):
+        optimizer.step(closure)
+        twin.step(twin_closure)
+        torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
+
+
+@SEARCHES
+def test_complex_sparse_missing_and_strided_gradients(line_search_fn) -> None:
+    finals = []
+    for cls in (torch.optim.LBFGS, to.LBFGS):
+        torch.manual_seed(1)
+        z = Parameter(torch.randn(3, dtype=torch.complex128))
+        table = torch.nn.Embedding(5, 2, sparse=True, dtype=torch.float64)
+        unused = Parameter(torch.ones(2, 2, dtype=torch.float64))
+        strided = Parameter(torch.randn(3, 4, dtype=torch.float64)[:, ::2])
+        scalar = Parameter(torch.tensor(2.0, dtype=torch.float64))
+        params = [z, table.weight, unused, strided, scalar]
+        optimizer = cls(params, lr=0.1, max_iter=5, line_search_fn=line_search_fn)
+        index = torch.tensor([0, 3, 3])
+
+        def loss_of(z, table_weight, unused, strided, scalar, table=table, index=index):
+            dense = (z - (1 + 2j)).abs().square().sum() + (strided.reshape(-1) - 1).square().sum() + scalar**4
+            return dense + (table(index) - 3).square().sum()
+
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer, loss_of, params))
+        assert torch.equal(unused, torch.ones_like(unused))
+        finals.append([p.detach() for p in params])
+    for theirs, ours in zip(*finals, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+# Evaluations
+
+
+def test_lbfgs_needs_no_more_evaluations_than_torch() -> None:
+    start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    cases = [(rosenbrock, start), (rosenbrock, start.repeat(10))]
+    cases += [(quadratic(k), torch.zeros(20, dtype=torch.float64)) for k in (1e2, 1e4)]
+    for loss_of, at in cases:
+        theirs, ours = (
+            evaluations_until_solved(lambda p, c=cls: c(p, line_search_fn="strong_wolfe", **EXACT), loss_of, at)
+            for cls in (torch.optim.LBFGS, to.LBFGS)
+        )
+        assert ours <= theirs < math.inf
+
+
+@BETAS
+def test_conjugate_gradients_need_at_most_twice_torchs_lbfgs(beta) -> None:
+    """The default does; the other two need up to three times as many on some quadratics."""
+    zeros = torch.zeros(20, dtype=torch.float64)
+    cases = [(rosenbrock, torch.tensor([-1.2, 1.0], dtype=torch.float64), 2)]
+    cases += [(quadratic(k), zeros, 2 if beta == "polak-ribiere+" else 3) for k in (1e2, 1e3, 1e4)]
+    for loss_of, at, times in cases:
+        theirs = evaluations_until_solved(
+            lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe", **EXACT), loss_of, at
+        )
+        ours = evaluations_until_solved(lambda p: to.NonlinearCG(p, beta=beta, **EXACT), loss_of, at)
+        assert ours <= times * theirs < math.inf
+
+
+# NonlinearCG
+
+
+@BETAS
+def test_on_a_quadratic_directions_are_conjugate_with_exact_searches(beta) -> None:
+    """All three beta are then the same, and n iterations are enough."""
+    p = Parameter(torch.zeros(4, dtype=torch.float64))
+    scales = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    state = {"t": 1.0, "since_restart": 1}
+    optimizer = to.NonlinearCG([p], beta=beta)
+    g = -scales
+    d, _ = optimizer._direction({}, g)
+    for _ in range(4):
+        t = -float(g @ d) / float(d @ (scales * d))
+        before, g = g, g + t * scales * d
+        state |= {"d": d, "prev_flat_grad": before}
+        new, slope = optimizer._direction(state, g)
+        if g.norm() > 1e-9:
+            assert abs(float(new @ (scales * d))) < 1e-9
+            assert slope == pytest.approx(float(new @ g))
+        d = new
+    assert g.norm() < 1e-9
+
+
+@BETAS
+@pytest.mark.parametrize("restart", [1, 3, None])
+def test_restarts(beta, restart) -> None:
+    start = torch.full((10,), -0.5, dtype=torch.float64)
+    p = Parameter(start.clone())
+    optimizer = to.NonlinearCG([p], beta=beta, restart=restart, max_iter=1, max_eval=20)
+    closure = closure_of(optimizer, rosenbrock, [p])
+    since = []
+    for _ in range(12):
+        optimizer.step(closure)
+        state = optimizer.state[p]
+        since.append(state["since_restart"])
+        steepest = torch.equal(state["d"], -state["prev_flat_grad"])
+        assert steepest or since[-1] > 1
+    assert max(since) <= (restart or 12)
+    assert rosenbrock(p) < rosenbrock(start)
+
+
+@BETAS
+def test_conjugate_gradients_state_dict_round_trip(beta) -> None:
+    (p, one, closure), (q, two, twin_closure) = pair(to.NonlinearCG, to.NonlinearCG, max_iter=3, beta=beta)
+    for _ in range(2):
+        one.step(closure)
+    with torch.no_grad():
+        q.copy_(p)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for _ in range(3):
+        assert torch.equal(one.step(closure), two.step(twin_closure))
+        assert torch.equal(p, q)
+
+
+def test_conjugate_gradients_reject_their_arguments() -> None:
+    p = Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="Invalid beta: 'dai-yuan'"):
+        to.NonlinearCG([p], beta="dai-yuan")
+    with pytest.raises(ValueError, match="Invalid restart: 0"):
+        to.NonlinearCG([p], restart=0)
+
+
+# What both reject, and what they leave alone
+
+
+@BOTH
+def test_constructor_errors_are_torchs(cls) -> None:
+    p, q = Parameter(torch.ones(1)), Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"doesn't support per-parameter options \(parameter groups\)"):
+        cls([{"params": [p]}, {"params": [q]}])
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        cls([p], lr=-1)
+    with pytest.raises(ValueError, match="Tensor learning rate must be 1-element"):
+        cls([p], lr=torch.ones(2))
+    with pytest.raises(ValueError, match="parameter groups"):
+        cls([p]).add_param_group({"params": [q]})
+
+
+def test_only_strong_wolfe_is_supported() -> None:
+    p, optimizer, closure = pair(line_search_fn="armijo")[1]
+    with pytest.raises(RuntimeError, match="only 'strong_wolfe' is supported"):
+        optimizer.step(closure)
+    assert torch.equal(p, torch.full_like(p, 0.5))
+
+
+@BOTH
+def test_a_step_needs_a_closure(cls) -> None:
+    with pytest.raises(TypeError, match="step needs a closure"):
+        cls([Parameter(torch.ones(1))]).step()
+
+
+@BOTH
+@pytest.mark.parametrize("value", [None, torch.ones(2), "loss", torch.tensor(1j)], ids=["None", "vector", "str", "1j"])
+@pytest.mark.parametrize("good_calls", [0, 3])
+def test_a_closure_must_return_the_loss(cls, value, good_calls) -> None:
+    p = Parameter(torch.tensor([-1.2, 1.0]))
+    optimizer = cls([p])
+    closure = closure_of(optimizer, rosenbrock, [p])
+    if cls is to.LBFGS:
+        optimizer.param_groups[0]["line_search_fn"] = "strong_wolfe"
+    evaluated_at = []
+
+    def bad():
+        evaluated_at.append(p.detach().clone())
+        return closure() if closure.calls < good_calls else value
+
+    with pytest.raises(RuntimeError, match="closure must return the loss"):
+        optimizer.step(bad)
+    # A line search in progress goes back to its start, which is one of the points that were good.
+    assert any(torch.equal(p, at) for at in evaluated_at[: max(good_calls, 1)])
+    loss = rosenbrock(p.detach())
+    optimizer.step(closure)
+    assert rosenbrock(p.detach()) < loss
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_first_loss_that_is_not_finite_changes_nothing(cls, bad) -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = cls([p])
+    loss = optimizer.step(closure_of(optimizer, lambda p: p.sum() * bad, [p]))
+    assert not loss.isfinite()
+    assert torch.equal(p, torch.ones(3))
+
+
+@BOTH
+def test_a_search_backs_off_from_nan(cls) -> None:
+    """Log is NaN left of 0, and the first step is a million times too long."""
+    options = {"line_search_fn": "strong_wolfe"} if cls is to.LBFGS else {}
+    p = Parameter(torch.tensor([3.0, 0.5], dtype=torch.float64))
+    optimizer = cls([p], lr=1e6, max_iter=100, **options)
+    if cls is to.LBFGS:
+        optimizer.param_groups[0]["lr"] = 1e6
+
+    def loss_of(p):
+        return (p - p.log()).sum()
+
+    for _ in range(3):
+        optimizer.step(closure_of(optimizer, loss_of, [p]))
+    torch.testing.assert_close(p.detach(), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+@BOTH
+def test_a_search_with_nothing_finite_raises_and_goes_back(cls) -> None:
+    options = {"line_search_fn": "strong_wolfe"} if cls is to.LBFGS else {}
+    start = torch.tensor([1.0, 2.0])
+    p = Parameter(start.clone())
+    optimizer = cls([p], tolerance_change=1e-5, **options)
+
+    def loss_of(p):
+        return p.square().sum() * (1.0 if torch.equal(p, start) else math.nan)
+
+    with pytest.raises(RuntimeError, match=r"NaN or Inf at all .* though the loss at the start is 5; .*closure"):
+        optimizer.step(closure_of(optimizer, loss_of, [p]))
+    assert torch.equal(p, start)
+    optimizer.step(closure_of(optimizer, lambda p: (p - 1).square().sum(), [p]))
+    torch.testing.assert_close(p.detach(), torch.ones(2))
+
+
+def test_without_a_search_a_step_ends_where_the_loss_is_not_finite() -> None:
+    p = Parameter(torch.tensor([1.0]))
+    optimizer = to.LBFGS([p], lr=10)
+    closure = closure_of(optimizer, lambda p: (p.log() + p).sum(), [p])
+    optimizer.step(closure)
+    assert closure.calls == 2
+    assert p.isfinite()
+
+
+@BOTH
+def test_the_first_loss_is_returned_and_gradients_are_enabled(cls) -> None:
+    p = Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    optimizer = cls([p])
+    expected = rosenbrock(p.detach())
+    with torch.no_grad():
+        assert optimizer.step(closure_of(optimizer, rosenbrock, [p])) == expected
+    assert optimizer.step(lambda: 0.25) == 0.25
+
+
+@BOTH
+def test_nothing_to_do(cls) -> None:
+    for p in (Parameter(torch.empty(0)), Parameter(torch.zeros(2))):
+        optimizer = cls([p])
+        assert optimizer.step(closure_of(optimizer, lambda p: p.square().sum(), [p])) == 0
+    p = Parameter(torch.ones(2))
+    optimizer = cls([p], lr=0.0)
+    optimizer.step(closure_of(optimizer, lambda p: p.square().sum(), [p]))
+    assert torch.equal(p, torch.ones(2))
+
+
+# The line search
+
+
+@pytest.mark.parametrize("c2", [0.1, 0.9])
+@pytest.mark.parametrize("first", [1e-3, 0.1, 1.0, 10.0, 1e3])
+@pytest.mark.parametrize("curve", ["more_thuente_1", "more_thuente_2", "barrier"])
+def test_strong_wolfe_conditions_hold(curve, first, c2) -> None:
+    """Moré & Thuente 1994, functions 1 and 2, https://doi.org/10.1145/192115.192132; and one that ends at 3."""
+    curves = {
+        "more_thuente_1": lambda t: -t / (t * t + 2),
+        "more_thuente_2": lambda t: (t + 0.004) ** 5 - 2 * (t + 0.004) ** 4,
+        "barrier": lambda t: (t - 4) ** 2 - (3 - t).log(),
+    }
+
+    def evaluate(t):
+        x = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+        loss = curves[curve](x)
+        (g,) = torch.autograd.grad(loss, x)
+        return float(loss.detach()), g.reshape(1), float(g)
+
+    start = Trial(0.0, *evaluate(0.0))
+    found, evaluations = strong_wolfe(evaluate, start, first, c2=c2)
+    assert found.loss <= start.loss + 1e-4 * found.t * start.slope
+    assert abs(found.slope) <= -c2 * start.slope
+    assert evaluations <= 20
+    assert (found.loss, found.slope) == (evaluate(found.t)[0], evaluate(found.t)[2])
+
+
+def test_a_search_out_of_trials_gives_the_lowest() -> None:
+    def evaluate(t):
+        return -t, torch.tensor([-1.0]), -1.0
+
+    found, evaluations = strong_wolfe(evaluate, Trial(0.0, *evaluate(0.0)), 1.0, max_trials=3)
+    assert evaluations == 4
+    assert found.t == -found.loss > 100
+
+
+def test_trials_that_are_not_finite_use_up_no_budget() -> None:
+    def evaluate(t):
+        return ((t - 1e-9) ** 2 if t < 1e-8 else math.nan), torch.zeros(1), 2 * (t - 1e-9)
+
+    found, evaluations = strong_wolfe(evaluate, Trial(0.0, *evaluate(0.0)), 1.0, max_trials=2)
+    assert 0 < found.t < 1e-8
+    assert evaluations <= 11

@@ -1,0 +1,112 @@
+"""What optimizers that call the closure themselves share: the parameters as one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .line_search import Trial, strong_wolfe
+from .optimizer import check_range
+
+
+class ClosureOptimizer(Optimizer):
+    """One group of parameters, taken as one flat real vector, and a closure that is called many times a step.
+
+    A complex parameter is its real and imaginary parts in turn, a missing gradient zeros, a sparse one dense. All
+    state is that of the first parameter, as in torch.optim.LBFGS.
+
+    Args:
+        params: parameters or named parameters of one device, or one group of them.
+        defaults: hyperparameters, ``lr`` among them.
+
+    Raises:
+        ValueError: lr is negative or not 1-element, or there is a second group.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_range("learning rate", defaults["lr"], 0.0)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} doesn't support per-parameter options (parameter groups): it has one step "
+                "length for all parameters. Give them as one group."
+            )
+        super().add_param_group(param_group)
+
+    def gather_parameters(self) -> Tensor:
+        return torch.cat([_real(p).reshape(-1) for p in self.param_groups[0]["params"]])
+
+    def gather_gradient(self) -> Tensor:
+        gradients = []
+        for p in self.param_groups[0]["params"]:
+            g = torch.zeros_like(p) if p.grad is None else p.grad
+            gradients.append(_real(g.to_dense() if g.is_sparse else g).reshape(-1))
+        return torch.cat(gradients)
+
+    def scatter_parameters(self, x: Tensor) -> None:
+        views = [_real(p) for p in self.param_groups[0]["params"]]
+        parts = torch.split(x, [view.numel() for view in views])
+        torch._foreach_copy_(views, [part.view_as(view) for part, view in zip(parts, views, strict=True)])
+
+    def checked(self, closure: Callable[[], Any] | None) -> Callable[[], tuple[Any, float]]:
+        """Make a closure give what it returns and that as a float, with gradients enabled.
+
+        Raises:
+            TypeError: there is no closure. RuntimeError (from the result): it returned no loss.
+        """
+        if closure is None:
+            raise TypeError(
+                f"{type(self).__name__}.step needs a closure, got None. Pass a function that clears the gradients, "
+                "computes the loss, calls backward and returns the loss."
+            )
+
+        def evaluate() -> tuple[Any, float]:
+            with torch.enable_grad():
+                value = closure()
+            if (isinstance(value, Tensor) and value.numel() != 1) or value is None:
+                got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "None"
+            else:
+                try:
+                    return value, float(value)
+                except (TypeError, ValueError, RuntimeError):
+                    got = f"a {type(value).__name__}"
+            raise RuntimeError(
+                f"closure must return the loss as one real number, got {got}. End it with `return loss`."
+            )
+
+        return evaluate
+
+    def search(
+        self, closure: Callable[[], tuple[Any, float]], start: Trial, direction: Tensor, t: float, **options: Any
+    ) -> tuple[Trial, int]:
+        """Search along a direction by :func:`strong_wolfe` and move to what it accepts; if it raises, move nowhere."""
+        x = self.gather_parameters()
+
+        def evaluate(t: float) -> tuple[float, Tensor, float]:
+            self.scatter_parameters(x.add(direction, alpha=t))
+            _, loss = closure()
+            g = self.gather_gradient()
+            return loss, g, float(g.dot(direction))
+
+        final = x
+        try:
+            accepted, evaluations = strong_wolfe(evaluate, start, t, **options)
+            final = x.add(direction, alpha=accepted.t) if accepted.t else x
+        finally:
+            self.scatter_parameters(final)
+        return accepted, evaluations
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def largest(v: Tensor) -> float:
+    """Return the largest absolute entry, 0 if there is none."""
+    return float(v.abs().max()) if v.numel() else 0.0
