@@ -12,6 +12,12 @@ import importlib.util
 
 import pytest
 
+from triton_optim import compiled_backend
+
+# Hundreds of graphs are compiled here: with half the slots each takes half the time. The examples, the demo and the
+# benchmarks, in processes of their own, have them all.
+compiled_backend.SLOTS = 2
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -18,6 +18,8 @@ class Case:
 
     ours: type[triton_optim.RuleOptimizer]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"default": {}})
+    # Options with which no step moves anything.
+    still: dict[str, Any] = field(default_factory=lambda: {"lr": 0.0, "weight_decay": 0.0})
 
     @property
     def name(self) -> str:
@@ -62,6 +64,52 @@ CASES = [
     Case(
         triton_optim.Lion,
         {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.95, 0.98), "maximize": True}},
+    ),
+    Case(
+        triton_optim.Adadelta, {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}}
+    ),
+    Case(
+        triton_optim.Adagrad,
+        {
+            "default": {},
+            "decays": {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "maximize": True},
+            "accumulated": {"initial_accumulator_value": 0.5, "eps": 1e-5},
+        },
+    ),
+    Case(triton_optim.Adamax, {"default": {}, "decay": {"betas": (0.8, 0.9), "weight_decay": 0.1, "maximize": True}}),
+    Case(
+        triton_optim.ASGD,
+        {"default": {}, "averaged": {"lr": 0.1, "lambd": 0.1, "t0": 5, "weight_decay": 0.1, "maximize": True}},
+    ),
+    Case(
+        triton_optim.NAdam,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True},
+            "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        },
+    ),
+    Case(
+        triton_optim.RAdam,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
+            "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        },
+    ),
+    Case(
+        triton_optim.RMSprop,
+        {
+            "default": {},
+            "momentum": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+            "centered": {"centered": True, "alpha": 0.9},
+            "centered momentum": {"centered": True, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1},
+        },
+    ),
+    Case(
+        triton_optim.Rprop,
+        {"default": {}, "narrow": {"etas": (0.4, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}},
+        still={"lr": 0.0, "step_sizes": (0.0, 50.0)},
     ),
 ]
 

@@ -1,23 +1,39 @@
 """Optimizers for PyTorch, each written once as a Triton function and run by Triton, torch.compile or eagerly."""
 
 from . import dispatch
+from .adadelta import Adadelta
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adamax import Adamax
+from .asgd import ASGD
 from .explain import explain
 from .lbfgs import LBFGS
 from .lion import Lion
+from .nadam import NAdam
 from .nonlinear_cg import NonlinearCG
 from .optimizer import RuleOptimizer, Variant
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .rprop import Rprop
 from .sgd import SGD
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASGD",
     "LBFGS",
     "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Lion",
+    "NAdam",
     "NonlinearCG",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
     "RuleOptimizer",
     "Variant",
     "dispatch",

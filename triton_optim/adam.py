@@ -37,7 +37,7 @@ class Adam(RuleOptimizer):
         foreach, maximize, capturable, differentiable, fused, backend: see :class:`RuleOptimizer`.
 
     Raises:
-        ValueError: a hyperparameter is out of range.
+        ValueError: a hyperparameter is out of range, or a tensor where ``foreach`` is True and ``capturable`` False.
 
     Example:
         >>> import torch, triton_optim
@@ -76,6 +76,12 @@ class Adam(RuleOptimizer):
         decoupled_weight_decay: bool = False,
         backend: str = "auto",
     ) -> None:
+        for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if isinstance(value, Tensor) and foreach and not capturable:
+                raise ValueError(
+                    f"{name} as a Tensor is not supported for capturable=False and foreach=True, as in torch; got "
+                    f"{value}. Leave foreach out: every backend takes a tensor."
+                )
         check_range("learning rate", lr, 0.0)
         check_range("epsilon value", eps, 0.0)
         check_range("beta parameter at index 0", betas[0], 0.0, 1.0)

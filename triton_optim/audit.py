@@ -23,6 +23,7 @@ import triton_optim
 
 from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
+from .bucket import row_for
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
 from .triton_backend import TRITON_DTYPES
@@ -58,8 +59,13 @@ BOUNDS = {
     # would be of 128, but the float32 stores would go through shared memory, in up to 88 registers.
     ("cuda", "bf16+fp32"): Bound(narrowest_bits=64),
     ("hip", "bf16+fp32"): Bound(narrowest_bits=64),
-    # Triton 3.6 takes 66 for amsgrad; up to 72 leave 7 of 8 waves.
+    # Rules of two means and a root take up to 78 at 8 elements a thread. 80 leave 24 warps an SM, which keep 60 KB of
+    # loads in flight; memory needs 26 KB (4.3 TB/s for 0.8 us over 132 SMs).
+    ("cuda", "bf16"): Bound(registers=80),
+    ("cuda", "fp16"): Bound(registers=80),
+    # Triton 3.6 takes 66 for amsgrad, 3.9 65 for nadam; up to 72 leave 7 of 8 waves.
     ("hip", "bf16"): Bound(registers=72),
+    ("hip", "fp16"): Bound(registers=72),
 }
 
 
@@ -145,7 +151,7 @@ def every_rule() -> tuple[AuditedRule, ...]:
         if not (isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants):
             continue
         opt: Any = cls([torch.zeros(1, requires_grad=True)])  # type: ignore[call-arg]  # subclasses have defaults
-        scalars = type(opt.scalars(opt.param_groups[0], 1.0))
+        scalars = type(row_for(opt, opt.param_groups[0], 1).h)
         for rule, state_names in cls.variants:
             known = found.get(rule.__name__)
             if known is not None and (known.rule, known.state_names) != (rule, state_names):

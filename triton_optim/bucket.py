@@ -42,69 +42,87 @@ class Key(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The scalars of one cohort in one step: the factor of the gradient, and the rule's ``h``."""
+    """The scalars of one cohort in one step."""
 
-    factor: float
-    h: Any
+    factor: float  # of the gradient
+    h: Any  # the rule's
+    carried: dict[str, Any]  # what the state carries to the next step
 
 
 class Member:
     """A parameter in a plan."""
 
-    __slots__ = ("count", "group", "index", "p", "state")
+    __slots__ = ("group", "index", "numbers", "p", "state")
 
     def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
         self.state: dict[str, Any] = optimizer.state.get(p, {})
         if "step" in self.state:
-            self.count = int(self.state["step"])
+            count = int(self.state["step"])
         else:
-            self.count = int(any(value is not None for value in self.state.values()))
+            count = int(any(value is not None for value in self.state.values()))
+        started = optimizer.start_carried(plain_group(optimizer.param_groups[group]))
+        # The number of steps so far, and what else is carried: members that have these in common share scalars.
+        self.numbers = {"step": count} | {name: float(self.state.get(name, v)) for name, v in started.items()}
 
     def start(self, optimizer: RuleOptimizer, key: Key) -> None:
-        """Make the states that are not there yet, and ``step`` a tensor where it belongs."""
-        if not key.variant.state_names and not optimizer.counts_steps:
+        """Make the states that are not there yet, and ``step`` and its like tensors where they belong."""
+        if not key.variant.state_names and not optimizer.counted_names():
             return
         self.state = optimizer.state[self.p]
-        if optimizer.counts_steps:
-            device = self.p.device if key.capturable else _CPU
-            self.state["step"] = (
-                torch.as_tensor(self.state.get("step", 0.0), dtype=torch.float32).to(device).reshape(())
-            )
+        device = self.p.device if key.capturable or optimizer.counts_on_device else _CPU
+        for name in optimizer.counted_names():
+            value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype(name))
+            self.state[name] = value.to(device).reshape(())
+        group = optimizer.param_groups[self.group]
         for name in key.variant.state_names:
             if self.state.get(name) is None:
-                self.state[name] = torch.zeros_like(self.p, memory_format=torch.preserve_format)
+                self.state[name] = optimizer.initial_state(name, self.p, group)
 
 
 class Cohort:
-    """Members of one group that have made the same number of steps, and so share one row of scalars.
+    """Members of one group whose steps were counted alike, and so share one row of scalars.
 
-    Their ``step`` tensors share one element of memory: incrementing a thousand would cost more than all other host
-    work of a step.
+    Their ``step`` tensors, and those of what else is carried, share one element of memory: incrementing a thousand
+    would cost more than all other host work of a step.
     """
 
-    def __init__(self, group: int, count: int, members: list[Member], places: list[int]) -> None:
+    def __init__(
+        self, group: int, numbers: dict[str, Any], counted: list[str], members: list[Member], places: list[int]
+    ) -> None:
         self.group, self.members, self.places = group, members, places
-        self._count = count
-        self.step: Tensor | None = None
-        if "step" in members[0].state:
-            self.step = members[0].state["step"].detach().clone()
-            for m in members:
-                m.state["step"] = self.step.detach()
+        self._numbers = numbers
+        self.shared: dict[str, Tensor] = {}
+        for name in counted:
+            if name in members[0].state:
+                self.shared[name] = members[0].state[name].detach().clone()
+                for m in members:
+                    m.state[name] = self.shared[name].detach()
 
-    @property
-    def count(self) -> int:
-        return self._count if self.step is None else int(self.step)
+    def numbers(self, on_device: bool = False) -> dict[str, Any]:
+        """``step`` and what else is carried, as they are before the step; with `on_device` 0-dim float64 tensors."""
+        if on_device:
+            return self._numbers | {name: value.double() for name, value in self.shared.items()}
+        # A device is not asked: the host would wait for it.
+        here = {name: value.item() for name, value in self.shared.items() if value.device == _CPU}
+        return self._numbers | here | ({"step": int(here["step"])} if "step" in here else {})
 
-    def advance(self) -> None:
-        self._count = 1  # where no step is kept, all that is known is that there was one
-        if self.step is not None:
-            self.step.add_(1)
+    def advance(self, carried: dict[str, Any]) -> None:
+        # Where no step is kept, all that is known is that there was one.
+        count = self._numbers["step"] + 1 if "step" in self.shared else 1
+        self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
+        for name, value in self.shared.items():
+            if name == "step":
+                value.add_(1)
+            elif isinstance(carried[name], Tensor):
+                value.copy_(carried[name])
+            else:
+                value.fill_(carried[name])
 
-    def rewind(self) -> None:
-        self._count = 0
-        if self.step is not None:
-            self.step.zero_()
+    def rewind(self, started: dict[str, Any]) -> None:
+        self._numbers = {"step": 0} | started
+        for name, value in self.shared.items():
+            value.fill_(self._numbers[name])
 
 
 class Bucket(ABC):
@@ -127,7 +145,7 @@ class Bucket(ABC):
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
         self.place_states(values)
-        self._form_cohorts([m.count for m in members])
+        self._form_cohorts([tuple(m.numbers.values()) for m in members])
 
     # What a backend says.
 
@@ -169,14 +187,15 @@ class Bucket(ABC):
 
     # Counting.
 
-    def _form_cohorts(self, keys: list[int]) -> None:
-        """Sort the members by group and key; those of one cohort have made the same number of steps."""
-        places: dict[tuple[int, int], list[int]] = {}
+    def _form_cohorts(self, keys: list[Any]) -> None:
+        """Sort the members by group and key; those of one cohort have been counted alike."""
+        places: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.members, keys, strict=True)):
             places.setdefault((m.group, key), []).append(i)
-        counts = self._counts()
+        numbers, counted = self._numbers(), self.optimizer.counted_names()
         self.cohorts = [
-            Cohort(group, counts[own[0]], [self.members[i] for i in own], own) for (group, _), own in places.items()
+            Cohort(group, numbers[own[0]], counted, [self.members[i] for i in own], own)
+            for (group, _), own in places.items()
         ]
         self.row_of = [0] * len(self.members)
         for row, cohort in enumerate(self.cohorts):
@@ -188,45 +207,49 @@ class Bucket(ABC):
         ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
         self._state_ends = [(state, local(state).data_ptr()) for state in ends]
 
-    def _counts(self) -> list[int]:
-        counts = [m.count for m in self.members]
+    def _numbers(self) -> list[dict[str, Any]]:
+        numbers = [m.numbers for m in self.members]
         for cohort in getattr(self, "cohorts", ()):
+            now = cohort.numbers()
             for i in cohort.places:
-                counts[i] = cohort.count
-        return counts
+                numbers[i] = now
+        return numbers
 
     def next_rows(self) -> list[Row | None]:
         """The scalars of this step, a cohort; None where no member has a gradient. Counts nothing yet."""
         if self.complete:
-            self._active = [True] * len(self.cohorts)
+            active = [True] * len(self.cohorts)
         else:
             present = [g is not None for g in self.gradients]
             if any(len({present[i] for i in cohort.places}) == 2 for cohort in self.cohorts):
-                self._form_cohorts([2 * n + there for n, there in zip(self._counts(), present, strict=True)])
-            self._active = [present[cohort.places[0]] for cohort in self.cohorts]
-        rows = [self._row(c) if active else None for c, active in zip(self.cohorts, self._active, strict=True)]
-        one_kind([row for row in rows if row is not None], self.optimizer)
-        return rows
+                numbers = self._numbers()
+                self._form_cohorts([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
+            active = [present[cohort.places[0]] for cohort in self.cohorts]
+        self._rows = [self._row(c) if there else None for c, there in zip(self.cohorts, active, strict=True)]
+        one_kind([row for row in self._rows if row is not None], self.optimizer)
+        return self._rows
 
     def _row(self, cohort: Cohort) -> Row:
-        step: Any = cohort.count + 1 if cohort.step is None or not self.key.capturable else (cohort.step + 1).double()
+        numbers = cohort.numbers(on_device=self.key.capturable)
         group = self.optimizer.param_groups[cohort.group]
-        return row_for(self.optimizer, group, step, keep=self.key.differentiable)
+        step = numbers.pop("step") + 1
+        return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable)
 
     def commit(self) -> None:
         """Count the step."""
-        for cohort, active in zip(self.cohorts, self._active, strict=True):
-            if active:
-                cohort.advance()
+        for cohort, row in zip(self.cohorts, self._rows, strict=True):
+            if row is not None:
+                cohort.advance(row.carried)
         self.gradients = []
 
     def rewind(self) -> None:
         """Bring the states back to where they were before the first step."""
         for m in self.members:
-            for state in self.states_of(m):
-                state.zero_()
+            group = self.optimizer.param_groups[m.group]
+            for name, state in zip(self.key.variant.state_names, self.states_of(m), strict=True):
+                state.copy_(local(self.optimizer.initial_state(name, m.p, group)))
         for cohort in self.cohorts:
-            cohort.rewind()
+            cohort.rewind(self.optimizer.start_carried(plain_group(self.optimizer.param_groups[cohort.group])))
 
     # Fitting.
 
@@ -287,10 +310,27 @@ class Bucket(ABC):
         return True
 
 
-def row_for(optimizer: RuleOptimizer, group: dict[str, Any], step: Any, keep: bool = False) -> Row:
-    """The scalars of a group's members in their update number `step`."""
-    values = {name: plain_number(v, keep) for name, v in group.items() if name not in ("params", "param_names")}
-    h = optimizer.scalars(values, step)
+def counted_dtype(name: str) -> torch.dtype:
+    """The dtype of ``step``, float32, and of what else is carried, which is torch's."""
+    return torch.float64 if name != "step" and torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+    """The hyperparameters of a group for host arithmetic."""
+    return {name: plain_number(v, keep) for name, v in group.items() if name not in ("params", "param_names")}
+
+
+def row_for(
+    optimizer: RuleOptimizer,
+    group: dict[str, Any],
+    step: Any,
+    carried: dict[str, Any] | None = None,
+    keep: bool = False,
+) -> Row:
+    """The scalars of a group's members in their update number `step`; without `carried`, as before the first."""
+    values = plain_group(group, keep)
+    carried = optimizer.start_carried(values) if carried is None else carried
+    h: Any = optimizer.scalars(values, step, **carried)
     if not hasattr(h, "_fields"):
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
     for name, value in zip(h._fields, h, strict=True):
@@ -298,7 +338,8 @@ def row_for(optimizer: RuleOptimizer, group: dict[str, Any], step: Any, keep: bo
             raise TypeError(
                 f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
             )
-    return Row(-1.0 if group.get("maximize") else 1.0, h)
+    factor = -1.0 if group.get("maximize") else 1.0
+    return Row(factor, h, optimizer.carry(values, step, **carried) if carried else {})
 
 
 def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import opaque
+from .bucket import counted_dtype, plain_group
 from .dispatch import BACKENDS, choose, this_machine
 from .layout import is_sharded, local_gradient
 from .plan import Plan, request_for
@@ -49,6 +50,7 @@ class RuleOptimizer(Optimizer):
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
             ``capturable``, else on the CPU). Parameters that step together share its memory: to change the count of
             one of them assign a new tensor, ``optimizer.state[p]["step"] = torch.tensor(0.0)``.
+        counts_on_device: whether ``step`` and what else is carried are on the parameter's device always.
         takes_sparse_gradients: whether sparse gradients are made dense, instead of refused. Right for rules that leave
             an element alone, or only decay its state, where the gradient is 0.
         option_names: the options that every parameter group carries, whatever their value.
@@ -73,6 +75,7 @@ class RuleOptimizer(Optimizer):
     rule: ClassVar[Any] = None
     state_names: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
+    counts_on_device: ClassVar[bool] = False
     takes_sparse_gradients: ClassVar[bool] = False
     option_names: ClassVar[tuple[str, ...]] = tuple(OPTIONS)
     variants: ClassVar[tuple[Variant, ...]] = ()
@@ -114,12 +117,44 @@ class RuleOptimizer(Optimizer):
                 stays a 0-dim float64 tensor, so write arithmetic that works for both (``**``, not ``math.pow``).
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without state and 2 ever after.
+
+        An optimizer that carries numbers is given them too, by name: what :meth:`start_carried` or the last
+        :meth:`carry` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method scalars(group, step)")
 
     def variant(self, group: dict[str, Any]) -> Variant:
         """The variant a group runs, one of ``variants``."""
         return self.variants[0]
+
+    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+        """Numbers that a parameter's state carries from step to step beside ``step``, as they are before the first.
+
+        Each is kept as a 0-dim tensor under its name: float32, or float64 where that is torch's default dtype.
+        """
+        return {}
+
+    def carry(self, group: dict[str, Any], step: Any, **carried: Any) -> dict[str, Any]:
+        """The carried numbers after update number `step`; arguments as of :meth:`scalars`."""
+        return carried
+
+    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """A state before the first step: a new tensor like the parameter."""
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def make_states(self, group: dict[str, Any]) -> None:
+        """Give the parameters of a group their states before their first step."""
+        counted = {"step": 0} if self.counts_steps else {}
+        for p in group["params"]:
+            started = counted | self.start_carried(plain_group(group))
+            device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
+            numbers = {n: torch.tensor(float(v), dtype=counted_dtype(n), device=device) for n, v in started.items()}
+            self.state[p] |= numbers | {n: self.initial_state(n, p, group) for n in self.variant(group).state_names}
+
+    def counted_names(self) -> list[str]:
+        """The states that are numbers: ``step`` if it is kept, and what else is carried."""
+        carried = self.start_carried(plain_group(self.param_groups[0])) if self.param_groups else ()
+        return ["step"] * self.counts_steps + list(carried)
 
     # torch.optim.Optimizer's contract.
 
@@ -278,7 +313,8 @@ class RuleOptimizer(Optimizer):
                 handle.remove()
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        known = {"step", *(name for variant in self.variants for name in variant.state_names)}
+        counted = self.counted_names()
+        known = {"step", *counted, *(name for variant in self.variants for name in variant.state_names)}
         for number, group in enumerate(state_dict["param_groups"]):
             # An option may be newer than the checkpoint; a hyperparameter can't be.
             needed = [name for name, value in self.defaults.items() if not isinstance(value, (bool, type(None)))]
@@ -297,7 +333,7 @@ class RuleOptimizer(Optimizer):
                     "this state dict is of another optimizer. Load it into that one."
                 )
             for name, value in state.items():
-                if name in known - {"step"} and isinstance(value, Tensor) and value.shape != p.shape:
+                if name in known - {"step", *counted} and isinstance(value, Tensor) and value.shape != p.shape:
                     raise RuntimeError(
                         f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: this "
                         "state dict is of another model. Load one saved with the same parameters in the same order."
@@ -305,19 +341,20 @@ class RuleOptimizer(Optimizer):
 
     def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
         indices = [i for group in loaded["param_groups"] for i in group["params"]]
+        counted = {"step", *self.counted_names()}
         for i, p in zip(indices, self._flat, strict=True):
             for name, value in loaded["state"].get(i, {}).items():
-                if name == "step":
-                    self._own_step(p)
+                if name in counted:
+                    self._own_number(p, name)
                 elif isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
-    def _own_step(self, p: Tensor) -> None:
+    def _own_number(self, p: Tensor, name: str) -> None:
         group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
-        step = self.state[p]["step"]
-        device = p.device if group.get("capturable") else torch.device("cpu")
-        value = step.detach() if isinstance(step, Tensor) else torch.tensor(float(step))
-        self.state[p]["step"] = value.to(device, torch.float32, copy=True).reshape(())
+        value = self.state[p][name]
+        device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
+        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        self.state[p][name] = value.to(device, counted_dtype(name), copy=True).reshape(())
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, {p: _with_own_memory(values) for p, values in self.state.items()})
@@ -336,20 +373,27 @@ class RuleOptimizer(Optimizer):
                 default = written[name].default if name in written else OPTIONS.get(name, value)
                 group.setdefault(name, value if default is inspect.Parameter.empty else default)
         for p in self._flat:
-            if "step" in self.state.get(p, ()) and not isinstance(self.state[p]["step"], Tensor):
-                self._own_step(p)
+            for name in self.counted_names():
+                if name in self.state.get(p, ()) and not isinstance(self.state[p][name], Tensor):
+                    self._own_number(p, name)
 
 
 def _with_own_memory(values: Any) -> Any:
-    """A parameter's state with a ``step`` that shares memory with no other's, as counted ones do."""
+    """A parameter's state with numbers that share memory with no other's, as counted ones do."""
     if not isinstance(values, dict):
         return values
-    return {name: v.clone() if isinstance(v, Tensor) and name == "step" else v for name, v in values.items()}
+    return {name: v.clone() if isinstance(v, Tensor) and not v.dim() else v for name, v in values.items()}
 
 
 def _own_memory(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     # Loaded into torch.optim, steps that share memory would each be counted once for every one of them.
     return {**state_dict, "state": {i: _with_own_memory(values) for i, values in state_dict["state"].items()}}
+
+
+def filled_like(p: Tensor, value: float) -> Tensor:
+    """A tensor like the parameter, full of `value`; of a complex parameter both parts are."""
+    fill = complex(value, value) if p.is_complex() else value
+    return torch.full_like(p, fill, memory_format=torch.preserve_format)
 
 
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:

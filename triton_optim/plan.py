@@ -125,13 +125,14 @@ def entries_of(
     One without a gradient is taken to have the dtype and alignment that the previous plan knew, else its own.
     """
     groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+    counted = optimizer.counted_names()
     overlaps = overlapping([local(p) for p in params])
     known = {m.index: bucket.key for bucket in previous.buckets for m in bucket.members} if previous is not None else {}
     entries = []
     for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
         state = optimizer.state.get(p, {})
         names = optimizer.variant(optimizer.param_groups[group]).state_names
-        kept = [*names] + ["step"] * optimizer.counts_steps
+        kept = [*names, *counted]
         if g is None and not every and (optimizer._repeats or any(state.get(name) is None for name in kept)):
             continue
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):

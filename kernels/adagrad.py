@@ -1,0 +1,18 @@
+"""Adagrad: Duchi et al. 2011, equation 1 with a diagonal matrix, https://jmlr.org/papers/v12/duchi11a.html."""
+
+from typing import NamedTuple
+
+from .language import jit, sqrt
+
+
+class AdagradScalars(NamedTuple):
+    lr: float  # lr / (1 + (t - 1) * lr_decay)
+    l2: float
+    eps: float
+
+
+@jit
+def adagrad(p, g, sum, h):
+    g = g + h.l2 * p
+    sum = sum + g * g
+    return p - h.lr * g / (sqrt(sum) + h.eps), sum

@@ -1,0 +1,20 @@
+"""Averaged SGD: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046, with Bottou's schedule."""
+
+from typing import NamedTuple
+
+from .language import jit
+
+
+class ASGDScalars(NamedTuple):
+    l2: float
+    keep: float  # 1 - lambd * eta
+    eta: float
+    mu: float
+    one_minus_mu: float
+
+
+@jit
+def asgd(p, g, ax, h):
+    p, g = p * h.keep, g + h.l2 * p
+    p = p - h.eta * g
+    return p, h.one_minus_mu * ax + h.mu * p

@@ -1,0 +1,195 @@
+"""Beside torch.optim: PyTorch's own table of inputs and errors, signatures, groups, states, checkpoints."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from table import CASES, Case
+from torch import Tensor
+from torch.nn import Parameter
+from torch.testing._internal.common_optimizers import optim_db
+
+import triton_optim
+
+PEERS = {case.name: case for case in CASES if case.torchs is not None}
+INFO = {info.optim_cls.__name__: info for info in optim_db}
+CLOSURE_DRIVEN = {"LBFGS"}
+OURS = {name: getattr(triton_optim, name) for name in INFO if hasattr(triton_optim, name)}
+
+each_name = pytest.mark.parametrize("name", sorted(OURS))
+each_peer = pytest.mark.parametrize("case", PEERS.values(), ids=lambda case: case.name)
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[Parameter, Parameter, Tensor]:
+    torch.manual_seed(0)
+    return (
+        Parameter(torch.randn(10, 5, dtype=dtype)),
+        Parameter(torch.randn(10, dtype=dtype)),
+        torch.randn(5, dtype=dtype),
+    )
+
+
+def without(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in names}
+
+
+def trained(cls: type, kwargs: dict[str, Any], steps: int = 6, **more: Any) -> list[Tensor]:
+    weight, bias, x = problem()
+    kwargs = copy.deepcopy(kwargs)
+    optimizer = cls([weight, bias], **kwargs, **more)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight.mv(x) + bias).pow(2).sum()
+        if kwargs.get("maximize"):
+            loss = -loss
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return [weight.detach(), bias.detach()]
+
+
+@each_name
+def test_inputs_of_pytorchs_own_tests(name: str) -> None:
+    """Every configuration that PyTorch tests, eagerly and as it would be chosen."""
+    for given in INFO[name].optim_inputs_func(device="cpu"):
+        # capturable is for devices: torch refuses it on a CPU.
+        theirs = trained(getattr(torch.optim, name), without(given.kwargs, "capturable"))
+        backends = [{}] if name in CLOSURE_DRIVEN else [{"backend": "eager"}, {"backend": "triton"}]
+        for more in backends:
+            ours = trained(OURS[name], given.kwargs, **more)
+            for a, b in zip(ours, theirs, strict=True):
+                # Carried numbers are float32 in both, and rounded at different places.
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=lambda m, d=given.desc: f"{d}: {m}")
+
+
+@each_name
+def test_error_inputs_of_pytorchs_own_tests(name: str) -> None:
+    found = 0
+    for error in INFO[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
+        given = error.optimizer_error_input
+        params = given.params if given.params is not None else [Parameter(torch.randn(3))]
+        if "CONSTRUCTION" in str(error.error_on):
+            with pytest.raises(error.error_type):
+                OURS[name](params, **given.kwargs)
+            found += 1
+        else:
+            optimizer = OURS[name](params, **given.kwargs)
+            with pytest.raises(error.error_type):
+                optimizer.step()
+            found += 1
+    assert found
+
+
+@each_peer
+def test_signature_begins_as_torchs(case: Case) -> None:
+    ours = inspect.signature(case.ours).parameters
+    theirs = inspect.signature(case.torchs).parameters
+    positional = [n for n, a in theirs.items() if a.kind is a.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(positional)] == positional
+    for name, argument in theirs.items():
+        assert ours[name].default == argument.default, name
+        assert ours[name].kind == argument.kind, name
+
+
+@each_peer
+def test_groups_and_states_are_torchs(case: Case) -> None:
+    for options in case.variants.values():
+        ours, theirs = (cls([Parameter(torch.ones(3))], **options) for cls in (case.ours, case.torchs))
+        assert ours.param_groups[0].keys() == theirs.param_groups[0].keys()
+        before = [list(o.state_dict()["state"].get(0, {})) for o in (ours, theirs)]
+        assert before[0] == before[1]
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+            optimizer.step()
+        a, b = (o.state[o.param_groups[0]["params"][0]] for o in (ours, theirs))
+        assert a.keys() == {name for name, value in b.items() if value is not None}
+        for name, value in a.items():
+            assert (value.dtype, value.shape, value.device) == (b[name].dtype, b[name].shape, b[name].device), name
+
+
+@each_peer
+def test_checkpoints_move_both_ways_in_mid_training(case: Case) -> None:
+    for options in case.variants.values():
+        torch.manual_seed(0)
+        start = torch.randn(4, 3, dtype=torch.float64)
+        gradients = [torch.randn(4, 3, dtype=torch.float64) for _ in range(12)]
+        sides = {}
+        for first, second in ((case.torchs, case.torchs), (case.ours, case.torchs), (case.torchs, case.ours)):
+            p = Parameter(start.clone())
+            optimizer = first([p], **options)
+            for k, g in enumerate(gradients):
+                if k == 6:
+                    saved = copy.deepcopy(optimizer.state_dict())
+                    optimizer = second([p], **options)
+                    optimizer.load_state_dict(saved)
+                p.grad = g.clone()
+                optimizer.step()
+            sides[first, second] = p.detach()
+        plain = sides.pop((case.torchs, case.torchs))
+        for moved in sides.values():
+            torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-9)
+
+
+@each_peer
+def test_old_checkpoints_load(case: Case) -> None:
+    """From before options had keys, and with ``step`` as a number."""
+    p = Parameter(torch.ones(3))
+    optimizer = case.ours([p], backend="eager")
+    p.grad = torch.ones(3)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for option in ("foreach", "fused", "capturable", "differentiable", "maximize"):
+        saved["param_groups"][0].pop(option, None)
+    for name, value in saved["state"].get(0, {}).items():
+        if isinstance(value, Tensor) and not value.dim():
+            saved["state"][0][name] = float(value)
+    twin = Parameter(p.detach().clone())
+    resumed = case.ours([twin], backend="eager")
+    resumed.load_state_dict(saved)
+    for q, o in ((p, optimizer), (twin, resumed)):
+        q.grad = torch.full((3,), 0.5)
+        o.step()
+    assert torch.equal(p, twin)
+
+
+@each_peer
+def test_complex_parameters(case: Case) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(5, dtype=torch.complex128)
+    gradients = [torch.randn(5, dtype=torch.complex128) for _ in range(4)]
+    ends = []
+    for cls in (case.ours, case.torchs):
+        p = Parameter(start.clone())
+        optimizer = cls([p], foreach=False)
+        for g in gradients:
+            p.grad = g.clone()
+            optimizer.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
+
+
+@each_peer
+def test_rosenbrock_and_a_quadratic_go_down(case: Case) -> None:
+    def rosenbrock(p: Tensor) -> Tensor:
+        return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+
+    def quadratic(p: Tensor) -> Tensor:
+        return 0.5 * (p[0] ** 2 + 10 * p[1] ** 2)
+
+    for loss, start in ((rosenbrock, (-1.2, 1.0)), (quadratic, (1.0, 1.0))):
+        ends = []
+        for cls in (case.ours, case.torchs):
+            p = Parameter(torch.tensor(start, dtype=torch.float64))
+            optimizer = cls([p], foreach=False, lr=1e-3)
+            for _ in range(200):
+                optimizer.zero_grad()
+                loss(p).backward()
+                optimizer.step()
+            ends.append(p.detach())
+        assert loss(ends[0]) < loss(torch.tensor(start))
+        torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-8)
