@@ -42,7 +42,9 @@ def test_first_step(
     folders = (tmp_path / str(i) for i in range(1000))
     cold = measure_processes(lambda: first_step(next(folders)), patience, runs=3)
     warm = measure_processes(lambda: first_step(tmp_path / "0"), patience, runs=3)
-    for caches, m, limit in (("empty", cold, target), ("filled", warm, None)):
+    # The target is for a thousand tensors of one size: models of small and large ones compile two graphs.
+    limit_cold = target if model == "1000 x 1k" else None
+    for caches, m, limit in (("empty", cold, limit_cold), ("filled", warm, None)):
         figures = {name: m.median(name) for name in m.rounds[0]}
         case = f"AdamW, {model} ({len(MODELS[model])} tensors), {kind}, {caches} caches"
         text = f"{figures['first step s']:.2f} s, the second {1e3 * figures['second step s']:.1f} ms"
