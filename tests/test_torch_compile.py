@@ -10,6 +10,7 @@ from table import CASES, Case
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import triton_optim
+from triton_optim import compiled_backend
 
 pytestmark = [
     # torch's own compiler warns: of what torch deprecates, and when it looks at a tensor between two graphs.
@@ -205,3 +206,27 @@ def test_parameter_groups_changed_after_compiling(device: torch.device) -> None:
     step()
     assert first.tolist() == [-1.0] * 2
     assert second.tolist() == [0.5] * 2
+
+
+def test_compiler_older_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's tests of vector instructions are skipped at first, and made where a compilation fails without."""
+    from torch._inductor import config, cpu_vec_isa
+
+    seen = []
+    compile_graph = compiled_backend.Graph._compile
+
+    def failing(self, graph, example):
+        seen.append(config.cpp.vec_isa_ok)
+        if config.cpp.vec_isa_ok:
+            raise RuntimeError("unknown option -mavx512f")
+        return compile_graph(self, graph, example)
+
+    monkeypatch.setattr(compiled_backend.Graph, "_compile", failing)
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = triton_optim.Lion([p], backend="compiled", maximize=True)
+    p.grad = torch.ones(3)
+    compiled_backend.graph_for.cache_clear()
+    optimizer.step()
+    assert seen == [True, None]
+    assert (p > 1).all()

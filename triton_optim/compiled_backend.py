@@ -6,6 +6,7 @@ small tensors, which the calling thread updates alone.
 
 from __future__ import annotations
 
+import copy
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -105,11 +106,18 @@ class Graph:
             raise RuntimeError("torch.compile is switched off (TORCHDYNAMO_DISABLE or torch.compiler.set_stance)")
 
     def _backend(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        try:
+            with trusted_vector_isa():
+                return self._compile(copy.deepcopy(graph), example)
+        except Exception:  # perhaps a compiler older than the processor: have the instructions tested
+            return self._compile(graph, example)
+
+    def _compile(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
         # A hit in AOTAutograd's cache would leave `_inner` out.
-        with trusted_vector_isa(), config.patch(enable_autograd_cache=False):
+        with config.patch(enable_autograd_cache=False):
             code: Any = compile_fx(graph, example, inner_compile=cast(Any, self._inner), config_patches=self._config)
         return cast(Callable[..., Any], code)
 
@@ -145,7 +153,7 @@ def trusted_vector_isa() -> Iterator[None]:
     """Take the processor's word for its vector instructions.
 
     Inductor builds and loads a test library for each kind before it first compiles, which takes three times as long as
-    compiling the update. A compiler that does not know them fails in the update, too.
+    compiling the update. A compiler that does not know them fails in the update, too, which is then compiled again.
     """
     from torch._inductor import config, cpu_vec_isa
 
