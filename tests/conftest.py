@@ -18,6 +18,10 @@ from triton_optim import compiled_backend
 # benchmarks, in processes of their own, have them all.
 compiled_backend.SLOTS = 2
 
+# Processes beside each other, each with a thread for every core, would wait for each other's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -45,7 +45,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     words = [sys.executable, "-m", "triton_optim", "audit", "--json", str(path)]
     finished = subprocess.run(words, env=compiling(), capture_output=True, text=True, timeout=550, check=False)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-6000:]
-    assert max(map(len, finished.stdout.replace(str(path), "").splitlines())) <= 100
+    assert max(map(len, finished.stdout.replace(str(path), "").splitlines())) <= 120
     record = json.loads(path.read_text())
     assert record["versions"].keys() == {"torch", "triton", "python"}
     return list(record["cases"])

@@ -88,7 +88,8 @@ class ASGD(RuleOptimizer):
         super().__init__(params, defaults, backend=backend, **options)
 
     def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"eta": float(group["lr"]), "mu": 1.0}
+        lr = group["lr"]
+        return {"eta": float(lr.detach() if isinstance(lr, Tensor) else lr), "mu": 1.0}
 
     def carry(  # type: ignore[override]
         self, group: dict[str, Any], step: Any, *, eta: Any, mu: Any

@@ -60,7 +60,7 @@ class Member:
         if "step" in self.state:
             count = int(self.state["step"])
         else:
-            count = int(any(value is not None for value in self.state.values()))
+            count = int(not optimizer.counts_steps and any(value is not None for value in self.state.values()))
         started = optimizer.start_carried(plain_group(optimizer.param_groups[group]))
         # The number of steps so far, and what else is carried: members that have these in common share scalars.
         self.numbers = {"step": count} | {name: float(self.state.get(name, v)) for name, v in started.items()}
@@ -241,6 +241,13 @@ class Bucket(ABC):
             if row is not None:
                 cohort.advance(row.carried)
         self.gradients = []
+
+    def mark_written(self) -> None:
+        """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""
+        written = self._params
+        if not self.complete:
+            written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(map(local, written) if self.sharded else written)
 
     def rewind(self) -> None:
         """Bring the states back to where they were before the first step."""

@@ -224,3 +224,4 @@ class CompiledBucket(Bucket):
                 tensors += piece
         for (row, parallel), tensors in calls.items():
             self.graphs[parallel](table[row], tensors)
+        self.mark_written()

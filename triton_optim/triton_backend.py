@@ -12,7 +12,6 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member, Row, table_of, to_device
 from .dispatch import this_machine
 from .kernels import multi_tensor as kernel
-from .layout import local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -95,8 +94,4 @@ class TritonBucket(Bucket):
         else:
             with torch.get_device_module(self.key.device).device(self.key.device):
                 launch(len(self.chunks), tables, constants)
-        # The kernel writes behind autograd's back; a graph that saved a parameter must still notice.
-        written = self._params
-        if not self.complete:
-            written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(map(local, written) if self.sharded else written)
+        self.mark_written()
