@@ -86,8 +86,14 @@ def test_nothing_spills(rows: list[Row]) -> None:
 
 
 def test_registers(rows: list[Row]) -> None:
-    """64 leave an SM 1,024 threads; 72 leave 7 of 8 waves on gfx942."""
-    assert not failing(rows, lambda row: row["registers"] <= (72 if row["arch"] == "gfx942" else 64), "registers")
+    """64 leave an SM 1,024 threads; 72 leave 7 of 8 waves on gfx942; `audit.BOUNDS` has the reason for the 80."""
+
+    def bound(row: Row) -> int:
+        if row["arch"] == "gfx942":
+            return 72
+        return 80 if row["rule"].startswith("rmsprop_centered") and row["dtypes"] in ("bf16", "fp16") else 64
+
+    assert not failing(rows, lambda row: row["registers"] <= bound(row), "registers")
     assert not failing(rows, lambda row: row["registers"] <= row["bounds"]["registers"], "registers")
 
 
