@@ -2,6 +2,7 @@
 
 from . import dispatch
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
@@ -9,6 +10,7 @@ from .asgd import ASGD
 from .explain import explain
 from .lbfgs import LBFGS
 from .lion import Lion
+from .muon import Muon, muon_param_groups
 from .nadam import NAdam
 from .nonlinear_cg import NonlinearCG
 from .optimizer import RuleOptimizer, Variant
@@ -16,6 +18,7 @@ from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+from .sparse_adam import SparseAdam
 
 __version__ = "0.1.0"
 
@@ -24,18 +27,22 @@ __all__ = [
     "LBFGS",
     "SGD",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
     "Lion",
+    "Muon",
     "NAdam",
     "NonlinearCG",
     "RAdam",
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "SparseAdam",
     "Variant",
     "dispatch",
     "explain",
+    "muon_param_groups",
 ]

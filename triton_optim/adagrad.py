@@ -48,7 +48,6 @@ class Adagrad(RuleOptimizer):
 
     rule = adagrad
     state_names = ("sum",)
-    takes_sparse_gradients = True
     option_names = ("foreach", "maximize", "differentiable", "fused")
 
     def __init__(
@@ -102,6 +101,10 @@ class Adagrad(RuleOptimizer):
     def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         value = group["initial_accumulator_value"]
         return filled_like(p, value)
+
+    def sparse_gradients(self, group: dict[str, Any]) -> str:
+        decay = group["weight_decay"]
+        return "rows" if decay == 0 else f"weight_decay={decay} moves elements whose gradient is 0"
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdagradScalars:
         lr = group["lr"] / (1 + (step - 1) * group["lr_decay"])

@@ -150,16 +150,17 @@ def every_rule() -> tuple[AuditedRule, ...]:
         cls = getattr(triton_optim, name)
         if not (isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants):
             continue
-        opt: Any = cls([torch.zeros(1, requires_grad=True)])  # type: ignore[call-arg]  # subclasses have defaults
+        opt: Any = cls([torch.zeros(1, 1, requires_grad=True)])  # type: ignore[call-arg]  # subclasses have defaults
         scalars = type(row_for(opt, opt.param_groups[0], 1).h)
-        for rule, state_names in cls.variants:
+        for rule, state_names, _ in cls.variants:
             known = found.get(rule.__name__)
+            own = known.scalars if known else scalars  # Muon runs AdamW's rule too, with AdamW's scalars
             if known is not None and (known.rule, known.state_names) != (rule, state_names):
                 raise ValueError(
                     f"{name} and {known.optimizers[0]} have different rules named {known.name}: rename one"
                 )
             optimizers = (*(known.optimizers if known else ()), name)
-            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, scalars, optimizers)
+            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, optimizers)
     return tuple(found.values())
 
 

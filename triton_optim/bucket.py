@@ -34,6 +34,7 @@ class Key(NamedTuple):
     aligned: bool  # every address is a multiple of 16
     capturable: bool
     differentiable: bool
+    sparse: bool = False  # the gradients are, and only the elements that they hold are updated
 
     @property
     def compute(self) -> torch.dtype:
@@ -57,27 +58,35 @@ class Member:
     def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
         self.state: dict[str, Any] = optimizer.state.get(p, {})
+        own_group = optimizer.param_groups[group]
         if "step" in self.state:
             count = int(self.state["step"])
         else:
-            count = int(not optimizer.counts_steps and any(value is not None for value in self.state.values()))
-        started = optimizer.start_carried(plain_group(optimizer.param_groups[group]))
+            counted = "step" in optimizer.counted_names(own_group)
+            count = int(not counted and any(value is not None for value in self.state.values()))
+        started = optimizer.start_carried(plain_group(own_group))
         # The number of steps so far, and what else is carried: members that have these in common share scalars.
         self.numbers = {"step": count} | {name: float(self.state.get(name, v)) for name, v in started.items()}
 
     def start(self, optimizer: RuleOptimizer, key: Key) -> None:
         """Make the states that are not there yet, and ``step`` and its like tensors where they belong."""
-        if not key.variant.state_names and not optimizer.counted_names():
+        group = optimizer.param_groups[self.group]
+        counted = optimizer.counted_names(group)
+        if not key.variant.state_names and not counted and not key.variant.prologue:
             return
         self.state = optimizer.state[self.p]
         device = self.p.device if key.capturable or optimizer.counts_on_device else _CPU
-        for name in optimizer.counted_names():
+        for name in counted:
+            if name == "step" and not optimizer.step_is_tensor:
+                self.state[name] = self.numbers[name]
+                continue
             value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype(name))
             self.state[name] = value.to(device).reshape(())
-        group = optimizer.param_groups[self.group]
         for name in key.variant.state_names:
             if self.state.get(name) is None:
                 self.state[name] = optimizer.initial_state(name, self.p, group)
+        if key.variant.prologue:
+            self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
 
 
 class Cohort:
@@ -92,12 +101,18 @@ class Cohort:
     ) -> None:
         self.group, self.members, self.places = group, members, places
         self._numbers = numbers
+        self._counts = "step" in counted
         self.shared: dict[str, Tensor] = {}
         for name in counted:
-            if name in members[0].state:
+            if isinstance(members[0].state.get(name), Tensor):
                 self.shared[name] = members[0].state[name].detach().clone()
                 for m in members:
                     m.state[name] = self.shared[name].detach()
+
+    @property
+    def counted(self) -> tuple[Any, ...]:
+        """What the members of the group that share a row have in common."""
+        return (self.group, *self._numbers.values())
 
     def numbers(self, on_device: bool = False) -> dict[str, Any]:
         """``step`` and what else is carried, as they are before the step; with `on_device` 0-dim float64 tensors."""
@@ -109,8 +124,11 @@ class Cohort:
 
     def advance(self, carried: dict[str, Any]) -> None:
         # Where no step is kept, all that is known is that there was one.
-        count = self._numbers["step"] + 1 if "step" in self.shared else 1
+        count = self._numbers["step"] + 1 if self._counts else 1
         self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
+        if self._counts and "step" not in self.shared:
+            for m in self.members:
+                m.state["step"] = count
         for name, value in self.shared.items():
             if name == "step":
                 value.add_(1)
@@ -170,6 +188,13 @@ class Bucket(ABC):
         sizes = [dtype.itemsize for dtype in key.dtypes]
         return float(2 * sum(sizes) - sizes[1])
 
+    def take_update(self, place: int, update: Tensor) -> None:
+        """Put what a prologue made of a member's gradient in its place."""
+        update = local(update).to(self.key.dtypes[1])
+        if self.keeps_layout:
+            update = in_layout_of(local(self.members[place].p), update)
+        self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
+
     # States.
 
     def states_of(self, m: Member) -> list[Tensor]:
@@ -192,9 +217,15 @@ class Bucket(ABC):
         places: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.members, keys, strict=True)):
             places.setdefault((m.group, key), []).append(i)
-        numbers, counted = self._numbers(), self.optimizer.counted_names()
+        numbers, groups = self._numbers(), self.optimizer.param_groups
         self.cohorts = [
-            Cohort(group, numbers[own[0]], counted, [self.members[i] for i in own], own)
+            Cohort(
+                group,
+                numbers[own[0]],
+                self.optimizer.counted_names(groups[group]),
+                [self.members[i] for i in own],
+                own,
+            )
             for (group, _), own in places.items()
         ]
         self.row_of = [0] * len(self.members)
@@ -202,6 +233,9 @@ class Bucket(ABC):
             for i in cohort.places:
                 self.row_of[i] = row
         self.regrouped = True  # until the backend has taken note
+        self._note_states()
+
+    def _note_states(self) -> None:
         self._state_dicts = [m.state for m in self.members]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
         ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
@@ -240,6 +274,8 @@ class Bucket(ABC):
         for cohort, row in zip(self.cohorts, self._rows, strict=True):
             if row is not None:
                 cohort.advance(row.carried)
+        if not self.optimizer.step_is_tensor:
+            self._note_states()
         self.gradients = []
 
     def mark_written(self) -> None:
@@ -255,6 +291,9 @@ class Bucket(ABC):
             group = self.optimizer.param_groups[m.group]
             for name, state in zip(self.key.variant.state_names, self.states_of(m), strict=True):
                 state.copy_(local(self.optimizer.initial_state(name, m.p, group)))
+            if self.key.variant.prologue:
+                for name, value in self.optimizer.prologue_state(m.p, group).items():
+                    m.state[name].copy_(value)
         for cohort in self.cohorts:
             cohort.rewind(self.optimizer.start_carried(plain_group(self.optimizer.param_groups[cohort.group])))
 
@@ -278,7 +317,7 @@ class Bucket(ABC):
         except TypeError:  # one is None
             ready = False
         self.complete = ready or all(g is not None for g in own)
-        return self.accept(own) if ready else self._examine(values, own)
+        return self._take(own) if ready else self._examine(values, own)
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
         as_they_are, laid_out = True, list(own)
@@ -309,11 +348,15 @@ class Bucket(ABC):
                 dynamic_dims_sizes=[list(t.shape) for t in examples],
                 dynamic_dims_strides=[list(t.stride()) for t in examples],
             )
-        return self.accept(laid_out)
+        return self._take(laid_out)
+
+    def _take(self, gradients: list[Tensor | None]) -> bool:
+        """Keep the gradients for the step."""
+        self.gradients = gradients
+        return self.key.variant.prologue or self.accept(gradients)
 
     def accept(self, gradients: list[Tensor | None]) -> bool:
-        """Keep the gradients for the step; a backend may still refuse them."""
-        self.gradients = gradients
+        """Make ready for what the rule will take as gradients; a backend may still refuse them."""
         return True
 
 

@@ -34,6 +34,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     layout: Layout = "dense"
     differentiable: bool = False
+    sparse: bool = False  # the gradients; only the elements that they hold are to be updated
     pinned: Backend | None = None  # backend=
     fused: bool | None = None
     foreach: bool | None = None
@@ -69,6 +70,8 @@ def only_eager(request: Request) -> str | None:
     """Why only the eager backend can run this bucket, or None."""
     if request.differentiable:
         return "differentiable=True records the step for autograd"
+    if request.sparse:
+        return "the gradients are sparse: the elements that they hold are gathered, updated and scattered"
     if request.dtype.is_complex:
         return f"{request.dtype} runs as pairs of reals"
     if request.layout == "overlapping":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .bucket import Bucket, Key, Member, Row, row_for
+from .bucket import Bucket, Key, Member, Row, plain_group, row_for
 from .kernels.language import apply, torch_form
 from .layout import local
 
@@ -57,6 +57,20 @@ def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:
     with torch.no_grad(), _TrafficCounter() as counter:
         update(key, tensors, row_for(optimizer, group, 1)._replace(factor=1.0))
     return counter.operations, counter.bytes / n
+
+
+def prologue_traffic(optimizer: RuleOptimizer, key: Key, members: list[Member]) -> tuple[int, int]:
+    """Operations of a prologue, and bytes they read and write: counted on tensors without memory."""
+    counter = _TrafficCounter()
+    for number in sorted({m.group for m in members}):
+        group = optimizer.param_groups[number]
+        h = row_for(optimizer, group, 1).h
+        params = [torch.empty_like(local(m.p), device="meta") for m in members if m.group == number]
+        gradients = [torch.empty_like(p, dtype=key.dtypes[1]) for p in params]
+        states = [optimizer.prologue_state(p, group) for p in params]
+        with torch.no_grad(), counter:
+            optimizer.prologue(plain_group(group), h, params, gradients, states)
+    return counter.operations, counter.bytes
 
 
 class _TrafficCounter(TorchDispatchMode):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from .bucket import Key, Member
+from .eager_backend import prologue_traffic
 from .layout import local
 from .plan import bucket_class, entries_of, sort_members
 from .table import table
@@ -98,13 +99,15 @@ def explain(optimizer: RuleOptimizer) -> Explanation:
 def report(optimizer: RuleOptimizer, key: Key, members: list[Member]) -> BucketReport:
     """One row of an explanation."""
     runs = bucket_class(key)
+    elements = sum(local(m.p).numel() for m in members)
+    operations, nbytes = prologue_traffic(optimizer, key, members) if key.variant.prologue else (0, 0)
     return BucketReport(
         key.choice.backend,
         key.choice.reason,
         key.device,
         len(members),
-        sum(local(m.p).numel() for m in members),
+        elements,
         dict(zip(("p", "g", *key.variant.state_names), key.dtypes, strict=True)),
-        runs.launches(optimizer, key, members),
-        runs.bytes_per_parameter(optimizer, key),
+        operations + runs.launches(optimizer, key, members),
+        nbytes / max(elements, 1) + runs.bytes_per_parameter(optimizer, key),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ def with_local(tensor: Tensor, shard: Tensor) -> Tensor:
     return DTensor.from_local(
         shard, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
     )
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, on every rank; an ordinary tensor is its own."""
+    own: Any = tensor
+    return cast(Tensor, own.full_tensor()) if is_sharded(tensor) else tensor
+
+
+def placed_as(p: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that every rank has whole, placed as `p`; nothing is communicated."""
+    if not is_sharded(p):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    own: Any = p
+    return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def local_gradient(p: Tensor, g: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from . import opaque
 from .bucket import counted_dtype, plain_group
 from .dispatch import BACKENDS, choose, this_machine
-from .layout import is_sharded, local_gradient
+from .layout import is_sharded, local, local_gradient
 from .plan import Plan, request_for
 
 OPTIONS: dict[str, Any] = {
@@ -35,6 +35,7 @@ class Variant(NamedTuple):
 
     rule: Any
     state_names: tuple[str, ...]
+    prologue: bool = False  # the gradients go through RuleOptimizer.prologue first
 
 
 class RuleOptimizer(Optimizer):
@@ -51,8 +52,9 @@ class RuleOptimizer(Optimizer):
             ``capturable``, else on the CPU). Parameters that step together share its memory: to change the count of
             one of them assign a new tensor, ``optimizer.state[p]["step"] = torch.tensor(0.0)``.
         counts_on_device: whether ``step`` and what else is carried are on the parameter's device always.
-        takes_sparse_gradients: whether sparse gradients are made dense, instead of refused. Right for rules that leave
-            an element alone, or only decay its state, where the gradient is 0.
+        takes_dense_gradients: False for an optimizer that is for sparse gradients only.
+        step_is_tensor: False keeps ``step`` as an int.
+        prologue_names: names of the states that :meth:`prologue` keeps.
         option_names: the options that every parameter group carries, whatever their value.
 
     Args:
@@ -76,14 +78,17 @@ class RuleOptimizer(Optimizer):
     state_names: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
     counts_on_device: ClassVar[bool] = False
-    takes_sparse_gradients: ClassVar[bool] = False
+    takes_dense_gradients: ClassVar[bool] = True
+    step_is_tensor: ClassVar[bool] = True
+    prologue_names: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = tuple(OPTIONS)
     variants: ClassVar[tuple[Variant, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.rule is not None and "variants" not in cls.__dict__:
-            cls.variants = (Variant(cls.rule, cls.state_names),)
+            prologue = cls.prologue is not RuleOptimizer.prologue
+            cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, backend: str = "auto", **options: Any
@@ -142,19 +147,49 @@ class RuleOptimizer(Optimizer):
         """A state before the first step: a new tensor like the parameter."""
         return torch.zeros_like(p, memory_format=torch.preserve_format)
 
+    def prologue(
+        self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        """What the rule takes in place of the gradients: for updates of which an element needs more than its own
+        gradient, such as a norm, a row or a whole matrix. A subclass that writes this method has it called.
+
+        It runs before the rule, once a step for the parameters of a group that were counted alike.
+
+        Args:
+            group: the parameter group, as :meth:`scalars` gets it.
+            h: what :meth:`scalars` returned.
+            params: the parameters, outside autograd (unless ``differentiable``); sharded ones are DTensors.
+            gradients: theirs, negated where the group maximizes. Neither is to be written.
+            states: a parameter's states by name, those of :meth:`prologue_state` among them; these are written in
+                place, the rule's are the rule's.
+
+        Returns:
+            A tensor of its shape for each parameter, sharded where it is; kept in the gradient's dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no prologue")
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """New states that :meth:`prologue` keeps for a parameter, as they are before the first step; of any shapes."""
+        return {}
+
+    def sparse_gradients(self, group: dict[str, Any]) -> str:
+        """What becomes of a sparse gradient: ``"rows"``: the elements that it holds are updated, and no others.
+        ``"dense"``: it is made dense first. Anything else: it is refused, and this says why.
+        """
+        return "its update moves elements whose gradient is 0"
+
     def make_states(self, group: dict[str, Any]) -> None:
         """Give the parameters of a group their states before their first step."""
-        counted = {"step": 0} if self.counts_steps else {}
+        counted = {"step": 0} if "step" in self.counted_names(group) else {}
         for p in group["params"]:
             started = counted | self.start_carried(plain_group(group))
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
             numbers = {n: torch.tensor(float(v), dtype=counted_dtype(n), device=device) for n, v in started.items()}
             self.state[p] |= numbers | {n: self.initial_state(n, p, group) for n in self.variant(group).state_names}
 
-    def counted_names(self) -> list[str]:
-        """The states that are numbers: ``step`` if it is kept, and what else is carried."""
-        carried = self.start_carried(plain_group(self.param_groups[0])) if self.param_groups else ()
-        return ["step"] * self.counts_steps + list(carried)
+    def counted_names(self, group: dict[str, Any]) -> list[str]:
+        """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
+        return ["step"] * self.counts_steps + list(self.start_carried(plain_group(group)))
 
     # torch.optim.Optimizer's contract.
 
@@ -168,7 +203,8 @@ class RuleOptimizer(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or differs from its parameter in shape or device. Nothing was changed.
+            RuntimeError: a gradient is sparse where that has no meaning, or differs from its parameter in shape or
+                device. Nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -217,8 +253,8 @@ class RuleOptimizer(Optimizer):
             pairs = zip(self._flat, gradients, strict=True)
             gradients = [g if g is None else local_gradient(p, g) for p, g in pairs]
         fits = plan is not None and plan.fits(gradients)
-        if not fits and self.takes_sparse_gradients and any(g is not None and g.is_sparse for g in gradients):
-            gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+        if not fits and any(g is not None and g.is_sparse for g in gradients):
+            gradients = self._without_needless_sparsity(gradients)
             fits = plan is not None and plan.fits(gradients)
         if plan is None or not fits:
             plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
@@ -227,6 +263,19 @@ class RuleOptimizer(Optimizer):
         plan.step()
         if fresh and self._was_probed(gradients):
             plan.rewind()
+
+    def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        return [
+            g.to_dense() if g is not None and g.is_sparse and self._wants_dense(g, group) else g
+            for g, group in zip(gradients, groups, strict=True)
+        ]
+
+    def _wants_dense(self, g: Tensor, group: dict[str, Any]) -> bool:
+        # The other backends have no way to run single rows.
+        rows = self.backend in ("auto", "eager") or not self.takes_dense_gradients
+        kind = self.sparse_gradients(group)
+        return kind == "dense" or (kind == "rows" and not (rows and g.sparse_dim()))
 
     def _was_probed(self, gradients: list[Tensor | None]) -> bool:
         """Whether a first step was only made to see the states: torch.distributed.checkpoint makes one of a fresh
@@ -267,12 +316,16 @@ class RuleOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for i, p in enumerate(group["params"]):
-            if not (p.is_floating_point() or p.is_complex()):
-                raise RuntimeError(
-                    f"parameter {i} is {p.dtype} on {p.device}; {type(self).__name__} optimizes floating-point and "
-                    "complex tensors. Leave it out of params."
-                )
+            self.check_parameter(i, p, group)
             choose(request_for(self, group, p), this_machine())
+
+    def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""
+        if not (p.is_floating_point() or p.is_complex()):
+            raise RuntimeError(
+                f"parameter {index} is {p.dtype} on {p.device}; {type(self).__name__} optimizes floating-point and "
+                "complex tensors. Leave it out of params."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own."""
@@ -313,8 +366,9 @@ class RuleOptimizer(Optimizer):
                 handle.remove()
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        counted = self.counted_names()
-        known = {"step", *counted, *(name for variant in self.variants for name in variant.state_names)}
+        counted = {"step", *chain.from_iterable(map(self.counted_names, self.param_groups))}
+        own = {*self.prologue_names, *(name for variant in self.variants for name in variant.state_names)}
+        known = counted | own
         for number, group in enumerate(state_dict["param_groups"]):
             # An option may be newer than the checkpoint; a hyperparameter can't be.
             needed = [name for name, value in self.defaults.items() if not isinstance(value, (bool, type(None)))]
@@ -333,15 +387,22 @@ class RuleOptimizer(Optimizer):
                     "this state dict is of another optimizer. Load it into that one."
                 )
             for name, value in state.items():
-                if name in known - {"step", *counted} and isinstance(value, Tensor) and value.shape != p.shape:
+                if name not in own or not isinstance(value, Tensor):
+                    continue
+                shape = p.shape
+                if name in self.prologue_names:
+                    like = self.prologue_state(torch.empty_like(local(p), device="meta"), self._group_of(p))
+                    shape = like[name].shape if name in like else shape
+                if value.shape != shape:
                     raise RuntimeError(
-                        f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: this "
-                        "state dict is of another model. Load one saved with the same parameters in the same order."
+                        f"{name} of parameter {i} has shape {tuple(value.shape)}; for the parameter's shape "
+                        f"{tuple(p.shape)} it is {tuple(shape)}: this state dict is of another model. Load one saved "
+                        "with the same parameters in the same order."
                     )
 
     def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
         indices = [i for group in loaded["param_groups"] for i in group["params"]]
-        counted = {"step", *self.counted_names()}
+        counted = {"step", *chain.from_iterable(map(self.counted_names, self.param_groups))}
         for i, p in zip(indices, self._flat, strict=True):
             for name, value in loaded["state"].get(i, {}).items():
                 if name in counted:
@@ -349,9 +410,14 @@ class RuleOptimizer(Optimizer):
                 elif isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(q is p for q in group["params"]))
+
     def _own_number(self, p: Tensor, name: str) -> None:
-        group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
-        value = self.state[p][name]
+        group, value = self._group_of(p), self.state[p][name]
+        if name == "step" and not self.step_is_tensor:
+            self.state[p][name] = int(value)
+            return
         device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
         value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
         self.state[p][name] = value.to(device, counted_dtype(name), copy=True).reshape(())
@@ -372,10 +438,10 @@ class RuleOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 default = written[name].default if name in written else OPTIONS.get(name, value)
                 group.setdefault(name, value if default is inspect.Parameter.empty else default)
-        for p in self._flat:
-            for name in self.counted_names():
-                if name in self.state.get(p, ()) and not isinstance(self.state[p][name], Tensor):
-                    self._own_number(p, name)
+            for p in group["params"]:
+                for name in self.counted_names(group):
+                    if name in self.state.get(p, ()) and not isinstance(self.state[p][name], Tensor):
+                        self._own_number(p, name)
 
 
 def _with_own_memory(values: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .layout import all_aligned, is_sharded, layout, local, overlapping
+from .prologue import run_prologues
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -27,6 +28,7 @@ _BUCKETS: dict[Backend, tuple[str, str]] = {
     "compiled": ("compiled_backend", "CompiledBucket"),
     "eager": ("eager_backend", "EagerBucket"),
 }
+_SPARSE = ("sparse", "SparseBucket")
 
 
 class Entry(NamedTuple):
@@ -39,15 +41,19 @@ class Entry(NamedTuple):
     g_aligned: bool
     states: Sequence[Tensor]
     overlaps: bool
+    sparse: bool
 
 
-def request_for(optimizer: RuleOptimizer, group: dict[str, Any], p: Tensor, overlaps: bool = False) -> Request:
+def request_for(
+    optimizer: RuleOptimizer, group: dict[str, Any], p: Tensor, overlaps: bool = False, sparse: bool = False
+) -> Request:
     """What is asked of a backend for parameter `p` of `group`."""
     return Request(
         device=p.device.type,
         dtype=p.dtype,
         layout="overlapping" if overlaps else layout(local(p)),
         differentiable=bool(group.get("differentiable")),
+        sparse=sparse or not optimizer.takes_dense_gradients,
         pinned=None if optimizer.backend == "auto" else cast(Backend, optimizer.backend),
         fused=group.get("fused"),
         foreach=group.get("foreach"),
@@ -57,7 +63,7 @@ def request_for(optimizer: RuleOptimizer, group: dict[str, Any], p: Tensor, over
 def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
     """The bucket of a parameter."""
     group = optimizer.param_groups[entry.group]
-    choice = choose(request_for(optimizer, group, entry.p, entry.overlaps), this_machine())
+    choice = choose(request_for(optimizer, group, entry.p, entry.overlaps, entry.sparse), this_machine())
     tensors = (local(entry.p), *entry.states)
     if not tensors[0].numel():
         choice = Choice("eager", "no elements here: the step is only counted")
@@ -69,16 +75,24 @@ def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
         aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in tensors),
         capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
+        sparse=entry.sparse,
     )
 
 
-def check_gradient(optimizer: RuleOptimizer, index: int, p: Tensor, local_g: Tensor) -> None:
+def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
     """Raise the error that torch would of a (local) gradient that cannot be used."""
     name = type(optimizer).__name__
     if local_g.layout != torch.strided:
+        why = optimizer.sparse_gradients(group) if local_g.is_sparse else "only torch.sparse_coo ones can be run"
+        if why != "rows":
+            raise RuntimeError(
+                f"{name} does not support sparse gradients here: {why}; the gradient of parameter {index} is "
+                f"{local_g.layout}. Build the embedding with sparse=False, or call grad.to_dense() before the step."
+            )
+    elif not optimizer.takes_dense_gradients:
         raise RuntimeError(
-            f"{name} does not support sparse gradients: the gradient of parameter {index} is {local_g.layout}. "
-            "Build the embedding with sparse=False, or call grad.to_dense() before the step."
+            f"{name} does not support dense gradients, which that of parameter {index} is. Build the embedding with "
+            f"sparse=True, or use {name.removeprefix('Sparse')}."
         )
     if is_sharded(local_g):
         raise RuntimeError(
@@ -125,14 +139,19 @@ def entries_of(
     One without a gradient is taken to have the dtype and alignment that the previous plan knew, else its own.
     """
     groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    counted = optimizer.counted_names()
     overlaps = overlapping([local(p) for p in params])
     known = {m.index: bucket.key for bucket in previous.buckets for m in bucket.members} if previous is not None else {}
     entries = []
     for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
         state = optimizer.state.get(p, {})
-        names = optimizer.variant(optimizer.param_groups[group]).state_names
-        kept = [*names, *counted]
+        variant = optimizer.variant(optimizer.param_groups[group])
+        if variant.prologue and p.is_complex() and g is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} does not support complex parameters; parameter {index} is {p.dtype}. "
+                "Give it to another optimizer."
+            )
+        names = variant.state_names
+        kept = [*names, *optimizer.counted_names(optimizer.param_groups[group])]
         if g is None and not every and (optimizer._repeats or any(state.get(name) is None for name in kept)):
             continue
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
@@ -144,16 +163,17 @@ def entries_of(
             if state.get(name) is not None:
                 check_state(index, p, name, state[name])
         if g is not None:
-            check_gradient(optimizer, index, p, g)
-            dtype, aligned = g.dtype, g.data_ptr() % 16 == 0
+            check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
+            sparse = g.is_sparse
+            dtype, aligned = g.dtype, sparse or g.data_ptr() % 16 == 0
         elif index in known:
             # A bucket that is not Triton's knows nothing of alignment.
             key = known[index]
-            dtype, aligned = key.dtypes[1], key.aligned or key.choice.backend != "triton"
+            dtype, aligned, sparse = key.dtypes[1], key.aligned or key.choice.backend != "triton", key.sparse
         else:
-            dtype, aligned = p.dtype, True
+            dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
         states = [local(p if state.get(name) is None else state[name]) for name in names]
-        entries.append(Entry(index, group, p, dtype, aligned, states, index in overlaps))
+        entries.append(Entry(index, group, p, dtype, aligned, states, index in overlaps, sparse))
     return entries
 
 
@@ -211,7 +231,7 @@ class Plan:
 
     def step(self) -> None:
         """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run."""
-        rows = [bucket.next_rows() for bucket in self.buckets]
+        rows = run_prologues(self.optimizer, self.buckets, [bucket.next_rows() for bucket in self.buckets])
         for bucket, own in zip(self.buckets, rows, strict=True):
             if any(row is not None for row in own):
                 bucket.run(own)
@@ -255,10 +275,13 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
     names = ("maximize", "foreach", "fused", "capturable", "differentiable")
-    return [(optimizer.variant(group), *map(group.get, names)) for group in optimizer.param_groups]
+    return [
+        (optimizer.variant(group), optimizer.sparse_gradients(group), *map(group.get, names))
+        for group in optimizer.param_groups
+    ]
 
 
 def bucket_class(key: Key) -> type[Bucket]:
     """The class that runs a bucket. Imported on demand: a backend may need what is not installed."""
-    module, name = _BUCKETS[key.choice.backend]
+    module, name = _SPARSE if key.sparse else _BUCKETS[key.choice.backend]
     return cast(type[Bucket], getattr(importlib.import_module(f".{module}", __package__), name))

@@ -48,7 +48,6 @@ class SGD(RuleOptimizer):
     """
 
     counts_steps = False
-    takes_sparse_gradients = True
     option_names = ("maximize", "foreach", "differentiable", "fused")  # torch's groups have no capturable
     variants = (
         Variant(sgd, ()),
@@ -100,6 +99,9 @@ class SGD(RuleOptimizer):
         if group["momentum"] == 0:
             return self.variants[0]
         return self.variants[2 if group["nesterov"] else 1]
+
+    def sparse_gradients(self, group: dict[str, Any]) -> str:
+        return "rows" if group["momentum"] == 0 and group["weight_decay"] == 0 else "dense"
 
     def scalars(self, group: dict[str, Any], step: Any) -> SGDScalars:
         first = step == 1

@@ -69,7 +69,7 @@ class TritonBucket(Bucket):
                 return False
             self.gradient_table = to_device(staged, torch.int64, self.key.device)
             self.pointers = pointers
-        return super().accept(gradients)
+        return True
 
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:

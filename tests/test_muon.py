@@ -1,0 +1,217 @@
+"""Muon: the iteration over many matrices, AdamW's groups, and which parameters go where."""
+
+import copy
+
+import pytest
+import torch
+from references import REFERENCES
+from references_matrix import newton_schulz as reference
+from torch import Tensor
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim import newton_schulz as module
+from triton_optim.newton_schulz import newton_schulz
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SHAPES = [(6, 4), (4, 6), (5, 5), (4, 6), (1, 7), (9, 1), (6, 4)]
+
+
+def matrices(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+
+
+def test_iteration_is_the_papers() -> None:
+    own = matrices(torch.float64)
+    scales = [1.0, 2.0, 0.5, 1.0, 1.0, 3.0, 1.0]
+    for x, m, scale in zip(newton_schulz(own, COEFFICIENTS, 5, 1e-7, scales), own, scales, strict=True):
+        expected = scale * torch.from_numpy(reference(m.numpy(), COEFFICIENTS, 5, 1e-7))
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batched_is_per_matrix_to_1e_5(dtype: torch.dtype) -> None:
+    own = [torch.randn(shape, dtype=dtype) for shape in [(96, 160), (160, 96), (96, 160), (64, 64)] * 2]
+    together = newton_schulz(own, COEFFICIENTS, 5, 1e-7, [1.0] * len(own))
+    for x, m in zip(together, own, strict=True):
+        (alone,) = newton_schulz([m], COEFFICIENTS, 5, 1e-7, [1.0])
+        torch.testing.assert_close(x, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shape_and_its_transpose_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[tuple[int, ...]] = []
+
+    def iterate(x: Tensor, *rest: object) -> Tensor:
+        batches.append(tuple(x.shape))
+        return x
+
+    monkeypatch.setattr(module, "iterate", iterate)
+    newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
+    assert sorted(batches) == [(1, 1, 7), (1, 1, 9), (1, 5, 5), (4, 4, 6)]
+    monkeypatch.setattr(module, "LARGEST_BATCH", 50)  # two matrices of 24
+    batches.clear()
+    newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
+    assert batches.count((2, 4, 6)) == 2
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_matrices_without_elements(shape: tuple[int, int]) -> None:
+    (x,) = newton_schulz([torch.zeros(shape)], COEFFICIENTS, 5, 1e-7, [1.0])
+    assert x.shape == shape
+
+
+def test_a_zero_matrix_stays_zero() -> None:
+    (x,) = newton_schulz([torch.zeros(3, 4)], COEFFICIENTS, 5, 1e-7, [1.0])
+    assert torch.equal(x, torch.zeros(3, 4))
+
+
+def test_singular_values_come_near_one() -> None:
+    (x,) = newton_schulz([torch.randn(20, 30, dtype=torch.float64)], COEFFICIENTS, 5, 1e-7, [1.0])
+    values = torch.linalg.svdvals(x)
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_are_the_references(adjust: str | None, nesterov: bool) -> None:
+    options = {"lr": 0.02, "adjust_lr_fn": adjust, "nesterov": nesterov, "ns_steps": 4, "momentum": 0.9}
+    params = [Parameter(m) for m in matrices(torch.float64)]
+    start = [p.detach().clone().numpy() for p in params]
+    gradients = [[torch.randn_like(p) for p in params] for _ in range(4)]
+    optimizer = triton_optim.Muon(params, backend="eager", **options)
+    for own in gradients:
+        for p, g in zip(params, own, strict=True):
+            p.grad = g
+        optimizer.step()
+    ends, states = REFERENCES["Muon"](start, [[g.numpy() for g in own] for own in gradients], **options)
+    for p, expected, state in zip(params, ends, states, strict=True):
+        torch.testing.assert_close(p.detach(), torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
+        buffer = optimizer.state[p]["momentum_buffer"]
+        torch.testing.assert_close(buffer, torch.from_numpy(state["momentum_buffer"]), rtol=1e-12, atol=1e-12)
+
+
+def test_torchs_to_its_precision() -> None:
+    """torch iterates in bfloat16: an update has an error of some 2^-8 of its norm there."""
+    start = [torch.randn(32, 48), torch.randn(48, 32)]
+    ends = []
+    for cls in (triton_optim.Muon, torch.optim.Muon):
+        torch.manual_seed(1)
+        params = [Parameter(m.clone()) for m in start]
+        optimizer = cls(params, lr=0.1, weight_decay=0.0)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        ends.append([p.detach() - m for p, m in zip(params, start, strict=True)])
+    for ours, theirs in zip(*ends, strict=True):
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
+def test_groups_of_adamw_are_adamws(backend: str) -> None:
+    start = [torch.randn(4, 6), torch.randn(6), torch.randn(10, 4)]
+    runs = []
+    for mixed in (True, False):
+        torch.manual_seed(1)
+        matrix, *rest = [Parameter(x.clone()) for x in start]
+        if mixed:
+            group = {"params": rest, "use_muon": False, "lr": 0.01, "weight_decay": 0.1}
+            optimizers = [triton_optim.Muon([{"params": [matrix]}, group], lr=0.02, backend=backend)]
+        else:
+            optimizers = [
+                triton_optim.Muon([matrix], lr=0.02, backend=backend),
+                triton_optim.AdamW(rest, lr=0.01, weight_decay=0.1, backend=backend),
+            ]
+        for _ in range(4):
+            for p in (matrix, *rest):
+                p.grad = torch.randn_like(p)
+            for optimizer in optimizers:
+                optimizer.step()
+        runs.append([matrix, *rest])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_groups_of_adamw_have_adamws_defaults() -> None:
+    params = [Parameter(torch.randn(3))]
+    group = triton_optim.Muon([{"params": params, "use_muon": False}], lr=0.02).param_groups[0]
+    theirs = torch.optim.AdamW(params).param_groups[0]
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        assert group[name] == theirs[name]
+
+
+def test_checkpoints_with_groups_of_adamw() -> None:
+    def build() -> tuple[list[Parameter], triton_optim.Muon]:
+        torch.manual_seed(0)
+        params = [Parameter(torch.randn(4, 6)), Parameter(torch.randn(6))]
+        groups = [{"params": params[:1]}, {"params": params[1:], "use_muon": False}]
+        return params, triton_optim.Muon(groups, backend="eager")
+
+    def train(params: list[Parameter], optimizer: triton_optim.Muon, seed: int) -> None:
+        torch.manual_seed(seed)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    params, optimizer = build()
+    train(params, optimizer, 1)
+    other, resumed = build()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for p, q in zip(other, params, strict=True):
+            p.copy_(q)
+    for pair in ((params, optimizer), (other, resumed)):
+        train(*pair, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(params, other, strict=True))
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 4)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.norm = torch.nn.LayerNorm(4)
+        self.lm_head = torch.nn.Linear(4, 10, bias=False)
+        self.out = torch.nn.Linear(4, 3)
+        self.lm_head.weight = self.embedding.weight
+
+
+def test_which_parameters_muon_gets() -> None:
+    model = Tied()
+    model.blocks[1].weight.requires_grad_(False)
+    hidden, rest = triton_optim.muon_param_groups(model, heads=["out"], adamw={"lr": 3e-4})
+    assert [id(p) for p in hidden["params"]] == [id(model.blocks[0].weight)]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in rest["params"]] == [
+        "embedding.weight",
+        "blocks.0.bias",
+        "blocks.1.bias",
+        "norm.weight",
+        "norm.bias",
+        "out.weight",
+        "out.bias",
+    ]
+    assert (rest["use_muon"], rest["lr"]) == (False, 3e-4)
+    triton_optim.Muon([hidden, rest], lr=0.02)
+
+
+def test_a_model_without_hidden_matrices_is_all_adamws() -> None:
+    (group,) = triton_optim.muon_param_groups(torch.nn.LayerNorm(3))
+    assert group["use_muon"] is False
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_other_than_two_dimensions_change_nothing(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="2D"):
+        triton_optim.Muon([Parameter(torch.zeros(shape))])
+    optimizer = triton_optim.Muon([Parameter(torch.zeros(2, 2))])
+    with pytest.raises(ValueError, match="use_muon"):
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(shape))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("options", [{"ns_steps": 100}, {"ns_coefficients": (1.0, 2.0)}, {"momentum": -1.0}])
+def test_out_of_range(options: dict) -> None:
+    with pytest.raises(ValueError, match="Invalid"):
+        triton_optim.Muon([Parameter(torch.zeros(2, 2))], **options)

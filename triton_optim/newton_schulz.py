@@ -1,0 +1,82 @@
+"""The Newton-Schulz iteration of Muon, over many matrices at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import GPUS
+from .symmetric_product import symmetric_product
+
+# Elements iterated at once: an iteration holds two of such batches, and larger ones are no faster.
+LARGEST_BATCH = 1 << 26
+
+
+def newton_schulz(
+    matrices: Sequence[Tensor],
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+    scales: Sequence[float],
+) -> list[Tensor]:
+    r"""Bring the singular values of each matrix near 1.
+
+    From :math:`X = M / \max(\lVert M \rVert_F, \epsilon)` on, `steps` times
+    :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`; of a matrix with more rows than columns its transpose
+    is iterated. Matrices of one shape, or its transpose, are one batch of matrix products.
+
+    Args:
+        matrices: of two dimensions, real, on any devices. They are not written.
+        coefficients: :math:`(a, b, c)`.
+        steps: number of iterations.
+        eps: :math:`\epsilon`, the smallest norm that is divided by.
+        scales: a factor of the result, a matrix.
+
+    Returns:
+        A matrix for each, of its shape: bfloat16 on a GPU, else float32, or float64 for a float64 matrix.
+
+    Example:
+        >>> import torch
+        >>> from triton_optim.newton_schulz import newton_schulz
+        >>> m, = newton_schulz([torch.diag(torch.tensor([4.0, 1.0]))], (1.5, -0.5, 0.0), 20, 1e-7, [1.0])
+        >>> m.round(decimals=4)
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, m in enumerate(matrices):
+        alike.setdefault((m.device, iterated_in(m), min(m.shape), max(m.shape)), []).append(i)
+    results: dict[int, Tensor] = {}
+    for (_, dtype, rows, columns), places in alike.items():
+        at_once = max(1, LARGEST_BATCH // max(rows * columns, 1))
+        for start in range(0, len(places), at_once):
+            own = places[start : start + at_once]
+            wide = [matrices[i].mT if matrices[i].shape[0] > rows else matrices[i] for i in own]
+            batch = iterate(torch.stack([m.to(dtype) for m in wide]), coefficients, steps, eps)
+            scaled = torch._foreach_mul(batch.unbind(), [scales[i] for i in own])
+            for i, x in zip(own, scaled, strict=True):
+                results[i] = x.mT if matrices[i].shape[0] > rows else x
+    return [results[i] for i in range(len(matrices))]
+
+
+def iterated_in(matrix: Tensor) -> torch.dtype:
+    """GPUs multiply bfloat16 many times faster, and the iteration bears it; CPUs without such units, much slower."""
+    if matrix.device.type in GPUS:
+        return torch.bfloat16
+    return torch.float64 if matrix.dtype == torch.float64 else torch.float32
+
+
+def iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The iteration on a batch ``(B, M, N)`` of matrices with M <= N."""
+    a, b, c = coefficients
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = symmetric_product(x)
+        polynomial = symmetric_product(gram, alpha=c, beta=b, c=gram)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x

@@ -1,0 +1,53 @@
+"""Sparse gradients: the elements that one holds are gathered with their states, updated by the rule, and scattered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .bucket import Bucket, Key, Member, Row
+from .eager_backend import traffic, update
+from .layout import local
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+
+class SparseBucket(Bucket):
+    keeps_layout = False
+
+    def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
+        for value, kind, g in zip(values, self._kinds, own, strict=True):
+            if (value.shape, value.stride(), value.dtype) != kind:
+                return False
+            if g is None:
+                continue
+            if not g.is_sparse or (g.shape, g.dtype, g.device) != (value.shape, self.key.dtypes[1], self.key.device):
+                return False
+        # An element that is held twice is meant to be added up first.
+        return self._take([g if g is None else g.coalesce() for g in own])
+
+    def run(self, rows: list[Row | None]) -> None:
+        for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
+            row = rows[self.row_of[i]]
+            if g is None or row is None:
+                continue
+            p = m.p if self.key.differentiable else local(m.p).detach()
+            written, where = [p, *self.states_of(m)], tuple(g.indices())
+            tensors = [t[where] for t in written]
+            tensors.insert(1, g.values().reshape(tensors[0].shape))
+            update(self.key, tensors, row)
+            for t, new in zip(written, (tensors[0], *tensors[2:]), strict=True):
+                t[where] = new
+
+    @classmethod
+    def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
+        gathers = 2 * (len(key.dtypes) - 1)
+        return (traffic(optimizer, key)[0] + gathers) * len(members)
+
+    @classmethod
+    def bytes_per_parameter(cls, optimizer: RuleOptimizer, key: Key) -> float:
+        """Of the elements that a gradient holds; the others are not touched."""
+        sizes = [dtype.itemsize for dtype in key.dtypes]
+        return traffic(optimizer, key)[1] + 4 * (sum(sizes) - sizes[1])
