@@ -493,7 +493,8 @@ def whole(opt, net):
 def fsdp(mesh, name, backend):
     """After 4 steps: fully sharded on two ranks, and on one."""
     net, twin = fully_sharded(mesh), network()
-    opt, twin_opt = (getattr(to, name)(each.parameters(), lr=0.05, backend=backend) for each in (net, twin))
+    sort = to.muon_param_groups if name == "Muon" else torch.nn.Module.parameters
+    opt, twin_opt = (getattr(to, name)(sort(each), lr=0.05, backend=backend) for each in (net, twin))
     train(net, opt, range(4), mesh.get_local_rank())
     train(twin, twin_opt, range(4))
     elements = sum(bucket.elements for bucket in to.explain(opt))
@@ -502,7 +503,17 @@ def fsdp(mesh, name, backend):
 
 @pytest.mark.parametrize("name", ["AdamW", "Lion"])
 def test_fully_sharded_training_is_unsharded_training(name, ranks, backend):
-    first, second = ranks.run(fsdp, name, backend)
+    agree(ranks.run(fsdp, name, backend))
+
+
+# What comes before the rule is the same in front of every backend.
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_whole_matrices_of_fully_sharded_parameters(name, ranks):
+    agree(ranks.run(fsdp, name, "eager"))
+
+
+def agree(runs):
+    first, second = runs
     assert first[0] == second[0]
     assert (first[2], second[2]) == (9 + 3 + 5 + 1, 6 + 2)
     for key, expected in first[1].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,12 +118,12 @@ class Adafactor(RuleOptimizer):
             one_minus_beta2=step ** group["beta2_decay"],
         )
 
+    # Of sharded parameters too every rank keeps all of these: they are small.
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if p.dim() < 2:
-            return {"variance": torch.zeros_like(p, memory_format=torch.preserve_format)}
-        # Sharded parameters too keep all of them on every rank: they are small.
-        row_var, col_var = (*p.shape[:-1], 1), (*p.shape[:-2], 1, p.shape[-1])
-        return {"row_var": p.new_zeros(row_var), "col_var": p.new_zeros(col_var)}
+            return {"variance": torch.zeros(p.shape, dtype=p.dtype, device=p.device)}
+        shapes = {"row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
+        return {name: torch.zeros(shape, dtype=p.dtype, device=p.device) for name, shape in shapes.items()}
 
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
@@ -149,10 +150,15 @@ def normalized(p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, 
         by_row = (row / mean(row, -2).clamp(min=eps1)).rsqrt()
         divisor = by_row * column.rsqrt()
         if eps1:
-            divisor.clamp_(max=1 / eps1)
-    update = divisor.mul_(g)
+            divisor = divisor.clamp(max=1 / eps1) if torch.is_grad_enabled() else divisor.clamp_(max=1 / eps1)
+    update = times(divisor, g)
     scale = rms(p).clamp(min=eps2) / (rms(update) / group["d"]).clamp(min=1)
-    return update.mul_(scale)
+    return times(update, scale)
+
+
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """The product, in the memory of `x` where autograd does not need that."""
+    return x * y if torch.is_grad_enabled() else x.mul_(y)
 
 
 def averaged(state: Tensor, new: Tensor, weight: Any) -> Tensor:
@@ -175,4 +181,4 @@ def mean_square(x: Tensor, dim: int) -> Tensor:
 def rms(x: Tensor) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm: Tensor = torch.linalg.vector_norm(x, dtype=compute)
-    return norm / max(x.numel(), 1) ** 0.5
+    return norm / math.sqrt(max(x.numel(), 1))

@@ -46,7 +46,8 @@ def run_prologues(
         updates = optimizer.prologue(
             plain_group(optimizer.param_groups[members[0].group], keep=kept),
             row.h,
-            [m.p if kept else m.p.detach() for m in members],
+            # Autograd may keep what it is shown, and the rule will write the parameter.
+            [m.p.clone() if kept else m.p.detach() for m in members],
             gradients,
             [m.state for m in members],
         )
