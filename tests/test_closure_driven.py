@@ -306,7 +306,7 @@ def test_constructor_errors_are_torchs(cls) -> None:
         cls([{"params": [p]}, {"params": [q]}])
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         cls([p], lr=-1)
-    with pytest.raises(ValueError, match="Tensor learning rate must be 1-element"):
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
         cls([p], lr=torch.ones(2))
     with pytest.raises(ValueError, match="parameter groups"):
         cls([p]).add_param_group({"params": [q]})

@@ -462,6 +462,14 @@ def filled_like(p: Tensor, value: float) -> Tensor:
     return torch.full_like(p, fill, memory_format=torch.preserve_format)
 
 
+# Of what torch's message about tensors calls by the argument, as `check_range` is told it.
+_ARGUMENTS = {
+    "learning rate": "lr",
+    "beta parameter at index 0": "betas[0]",
+    "beta parameter at index 1": "betas[1]",
+}
+
+
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Raise torch's ValueError unless low <= value < high.
 
@@ -471,7 +479,8 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
     """
     if isinstance(value, Tensor) and value.numel() != 1:
         shape = tuple(value.shape)
-        raise ValueError(f"Tensor {name} must be 1-element, got shape {shape}. Use groups to give each its own.")
+        argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
+        raise ValueError(f"Tensor {argument} must be 1-element, got shape {shape}. Use groups to give each its own.")
     if not low <= value or not value < high:
         bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
         raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")
