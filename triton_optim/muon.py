@@ -32,9 +32,9 @@ class Muon(RuleOptimizer):
     times :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`. For a parameter of :math:`A \times B`, s is
     :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}`.
 
-    Matrices of one shape, or its transpose, are iterated together. On a GPU that is done in bfloat16, and a symmetric
-    product computes one half of itself; elsewhere in float32 (float64 parameters: float64). torch iterates in bfloat16
-    everywhere, so the two agree to its precision.
+    Matrices of one shape, or its transpose, are iterated together. That is done in bfloat16 on GPUs, where a symmetric
+    product computes one half of itself, and on CPUs with units for it; elsewhere in float32 (float64 parameters:
+    float64). torch iterates in bfloat16 everywhere, so the two agree to its precision.
 
     A parameter group with ``"use_muon": False`` is updated by AdamW, in the group's ``lr``, ``betas``, ``eps`` and
     ``weight_decay``, by default torch.optim.AdamW's. :func:`muon_param_groups` sorts a model's parameters so.

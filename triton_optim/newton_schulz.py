@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def newton_schulz(
         scales: a factor of the result, a matrix.
 
     Returns:
-        A matrix for each, of its shape: bfloat16 on a GPU, else float32, or float64 for a float64 matrix.
+        A matrix for each, of its shape, in the dtype of the iteration: see :func:`iterated_in`.
 
     Example:
         >>> import torch
@@ -65,10 +66,21 @@ def newton_schulz(
 
 
 def iterated_in(matrix: Tensor) -> torch.dtype:
-    """GPUs multiply bfloat16 many times faster, and the iteration bears it; CPUs without such units, much slower."""
+    """bfloat16, which the iteration bears, where the device multiplies it many times faster; without units for it, a
+    CPU is several times slower.
+    """
     if matrix.device.type in GPUS:
         return torch.bfloat16
-    return torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if matrix.device.type == "cpu" and cpu_multiplies_bfloat16() else torch.float32
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has tiles for it (AMX)."""
+    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return found is not None and bool(found())
 
 
 def iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

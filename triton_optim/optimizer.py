@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -17,8 +16,9 @@ from torch.optim import Optimizer
 
 from . import opaque
 from .bucket import counted_dtype, plain_group
+from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
 from .dispatch import BACKENDS, choose, this_machine
-from .layout import is_sharded, local, local_gradient
+from .layout import is_sharded, local_gradient
 from .plan import Plan, request_for
 
 OPTIONS: dict[str, Any] = {
@@ -329,7 +329,7 @@ class RuleOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own."""
-        handle = self.register_state_dict_post_hook(_own_memory, prepend=True)
+        handle = self.register_state_dict_post_hook(own_memory, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -349,11 +349,11 @@ class RuleOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            self._check_state_dict(state_dict)
+            check_state_dict(self, state_dict)
             loaded.update(state_dict)
 
         def restore(_: Optimizer) -> None:
-            self._restore_dtypes(loaded)
+            restore_dtypes(self, loaded)
 
         handles = [
             self.register_load_state_dict_pre_hook(keep),
@@ -365,65 +365,8 @@ class RuleOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        counted = {"step", *chain.from_iterable(map(self.counted_names, self.param_groups))}
-        own = {*self.prologue_names, *(name for variant in self.variants for name in variant.state_names)}
-        known = counted | own
-        for number, group in enumerate(state_dict["param_groups"]):
-            # An option may be newer than the checkpoint; a hyperparameter can't be.
-            needed = [name for name, value in self.defaults.items() if not isinstance(value, (bool, type(None)))]
-            if missing := [name for name in needed if name not in group]:
-                raise KeyError(
-                    f"group {number} of the state dict holds {sorted(group)} and lacks {missing}: it is not one of "
-                    f"{type(self).__name__}'s. Load it into the optimizer that saved it."
-                )
-        params = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(indices, params, strict=False):
-            state = state_dict["state"].get(i, {})
-            if state and not known & state.keys():
-                raise ValueError(
-                    f"the state of parameter {i} holds {sorted(state)}, {type(self).__name__} keeps {sorted(known)}: "
-                    "this state dict is of another optimizer. Load it into that one."
-                )
-            for name, value in state.items():
-                if name not in own or not isinstance(value, Tensor):
-                    continue
-                shape = p.shape
-                if name in self.prologue_names:
-                    like = self.prologue_state(torch.empty_like(local(p), device="meta"), self._group_of(p))
-                    shape = like[name].shape if name in like else shape
-                if value.shape != shape:
-                    raise RuntimeError(
-                        f"{name} of parameter {i} has shape {tuple(value.shape)}; for the parameter's shape "
-                        f"{tuple(p.shape)} it is {tuple(shape)}: this state dict is of another model. Load one saved "
-                        "with the same parameters in the same order."
-                    )
-
-    def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
-        indices = [i for group in loaded["param_groups"] for i in group["params"]]
-        counted = {"step", *chain.from_iterable(map(self.counted_names, self.param_groups))}
-        for i, p in zip(indices, self._flat, strict=True):
-            for name, value in loaded["state"].get(i, {}).items():
-                if name in counted:
-                    self._own_number(p, name)
-                elif isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
-                    self.state[p][name] = value.to(p.device, copy=True)
-
-    def _group_of(self, p: Tensor) -> dict[str, Any]:
-        return next(group for group in self.param_groups if any(q is p for q in group["params"]))
-
-    def _own_number(self, p: Tensor, name: str) -> None:
-        group, value = self._group_of(p), self.state[p][name]
-        if name == "step" and not self.step_is_tensor:
-            self.state[p][name] = int(value)
-            return
-        device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-        self.state[p][name] = value.to(device, counted_dtype(name), copy=True).reshape(())
-
     def __getstate__(self) -> dict[str, Any]:
-        state = defaultdict(dict, {p: _with_own_memory(values) for p, values in self.state.items()})
+        state = defaultdict(dict, {p: with_own_memory(values) for p, values in self.state.items()})
         return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -432,28 +375,7 @@ class RuleOptimizer(Optimizer):
         self.__dict__.setdefault("backend", "auto")
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
-        written = inspect.signature(type(self).__init__).parameters
-        for group in self.param_groups:
-            # A checkpoint from before an option existed lacks its key, and was made with what is its default now.
-            for name, value in self.defaults.items():
-                default = written[name].default if name in written else OPTIONS.get(name, value)
-                group.setdefault(name, value if default is inspect.Parameter.empty else default)
-            for p in group["params"]:
-                for name in self.counted_names(group):
-                    if name in self.state.get(p, ()) and not isinstance(self.state[p][name], Tensor):
-                        self._own_number(p, name)
-
-
-def _with_own_memory(values: Any) -> Any:
-    """A parameter's state with numbers that share memory with no other's, as counted ones do."""
-    if not isinstance(values, dict):
-        return values
-    return {name: v.clone() if isinstance(v, Tensor) and not v.dim() else v for name, v in values.items()}
-
-
-def _own_memory(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    # Loaded into torch.optim, steps that share memory would each be counted once for every one of them.
-    return {**state_dict, "state": {i: _with_own_memory(values) for i, values in state_dict["state"].items()}}
+        fill_in(self, OPTIONS)
 
 
 def filled_like(p: Tensor, value: float) -> Tensor:

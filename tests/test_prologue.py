@@ -1,0 +1,184 @@
+"""Optimizers whose update of an element needs more than its own gradient: a prologue, and then a rule."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import HAS_TRITON
+from torch import Tensor
+from torch.nn import Parameter
+from triton_optim.kernels.language import jit
+
+import triton_optim
+
+
+class DescentScalars(NamedTuple):
+    lr: float
+    momentum: float
+
+
+@jit
+def descent(p, g, momentum_buffer, h):
+    momentum_buffer = h.momentum * momentum_buffer + g
+    return p - h.lr * momentum_buffer, momentum_buffer
+
+
+class NormalizedSGD(triton_optim.RuleOptimizer):
+    """Gradients of norm 1, and momentum; it counts how often each parameter was seen."""
+
+    rule = descent
+    state_names = ("momentum_buffer",)
+    prologue_names = ("seen",)
+
+    def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.9, **options: Any) -> None:
+        self.calls: list[int] = []
+        super().__init__(params, {"lr": lr, "momentum": momentum}, **options)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> DescentScalars:
+        return DescentScalars(group["lr"], group["momentum"])
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"seen": torch.zeros(2, device=p.device)}
+
+    def prologue(
+        self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        self.calls.append(len(params))
+        for state in states:
+            state["seen"] += 1
+        return [g / g.double().norm().clamp(min=1e-30) for g in gradients]
+
+
+SHAPES = [(5, 3), (7,), (), (2, 3, 4), (0, 2)]
+
+
+def expected(start: list[Tensor], gradients: list[list[Tensor | None]], sign: float = 1.0) -> list[Tensor]:
+    params = [x.double() for x in start]
+    buffers = [torch.zeros_like(p) for p in params]
+    for own in gradients:
+        for i, g in enumerate(own):
+            if g is not None:
+                buffers[i] = 0.9 * buffers[i] + sign * g.double() / g.double().norm().clamp(min=1e-30)
+                params[i] = params[i] - 0.1 * buffers[i]
+    return params
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rule_gets_what_the_prologue_made(
+    dtype: torch.dtype, maximize: bool, backend: str, device: torch.device
+) -> None:
+    start = [torch.randn(shape, dtype=dtype, device=device) for shape in SHAPES]
+    gradients: list[list[Tensor | None]] = [[torch.randn_like(x) for x in start] for _ in range(4)]
+    gradients[1][0] = gradients[2][3] = None
+    params = [Parameter(x.clone()) for x in start]
+    optimizer = NormalizedSGD(params, maximize=maximize, backend=backend)
+    for own in gradients:
+        for p, g in zip(params, own, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+    for p, end in zip(params, expected(start, gradients, -1.0 if maximize else 1.0), strict=True):
+        torch.testing.assert_close(p.detach().double(), end, rtol=1e-5, atol=1e-6)
+    assert [int(optimizer.state[p]["seen"][0]) for p in params] == [3, 4, 4, 3, 4]
+
+
+def test_gradients_are_not_rewritten(backend: str, device: torch.device) -> None:
+    p = Parameter(torch.ones(4, 3, device=device))
+    p.grad = torch.full((4, 3), 2.0, device=device)
+    NormalizedSGD([p], maximize=True, backend=backend).step()
+    assert torch.equal(p.grad, torch.full((4, 3), 2.0, device=device))
+
+
+def test_one_call_for_what_was_counted_alike(backend: str, device: torch.device) -> None:
+    """Whatever the buckets: dtypes, alignment, and tensors without elements make several."""
+    base = torch.randn(20, device=device)
+    params = [
+        Parameter(base[1:9].view(2, 4)),  # misaligned
+        Parameter(torch.randn(3, device=device, dtype=torch.float64)),
+        Parameter(torch.randn(4, 4, device=device)),
+        Parameter(torch.randn(0, device=device)),
+    ]
+    optimizer = NormalizedSGD([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}], backend=backend)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert optimizer.calls == [3, 1] * 2
+
+
+def test_updates_laid_out_or_aligned_otherwise(backend: str, device: torch.device) -> None:
+    """The prologue may return any views; the rule's kernels get them as they need them."""
+
+    class Strange(NormalizedSGD):
+        def prologue(self, group, h, params, gradients, states):  # type: ignore[no-untyped-def]
+            made = super().prologue(group, h, params, gradients, states)
+            views = []
+            for x in made:
+                if x.dim() == 2:
+                    views.append(x.t().contiguous().t())
+                else:
+                    views.append(torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape))
+            return views
+
+    start = [torch.randn(shape, device=device) for shape in [(5, 3), (8,), (4, 4)]]
+    gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
+    params = [Parameter(x.clone()) for x in start]
+    optimizer = Strange(params, backend=backend)
+    for own in gradients:
+        for p, g in zip(params, own, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    for p, end in zip(params, expected(start, gradients), strict=True):
+        torch.testing.assert_close(p.detach().double(), end, rtol=1e-5, atol=1e-6)
+
+
+def test_states_of_a_prologue_are_saved_and_loaded() -> None:
+    p = Parameter(torch.ones(3))
+    optimizer = NormalizedSGD([p], backend="eager")
+    p.grad = torch.ones(3)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["state"][0].keys() == {"momentum_buffer", "seen", "step"}
+    resumed = NormalizedSGD([p], backend="eager")
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state[p]["seen"], torch.ones(2))
+    saved["state"][0]["seen"] = torch.ones(5)
+    with pytest.raises(RuntimeError, match=r"seen of parameter 0 has shape \(5,\)"):
+        resumed.load_state_dict(saved)
+
+
+def test_explained_with_its_operations() -> None:
+    optimizer = NormalizedSGD([Parameter(torch.ones(10, 2))], backend="eager")
+    (report,) = triton_optim.explain(optimizer)
+    plain = triton_optim.SGD([Parameter(torch.ones(10, 2))], momentum=0.9, backend="eager")
+    assert report.launches > triton_optim.explain(plain)[0].launches
+    assert report.bytes_per_parameter > 20
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_one_launch_after_the_prologue(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from triton_optim import triton_backend
+
+    launches = []
+    launch = triton_backend.launch
+    monkeypatch.setattr(triton_backend, "launch", lambda *given: (launches.append(1), launch(*given)))
+    params = [Parameter(torch.randn(4, 4, device=device)) for _ in range(6)]
+    optimizer = NormalizedSGD(params, backend="triton")
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_gradients_through_the_step(name: str) -> None:
+    def stepped(p: Tensor, g: Tensor) -> Tensor:
+        p = p.clone()
+        rate = torch.tensor(0.02, dtype=torch.float64)
+        optimizer = getattr(triton_optim, name)([p], lr=rate, differentiable=True)
+        p.grad = g.clone()
+        optimizer.step()
+        return p
+
+    p, g = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(stepped, (p, g))
