@@ -41,8 +41,13 @@ def execute(text: str, name: str, folder: Path) -> types.ModuleType:
 
 
 def test_the_ten_lines(tmp_path: Path) -> None:
-    module = execute(block("import triton_optim as optim"), "readme_example", tmp_path)
+    module = execute(block("optim.AdamW("), "readme_example", tmp_path)
     assert module.loss.item() < 1.0
+
+
+def test_muons_groups(tmp_path: Path) -> None:
+    module = execute(block("optim.Muon("), "readme_muon", tmp_path)
+    assert [len(group["params"]) for group in module.optimizer.param_groups] == [1, 4]
 
 
 def test_the_users_own_optimizer(backend: str, device: torch.device, tmp_path: Path) -> None:
