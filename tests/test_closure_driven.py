@@ -467,3 +467,23 @@ def test_trials_that_are_not_finite_use_up_no_budget() -> None:
     found, evaluations = strong_wolfe(evaluate, Trial(0.0, *evaluate(0.0)), 1.0, max_trials=2)
     assert 0 < found.t < 1e-8
     assert evaluations <= 11
+
+
+@BOTH
+def test_gradient_of_zero_that_is_not_small_enough(cls):
+    p = Parameter(torch.ones(2))
+    optimizer = cls([p], tolerance_grad=-math.inf)
+    assert optimizer.step(lambda: torch.tensor(10.0)) == 10
+    assert torch.equal(p, torch.ones(2))
+
+
+def test_state_dict_hook_may_add_what_is_no_state():
+    optimizer = to.LBFGS([Parameter(torch.ones(2))])
+    optimizer.register_state_dict_pre_hook(lambda optimizer: optimizer.state.update(note=1))
+    assert optimizer.state_dict()["state"] == {"note": 1}
+
+
+def test_group_with_a_parameter_of_another_group_is_refused_as_such():
+    p = Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        to.LBFGS([{"params": [p]}, {"params": [p]}])

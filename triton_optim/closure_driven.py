@@ -32,12 +32,13 @@ class ClosureOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.param_groups:
+        super().add_param_group(param_group)  # first, for what torch has against the parameters
+        if len(self.param_groups) > 1:
+            self.param_groups.pop()
             raise ValueError(
                 f"{type(self).__name__} doesn't support per-parameter options (parameter groups): it has one step "
                 "length for all parameters. Give them as one group."
             )
-        super().add_param_group(param_group)
 
     def gather_parameters(self) -> Tensor:
         return torch.cat([_real(p).reshape(-1) for p in self.param_groups[0]["params"]])

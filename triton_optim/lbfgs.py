@@ -96,7 +96,7 @@ class LBFGS(ClosureOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch.optim.LBFGS's state dict, as a copy: torch's and our next steps reuse the tensors."""
         packed = super().state_dict()
-        packed["state"] = {index: {k: _copy(v) for k, v in state.items()} for index, state in packed["state"].items()}
+        packed["state"] = _copy(packed["state"])
         return packed
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class LBFGS(ClosureOptimizer):
         for iteration in range(1, group["max_iter"] + 1):
             state["n_iter"] += 1
             d = self._direction(state, g)
-            t = min(1.0, 1.0 / float(g.abs().sum())) * lr if state["n_iter"] == 1 else lr
+            t = 1.0 / max(1.0, float(g.abs().sum())) * lr if state["n_iter"] == 1 else lr
             slope = float(g.dot(d))
             # Until the step is taken, it is one of length 0: a closure that raises leaves a state to go on from.
             state |= {"d": d, "t": 0.0, "prev_flat_grad": g, "prev_loss": loss}
@@ -188,6 +188,8 @@ class LBFGS(ClosureOptimizer):
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_copy(v) for v in value]
     return value.clone() if isinstance(value, Tensor) else value

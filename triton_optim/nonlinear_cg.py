@@ -130,7 +130,7 @@ class NonlinearCG(ClosureOptimizer):
             d, slope = self._direction(state, g)
             t = 2 * (loss - state["prev_loss"]) / slope if "prev_loss" in state and slope else 0.0
             if not 0 < t < math.inf:
-                t = min(1.0, 1.0 / float(g.abs().sum())) * float(group["lr"])
+                t = 1.0 / max(1.0, float(g.abs().sum())) * float(group["lr"])
             # Until the step is taken, it is one of length 0: a closure that raises leaves a state to go on from.
             state |= {"d": d, "t": 0.0, "prev_flat_grad": g, "prev_loss": loss}
             if not -math.inf < slope < 0 or slope > -change:
