@@ -540,3 +540,13 @@ def test_failed_load_leaves_an_optimizer_that_trains_on(name, device):
         opt.load_state_dict(shortened(copy.deepcopy(opt.state_dict())))
     train(range(2, 4), (params, opt), (theirs, other))
     assert_same(opt, other, rtol=0, atol=0)
+
+
+@each_optimizer
+def test_fused_step_of_parameters_without_memory(name):
+    linear = torch.nn.Linear(2, 3, device="meta")
+    optimizer = getattr(to, name)(linear.parameters(), fused=True)
+    for p in linear.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+        optimizer.step()

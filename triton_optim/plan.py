@@ -107,6 +107,12 @@ def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, 
                 f"{name}: the gradient of parameter {index} has {what} {ours}, the parameter {theirs}. "
                 "Clear the gradients after moving or reshaping parameters (zero_grad())."
             )
+    if local_p.is_meta and group.get("fused"):
+        # Elsewhere another backend steps in; but a step of tensors without memory is a forgotten to_empty().
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported devices; parameter "
+            f"{index} is {p.dtype} on meta. Give the model memory first (to_empty())."
+        )
     if local_g.is_complex() != local_p.is_complex():
         raise RuntimeError(
             f"{name}: the gradient of parameter {index} is {local_g.dtype}, the parameter {local_p.dtype}. "
