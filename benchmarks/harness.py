@@ -115,6 +115,13 @@ class Measurement:
         ratios = [statistics.median(one[side]) / statistics.median(one[peer]) for one in self.rounds]
         return min(ratios), max(ratios)
 
+    def compared(self, side: str, peers: Sequence[str]) -> tuple[dict[str, Any], str]:
+        """`side` beside the fastest of `peers`: figures and words."""
+        peer = min(peers, key=self.median)
+        ratio, (low, high) = self.ratio(side, peer), self.ratio_range(side, peer)
+        figures = {"peer": peer, "ratio": ratio, "lowest ratio": low, "highest ratio": high}
+        return figures, f"{ratio:.3f} x {peer} ({low:.3f} to {high:.3f} by round)"
+
     def take(self, times: dict[str, list[float]], foreign: float | None, limit: Patience) -> None:
         """Keep a round unless it was disturbed and there is time to repeat it."""
         if not is_quiet(foreign):
@@ -142,6 +149,7 @@ def measure(
     rounds: int = 10,
     turn: int = 1,
     inner: int = 1,
+    warm_up: int = 2,
 ) -> Measurement:
     """Time the sides in turns.
 
@@ -153,6 +161,7 @@ def measure(
         turn: runs of a side before the next one's turn. With 1 each finds the caches full of what the others left, as
             after a backward pass; with more its own data stays there.
         inner: calls a run. On a GPU several in a row let the host run ahead, so that the device alone is timed.
+        warm_up: passes before the first round.
     """
     clock = _event_seconds if torch.device(device).type != "cpu" else _wall_seconds
     shuffle = random.Random(0).shuffle
@@ -169,7 +178,7 @@ def measure(
     def no_times() -> dict[str, list[float]]:
         return {side.name: [] for side in sides}
 
-    for _ in range(2):  # to warm up
+    for _ in range(warm_up):
         one_pass(no_times())
 
     result, limit = Measurement(), Patience(patience)
@@ -219,14 +228,27 @@ def _event_seconds(run: Callable[[], Any], inner: int, device: torch.device | st
     return start.elapsed_time(end) / 1e3 / inner
 
 
-def assert_agree(optimizers: Mapping[str, torch.optim.Optimizer], steps: int) -> None:
-    """Step them all, from equal parameters and gradients, and compare with the last: no ratio of different results."""
+def assert_agree(
+    optimizers: Mapping[str, torch.optim.Optimizer], steps: int, share_of_update: float | None = None
+) -> None:
+    """Step them all, from equal parameters and gradients, and compare with the last: no ratio of different results.
+
+    With `share_of_update`, a tensor's difference (its norm) may be that share of its whole change: for sides that
+    compute in different precisions.
+    """
+    all_params = [[p for group in o.param_groups for p in group["params"]] for o in optimizers.values()]
+    start = [p.detach().clone() for p in all_params[-1]]
     for optimizer in optimizers.values():
         for _ in range(steps):
             optimizer.step()
-    *others, expected = [[p for group in o.param_groups for p in group["params"]] for o in optimizers.values()]
+    *others, expected = all_params
     for params in others:
-        torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-6)
+        if share_of_update is None:
+            torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-6)
+            continue
+        for p, q, before in zip(params, expected, start, strict=True):
+            share = ((p - q).norm() / (q - before).norm()).item()
+            assert share <= share_of_update, f"the sides' {tuple(p.shape)} differ by {share:.1%} of the update"
 
 
 @dataclass

@@ -22,9 +22,16 @@ def resnet50() -> Shapes:
     return [*shapes, (1000, 2048), (1000,)]
 
 
+def gpt2_small() -> Shapes:
+    """The 2-D hidden matrices of Radford et al. 2019's smallest, as nn.Linear holds them: 48 tensors, 84.9M."""
+    width = 768
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * 12
+
+
 MODELS: dict[str, Shapes] = {
     "64M in 16": [(1 << 22,)] * 16,
     "ResNet-50": resnet50(),
+    "GPT-2 small": gpt2_small(),
     "1000 x 1k": [(1000,)] * 1000,
     "1000 x 1024": [(1024,)] * 1000,
     "1e9": [(10_000_000,)] * 100,
