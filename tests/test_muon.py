@@ -1,9 +1,11 @@
 """Muon: the iteration over many matrices, AdamW's groups, and which parameters go where."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from conftest import HAS_TRITON
 from references import REFERENCES
 from references_matrix import newton_schulz as reference
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.nn import Parameter
 import triton_optim
 from triton_optim import newton_schulz as module
 from triton_optim.newton_schulz import newton_schulz
+from triton_optim.symmetric_product import symmetric_product
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(6, 4), (4, 6), (5, 5), (4, 6), (1, 7), (9, 1), (6, 4)]
@@ -53,6 +56,21 @@ def test_a_shape_and_its_transpose_are_one_batch(monkeypatch: pytest.MonkeyPatch
     batches.clear()
     newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
     assert batches.count((2, 4, 6)) == 2
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_iteration_by_the_kernel_of_symmetric_products(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """As on a GPU; here the interpreter runs the kernel, on float32."""
+    kernels = functools.partial(symmetric_product, backend="triton")
+    monkeypatch.setattr(module, "symmetric_product", kernels)
+    monkeypatch.setattr(module, "GPUS", (device.type,))
+    monkeypatch.setattr(module, "iterated_in", lambda matrix: torch.float32)
+    own = [m.to(device) for m in matrices(torch.float32)]
+    with torch.no_grad():
+        ends = newton_schulz(own, COEFFICIENTS, 5, 1e-7, [1.0] * len(own))
+    for x, m in zip(ends, own, strict=True):
+        expected = torch.from_numpy(reference(m.double().cpu().numpy(), COEFFICIENTS, 5, 1e-7))
+        torch.testing.assert_close(x.double().cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])

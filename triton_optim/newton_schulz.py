@@ -87,8 +87,14 @@ def iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps
     """The iteration on a batch ``(B, M, N)`` of matrices with M <= N."""
     a, b, c = coefficients
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    # Autograd records torch's products only.
+    halved = x.device.type in GPUS and not torch.is_grad_enabled()
     for _ in range(steps):
-        gram = symmetric_product(x)
-        polynomial = symmetric_product(gram, alpha=c, beta=b, c=gram)
+        if halved:
+            gram = symmetric_product(x)
+            polynomial = symmetric_product(gram, alpha=c, beta=b, c=gram)
+        else:
+            gram = torch.bmm(x, x.mT)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
