@@ -137,3 +137,23 @@ def test_import_is_light() -> None:
     heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "numpy", "rich", "sklearn", "matplotlib")
     assert not [name for name in added if name.startswith(heavy)]
     assert triton_optim.__name__ in added
+
+
+def test_gradient_of_what_nadam_carries() -> None:
+    """As torch: the product of the momenta is a state like the moments, of each parameter on its own."""
+    gradients = torch.randn(3, 2, 4, dtype=torch.float64)
+
+    def end(*products: torch.Tensor) -> torch.Tensor:
+        params = [torch.zeros(4, dtype=torch.float64) for _ in products]
+        optimizer = triton_optim.NAdam(params, lr=0.1, differentiable=True)
+        for p, product in zip(params, products, strict=True):
+            moments = {name: torch.ones_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] |= {"step": torch.tensor(3.0), "mu_product": product.clone(), **moments}
+        for g in gradients:
+            for p, own in zip(params, g, strict=True):
+                p.grad = own.clone()
+            optimizer.step()
+        return torch.stack(params)
+
+    products = [torch.tensor(0.5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(end, products)

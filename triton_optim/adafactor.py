@@ -144,8 +144,9 @@ def normalized(p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, 
         variance = averaged(state["variance"], g * g, h.one_minus_beta2)
         divisor = variance.clamp(min=eps1 * eps1).rsqrt_()
     else:
-        row = averaged(state["row_var"], mean_square(g, -1), h.one_minus_beta2)
-        column = averaged(state["col_var"], mean_square(g, -2), h.one_minus_beta2)
+        square = g * g
+        row = averaged(state["row_var"], mean(square, -1), h.one_minus_beta2)
+        column = averaged(state["col_var"], mean(square, -2), h.one_minus_beta2)
         # The square roots of the factors, not of their product: as many as there are rows and columns.
         by_row = (row / mean(row, -2).clamp(min=eps1)).rsqrt()
         divisor = by_row * column.rsqrt()
@@ -170,12 +171,6 @@ def averaged(state: Tensor, new: Tensor, weight: Any) -> Tensor:
 
 def mean(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)  # of nothing it is 0
-
-
-def mean_square(x: Tensor, dim: int) -> Tensor:
-    # A norm reads its argument once and makes no square of its size.
-    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return norm * norm / max(x.shape[dim], 1)
 
 
 def rms(x: Tensor) -> Tensor:

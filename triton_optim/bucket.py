@@ -66,7 +66,12 @@ class Member:
             count = int(not counted and any(value is not None for value in self.state.values()))
         started = optimizer.start_carried(plain_group(own_group))
         # The number of steps so far, and what else is carried: members that have these in common share scalars.
-        self.numbers = {"step": count} | {name: float(self.state.get(name, v)) for name, v in started.items()}
+        self.numbers: dict[str, Any] = {"step": count}
+        for name, value in started.items():
+            held = self.state.get(name, value)
+            # What autograd is to follow stays the tensor it is.
+            follows = own_group.get("differentiable") and requires_grad(held)
+            self.numbers[name] = held if follows else float(held)
 
     def start(self, optimizer: RuleOptimizer, key: Key) -> None:
         """Make the states that are not there yet, and ``step`` and its like tensors where they belong."""
@@ -77,6 +82,8 @@ class Member:
         self.state = optimizer.state[self.p]
         device = self.p.device if key.capturable or optimizer.counts_on_device else _CPU
         for name in counted:
+            if requires_grad(self.numbers.get(name)):
+                continue
             if name == "step" and not optimizer.step_is_tensor:
                 self.state[name] = self.numbers[name]
                 continue
@@ -104,7 +111,7 @@ class Cohort:
         self._counts = "step" in counted
         self.shared: dict[str, Tensor] = {}
         for name in counted:
-            if isinstance(members[0].state.get(name), Tensor):
+            if isinstance(members[0].state.get(name), Tensor) and not requires_grad(numbers.get(name)):
                 self.shared[name] = members[0].state[name].detach().clone()
                 for m in members:
                     m.state[name] = self.shared[name].detach()
@@ -129,9 +136,15 @@ class Cohort:
         if self._counts and "step" not in self.shared:
             for m in self.members:
                 m.state["step"] = count
+        for name, value in carried.items():
+            if name not in self.shared or requires_grad(value):  # replaced, as a graph holds the last one
+                for m in self.members:
+                    m.state[name] = value
         for name, value in self.shared.items():
             if name == "step":
                 value.add_(1)
+            elif requires_grad(carried[name]):
+                continue
             elif isinstance(carried[name], Tensor):
                 value.copy_(carried[name])
             else:
@@ -358,6 +371,10 @@ class Bucket(ABC):
     def accept(self, gradients: list[Tensor | None]) -> bool:
         """Make ready for what the rule will take as gradients; a backend may still refuse them."""
         return True
+
+
+def requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def counted_dtype(name: str) -> torch.dtype:
