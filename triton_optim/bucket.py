@@ -87,7 +87,7 @@ class Member:
             if name == "step" and not optimizer.step_is_tensor:
                 self.state[name] = self.numbers[name]
                 continue
-            value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype(name))
+            value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype())
             self.state[name] = value.to(device).reshape(())
         for name in key.variant.state_names:
             if self.state.get(name) is None:
@@ -152,6 +152,9 @@ class Cohort:
 
     def rewind(self, started: dict[str, Any]) -> None:
         self._numbers = {"step": 0} | started
+        if self._counts and "step" not in self.shared:
+            for m in self.members:
+                m.state["step"] = 0
         for name, value in self.shared.items():
             value.fill_(self._numbers[name])
 
@@ -377,9 +380,9 @@ def requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def counted_dtype(name: str) -> torch.dtype:
-    """The dtype of ``step``, float32, and of what else is carried, which is torch's."""
-    return torch.float64 if name != "step" and torch.get_default_dtype() == torch.float64 else torch.float32
+def counted_dtype() -> torch.dtype:
+    """The dtype of ``step`` and what else is carried, as in torch: float32, but float64 where that is the default."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:

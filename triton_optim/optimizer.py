@@ -184,7 +184,7 @@ class RuleOptimizer(Optimizer):
         for p in group["params"]:
             started = counted | self.start_carried(plain_group(group))
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
-            numbers = {n: torch.tensor(float(v), dtype=counted_dtype(n), device=device) for n, v in started.items()}
+            numbers = {n: torch.tensor(float(v), dtype=counted_dtype(), device=device) for n, v in started.items()}
             self.state[p] |= numbers | {n: self.initial_state(n, p, group) for n in self.variant(group).state_names}
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
