@@ -88,6 +88,8 @@ def fill_in(optimizer: RuleOptimizer, options: dict[str, Any]) -> None:
     for group in optimizer.param_groups:
         # A checkpoint from before an option existed lacks its key, and was made with what is its default now.
         for name, value in optimizer.defaults.items():
+            if name in options and name not in optimizer.option_names:
+                continue  # a group has it only where it was asked for
             default = written[name].default if name in written else options.get(name, value)
             group.setdefault(name, value if default is inspect.Parameter.empty else default)
         for p in group["params"]:

@@ -105,7 +105,7 @@ class Muon(RuleOptimizer):
             raise ValueError(f"Invalid ns_coefficients: {ns_coefficients}. Give three numbers, (a, b, c).")
         if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
             raise ValueError(
-                f'Adjust learning rate function {adjust_lr_fn!r} is not supported. Use "original", "match_rms_adamw" '
+                f'Adjust learning rate function {adjust_lr_fn} is not supported. Use "original", "match_rms_adamw" '
                 "or None."
             )
         defaults = {
