@@ -33,7 +33,9 @@ def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> No
     indices = [i for group in state_dict["param_groups"] for i in group["params"]]
     for i, p in zip(indices, params, strict=False):
         state = state_dict["state"].get(i, {})
-        if state and not known & state.keys():
+        # Names that optimizers share, such as step, prove nothing where others are in place of ours.
+        complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
+        if state and (not known & state.keys() or (state.keys() - known and not complete)):
             raise ValueError(
                 f"the state of parameter {i} holds {sorted(state)}, {type(optimizer).__name__} keeps {sorted(known)}: "
                 "this state dict is of another optimizer. Load it into that one."
@@ -61,6 +63,7 @@ def restore_dtypes(optimizer: RuleOptimizer, loaded: dict[str, Any]) -> None:
     for i, p in zip(indices, optimizer._flat, strict=True):
         for name, value in loaded["state"].get(i, {}).items():
             if name in counted:
+                optimizer.state[p][name] = value  # torch has cast what is carried besides step
                 own_number(optimizer, p, name)
             elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:
                 optimizer.state[p][name] = value.to(p.device, copy=True)
