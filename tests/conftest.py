@@ -23,17 +23,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def backends() -> list:
-    """Every backend, as pytest parameters; what cannot run here says why."""
-    triton = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"))
-    return ["eager", "compiled", triton]
+TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+# Every backend, as pytest parameters; what cannot run here says why.
+BACKENDS = [pytest.param("eager"), pytest.param("compiled"), pytest.param("triton", marks=TRITON)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends())
+    """An argument `backend` is each of them, unless the test says which."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    chosen = any("backend" in (mark.args[0] if mark.args else mark.kwargs["argnames"]) for mark in marks)
+    if "backend" in metafunc.fixturenames and not chosen:
+        metafunc.parametrize("backend", BACKENDS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,15 +1,25 @@
-"""One row an optimizer: what every property test needs to know of it."""
+"""One row an optimizer: what every property test needs to know of it. Adding an optimizer is adding its row."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from conftest import BACKENDS
+from published import Lion
 from references import REFERENCES
+from torch import Tensor
+from torch.nn import Parameter
 
 import triton_optim
+
+# The states that are numbers, in torch's names; all others are tensors that belong to elements.
+NUMBERS = {"step", "mu_product", "eta", "mu"}
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,25 @@ class Case:
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"default": {}})
     # Options with which no step moves anything.
     still: dict[str, Any] = field(default_factory=lambda: {"lr": 0.0, "weight_decay": 0.0})
+    # Options of all property tests: one set, so that the compiled backend compiles each rule once for them.
+    settings: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-2, "weight_decay": 0.1})
+    # Takes parameters of two dimensions only, and no complex ones.
+    matrices: bool = False
+    # What becomes of an element depends on no other, nor on where in memory it lies.
+    elementwise: bool = True
+    # Takes sparse gradients only.
+    sparse: bool = False
+    # Small parameters that it takes. Without, all kinds that it may take, an empty one among them.
+    shapes: tuple[tuple[int, ...], ...] = ()
+    # float32 against torch's float32 after a few steps on values of order 1: each side rounds, in its own order.
+    close: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-5, "atol": 1e-6})
+    # A representative: tests that are not about backends run it on each, and the other rows eagerly.
+    on_every_backend: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = {"matrices": ((4, 3), (5, 2), (0, 3), (2, 6)), "sparse": ((4, 3), (5,), (0, 2), (6, 1))}
+        kind = "matrices" if self.matrices else "sparse" if self.sparse else ""
+        object.__setattr__(self, "shapes", self.shapes or kinds.get(kind, ((4, 3), (5,), (0,), ())))
 
     @property
     def name(self) -> str:
@@ -30,8 +59,58 @@ class Case:
         return getattr(torch.optim, self.name, None)
 
     @property
+    def peer(self) -> type[torch.optim.Optimizer]:
+        """What stands beside ours: torch's, or the published one in torch's words."""
+        return self.torchs or {"Lion": Lion}[self.name]
+
+    @property
     def reference(self) -> Callable[..., Any]:
         return REFERENCES[self.name]
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether its state holds ``step`` as a tensor. (SparseAdam's is an int.)"""
+        return self.ours.counts_steps and not self.sparse
+
+    def peer_takes(self, option: str) -> bool:
+        return option in inspect.signature(self.peer).parameters
+
+    def defaults(self) -> dict[str, Any]:
+        """The hyperparameters and options of a group."""
+        return self.ours(self.parameters(), backend="eager").defaults
+
+    def parameters(
+        self,
+        device: Any = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shapes: tuple[tuple[int, ...], ...] | None = None,
+        seed: int = 0,
+    ) -> list[Parameter]:
+        """Normally distributed, the same for the same seed in every dtype. `shapes`: where they are the point."""
+        random = torch.Generator().manual_seed(seed)
+        parts = torch.complex128 if dtype.is_complex else torch.float64
+        return [
+            Parameter(torch.randn(shape, generator=random, dtype=parts).to(device, dtype))
+            for shape in (self.shapes if shapes is None else shapes)
+        ]
+
+    def gradient(self, p: Tensor, random: torch.Generator) -> Tensor:
+        """Normally distributed, in the dtype and layout of the parameter; or sparse, with rows given twice or never."""
+        if not self.sparse:
+            parts = torch.complex128 if p.is_complex() else torch.float64
+            return torch.randn(p.shape, generator=random, dtype=parts).to(p)
+        rows = torch.randint(max(len(p), 1), (1, len(p)), generator=random)
+        values = torch.randn(p.shape, generator=random, dtype=torch.float64)
+        return torch.sparse_coo_tensor(rows, values, p.shape, check_invariants=True).to(p.device, p.dtype)
+
+
+def array(g: Tensor | None) -> Any:
+    """A gradient as the references take it: a sparse one masked where it holds nothing."""
+    if g is None or not g.is_sparse:
+        return None if g is None else g.detach().cpu().double().numpy()
+    held = torch.sparse_coo_tensor(g._indices(), torch.ones_like(g._values()), g.shape, check_invariants=True)
+    plain = g.detach().cpu().double().to_dense().numpy()
+    return np.ma.MaskedArray(plain, mask=(held.cpu().to_dense() == 0).numpy())
 
 
 CASES = [
@@ -42,6 +121,7 @@ CASES = [
             "amsgrad": {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1},
             "maximize": {"maximize": True, "betas": (0.8, 0.95), "eps": 1e-6},
         },
+        on_every_backend=True,  # as one that counts its steps
     ),
     Case(
         triton_optim.Adam,
@@ -60,6 +140,8 @@ CASES = [
             "momentum": {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1},
             "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
         },
+        settings={"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9},
+        on_every_backend=True,  # as one that does not
     ),
     Case(
         triton_optim.Lion,
@@ -88,6 +170,7 @@ CASES = [
             "decay": {"lr": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True},
             "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
         },
+        on_every_backend=True,  # as one that carries a number besides
     ),
     Case(
         triton_optim.RAdam,
@@ -105,11 +188,13 @@ CASES = [
             "centered": {"centered": True, "alpha": 0.9},
             "centered momentum": {"centered": True, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1},
         },
+        settings={"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9},
     ),
     Case(
         triton_optim.Rprop,
         {"default": {}, "narrow": {"etas": (0.4, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}},
         still={"lr": 0.0, "step_sizes": (0.0, 50.0)},
+        settings={"lr": 1e-2},
     ),
 ]
 
@@ -119,3 +204,25 @@ EVERY = {
     "argvalues": [(case, options) for case in CASES for options in case.variants.values()],
     "ids": [f"{case.name}-{name}" for case in CASES for name in case.variants],
 }
+
+
+def rows(*cases: Case) -> pytest.MarkDecorator:
+    """A test for each of these rows."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def rows_and_backends(*cases: Case) -> pytest.MarkDecorator:
+    """For what is torch.optim.Optimizer's rather than a rule's: each row eagerly, some on the other backends too."""
+    return pytest.mark.parametrize(
+        ("case", "backend"),
+        [
+            pytest.param(case, *backend.values, marks=backend.marks, id=f"{case.name}-{backend.values[0]}")
+            for case in cases
+            for backend in BACKENDS
+            if backend.values[0] == "eager" or case.on_every_backend
+        ],
+    )
+
+
+each_case = rows(*CASES)
+each_case_and_backend = rows_and_backends(*CASES)

@@ -6,9 +6,25 @@ import pickle
 
 import pytest
 import torch
-from test_contract import CLOSE, PEERS, TRITON, assert_same, each_optimizer, leaves, ours, peer, train, values
+from conftest import BACKENDS
+from side_by_side import assert_same, ours, peer, side_by_side, train, values
+from table import CASES, each_case, each_case_and_backend, rows_and_backends
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+
+
+def moves_momentum(opt):
+    """Whether OneCycleLR and CyclicLR can move a momentum along; without, they are told not to."""
+    return "momentum" in opt.defaults or "betas" in opt.defaults
+
+
+def cyclic(opt, *arguments, **options):
+    return lr_scheduler.CyclicLR(opt, *arguments, **({"cycle_momentum": moves_momentum(opt)} | options))
+
+
+def one_cycle(opt, **options):
+    return lr_scheduler.OneCycleLR(opt, total_steps=14, cycle_momentum=moves_momentum(opt), **options)
+
 
 # One line a case: enough of its options for each to change what it does to the groups within a dozen steps.
 SCHEDULERS = {
@@ -23,12 +39,12 @@ SCHEDULERS = {
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=8, power=2.0),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=4, eta_min=1e-4),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2, T_mult=2),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, [0.1, 0.05], step_size_up=3, mode="triangular2"),
-    "CyclicLR exp_range": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=2, mode="exp_range", gamma=0.9),
-    "CyclicLR lr alone": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=2, cycle_momentum=False),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=[0.1, 0.02], total_steps=14),
-    "OneCycleLR in three phases": lambda o: lr_scheduler.OneCycleLR(
-        o, max_lr=0.1, total_steps=14, three_phase=True, anneal_strategy="linear", base_momentum=0.5, max_momentum=0.9
+    "CyclicLR": lambda o: cyclic(o, 1e-3, [0.1, 0.05], step_size_up=3, mode="triangular2"),
+    "CyclicLR exp_range": lambda o: cyclic(o, 1e-3, 0.1, step_size_up=2, mode="exp_range", gamma=0.9),
+    "CyclicLR lr alone": lambda o: cyclic(o, 1e-3, 0.1, step_size_up=2, cycle_momentum=False),
+    "OneCycleLR": lambda o: one_cycle(o, max_lr=[0.1, 0.02]),
+    "OneCycleLR in three phases": lambda o: one_cycle(
+        o, max_lr=0.1, three_phase=True, anneal_strategy="linear", base_momentum=0.5, max_momentum=0.9
     ),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1, cooldown=1),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
@@ -48,17 +64,22 @@ SCHEDULERS = {
 each_scheduler = pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 STEPS = 12
 # A scheduler's arithmetic is the same Python on both sides, and what it changes reaches the kernels by one path. So
-# the interpreter, which is slow, runs the two that move most: lr from 0, and lr and betas or momentum together.
+# other backends than eager run the two that move most: lr from 0, and lr and betas or momentum together.
 MOVING = ("LambdaLR from zero", "OneCycleLR")
-CASES = [(scheduler, pinned) for scheduler in SCHEDULERS for pinned in ("eager", "compiled")]
-CASES += [pytest.param(scheduler, "triton", marks=TRITON) for scheduler in MOVING]
-TENSOR_CASES = [(scheduler, "eager") for scheduler in SCHEDULERS] + [(scheduler, "compiled") for scheduler in MOVING]
-TENSOR_CASES += [pytest.param(scheduler, "triton", marks=TRITON) for scheduler in MOVING]
-TWO = ((4, 3), (5,))
+DRIVEN = {
+    "argnames": ("case", "scheduler", "backend"),
+    "argvalues": [
+        pytest.param(case, scheduler, *backend.values, marks=backend.marks)
+        for case in CASES
+        for scheduler in SCHEDULERS
+        for backend in BACKENDS
+        if backend.values[0] == "eager" or (case.on_every_backend and scheduler in MOVING)
+    ],
+}
 
 
 def groups(params):
-    return [{"params": params[:1]}, {"params": params[1:], "lr": 0.03}]
+    return [{"params": params[:2]}, {"params": params[2:], "lr": 0.03}]
 
 
 def advance(scheduler, step):
@@ -74,11 +95,11 @@ def scheduled(opt):
     return [{key: group[key] for key in keys if key in group} for group in opt.param_groups]
 
 
-def drive(pairs, scheduler, steps=STEPS, first=0, schedules=None):
+def drive(case, pairs, scheduler, steps=STEPS, first=0, schedules=None):
     schedules = schedules or [SCHEDULERS[scheduler](opt) for _, opt in pairs]
     seen = []
     for step in range(first, first + steps):
-        train([step], *pairs)
+        train(case, [step], *pairs)
         for schedule in schedules:
             advance(schedule, step)
         seen.append([copy.deepcopy(scheduled(opt)) for _, opt in pairs])
@@ -90,81 +111,81 @@ def test_every_scheduler_of_torch_is_here():
     assert public - {"LRScheduler"} <= {name.split()[0] for name in SCHEDULERS}
 
 
-@each_optimizer
-@pytest.mark.parametrize(("scheduler", "pinned"), CASES)
-def test_scheduler_drives_ours_as_it_drives_torchs(name, scheduler, pinned, device):
-    params, theirs = leaves(device, shapes=TWO), leaves(device, shapes=TWO)
-    opt, torchs = ours(name, groups(params), pinned), peer(name, groups(theirs))
-    _, seen = drive([(params, opt), (theirs, torchs)], scheduler)
+@pytest.mark.parametrize(**DRIVEN)
+def test_scheduler_drives_ours_as_it_drives_torchs(case, scheduler, backend, device):
+    params, theirs = case.parameters(device), case.parameters(device)
+    opt, torchs = ours(case, groups(params), backend), peer(case, groups(theirs))
+    _, seen = drive(case, [(params, opt), (theirs, torchs)], scheduler)
     assert all(mine == expected for mine, expected in seen)
     assert len({repr(mine) for mine, _ in seen}) > 1  # it did something
-    assert_same(opt, torchs)
+    if scheduler in ("OneCycleLR", "CyclicLR") and moves_momentum(opt):
+        assert len({repr(mine[0].get("momentum", mine[0].get("betas"))) for mine, _ in seen}) > 1
+    assert_same(case, opt, torchs)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
-@pytest.mark.parametrize(("scheduler", "pinned"), TENSOR_CASES)
-def test_scheduler_writes_into_a_tensor_lr(name, scheduler, pinned, device):
+@pytest.mark.parametrize(**DRIVEN)
+def test_scheduler_writes_into_a_tensor_lr(case, scheduler, backend, device):
     """Schedulers fill a tensor lr in place, so a number read from it once goes stale."""
     lrs = [torch.tensor(0.01), torch.tensor(0.03)]
-    params, theirs = leaves(device, shapes=TWO), leaves(device, shapes=TWO)
-    opt, torchs = ours(name, groups(params), pinned), peer(name, groups(theirs))
+    params, theirs = case.parameters(device), case.parameters(device)
+    opt, torchs = ours(case, groups(params), backend), peer(case, groups(theirs))
     for group, their_group, lr in zip(opt.param_groups, torchs.param_groups, lrs, strict=True):
         group["lr"], their_group["lr"] = lr, lr.clone()
-    _, seen = drive([(params, opt), (theirs, torchs)], scheduler)
+    _, seen = drive(case, [(params, opt), (theirs, torchs)], scheduler)
     assert all(mine == expected for mine, expected in seen)
     assert all(group["lr"] is lr for group, lr in zip(opt.param_groups, lrs, strict=True))
-    assert_same(opt, torchs)
+    assert_same(case, opt, torchs)
 
 
-@each_optimizer
+@each_case
 @each_scheduler
-def test_scheduler_and_optimizer_resume_in_mid_schedule(name, scheduler, device):
-    params, fresh = leaves(device, shapes=TWO), leaves(device, shapes=TWO)
-    opt, other = ours(name, groups(params), "eager"), ours(name, groups(fresh), "eager")
-    (schedule,), _ = drive([(params, opt)], scheduler, steps=6)
+def test_scheduler_and_optimizer_resume_in_mid_schedule(case, scheduler, device):
+    params, fresh = case.parameters(device), case.parameters(device)
+    opt, other = ours(case, groups(params), "eager"), ours(case, groups(fresh), "eager")
+    (schedule,), _ = drive(case, [(params, opt)], scheduler, steps=6)
     renewed = SCHEDULERS[scheduler](other)
     with torch.no_grad():
         for p, value in zip(fresh, values(params), strict=True):
             p.copy_(value)
     renewed.load_state_dict(copy.deepcopy(schedule.state_dict()))
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
-    _, seen = drive([(params, opt), (fresh, other)], scheduler, steps=6, first=6, schedules=[schedule, renewed])
+    _, seen = drive(case, [(params, opt), (fresh, other)], scheduler, steps=6, first=6, schedules=[schedule, renewed])
     assert all(mine == expected for expected, mine in seen)
-    assert_same(other, opt, rtol=0, atol=0)
+    assert_same(case, other, opt, rtol=0, atol=0)
 
 
-@each_optimizer
+@each_case_and_backend
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_optimizer_whose_step_a_scheduler_has_wrapped_can_be_copied(name, backend, duplicate, device):
+def test_optimizer_whose_step_a_scheduler_has_wrapped_can_be_copied(case, backend, duplicate, device):
     """A scheduler replaces `opt.step` by a wrapper on the instance, which must neither break a copy nor travel."""
-    params = leaves(device, shapes=TWO)
-    opt = ours(name, groups(params), backend)
-    drive([(params, opt)], "ExponentialLR", steps=2)
+    params = case.parameters(device)
+    opt = ours(case, groups(params), backend)
+    drive(case, [(params, opt)], "ExponentialLR", steps=2)
     twins, twin = duplicate((params, opt))
-    drive([(params, opt), (twins, twin)], "StepLR", steps=3, first=2)
-    assert_same(twin, opt, rtol=0, atol=0)
+    drive(case, [(params, opt), (twins, twin)], "StepLR", steps=3, first=2)
+    assert_same(case, twin, opt, rtol=0, atol=0)
 
 
-@each_optimizer
-def test_first_step_with_lr_of_zero_still_takes_the_gradient_in(name, backend, device):
+# Not Rprop, of which lr is the first step size, whatever comes after.
+@rows_and_backends(*(case for case in CASES if case.still.keys() <= {"lr", "weight_decay"}))
+def test_first_step_with_lr_of_zero_still_takes_the_gradient_in(case, backend, device):
     """A warm-up from zero is no probe of the states (trap 23): its first gradient counts."""
-    params, theirs = leaves(device, shapes=TWO), leaves(device, shapes=TWO)
-    opt, torchs = ours(name, params, backend, lr=0.0), peer(name, theirs, lr=0.0)
-    train(range(1), (params, opt), (theirs, torchs))
-    for p, before in zip(params, leaves(device, shapes=TWO), strict=True):
+    params, theirs = case.parameters(device), case.parameters(device)
+    opt, torchs = ours(case, params, backend, lr=0.0), peer(case, theirs, lr=0.0)
+    train(case, range(1), (params, opt), (theirs, torchs))
+    for p, before in zip(params, case.parameters(device), strict=True):
         torch.testing.assert_close(p, before, rtol=0, atol=0)
-    assert_same(opt, torchs)
+    assert_same(case, opt, torchs)
     for group in opt.param_groups + torchs.param_groups:
         group["lr"] = 0.1
-    train(range(1, 3), (params, opt), (theirs, torchs))
-    assert_same(opt, torchs)
+    train(case, range(1, 3), (params, opt), (theirs, torchs))
+    assert_same(case, opt, torchs)
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "SGD"])
-def test_weight_decay_follows_the_scheduled_lr(name, backend, device):
+@rows_and_backends(*(case for case in CASES if "weight_decay" in case.settings))
+def test_weight_decay_follows_the_scheduled_lr(case, backend, device):
     """Zero gradients, so that only the decay moves the parameters: lr * weight_decay is formed anew at each step."""
-    params, theirs = leaves(device, shapes=TWO), leaves(device, shapes=TWO)
-    opt, torchs = ours(name, params, backend), peer(name, theirs)
+    params, opt, theirs, torchs = side_by_side(case, backend, device)
     schedules = [lr_scheduler.StepLR(o, step_size=1, gamma=0.5) for o in (opt, torchs)]
     for _ in range(3):
         for p in params + theirs:
@@ -172,9 +193,42 @@ def test_weight_decay_follows_the_scheduled_lr(name, backend, device):
         for optimizer, schedule in zip((opt, torchs), schedules, strict=True):
             optimizer.step()
             schedule.step()
-    for p, q in zip(params, theirs, strict=True):
-        torch.testing.assert_close(p, q, **CLOSE)
-    if name != "Adam":  # decoupled: the product of the three factors
-        for p, start in zip(params, leaves(device, shapes=TWO), strict=True):
+    assert_same(case, opt, torchs)
+    assert not torch.equal(params[0], case.parameters(device)[0])
+    if opt.defaults.get("decoupled_weight_decay"):  # the product of the three factors
+        for p, start in zip(params, case.parameters(device), strict=True):
             expected = start.double() * (1 - 0.01 * 0.1) * (1 - 0.005 * 0.1) * (1 - 0.0025 * 0.1)
             torch.testing.assert_close(p.double(), expected, rtol=1e-6, atol=0)
+
+
+# torch.optim.swa_utils
+
+
+def normalized(case, device):
+    """A model with a batch normalization, and those of its parameters that the optimizer takes."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).to(device)
+    return model, [p for p in model.parameters() if not case.matrices or p.dim() == 2]
+
+
+@each_case_and_backend
+@pytest.mark.parametrize("average", ["equal", "exponential"])
+def test_averaged_model_swa_schedule_and_update_bn(case, backend, average, device):
+    """Their average, their annealed rates and their renewed statistics, as with torch's optimizer."""
+    multi_avg_fn = get_ema_multi_avg_fn(0.9) if average == "exponential" else None
+    batches = [torch.linspace(-1, 1 + i, 24, device=device).reshape(8, 3) for i in range(3)]
+    ends = []
+    for make in (lambda params: ours(case, params, backend), lambda params: peer(case, params)):
+        model, params = normalized(case, device)
+        averaged = AveragedModel(model, multi_avg_fn=multi_avg_fn)
+        opt = make(params)
+        schedule = SWALR(opt, swa_lr=0.03, anneal_epochs=2)
+        for step in range(6):
+            train(case, [step], (params, opt))
+            if step >= 2:
+                averaged.update_parameters(model)
+                schedule.step()
+        update_bn(batches, averaged, device)
+        ends.append((averaged.state_dict(), opt.param_groups[0]["lr"], averaged(batches[0]).detach()))
+    assert ends[0][1] == ends[1][1] == 0.03
+    torch.testing.assert_close(ends[0], ends[1], **case.close)
