@@ -95,10 +95,10 @@ class Case:
         ]
 
     def gradient(self, p: Tensor, random: torch.Generator) -> Tensor:
-        """Normally distributed, in the dtype and layout of the parameter; or sparse, with rows given twice or never."""
+        """Normally distributed, in the dtype of the parameter; or sparse, with rows given twice or never."""
         if not self.sparse:
             parts = torch.complex128 if p.is_complex() else torch.float64
-            return torch.randn(p.shape, generator=random, dtype=parts).to(p)
+            return torch.randn(p.shape, generator=random, dtype=parts).to(p.device, p.dtype)
         rows = torch.randint(max(len(p), 1), (1, len(p)), generator=random)
         values = torch.randn(p.shape, generator=random, dtype=torch.float64)
         return torch.sparse_coo_tensor(rows, values, p.shape, check_invariants=True).to(p.device, p.dtype)

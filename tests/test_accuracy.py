@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from table import CASES, EVERY, Case
+from table import CASES, EVERY, Case, array, each_case, rows
 from torch import Tensor
 
 import triton_optim
 
 STEPS = 20
+ADAMW = next(case for case in CASES if case.name == "AdamW")
+DENSE = [case for case in CASES if not case.sparse]
 SHAPES = [(1,), (7, 5), (1031,), (2, 3, 64), ()]
 
 # A rounding to 8 or 11 bits falls as it may: the ratio of two root mean squares over 1,600 elements moves by a few
@@ -20,31 +22,14 @@ SHAPES = [(1,), (7, 5), (1031,), (2, 3, 64), ()]
 BOUND = {torch.float64: 1.2, torch.float32: 1.2, torch.bfloat16: 1.05, torch.float16: 1.05}
 
 
-class TorchLion(torch.optim.Optimizer):
-    """Lion as published, in torch operations on the parameter's dtype: torch has none of its own to compare with."""
-
-    def __init__(self, params: Any, lr: float = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0, **_: Any):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **_})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                lr, (b1, b2) = group["lr"], group["betas"]
-                g = -p.grad if group.get("maximize") else p.grad
-                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_((m * b1).add_(g, alpha=1 - b1).sign_(), alpha=-lr)
-                m.mul_(b2).add_(g, alpha=1 - b2)
-
-
-def inputs(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[list[Tensor]]]:
-    start = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[list[Tensor]]]:
+    shapes = tuple(shape for shape in SHAPES if len(shape) == 2 or not (case.matrices or (case.sparse and not shape)))
+    start = case.parameters(device, dtype, shapes)
+    random = torch.Generator().manual_seed(1)
     # Shrinking gradients, so that amsgrad's maximum differs from its second moment.
-    gradients = [
-        [(torch.randn(shape, dtype=torch.float64) * 0.8**i).to(dtype) for shape in SHAPES] for i in range(STEPS)
-    ]
-    return [t.to(device) for t in start], [[t.to(device) for t in step] for step in gradients]
+    wide = [p.detach().cpu().double() for p in start]
+    gradients = [[(case.gradient(p, random) * 0.8**i).to(device, dtype) for p in wide] for i in range(STEPS)]
+    return [p.detach() for p in start], gradients
 
 
 def run(optimizer_class: type, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> list[Tensor]:
@@ -57,12 +42,13 @@ def run(optimizer_class: type, start: list[Tensor], gradients: list[list[Tensor]
     return [p.detach() for p in params]
 
 
-def exact(case: Case, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> list[np.ndarray]:
-    def plain(tensors: list[Tensor]) -> list[np.ndarray]:
-        return [t.double().cpu().numpy() for t in tensors]
+def arrays(tensors: list[Tensor]) -> list[np.ndarray]:
+    return [array(t) for t in tensors]
 
+
+def exact(case: Case, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> list[np.ndarray]:
     # 80-bit arithmetic where the machine has it, to judge float64 by more than float64.
-    return case.reference(plain(start), [plain(step) for step in gradients], dtype=np.longdouble, **options)[0]
+    return case.reference(arrays(start), list(map(arrays, gradients)), dtype=np.longdouble, **options)[0]
 
 
 def error(values: list[Tensor], exact_values: list[np.ndarray]) -> float:
@@ -79,10 +65,10 @@ def test_error_is_no_larger_than_torchs(
 ) -> None:
     if backend == "compiled" and options and dtype != torch.float32:
         pytest.skip("each compilation takes seconds; the default variant is compiled for every dtype")
-    start, gradients = inputs(dtype, device)
+    start, gradients = inputs(case, dtype, device)
     truth = exact(case, start, gradients, **options)
     ours = error(run(case.ours, start, gradients, backend=backend, **options), truth)
-    theirs = error(run(case.torchs or TorchLion, start, gradients, **options), truth)
+    theirs = error(run(case.peer, start, gradients, **options), truth)
     # torch's float16 goes to NaN where eps = 1e-8 is 0; any finite error is no worse.
     assert ours <= BOUND[dtype] * theirs or (np.isfinite(ours) and np.isnan(theirs)), (
         f"ours {ours:.3g}, torch {theirs:.3g}"
@@ -91,7 +77,7 @@ def test_error_is_no_larger_than_torchs(
 
 @pytest.mark.parametrize(**EVERY)
 def test_states_match_the_reference(case: Case, options: dict[str, Any], backend: str, device: torch.device) -> None:
-    start, gradients = inputs(torch.float32, device)
+    start, gradients = inputs(case, torch.float32, device)
     params = [torch.nn.Parameter(t.clone()) for t in start]
     optimizer = case.ours(params, backend=backend, **options)
     for step in gradients:
@@ -99,10 +85,7 @@ def test_states_match_the_reference(case: Case, options: dict[str, Any], backend
             p.grad = g
         optimizer.step()
 
-    def plain(tensors: list[Tensor]) -> list[np.ndarray]:
-        return [t.double().cpu().numpy() for t in tensors]
-
-    _, states = case.reference(plain(start), [plain(step) for step in gradients], **options)
+    _, states = case.reference(arrays(start), list(map(arrays, gradients)), **options)
     for p, expected in zip(params, states, strict=True):
         state = optimizer.state.get(p, {})
         assert state.keys() == expected.keys()
@@ -113,31 +96,62 @@ def test_states_match_the_reference(case: Case, options: dict[str, Any], backend
             torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=atol)
 
 
-def test_adamw_without_decay_is_adam(backend: str, device: torch.device) -> None:
-    start, gradients = inputs(torch.float32, device)
-    adamw = run(triton_optim.AdamW, start, gradients, weight_decay=0.0, backend=backend)
-    adam = run(triton_optim.Adam, start, gradients, weight_decay=0.0, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(adamw, adam, strict=True))
+BY_NAME = {case.name: case for case in CASES}
+# What a special setting of one makes it equal to, bit for bit.
+DEGENERATE = {
+    "AdamW without decay is Adam": ("AdamW", {"weight_decay": 0.0}, "Adam", {}),
+    "Adam decoupled is AdamW": (
+        "Adam",
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+        "AdamW",
+        {"weight_decay": 0.1},
+    ),
+    "NAdam decoupled without decay": ("NAdam", {"decoupled_weight_decay": True}, "NAdam", {}),
+    "RAdam decoupled without decay": ("RAdam", {"decoupled_weight_decay": True}, "RAdam", {}),
+    "SGD with hardly any momentum": ("SGD", {"momentum": 1e-300, "lr": 0.1}, "SGD", {"lr": 0.1}),
+    "SGD nesterov with hardly any": ("SGD", {"momentum": 1e-300, "nesterov": True, "lr": 0.1}, "SGD", {"lr": 0.1}),
+    "RMSprop with hardly any momentum": ("RMSprop", {"momentum": 1e-300}, "RMSprop", {}),
+    "RMSprop centered with hardly any": (
+        "RMSprop",
+        {"centered": True, "momentum": 1e-300},
+        "RMSprop",
+        {"centered": True},
+    ),
+    "Adagrad accumulated from nothing": ("Adagrad", {"initial_accumulator_value": 0.0, "lr_decay": 0.0}, "Adagrad", {}),
+    "ASGD without decay or average is SGD": ("ASGD", {"lambd": 0.0, "alpha": 0.0, "lr": 0.125}, "SGD", {"lr": 0.125}),
+}
 
 
-def test_momentum_of_zero_is_plain_sgd(backend: str, device: torch.device) -> None:
-    start, gradients = inputs(torch.float32, device)
-    with_buffer = run(triton_optim.SGD, start, gradients, momentum=1e-300, lr=0.1, backend=backend)
-    plain = run(triton_optim.SGD, start, gradients, lr=0.1, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(with_buffer, plain, strict=True))
+@pytest.mark.parametrize("name", list(DEGENERATE))
+def test_degenerate_equalities(name: str, backend: str, device: torch.device) -> None:
+    special, options, plain, plain_options = DEGENERATE[name]
+    start, gradients = inputs(BY_NAME[plain], torch.float32, device)
+    a = run(BY_NAME[special].ours, start, gradients, **options, backend=backend)
+    b = run(BY_NAME[plain].ours, start, gradients, **plain_options, backend=backend)
+    for mine, other in zip(a, b, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rmsprop_is_the_start_of_adam(backend: str, device: torch.device) -> None:
+    """Of one step: without beta1, Adam's bias correction makes of (1 - alpha) g^2 what alpha = 0 makes of it."""
+    start, gradients = inputs(BY_NAME["Adam"], torch.float32, device)
+    adam = run(triton_optim.Adam, start, gradients[:1], betas=(0.0, 0.99), eps=0.0, backend=backend)
+    rmsprop = run(triton_optim.RMSprop, start, gradients[:1], lr=1e-3, alpha=0.0, eps=0.0, backend=backend)
+    for mine, other in zip(rmsprop, adam, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+
+
+@each_case
 def test_maximize_is_descent_on_the_negated_gradient(case: Case, backend: str, device: torch.device) -> None:
-    start, gradients = inputs(torch.float32, device)
+    start, gradients = inputs(case, torch.float32, device)
     up = run(case.ours, start, gradients, maximize=True, backend=backend)
-    down = run(case.ours, start, [[-g for g in step] for step in gradients], backend=backend)
+    down = run(case.ours, start, [[g * -1 for g in step] for step in gradients], backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(up, down, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@each_case
 def test_zero_learning_rate_and_decay_changes_nothing(case: Case, backend: str, device: torch.device) -> None:
-    start, gradients = inputs(torch.float32, device)
+    start, gradients = inputs(case, torch.float32, device)
     after = run(case.ours, start, gradients, **case.still, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(start, after, strict=True))
 
@@ -153,24 +167,24 @@ def test_trap_12_one_minus_beta_is_formed_in_float64(backend: str, device: torch
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@rows(*DENSE)
 def test_trap_16_half_precision_gradients_do_not_overflow(case: Case, backend: str, device: torch.device) -> None:
     # g * g is infinite in float16 at 300, and eps = 1e-8 is 0.
-    p = torch.nn.Parameter(torch.ones(16, dtype=torch.float16, device=device))
+    p = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float16, device=device))
     optimizer = case.ours([p], lr=1e-3, backend=backend)
     for name in {name for variant in case.ours.variants[:1] for name in variant.state_names}:
-        optimizer.state[p][name] = torch.zeros(16, dtype=torch.float32, device=device)
+        optimizer.state[p][name] = torch.zeros(4, 4, dtype=torch.float32, device=device)
     p.grad = torch.full_like(p, 300.0)
     optimizer.step()
     assert p.isfinite().all()
     assert all(torch.isfinite(v).all() for v in optimizer.state[p].values()) if p in optimizer.state else True
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@rows(*DENSE)
 def test_trap_14_bfloat16_is_rounded_to_nearest(case: Case, backend: str, device: torch.device) -> None:
     # Truncation would be wrong in every second element; at a tie the arithmetic of two backends may part.
-    start = [torch.linspace(1, 2, 512, device=device).to(torch.bfloat16)]
-    gradients = [[torch.linspace(-1, 1, 512, device=device).to(torch.bfloat16)]]
+    start = [torch.linspace(1, 2, 512, device=device).reshape(16, 32).to(torch.bfloat16)]
+    gradients = [[torch.linspace(-1, 1, 512, device=device).reshape(16, 32).to(torch.bfloat16)]]
     after = run(case.ours, start, gradients, lr=0.25, backend=backend)[0]
     wide = run(case.ours, [start[0].float()], [[gradients[0][0].float()]], lr=0.25, backend="eager")[0]
     assert (after != wide.to(torch.bfloat16)).sum() <= 2

@@ -8,16 +8,18 @@ import copy
 
 import pytest
 import torch
-from table import CASES, EVERY
+from side_by_side import backward
+from table import CASES, EVERY, array, each_case, rows, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim as to
 from triton_optim.bucket import Bucket
 from triton_optim.plan import Plan
 
-SHAPES = ((4, 3), (5,), (), (2, 2, 2), (0,), (7,))
-NEVER = 5  # the last of these never gets a gradient
+NEVER = 5  # the last of six parameters never gets a gradient
 BY_NAME = {case.name: case for case in CASES}
+# Those whose steps are planned; sparse rows are another way.
+PLANNED = [case for case in CASES if not case.sparse]
 
 
 def presence(steps, members, seed=0):
@@ -30,9 +32,13 @@ def presence(steps, members, seed=0):
     return rows.tolist()
 
 
-def gradients_of(params, present, seed):
+def six(case, device):
+    return [*case.parameters(device), *case.parameters(device, seed=1)[:2]]
+
+
+def gradients_of(params, present, seed, case=BY_NAME["AdamW"]):
     random = torch.Generator().manual_seed(seed)
-    values = [torch.randn(p.shape, generator=random).to(p) for p in params]
+    values = [case.gradient(p, random) for p in params]
     return [g if there else None for g, there in zip(values, present, strict=True)]
 
 
@@ -47,7 +53,7 @@ def step(opt, params, gradients):
 def bits(opt, p):
     """The parameter and its states, to compare with later."""
     tensors = {"p": p, **{key: value for key, value in opt.state.get(p, {}).items() if value is not None}}
-    return {key: t.detach().clone() for key, t in tensors.items()}
+    return {key: torch.as_tensor(t).detach().clone() for key, t in tensors.items()}
 
 
 @pytest.fixture
@@ -64,16 +70,16 @@ def plans(monkeypatch):
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def formed(monkeypatch):
     """One entry for each row of scalars that was formed."""
-    formed, row = [], Bucket._row
+    made, row = [], Bucket._row
 
     def counted(self, cohort):
-        formed.append(cohort)
+        made.append(cohort)
         return row(self, cohort)
 
     monkeypatch.setattr(Bucket, "_row", counted)
-    return formed
+    return made
 
 
 @pytest.fixture
@@ -89,15 +95,14 @@ def no_launch(monkeypatch):
 @pytest.mark.parametrize(**EVERY)
 def test_random_presence_is_the_references(case, options, backend, device):
     steps = 9
-    params = [Parameter(torch.randn(shape).to(device)) for shape in SHAPES]
-    starts = [p.detach().cpu().numpy() for p in params]
-    starts = [start.copy() for start in starts]
+    params = six(case, device)
+    starts = [array(p).copy() for p in params]
     opt = case.ours([{"params": params[:3]}, {"params": params[3:]}], **options, backend=backend)
     at_start = bits(opt, params[NEVER]).keys()
     given = []
     for k, present in enumerate(presence(steps, len(params))):
         present[NEVER] = False
-        given.append(gradients_of(params, present, k))
+        given.append(gradients_of(params, present, k, case))
         before = [bits(opt, p) for p in params]
         step(opt, params, given[-1])
         for i, p in enumerate(params):
@@ -105,34 +110,30 @@ def test_random_presence_is_the_references(case, options, backend, device):
                 after = bits(opt, p)
                 assert after.keys() == before[i].keys(), f"step {k} made states for parameter {i}, which it skipped"
                 assert all(torch.equal(after[key], before[i][key]) for key in after), f"step {k} changed parameter {i}"
-    reference, states = case.reference(
-        starts, [[None if g is None else g.cpu().numpy() for g in row] for row in given], **options
-    )
+    reference, states = case.reference(starts, [list(map(array, row)) for row in given], **options)
     for i, (p, value, state) in enumerate(zip(params, reference, states, strict=True)):
         # float32: eight roundings a step at values of order 1.
         tolerance = {"rtol": steps * 8 * 2**-23, "atol": steps * 8 * 2**-23}
         torch.testing.assert_close(p.detach().cpu().double(), torch.as_tensor(value), **tolerance)
         for key, expected in state.items():
-            if key == "step" and not case.ours.counts_steps:
-                continue
             exactly = {"rtol": 0, "atol": 0} if key == "step" else tolerance
-            actual = opt.state[p][key].cpu().double()
+            actual = torch.as_tensor(opt.state[p][key]).cpu().double()
             torch.testing.assert_close(
                 actual, torch.as_tensor(expected).double(), **exactly, msg=lambda m, i=i, k=key: f"{k} of {i}: {m}"
             )
     assert bits(opt, params[NEVER]).keys() == at_start, "a state without a gradient"
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES if case.torchs])
-def test_mixture_of_experts_trains_as_with_torch(name, backend, device):
+@rows_and_backends(*(case for case in CASES if case.torchs))
+def test_mixture_of_experts_trains_as_with_torch(case, backend, device):
     """Top-1 routing by chance; ``zero_grad`` to None, and for some steps to zero, which counts as a gradient."""
-    case = BY_NAME[name]
 
     class Mixture(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inside, self.out = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
-            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+            bias = not case.matrices
+            self.inside, self.out = torch.nn.Linear(3, 4, bias), torch.nn.Linear(4, 1, bias)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias) for _ in range(3))
 
         def forward(self, x, expert):
             return self.out(torch.tanh(self.experts[expert](self.inside(x))))
@@ -140,14 +141,14 @@ def test_mixture_of_experts_trains_as_with_torch(name, backend, device):
     ours = Mixture().to(device)
     theirs = copy.deepcopy(ours)
     opt = case.ours(ours.parameters(), lr=0.05, backend=backend)
-    their_opt = case.torchs(theirs.parameters(), lr=0.05, foreach=False)
+    their_opt = case.torchs(theirs.parameters(), lr=0.05)
     random = torch.Generator().manual_seed(1)
     for k in range(8):
         expert = int(torch.randint(3, (), generator=random))
         x = torch.randn(6, 3, generator=random).to(device)
         for net, each in ((ours, opt), (theirs, their_opt)):
             each.zero_grad(set_to_none=k < 6)
-            net(x, expert).square().mean().backward()
+            backward(case, net(x, expert).square().mean(), net.parameters())
             each.step()
         for (label, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             # Gradients come from the parameters of the step before, so rounding is passed on and on.
@@ -185,15 +186,15 @@ def test_skipped_parameter_can_still_be_backed_through(backend, device):
     assert torch.equal(skipped.grad, 2 * skipped)
 
 
-@pytest.mark.parametrize("name", list(BY_NAME))
-def test_newcomer_starts_with_its_own_first_step(name, backend, device):
+@each_case
+def test_newcomer_starts_with_its_own_first_step(case, backend, device):
     """Long after the others have begun, it moves as the only parameter of a fresh optimizer would."""
-    options = {"SGD": {"momentum": 0.9, "dampening": 0.5}}.get(name, {})
-    old, new, alone = (Parameter(torch.full((3,), float(i), device=device)) for i in (0, 1, 1))
-    opt = BY_NAME[name].ours([old, new], lr=0.1, **options, backend=backend)
+    options = {"momentum": 0.9, "dampening": 0.5} if case.name == "SGD" else {}
+    old, new, alone = (Parameter(torch.full((2, 3), float(i), device=device)) for i in (0, 1, 1))
+    opt = case.ours([old, new], lr=0.1, **options, backend=backend)
     for k in range(4):
-        step(opt, [old, new], gradients_of([old, new], [True, k == 3], k))
-    fresh = BY_NAME[name].ours([alone], lr=0.1, **options, backend=backend)
+        step(opt, [old, new], gradients_of([old, new], [True, k == 3], k, case))
+    fresh = case.ours([alone], lr=0.1, **options, backend=backend)
     step(fresh, [alone], [new.grad])
     torch.testing.assert_close(new, alone, rtol=1e-6, atol=0)  # on a CPU equal; GPUs may contract
     for key, value in fresh.state[alone].items():
@@ -218,21 +219,21 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
 # Planning.
 
 
-@pytest.mark.parametrize("name", list(BY_NAME))
-def test_rows_of_scalars_do_not_multiply(name, backend, device, rows, no_launch):
+@rows(*PLANNED)
+def test_rows_of_scalars_do_not_multiply(case, backend, device, formed, no_launch):
     """At most two for each number of steps that members have made; where steps are not counted, two a group."""
     members, steps = 32, 30
-    params = [Parameter(torch.zeros(2, device=device)) for _ in range(members)]
-    opt = BY_NAME[name].ours([{"params": params[:20]}, {"params": params[20:]}], backend=backend)
+    params = [Parameter(torch.zeros(2, 2, device=device)) for _ in range(members)]
+    opt = case.ours([{"params": params[:20]}, {"params": params[20:]}], backend=backend)
     patterns = presence(steps, members)
     counts = torch.zeros(members)
     for k, present in enumerate(patterns):
         group = torch.arange(members) >= 20
-        made = counts if BY_NAME[name].ours.counts_steps else counts.clamp(max=1)
+        made = counts if case.ours.counts_steps else counts.clamp(max=1)
         distinct = len(set(zip(group.tolist(), made.tolist(), strict=True)))
-        rows.clear()
-        step(opt, params, gradients_of(params, present, k))
-        assert len(rows) <= 2 * distinct, f"step {k}"
+        formed.clear()
+        step(opt, params, gradients_of(params, present, k, case))
+        assert len(formed) <= 2 * distinct, f"step {k}"
         counts += torch.tensor(present)
 
 
@@ -248,14 +249,14 @@ def newcomers(patterns):
 
 @pytest.mark.parametrize(**EVERY)
 def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, backend, device, plans, no_launch):
-    params = [Parameter(torch.zeros(3, device=device)) for _ in range(6)]
+    params = six(case, device)
     opt = case.ours(params, **options, backend=backend)
     patterns = [[True] * 6, [True] * 6, *presence(10, 6)]
     held = []  # so that no gradient gets the address of an earlier one
     for k, present in enumerate(patterns):
         for group in opt.param_groups:
             group["lr"] = 1e-3 / (k + 1)
-        held.append(gradients_of(params, present, k))
+        held.append(gradients_of(params, present, k, case))
         step(opt, params, held[-1])
     assert len(plans) == 1
 
@@ -263,11 +264,11 @@ def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, bac
 @pytest.mark.parametrize(**EVERY)
 def test_plans_are_made_for_newcomers_alone(case, options, backend, device, plans, no_launch):
     """Also where no state would tell that a parameter has been here before (SGD without momentum)."""
-    params = [Parameter(torch.zeros(3, device=device)) for _ in range(6)]
+    params = six(case, device)
     opt = case.ours(params, **options, backend=backend)
     patterns = presence(20, 6)
     for k, present in enumerate(patterns):
-        step(opt, params, gradients_of(params, present, k))
+        step(opt, params, gradients_of(params, present, k, case))
     assert len(plans) <= newcomers(patterns)
 
 

@@ -8,19 +8,19 @@ import itertools
 
 import pytest
 import torch
+from conftest import BACKENDS
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from references import adamw, lion, sgd
+from table import CASES, NUMBERS, rows, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim as to
 
 LR = 0.1  # an element that gets another one's gradient is then off by more than any dtype rounds
-OPTIMIZERS = {
-    "AdamW": (to.AdamW, adamw, {"lr": LR, "weight_decay": 0.1}),
-    "SGD": (to.SGD, sgd, {"lr": LR, "momentum": 0.9, "dampening": 0.5}),
-    "Lion": (to.Lion, lion, {"lr": LR, "weight_decay": 0.1}),
-}
+# Of others, what becomes of an element depends on its row, its column or the whole matrix.
+ELEMENTWISE = [case for case in CASES if case.elementwise and not case.sparse]
+BY_NAME = {case.name: case for case in CASES}
+each_elementwise_and_backend = rows_and_backends(*ELEMENTWISE)
 SHAPE = (2, 3, 4, 2)
 
 
@@ -63,8 +63,8 @@ def random_values(shape, seed, device):
 
 
 def optimizer(name, params, backend, **settings):
-    cls, _, own = OPTIMIZERS[name]
-    return cls(params, **(own | settings), backend=backend)
+    case = BY_NAME[name]
+    return case.ours(params, **(case.settings | {"lr": LR} | settings), backend=backend)
 
 
 def step(opt, params, gradients):
@@ -105,12 +105,14 @@ def assert_is_reference(name, opt, params, starts, gradients, **settings):
     Each step may cost one rounding of the coarsest dtype that is stored and eight of the arithmetic, at values of
     order 1.
     """
-    _, reference, own = OPTIMIZERS[name]
+    case = BY_NAME[name]
     steps = [[None if g is None else array(g) for g in row] for row in gradients]
-    values, states = reference([array(start) for start in starts], steps, **(own | settings))
+    values, states = case.reference(
+        [array(start) for start in starts], steps, **(case.settings | {"lr": LR} | settings)
+    )
     for i, (p, value, state) in enumerate(zip(params, values, states, strict=True)):
         compute = torch.finfo(torch.float64 if p.dtype == torch.float64 else torch.float32).eps
-        stored = [p, *(opt.state[p][key] for key in state if key != "step")]
+        stored = [p, *(opt.state[p][key] for key in state if key not in NUMBERS)]
         tolerance = len(steps) * (max(torch.finfo(t.dtype).eps for t in stored) + 8 * compute)
         assert_close(p, value, tolerance, f"parameter {i}")
         for key, expected in state.items():
@@ -163,18 +165,18 @@ def test_trap_5_parameter_and_gradient_of_any_two_layouts(p_layout, g_layout, ba
     assert_is_reference("AdamW", opt, [p], [start], [[g] for g in wanted])
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_all_layouts_in_one_optimizer(name, backend, device):
+@each_elementwise_and_backend
+def test_all_layouts_in_one_optimizer(case, backend, device):
     """On the compiled backend, in one call: no tensor may be taken in the order of another."""
     starts = [random_values(SHAPE, i, device) for i in range(len(DENSE))]
     gradients = [[random_values(SHAPE, 10 * k + i, device) for i in range(len(DENSE))] for k in range(3)]
     params = [Parameter(lay(start)) for lay, start in zip(DENSE.values(), starts, strict=True)]
-    opt = optimizer(name, params, backend)
+    opt = optimizer(case.name, params, backend)
     layouts = itertools.cycle(DENSE.values())
     for row in gradients:
         next(layouts)  # another pairing of layouts in each step, and no gradient that stays where it was
         step(opt, params, [next(layouts)(g) for g in row])
-    assert_is_reference(name, opt, params, starts, gradients)
+    assert_is_reference(case.name, opt, params, starts, gradients)
     assert sum(bucket.tensors for bucket in to.explain(opt)) == len(DENSE)
     assert len(to.explain(opt)) == 1
 
@@ -228,31 +230,34 @@ def test_convolution_trained_in_channels_last(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("name", "p_layout", "s_layout"),
+    ("case", "backend", "p_layout", "s_layout"),
     [
-        *itertools.product(["AdamW"], ["contiguous", "channels_last"], [*DENSE, "gappy", "misaligned"]),
-        *itertools.product(["SGD", "Lion"], ["contiguous"], ["reversed"]),
-        *itertools.product(["SGD", "Lion"], ["channels_last"], ["contiguous"]),
+        pytest.param(case, *backend.values, *layouts, marks=backend.marks)
+        for case in ELEMENTWISE
+        for backend in BACKENDS
+        if backend.values[0] == "eager" or case.on_every_backend
+        for layouts in itertools.product(["contiguous", "channels_last"], [*DENSE, "gappy", "misaligned"])
+        if case.name == "AdamW" or layouts in (("contiguous", "reversed"), ("channels_last", "contiguous"))
     ],
 )
-def test_states_loaded_in_another_layout(name, p_layout, s_layout, backend, device):
+def test_states_loaded_in_another_layout(case, backend, p_layout, s_layout, device):
     start = random_values(SHAPE, 0, device)
     gradients = [random_values(SHAPE, 1 + i, device) for i in range(3)]
     p = Parameter(DENSE[p_layout](start))
-    opt = optimizer(name, [p], backend)
+    opt = optimizer(case.name, [p], backend)
     step(opt, [p], [gradients[0]])
     saved = opt.state_dict()
     for key, value in saved["state"][0].items():
-        if key != "step":
+        if key not in NUMBERS:
             saved["state"][0][key] = GRADIENTS[s_layout](value)
-    opt = optimizer(name, [p], backend)
+    opt = optimizer(case.name, [p], backend)
     opt.load_state_dict(saved)
     step(opt, [p], [gradients[1]])
     for key, value in list(opt.state[p].items()):  # and by hand
-        if key != "step":
+        if key not in NUMBERS:
             opt.state[p][key] = GRADIENTS[s_layout](value)
     step(opt, [p], [gradients[2]])
-    assert_is_reference(name, opt, [p], [start], [[g] for g in gradients])
+    assert_is_reference(case.name, opt, [p], [start], [[g] for g in gradients])
 
 
 # Alignment.
@@ -330,17 +335,17 @@ GAPPY = {
 
 
 @pytest.mark.parametrize("view", list(GAPPY))
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_parameter_with_gaps_runs_eagerly(name, view, device):
+@rows(*ELEMENTWISE)
+def test_parameter_with_gaps_runs_eagerly(case, view, device):
     """torch's fused CPU optimizer writes over the gaps (trap 34), so the reference is the judge."""
     base = random_values((6, 5), 0, device)
     p, other = Parameter(GAPPY[view](base)), Parameter(random_values((3,), 1, device))
     start, before = [p.detach().clone(), other.detach().clone()], base.clone()
     gradients = [[random_values(t.shape, 2 + i, device) for t in start] for i in range(3)]
-    opt = optimizer(name, [p, other], "auto")
+    opt = optimizer(case.name, [p, other], "auto")
     for row in gradients:
         step(opt, [p, other], row)
-    assert_is_reference(name, opt, [p, other], start, gradients)
+    assert_is_reference(case.name, opt, [p, other], start, gradients)
     inside = GAPPY[view](torch.arange(30).view(6, 5)).reshape(-1)
     outside = [i for i in range(30) if i not in inside.tolist()]
     assert torch.equal(base.view(-1)[outside], before.view(-1)[outside]), "a gap was written to"
@@ -419,17 +424,17 @@ def test_overlapping_windows_run_eagerly(device):
 # Nothing, or next to nothing.
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_trap_2_empty_and_0_dim_tensors(name, backend, device):
+@each_elementwise_and_backend
+def test_trap_2_empty_and_0_dim_tensors(case, backend, device):
     shapes = [(0,), (), (3, 0, 2), (1,), (1, 1), (0, 5), (4,)]
     params = [Parameter(random_values(shape, i, device)) for i, shape in enumerate(shapes)]
     starts = [p.detach().clone() for p in params]
     gradients = [[random_values(shape, 10 * k + i, device) for i, shape in enumerate(shapes)] for k in range(1, 3)]
-    opt = optimizer(name, params, backend)
+    opt = optimizer(case.name, params, backend)
     for row in gradients:
         step(opt, params, row)
-    assert_is_reference(name, opt, params, starts, gradients)
-    assert all(value.shape == p.shape for p in params for key, value in opt.state[p].items() if key != "step")
+    assert_is_reference(case.name, opt, params, starts, gradients)
+    assert all(value.shape == p.shape for p in params for key, value in opt.state[p].items() if key not in NUMBERS)
     rows = [bucket for bucket in to.explain(opt) if bucket.elements]
     assert sum(bucket.tensors for bucket in rows) == 4, "an empty tensor reached the tables"
     assert [bucket.backend for bucket in rows] == [backend]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import HAS_TRITON
 from references import adamw
+from table import CASES, rows_and_backends
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -501,15 +502,15 @@ def fsdp(mesh, name, backend):
     return whole(opt, net), whole(twin_opt, twin), elements
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Lion"])
-def test_fully_sharded_training_is_unsharded_training(name, ranks, backend):
-    agree(ranks.run(fsdp, name, backend))
+@rows_and_backends(*(case for case in CASES if case.elementwise and not case.sparse))
+def test_fully_sharded_training_is_unsharded_training(case, ranks, backend):
+    agree(ranks.run(fsdp, case.name, backend))
 
 
 # What comes before the rule is the same in front of every backend.
-@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
-def test_whole_matrices_of_fully_sharded_parameters(name, ranks):
-    agree(ranks.run(fsdp, name, "eager"))
+@rows(*(case for case in CASES if not case.elementwise))
+def test_whole_matrices_of_fully_sharded_parameters(case, ranks):
+    agree(ranks.run(fsdp, case.name, "eager"))
 
 
 def agree(runs):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import assert_same, train
+from side_by_side import assert_same, backward, train
 from table import CASES, NUMBERS, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
@@ -39,14 +39,19 @@ def without(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
 def trained(cls: type, kwargs: dict[str, Any], steps: int = 6, **more: Any) -> list[Tensor]:
     weight, bias, x = problem()
     kwargs = copy.deepcopy(kwargs)
-    optimizer = cls([weight, bias], **kwargs, **more)
+    case = PEERS.get(cls.__name__)
+    params = [weight] if case is not None and case.matrices else [weight, bias]
+    optimizer = cls(params, **kwargs, **more)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = (weight.mv(x) + bias).pow(2).sum()
         if kwargs.get("maximize"):
             loss = -loss
-        loss.backward()
+        if case is None:
+            loss.backward()
+        else:
+            backward(case, loss, params)
         return loss
 
     for _ in range(steps):
@@ -145,7 +150,7 @@ def test_old_checkpoints_load(case: Case) -> None:
         saved["param_groups"][0].pop(option, None)
     for state in saved["state"].values():
         for name in NUMBERS & state.keys():
-            state[name] = float(state[name])
+            state[name] = float(state[name]) if isinstance(state[name], Tensor) else state[name]
     twins = [Parameter(p.detach().clone()) for p in params]
     resumed = case.ours(twins, backend="eager")
     resumed.load_state_dict(saved)
