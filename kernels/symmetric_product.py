@@ -51,17 +51,15 @@ def programs(batch, m, block):
 def tile_of(program, TILES):
     """The row and column of a tile of a triangle of `TILES` rows, row i of i + 1 tiles, by the number of its program.
 
-    A short row and a long one are together as wide as any other such pair, so the triangle folds into a rectangle with
-    a pair a line. (Of an odd number of rows the last is alone.) All in integers: a rounded root may be off by a row.
+    Row i and row TILES - 1 - i together have TILES + 1 tiles, so the triangle folds into a rectangle, a pair a line; of
+    an odd number of rows the middle one is half a line. All in integers: a rounded root may be off by a row.
     """
-    even = 1 - TILES % 2
-    pair = program // (TILES + even)
-    place = program % (TILES + even)
-    short = pair + even  # tiles in the short row
-    if place < short:
-        row, column = short - 1, place
+    pair = program // (TILES + 1)
+    place = program % (TILES + 1)
+    if place <= pair:
+        row, column = pair, place
     else:
-        row, column = TILES - 1 - pair, place - short
+        row, column = TILES - 1 - pair, place - pair - 1
     return row, column
 
 
