@@ -79,4 +79,4 @@ def backward(case, loss, params):
     loss.backward()
     if case.sparse:
         for p in params:
-            p.grad = p.grad.to_sparse(1)
+            p.grad = None if p.grad is None else p.grad.to_sparse(1)

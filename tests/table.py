@@ -32,8 +32,10 @@ class Case:
     still: dict[str, Any] = field(default_factory=lambda: {"lr": 0.0, "weight_decay": 0.0})
     # Options of all property tests: one set, so that the compiled backend compiles each rule once for them.
     settings: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-2, "weight_decay": 0.1})
-    # Takes parameters of two dimensions only, and no complex ones.
+    # Takes parameters of two dimensions only.
     matrices: bool = False
+    # Takes complex parameters.
+    complex: bool = True
     # What becomes of an element depends on no other, nor on where in memory it lies.
     elementwise: bool = True
     # Takes sparse gradients only.
@@ -195,6 +197,36 @@ CASES = [
         {"default": {}, "narrow": {"etas": (0.4, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}},
         still={"lr": 0.0, "step_sizes": (0.0, 50.0)},
         settings={"lr": 1e-2},
+    ),
+    Case(
+        triton_optim.Adafactor,
+        {
+            "default": {},
+            "decay": {"lr": 0.1, "beta2_decay": -0.5, "weight_decay": 0.1, "maximize": True},
+            "clipped": {"d": 1.5, "eps": (1e-4, 1e-2)},
+        },
+        complex=False,
+        elementwise=False,
+        shapes=((4, 3), (5,), (2, 3, 4), ()),  # torch divides by the number of elements
+    ),
+    Case(
+        triton_optim.Muon,
+        {
+            "default": {},
+            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False},
+            "like AdamW": {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 4, "weight_decay": 0.0},
+        },
+        matrices=True,
+        complex=False,
+        elementwise=False,
+    ),
+    Case(
+        triton_optim.SparseAdam,
+        {"default": {}, "maximize": {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "maximize": True}},
+        still={"lr": 1e-30},  # 0 is refused
+        settings={"lr": 1e-2},
+        complex=False,
+        sparse=True,
     ),
 ]
 

@@ -15,9 +15,9 @@ from table import CASES, Case, rows, rows_and_backends
 import triton_optim
 
 # Of matrices and of sparse rows torch has no complex ones.
-COMPLEX = [case for case in CASES if not case.matrices and not case.sparse]
+COMPLEX = [case for case in CASES if case.complex]
 # A matrix is orthogonalised in bfloat16, in which no difference quotient is a derivative; sparse rows have none.
-DIFFERENTIABLE = [case for case in CASES if not case.matrices and not case.sparse]
+DIFFERENTIABLE = [case for case in CASES if case.peer_takes("differentiable")]
 
 
 @rows(*(case for case in COMPLEX if case.torchs is not None))

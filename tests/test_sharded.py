@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import HAS_TRITON
 from references import adamw
-from table import CASES, rows_and_backends
+from table import CASES, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh

@@ -83,14 +83,14 @@ class Adafactor(RuleOptimizer):
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("weight_decay value", weight_decay, 0.0)
-        for fits, rule, value in (
-            (beta2_decay <= 0, "beta2_decay should be <= 0", beta2_decay),
-            (eps[0] is None or eps[0] >= 0, "epsilon1 should be >= 0", eps[0]),
-            (eps[1] >= 0, "epsilon2 should be >= 0", eps[1]),
-            (d >= 1, "Clipping threshold d should be >= 1", d),
+        for fits, rule, value, usual in (
+            (beta2_decay <= 0, "beta2_decay should be <= 0", beta2_decay, -0.8),
+            (eps[0] is None or eps[0] >= 0, "epsilon1 should be >= 0", eps[0], None),
+            (eps[1] >= 0, "epsilon2 should be >= 0", eps[1], 1e-3),
+            (d >= 1, "Clipping threshold d should be >= 1", d, 1.0),
         ):
             if not fits:
-                raise ValueError(f"{rule} but is {value}.")
+                raise ValueError(f"{rule} but is: {value}. The default is {usual}.")
         defaults = {
             "lr": lr,
             "beta2_decay": beta2_decay,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bucket import counted_dtype
+from .prologue import check_states
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise what :meth:`RuleOptimizer.load_state_dict` says of a state dict that does not fit."""
     counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
-    own = {*optimizer.prologue_names, *(name for variant in optimizer.variants for name in variant.state_names)}
-    known = counted | own
+    elementwise = {name for variant in optimizer.variants for name in variant.state_names}
+    known = counted | elementwise | {*optimizer.prologue_names}
     for number, group in enumerate(state_dict["param_groups"]):
         # An option may be newer than the checkpoint; a hyperparameter can't be.
         needed = [name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))]
@@ -40,19 +41,13 @@ def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> No
                 f"the state of parameter {i} holds {sorted(state)}, {type(optimizer).__name__} keeps {sorted(known)}: "
                 "this state dict is of another optimizer. Load it into that one."
             )
+        if optimizer.prologue_names:
+            check_states(optimizer, group_of(optimizer, p), i, p, state)
         for name, value in state.items():
-            if name not in own or not isinstance(value, Tensor):
-                continue
-            shape = p.shape
-            if name in optimizer.prologue_names:
-                without_memory = torch.empty(p.shape, dtype=p.dtype, device="meta")
-                like = optimizer.prologue_state(without_memory, group_of(optimizer, p))
-                shape = like[name].shape if name in like else shape
-            if value.shape != shape:
+            if name in elementwise and isinstance(value, Tensor) and value.shape != p.shape:
                 raise RuntimeError(
-                    f"{name} of parameter {i} has shape {tuple(value.shape)}; for the parameter's shape "
-                    f"{tuple(p.shape)} it is {tuple(shape)}: this state dict is of another model. Load one saved "
-                    "with the same parameters in the same order."
+                    f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: this "
+                    "state dict is of another model. Load one saved with the same parameters in the same order."
                 )
 
 

@@ -75,6 +75,7 @@ class Muon(RuleOptimizer):
     """
 
     variants = (Variant(muon, (), prologue=True), Variant(adamw, ("exp_avg", "exp_avg_sq")))
+    counts_steps = False
     option_names = ()
     prologue_names = ("momentum_buffer",)
 
@@ -129,7 +130,7 @@ class Muon(RuleOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; one with ``"use_muon": False`` is AdamW's."""
-        if not param_group.get("use_muon", True):
+        if isinstance(param_group, dict) and not uses_muon(param_group):
             param_group = ADAMW | param_group
         super().add_param_group(param_group)
 
@@ -145,7 +146,7 @@ class Muon(RuleOptimizer):
         return self.variants[0 if uses_muon(group) else 1]
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
-        return [] if uses_muon(group) else ["step"]
+        return super().counted_names(group) if uses_muon(group) else ["step"]
 
     def scalars(self, group: dict[str, Any], step: Any) -> Any:
         if uses_muon(group):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .layout import all_aligned, is_sharded, layout, local, overlapping
-from .prologue import run_prologues
+from .prologue import check_states, run_prologues
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -158,8 +158,11 @@ def entries_of(
             )
         names = variant.state_names
         kept = [*names, *optimizer.counted_names(optimizer.param_groups[group])]
-        if g is None and not every and (optimizer._repeats or any(state.get(name) is None for name in kept)):
+        lacking = any(state.get(name) is None for name in kept) or (variant.prologue and not state)
+        if g is None and not every and (optimizer._repeats or lacking):
             continue
+        if variant.prologue:
+            check_states(optimizer, optimizer.param_groups[group], index, p, state)
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .bucket import Bucket, Row, plain_group
@@ -12,6 +13,20 @@ from .layout import with_local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
+
+
+def check_states(optimizer: RuleOptimizer, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]) -> None:
+    """Raise RuntimeError where a state of the prologue has another shape than the optimizer would make it."""
+    like = optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+    for name in optimizer.prologue_names:
+        value = state.get(name)
+        shape = like[name].shape if name in like else p.shape
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise RuntimeError(
+                f"{name} of parameter {index} has shape {tuple(value.shape)}; for the parameter's shape "
+                f"{tuple(p.shape)} it is {tuple(shape)}. Load a state dict of the same parameters in the same "
+                "order, or clear opt.state."
+            )
 
 
 def run_prologues(
