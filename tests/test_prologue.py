@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import jit
 
 import triton_optim
+from triton_optim import adafactor, plan
 
 
 class DescentScalars(NamedTuple):
@@ -182,3 +183,41 @@ def test_gradients_through_the_step(name: str) -> None:
 
     p, g = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(stepped, (p, g))
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon", "NormalizedSGD"])
+def test_in_pieces(name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step in one piece gives, for less memory: no update outlives its piece."""
+    cls = globals().get(name) or getattr(triton_optim, name)
+    start = [torch.randn(shape, device=device) for shape in [(4, 6), (6, 4), (5, 5), (3, 2), (4, 6)]]
+    gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
+    ends = []
+    for piece in (1 << 27, 40):
+        monkeypatch.setattr(plan, "PIECE", piece)
+        params = [Parameter(x.clone()) for x in start]
+        optimizer = cls(params, backend=backend)
+        for own in gradients:
+            for p, g in zip(params, own, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+    assert [report.tensors for report in triton_optim.explain(optimizer)] == [1, 3, 1]
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # batches of matrices differ
+
+
+def test_adafactor_takes_all_parameters_together_where_launches_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = [torch.randn(shape) for shape in [(4, 6), (5,), (2, 3, 4), (3, 2), ()]]
+    gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
+    ends = []
+    for alone in (("cpu",), ()):
+        monkeypatch.setattr(adafactor, "ONE_BY_ONE", alone)
+        params = [Parameter(x.clone()) for x in start]
+        optimizer = triton_optim.Adafactor(params, backend="eager")
+        for own in gradients:
+            for p, g in zip(params, own, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -13,6 +13,9 @@ from .kernels.adafactor import AdafactorScalars, adafactor
 from .layout import gathered, placed_as
 from .optimizer import RuleOptimizer, check_range
 
+ONE_BY_ONE = ("cpu",)
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class Adafactor(RuleOptimizer):
     r"""Adafactor, with torch.optim.Adafactor's arguments, defaults and state: a second moment kept as its rows' and
@@ -128,52 +131,74 @@ class Adafactor(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        return [
-            placed_as(p, normalized(gathered(p), gathered(g), state, group, h))
-            for p, g, state in zip(params, gradients, states, strict=True)
-        ]
+        # Together they take few launches; a CPU has none to save, and one at a time they stay in its caches.
+        at_once = 1 if params[0].device.type in ONE_BY_ONE else len(params)
+        updates: list[Tensor] = []
+        for start in range(0, len(params), at_once):
+            own = slice(start, start + at_once)
+            whole, g = ([gathered(t) for t in tensors[own]] for tensors in (params, gradients))
+            updates += map(placed_as, params[own], normalized(whole, g, states[own], group, h))
+        return updates
 
 
-def normalized(p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], h: AdafactorScalars) -> Tensor:
-    r""":math:`\max(\epsilon_2, RMS(p)) u / \max(1, RMS(u) / d)`, as :class:`Adafactor` says; the state is updated."""
+def normalized(
+    params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
+) -> list[Tensor]:
+    r""":math:`\max(\epsilon_2, RMS(p)) u / \max(1, RMS(u) / d)`, as :class:`Adafactor` says; the states are updated."""
     eps1, eps2 = group["eps"]
-    eps1 = torch.finfo(p.dtype).eps if eps1 is None else eps1
-    compute = torch.float64 if p.dtype == torch.float64 else torch.float32
-    g = g.to(compute)
-    if p.dim() < 2:
-        variance = averaged(state["variance"], g * g, h.one_minus_beta2)
-        divisor = variance.clamp(min=eps1 * eps1).rsqrt_()
-    else:
-        square = g * g
-        row = averaged(state["row_var"], mean(square, -1), h.one_minus_beta2)
-        column = averaged(state["col_var"], mean(square, -2), h.one_minus_beta2)
+    floors = [torch.finfo(p.dtype).eps if eps1 is None else eps1 for p in params]
+    computed_in = [torch.promote_types(p.dtype, torch.float32) for p in params]
+    wide = [g.to(dtype) for g, dtype in zip(gradients, computed_in, strict=True)]
+    # 1 / sqrt(v), element by element, will take the place of the squares.
+    divisors = list(torch._foreach_mul(wide, wide))
+    vectors = [i for i, p in enumerate(params) if p.dim() < 2]
+    matrices = [i for i, p in enumerate(params) if p.dim() >= 2]
+    if vectors:
+        variances = averaged([states[i]["variance"] for i in vectors], [divisors[i] for i in vectors], h)
+        bounded = torch._foreach_clamp_min(variances, [floors[i] ** 2 for i in vectors])
+        for i, root in zip(vectors, torch._foreach_rsqrt(bounded), strict=True):
+            divisors[i] = root
+    if matrices:
+        squares = [divisors[i] for i in matrices]
+        rows = averaged([states[i]["row_var"] for i in matrices], means(squares, -1), h)
+        columns = averaged([states[i]["col_var"] for i in matrices], means(squares, -2), h)
+        of_rows = torch._foreach_clamp_min(means(rows, -2), [floors[i] for i in matrices])
         # The square roots of the factors, not of their product: as many as there are rows and columns.
-        by_row = (row / mean(row, -2).clamp(min=eps1)).rsqrt()
-        divisor = by_row * column.rsqrt()
-        if eps1:
-            divisor = divisor.clamp(max=1 / eps1) if torch.is_grad_enabled() else divisor.clamp_(max=1 / eps1)
-    update = times(divisor, g)
-    scale = rms(p).clamp(min=eps2) / (rms(update) / group["d"]).clamp(min=1)
-    return times(update, scale)
+        by_row = torch._foreach_rsqrt(torch._foreach_div(rows, of_rows))
+        by_column = torch._foreach_rsqrt(columns)
+        bounds = [1 / floors[i] if floors[i] else math.inf for i in matrices]
+        for i, row, column, bound in zip(matrices, by_row, by_column, bounds, strict=True):
+            product = torch.mul(row, column, out=None if torch.is_grad_enabled() else divisors[i])
+            divisors[i] = in_place(torch.clamp, product, max=bound)
+    updates = [in_place(torch.mul, x, g) for x, g in zip(divisors, wide, strict=True)]
+    roots = [math.sqrt(max(p.numel(), 1)) for p in params]
+    norms = [torch.linalg.vector_norm(p, dtype=dtype) for p, dtype in zip(params, computed_in, strict=True)]
+    scales = torch._foreach_clamp_min(torch._foreach_div(norms, roots), eps2)
+    clips = torch._foreach_div(torch._foreach_norm(updates), [group["d"] * root for root in roots])
+    scales = torch._foreach_div(scales, torch._foreach_clamp_min(clips, 1.0))
+    return [in_place(torch.mul, update, scale) for update, scale in zip(updates, scales, strict=True)]
 
 
-def times(x: Tensor, y: Tensor) -> Tensor:
-    """The product, in the memory of `x` where autograd does not need that."""
-    return x * y if torch.is_grad_enabled() else x.mul_(y)
+def in_place(function: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    """The function of `x`, in its memory where autograd does not need that."""
+    result: Tensor = function(x, *arguments, **keywords, out=None if torch.is_grad_enabled() else x)
+    return result
 
 
-def averaged(state: Tensor, new: Tensor, weight: Any) -> Tensor:
-    """The state moved towards `new` by `weight`, in the dtype of the latter; it is kept in its own."""
-    average = state.to(new.dtype).lerp(new, weight.to(new) if isinstance(weight, Tensor) else weight)
-    state.copy_(average)
-    return average
+def averaged(states: list[Tensor], news: Tensors, h: AdafactorScalars) -> tuple[Tensor, ...]:
+    """The states moved towards the new ones, in the dtype of these; they are kept in their own."""
+    pairs = zip(states, news, strict=True)
+    held = [state.to(new.dtype) for state, new in pairs]
+    weight = h.one_minus_beta2
+    if isinstance(weight, Tensor):
+        averages = tuple(x.lerp(new, weight.to(new)) for x, new in zip(held, news, strict=True))
+    else:
+        averages = torch._foreach_lerp(held, news, weight)
+    torch._foreach_copy_(states, averages)
+    return averages
 
 
-def mean(x: Tensor, dim: int) -> Tensor:
-    return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)  # of nothing it is 0
-
-
-def rms(x: Tensor) -> Tensor:
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=compute)
-    return norm / math.sqrt(max(x.numel(), 1))
+def means(tensors: Tensors, dim: int) -> tuple[Tensor, ...]:
+    """Of nothing the mean is 0."""
+    sums = [x.sum(dim, keepdim=True) for x in tensors]
+    return torch._foreach_div(sums, [float(max(x.shape[dim], 1)) for x in tensors])

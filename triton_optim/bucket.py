@@ -35,6 +35,7 @@ class Key(NamedTuple):
     capturable: bool
     differentiable: bool
     sparse: bool = False  # the gradients are, and only the elements that they hold are updated
+    piece: int = 0  # of a step that is taken in pieces
 
     @property
     def compute(self) -> torch.dtype:

@@ -30,6 +30,10 @@ _BUCKETS: dict[Backend, tuple[str, str]] = {
 }
 _SPARSE = ("sparse", "SparseBucket")
 
+# Elements whose updates a prologue may hold at a time. A step of more parameters is taken in pieces: in one, it would
+# need as much memory again as all the gradients.
+PIECE = 1 << 27
+
 
 class Entry(NamedTuple):
     """A parameter on its way into a plan: what decides its bucket."""
@@ -219,6 +223,8 @@ class Plan:
         for m, key in started:
             m.start(optimizer, key)
         self.buckets = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
+        pieces = sorted({bucket.key.piece for bucket in self.buckets})
+        self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values())
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned]
@@ -240,10 +246,14 @@ class Plan:
 
     def step(self) -> None:
         """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run."""
-        rows = run_prologues(self.optimizer, self.buckets, [bucket.next_rows() for bucket in self.buckets])
-        for bucket, own in zip(self.buckets, rows, strict=True):
-            if any(row is not None for row in own):
-                bucket.run(own)
+        rows = {bucket.key: bucket.next_rows() for bucket in self.buckets}
+        for piece in self._pieces:
+            run_prologues(self.optimizer, piece, rows)
+            for bucket in piece:
+                if any(row is not None for row in rows[bucket.key]):
+                    bucket.run(rows[bucket.key])
+                if bucket.key.variant.prologue:
+                    bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:
             bucket.commit()
 
@@ -256,9 +266,14 @@ class Plan:
 def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, list[Member]]:
     """The parameters by bucket."""
     members: dict[Key, list[Member]] = {}
+    elements = 0
     for entry in entries:
         member = Member(optimizer, entry.place, entry.group, entry.p)
-        members.setdefault(key_for(optimizer, entry), []).append(member)
+        key = key_for(optimizer, entry)
+        if key.variant.prologue:
+            elements += entry.p.numel()  # of a sharded one all: the pieces must be every rank's
+            key = key._replace(piece=elements // PIECE)
+        members.setdefault(key, []).append(member)
     return members
 
 

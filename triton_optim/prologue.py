@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Row, plain_group
+from .bucket import Bucket, Key, Row, plain_group
 from .layout import with_local
 
 if TYPE_CHECKING:
@@ -29,49 +30,52 @@ def check_states(optimizer: RuleOptimizer, group: dict[str, Any], index: int, p:
             )
 
 
-def run_prologues(
-    optimizer: RuleOptimizer, buckets: Sequence[Bucket], rows: list[list[Row | None]]
-) -> list[list[Row | None]]:
+def run_prologues(optimizer: RuleOptimizer, buckets: Sequence[Bucket], rows: dict[Key, list[Row | None]]) -> None:
     """Put what the optimizer's prologue makes of the gradients in their place, in every bucket that has one.
 
     A call gets all parameters of a group that were counted alike, in the order of the parameters, whatever their
     buckets: where they are sharded it communicates, and buckets differ between ranks.
 
-    Returns:
-        The rows; the prologue has seen negated gradients where the group maximizes, so the rule's are as they are.
+    Args:
+        optimizer: whose prologue it is.
+        buckets: which hold their gradients.
+        rows: of all buckets. The factor of those that had a prologue becomes 1: it has seen negated gradients where
+            the group maximizes.
     """
-    if not any(bucket.key.variant.prologue for bucket in buckets):
-        return rows
-    turns: dict[tuple[object, ...], list[tuple[Bucket, int, Row]]] = {}
-    for bucket, own in zip(buckets, rows, strict=True):
+    turns: dict[tuple[object, ...], list[tuple[int, Bucket, int, Row]]] = {}
+    for bucket in buckets:
         if bucket.key.variant.prologue:
-            for cohort, row in zip(bucket.cohorts, own, strict=True):
+            for cohort, row in zip(bucket.cohorts, rows[bucket.key], strict=True):
                 if row is not None:
-                    turns.setdefault(cohort.counted, []).extend((bucket, place, row) for place in cohort.places)
-    ordered = [sorted(turn, key=lambda entry: entry[0].members[entry[1]].index) for turn in turns.values()]
-    for turn in sorted(ordered, key=lambda turn: turn[0][0].members[turn[0][1]].index):
-        members = [bucket.members[place] for bucket, place, _ in turn]
-        first, _, row = turn[0]
-        kept = first.key.differentiable
-        gradients: list[Tensor] = []
-        for (bucket, place, _), m in zip(turn, members, strict=True):
-            g = bucket.gradients[place]
-            assert g is not None
-            gradients.append(with_local(m.p, row.factor * g if row.factor != 1 else g))
-        updates = optimizer.prologue(
-            plain_group(optimizer.param_groups[members[0].group], keep=kept),
-            row.h,
-            # Autograd may keep what it is shown, and the rule will write the parameter.
-            [m.p.clone() if kept else m.p.detach() for m in members],
-            gradients,
-            [m.state for m in members],
-        )
-        for (bucket, place, _), update in zip(turn, updates, strict=True):
-            bucket.take_update(place, update)
-    plain: list[list[Row | None]] = []
-    for bucket, own in zip(buckets, rows, strict=True):
+                    places = ((bucket.members[i].index, bucket, i, row) for i in cohort.places)
+                    turns.setdefault(cohort.counted, []).extend(places)
+    for turn in turns.values():
+        turn.sort(key=itemgetter(0))
+    for turn in sorted(turns.values(), key=lambda turn: turn[0][0]):
+        run_prologue(optimizer, turn)
+    for bucket in buckets:
         if bucket.key.variant.prologue:
             bucket.accept(bucket.gradients)
-            own = [row and row._replace(factor=1.0) for row in own]
-        plain.append(own)
-    return plain
+            rows[bucket.key] = [row and row._replace(factor=1.0) for row in rows[bucket.key]]
+
+
+def run_prologue(optimizer: RuleOptimizer, turn: list[tuple[int, Bucket, int, Row]]) -> None:
+    """One call: of parameters by index, bucket, place in it, and scalars."""
+    members = [bucket.members[i] for _, bucket, i, _ in turn]
+    _, first, _, row = turn[0]
+    kept = first.key.differentiable
+    gradients: list[Tensor] = []
+    for (_, bucket, i, _), m in zip(turn, members, strict=True):
+        g = bucket.gradients[i]
+        assert g is not None
+        gradients.append(with_local(m.p, row.factor * g if row.factor != 1 else g))
+    updates = optimizer.prologue(
+        plain_group(optimizer.param_groups[members[0].group], keep=kept),
+        row.h,
+        # Autograd may keep what it is shown, and the rule will write the parameter.
+        [m.p.clone() if kept else m.p.detach() for m in members],
+        gradients,
+        [m.state for m in members],
+    )
+    for (_, bucket, i, _), update in zip(turn, updates, strict=True):
+        bucket.take_update(i, update)
