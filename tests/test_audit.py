@@ -75,7 +75,7 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
         for rule in rules
         for dtypes in ("fp32", "bf16", "fp16", "fp64", "bf16+fp32")
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-        if (rule, dtypes) != ("sgd", "bf16+fp32")  # no states: the same as bf16
+        if dtypes != "bf16+fp32" or rule not in ("adafactor", "muon", "sgd")  # no states: the same as bf16
     }
     assert {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]} == expected
     assert {(row["rule"], row["arch"]) for row in rows if not row["aligned"]} == {(r, a) for r, _, a in expected}

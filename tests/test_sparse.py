@@ -203,3 +203,12 @@ def test_explained() -> None:
     reasons = {report.elements: report.reason for report in triton_optim.explain(optimizer)}
     assert "sparse" in reasons[8]
     assert "sparse" not in reasons[3]
+
+
+def test_a_rate_of_zero() -> None:
+    """A first step that might be a probe of the states is looked at."""
+    p = Parameter(torch.ones(4, 2))
+    optimizer = triton_optim.SGD([p], lr=0.0)
+    p.grad = gradient((4, 2), [1])
+    optimizer.step()
+    assert torch.equal(p, torch.ones(4, 2))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import assert_same, backward, train
-from table import CASES, NUMBERS, Case, rows
+from table import CASES, NUMBERS, Case, each_case, rows
 from torch import Tensor
 from torch.nn import Parameter
 from torch.testing._internal.common_optimizers import optim_db
@@ -159,23 +159,24 @@ def test_old_checkpoints_load(case: Case) -> None:
     assert_same(case, resumed, optimizer, rtol=0, atol=0)
 
 
-@rows(*(case for case in PEERS.values() if not case.matrices and not case.sparse))
+@each_case
 def test_rosenbrock_and_a_quadratic_go_down(case: Case) -> None:
-    def rosenbrock(p: Tensor) -> Tensor:
-        return (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+    def rosenbrock(x: Tensor, y: Tensor) -> Tensor:
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
-    def quadratic(p: Tensor) -> Tensor:
-        return 0.5 * (p[0] ** 2 + 10 * p[1] ** 2)
+    def quadratic(x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (x**2 + 10 * y**2)
 
-    for loss, start in ((rosenbrock, (-1.2, 1.0)), (quadratic, (1.0, 1.0))):
+    for loss, start in ((rosenbrock, [-1.2, 1.0]), (quadratic, [1.0, 1.0])):
         ends = []
-        for cls in (case.ours, case.torchs):
-            p = Parameter(torch.tensor(start, dtype=torch.float64))
-            optimizer = cls([p], lr=1e-3, **({"backend": "eager"} if cls is case.ours else {"foreach": False}))
+        for cls in (case.ours, case.peer):
+            p = Parameter(torch.tensor([start] if case.matrices else start, dtype=torch.float64))
+            how = {"backend": "eager"} if cls is case.ours else {"foreach": False} if case.peer_takes("foreach") else {}
+            optimizer = cls([p], lr=1e-3, **how)
             for _ in range(200):
                 optimizer.zero_grad()
-                loss(p).backward()
+                backward(case, loss(*p.flatten()), [p])
                 optimizer.step()
             ends.append(p.detach())
-        assert loss(ends[0]) < loss(torch.tensor(start))
+        assert loss(*ends[0].flatten()) < loss(*torch.tensor(start))
         torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-8)

@@ -186,6 +186,7 @@ class RuleOptimizer(Optimizer):
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
             numbers = {n: torch.tensor(float(v), dtype=counted_dtype(), device=device) for n, v in started.items()}
             self.state[p] |= numbers | {n: self.initial_state(n, p, group) for n in self.variant(group).state_names}
+            self.state[p] |= self.prologue_state(p, group)
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
@@ -283,7 +284,7 @@ class RuleOptimizer(Optimizer):
         """
         rates = [group.get("lr") for group in self.param_groups]
         return all(rate is not None and rate == 0 for rate in rates) and not any(
-            g.any() for g in gradients if g is not None
+            (g._values() if g.is_sparse else g).any() for g in gradients if g is not None
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
