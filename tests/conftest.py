@@ -77,3 +77,14 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def interpreter_loops() -> bool:
+    """Triton 3.6's interpreter makes a loop's bound of an array of one element, which NumPy 2.4 refuses."""
+    import triton
+
+    return HAS_GPU or tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+
+
+TRITON_LOOPS = HAS_TRITON and interpreter_loops()
+needs_loops = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")

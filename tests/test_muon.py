@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from conftest import HAS_TRITON, OUR_ITERATED_IN, TORCHS_ITERATION
+from conftest import OUR_ITERATED_IN, TORCHS_ITERATION, needs_loops
 from references import REFERENCES
 from references_matrix import newton_schulz as reference
 from torch import Tensor
@@ -57,7 +57,7 @@ def test_a_shape_and_its_transpose_are_one_batch(monkeypatch: pytest.MonkeyPatch
     assert batches.count((2, 4, 6)) == 2
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@needs_loops
 def test_iteration_by_the_kernel_of_symmetric_products(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """As on a GPU; here the interpreter runs the kernel, on float32."""
     kernels = functools.partial(symmetric_product, backend="triton")

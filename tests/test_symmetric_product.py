@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU, HAS_TRITON
+from conftest import HAS_GPU, needs_loops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,17 +24,7 @@ from triton_optim.symmetric_product import symmetric_product
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
-
-def interpreter_loops() -> bool:
-    """Triton 3.6's interpreter makes a loop's bound of an array of one element, which NumPy 2.4 refuses."""
-    import triton
-
-    return HAS_GPU or tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-
-
-TRITON_RUNS = HAS_TRITON and interpreter_loops()
-needs_triton = pytest.mark.skipif(not TRITON_RUNS, reason="no Triton, or an interpreter of it that NumPy broke")
-BACKENDS = ["eager", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["eager", pytest.param("triton", marks=needs_loops)]
 in_backends = pytest.mark.parametrize("how", BACKENDS)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
@@ -176,7 +166,7 @@ def test_16_bit_sums_are_in_float32(how: str, device: torch.device) -> None:
         assert (symmetric_product(large, 2.0**-8, backend=how) == 1024).all()
 
 
-@needs_triton
+@needs_loops
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(0, 3),
@@ -195,7 +185,7 @@ def test_any_shape(device, batch, m, k, transposed, dtype, alpha, beta) -> None:
     check(out, x, alpha, beta, c)
 
 
-@needs_triton
+@needs_loops
 @pytest.mark.parametrize("tiles", [*range(1, 40), 255, 256])
 def test_programs_and_tiles_of_a_triangle_match_one_to_one(tiles: int) -> None:
     from triton_optim.kernels import symmetric_product as kernel
@@ -206,7 +196,7 @@ def test_programs_and_tiles_of_a_triangle_match_one_to_one(tiles: int) -> None:
     assert all(0 <= column <= row < tiles for row, column in found)
 
 
-@needs_triton
+@needs_loops
 def test_a_triangle_of_the_most_tiles_is_exact() -> None:
     """Where a float32 root would err, and 32 bits nearly end."""
     from triton_optim.kernels import symmetric_product as kernel
@@ -220,7 +210,7 @@ def test_a_triangle_of_the_most_tiles_is_exact() -> None:
                 assert kernel.tile_of.fn(program, tiles) == (row, column)
 
 
-@needs_triton
+@needs_loops
 @pytest.mark.parametrize("dimension", range(3))
 def test_trap_1_offsets_beyond_2_31_elements(dimension: int, device: torch.device) -> None:
     """A stride of 2^30 four times over, of memory that is lazily there. A wrapped offset would read before it."""
