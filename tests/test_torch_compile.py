@@ -73,6 +73,24 @@ def test_compiled_step_equals_eager_step_and_is_compiled_once(
 
 
 @rows(*DENSE)
+def test_nothing_is_compiled_after_the_first_step(case: Case, device: torch.device) -> None:
+    """Not on step 2, nor for another rate, decay or beta, nor for a model of other shapes."""
+    model, optimizer = model_and_optimizer(case, "compiled", device)
+    train(model, optimizer, optimizer.step, steps=1)
+    graphs = compiled_backend.graph_for.cache_info().misses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs[0]
+    train(model, optimizer, optimizer.step)
+    shapes = ((3, 7), (11, 2)) if case.matrices else ((3, 7), (11,), (2, 3, 5))
+    params = case.parameters(device, shapes=shapes)
+    other = type(optimizer)(params, **case.settings, backend="compiled")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    other.step()
+    now = compiled_backend.graph_for.cache_info().misses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert now == graphs
+
+
+@rows(*DENSE)
 def test_whole_train_step_is_one_graph(case: Case, backend: str, device: torch.device) -> None:
     def whole(model: Any, optimizer: Any, x: torch.Tensor) -> torch.Tensor:
         loss = model(x).square().sum()
