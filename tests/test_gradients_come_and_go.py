@@ -256,6 +256,8 @@ def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, bac
     for k, present in enumerate(patterns):
         for group in opt.param_groups:
             group["lr"] = 1e-3 / (k + 1)
+            if group.get("weight_decay"):
+                group["weight_decay"] = 0.1 / (k + 1)
         held.append(gradients_of(params, present, k, case))
         step(opt, params, held[-1])
     assert len(plans) == 1

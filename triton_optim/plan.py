@@ -96,7 +96,7 @@ def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, 
     elif not optimizer.takes_dense_gradients:
         raise RuntimeError(
             f"{name} does not support dense gradients, which that of parameter {index} is. Build the embedding with "
-            f"sparse=True, or use {name.removeprefix('Sparse')}."
+            "sparse=True, or give it to another optimizer."
         )
     if is_sharded(local_g):
         raise RuntimeError(
@@ -149,20 +149,21 @@ def entries_of(
     One without a gradient is taken to have the dtype and alignment that the previous plan knew, else its own.
     """
     groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+    variants = [optimizer.variant(group) for group in optimizer.param_groups]
+    counted = [optimizer.counted_names(group) for group in optimizer.param_groups]
     overlaps = overlapping([local(p) for p in params])
     known = {m.index: bucket.key for bucket in previous.buckets for m in bucket.members} if previous is not None else {}
     entries = []
     for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
         state = optimizer.state.get(p, {})
-        variant = optimizer.variant(optimizer.param_groups[group])
+        variant = variants[group]
         if variant.prologue and p.is_complex() and g is not None:
             raise RuntimeError(
                 f"{type(optimizer).__name__} does not support complex parameters; parameter {index} is {p.dtype}. "
                 "Give it to another optimizer."
             )
         names = variant.state_names
-        kept = [*names, *optimizer.counted_names(optimizer.param_groups[group])]
-        lacking = any(state.get(name) is None for name in kept) or (variant.prologue and not state)
+        lacking = any(state.get(name) is None for name in (*names, *counted[group])) or (variant.prologue and not state)
         if g is None and not every and (optimizer._repeats or lacking):
             continue
         if variant.prologue:
@@ -299,10 +300,7 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
     names = ("maximize", "foreach", "fused", "capturable", "differentiable")
-    return [
-        (optimizer.variant(group), optimizer.sparse_gradients(group), *map(group.get, names))
-        for group in optimizer.param_groups
-    ]
+    return [(optimizer.variant(group), *map(group.get, names)) for group in optimizer.param_groups]
 
 
 def bucket_class(key: Key) -> type[Bucket]:

@@ -18,6 +18,9 @@ class SparseBucket(Bucket):
     keeps_layout = False
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
+        # A group's hyperparameters decide whether single rows will do.
+        if any(self.optimizer.sparse_gradients(self.optimizer.param_groups[c.group]) != "rows" for c in self.cohorts):
+            return False
         for value, kind, g in zip(values, self._kinds, own, strict=True):
             if (value.shape, value.stride(), value.dtype) != kind:
                 return False
