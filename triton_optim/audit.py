@@ -145,22 +145,25 @@ def every_rule() -> tuple[AuditedRule, ...]:
     Raises:
         ValueError: two rules have the same name.
     """
-    found: dict[str, AuditedRule] = {}
+    optimizers: dict[str, RuleOptimizer] = {}
     for name in triton_optim.__all__:
         cls = getattr(triton_optim, name)
-        if not (isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants):
-            continue
-        opt: Any = cls([torch.zeros(1, 1, requires_grad=True)])  # type: ignore[call-arg]  # subclasses have defaults
-        scalars = type(row_for(opt, opt.param_groups[0], 1).h)
-        for rule, state_names, _ in cls.variants:
+        if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants:
+            optimizers[name] = cls([torch.zeros(1, 1, requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
+    # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
+    scalars = {name: type(row_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
+    by_default = {opt.variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
+    found: dict[str, AuditedRule] = {}
+    for name, opt in optimizers.items():
+        for rule, state_names, _ in opt.variants:
             known = found.get(rule.__name__)
-            own = known.scalars if known else scalars  # Muon runs AdamW's rule too, with AdamW's scalars
             if known is not None and (known.rule, known.state_names) != (rule, state_names):
                 raise ValueError(
                     f"{name} and {known.optimizers[0]} have different rules named {known.name}: rename one"
                 )
-            optimizers = (*(known.optimizers if known else ()), name)
-            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, optimizers)
+            users = (*(known.optimizers if known else ()), name)
+            own = by_default.get(rule, scalars[name])
+            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, users)
     return tuple(found.values())
 
 

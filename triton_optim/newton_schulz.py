@@ -12,7 +12,7 @@ from torch import Tensor
 from .dispatch import GPUS
 from .symmetric_product import symmetric_product
 
-# Elements iterated at once: an iteration holds two of such batches, and larger ones are no faster.
+# Elements iterated at once: an iteration holds several batches of this size.
 LARGEST_BATCH = 1 << 26
 
 
