@@ -21,6 +21,16 @@ try:
 except ImportError:
     triton = tl = None
 
+
+def _bits_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits of float32 numbers, as int32."""
+    return x.view(torch.int32)
+
+
+def _number_of(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.float32)
+
+
 if triton is not None:
 
     def jit(fn: Callable[..., Any]) -> Any:
@@ -33,8 +43,20 @@ if triton is not None:
         return tl.abs(x)
 
     @jit
+    def bits_of(x):
+        return x.to(tl.int32, bitcast=True)
+
+    @jit
+    def number_of(x):
+        return x.to(tl.float32, bitcast=True)
+
+    @jit
     def exp(x):
         return tl.exp(x)
+
+    @jit
+    def floor(x):
+        return tl.floor(x)
 
     @jit
     def log(x):
@@ -68,15 +90,19 @@ else:
     def jit(fn: Callable[..., Any]) -> Any:
         return fn
 
-    abs, exp, log, sign, sqrt, where = torch.abs, torch.exp, torch.log, torch.sign, torch.sqrt, torch.where
-    maximum, minimum = torch.maximum, torch.minimum
+    abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
+    maximum, minimum, where = torch.maximum, torch.minimum, torch.where
+    bits_of, number_of = _bits_of, _number_of
 
 PRIMITIVES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "abs": (abs, torch.abs),
+    "bits_of": (bits_of, _bits_of),
     "exp": (exp, torch.exp),
+    "floor": (floor, torch.floor),
     "log": (log, torch.log),
     "maximum": (maximum, torch.maximum),
     "minimum": (minimum, torch.minimum),
+    "number_of": (number_of, _number_of),
     "sign": (sign, torch.sign),
     "sqrt": (sqrt, torch.sqrt),
     "where": (where, torch.where),
@@ -117,15 +143,24 @@ def torch_form(rule: Any) -> Callable[..., Any]:
     return types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__, cells)
 
 
-def apply(rule: Callable[..., Any], tensors: list[torch.Tensor], values: list[torch.Tensor], h: Any) -> None:
-    """Run a rule's torch form on `values`, and write what it returns to ``tensors`` (p, g, states) but the gradient."""
+def apply(
+    rule: Callable[..., Any],
+    tensors: list[torch.Tensor],
+    values: list[torch.Tensor],
+    h: Any,
+    rounded: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Run a rule's torch form on `values`, and write what it returns to ``tensors`` (p, g, states) but the gradient.
+
+    ``rounded(i, value)``, where given, is what is written for the rule's result number i.
+    """
     new = rule(*values, h)
     if not isinstance(new, tuple) or len(new) != len(tensors) - 1:
         raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(tensors) - 2} states.")
     # A rule may return one of its arguments; it must not change when the tensor it came from is written.
     new = [v.clone() if any(v is old for old in values) else v for v in new]
-    for old, v in zip((tensors[0], *tensors[2:]), new, strict=True):
-        old.copy_(v)
+    for i, (old, v) in enumerate(zip((tensors[0], *tensors[2:]), new, strict=True)):
+        old.copy_(v if rounded is None else rounded(i, v))
 
 
 def _names(code: types.CodeType) -> set[str]:

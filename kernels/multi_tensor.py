@@ -8,6 +8,8 @@ the tensor has no gradient in this step: its programs do nothing.
 import triton
 import triton.language as tl
 
+from .rounding import MIXED_BY_ROLE, mix, round_bfloat16, round_float16
+
 BLOCK = 1024  # elements a program
 
 
@@ -56,16 +58,33 @@ def convert_nearest(value, DTYPE: tl.constexpr):
     return convert(value, DTYPE)
 
 
+_MIXED_BY_ROLE = tl.constexpr(MIXED_BY_ROLE)
+
+
+@triton.jit
+def stored(value, mixed, role: tl.constexpr, DTYPE: tl.constexpr, ROUNDED: tl.constexpr, CONVERT: tl.constexpr):
+    """A result as its role is kept; rounded stochastically where `ROUNDED` says so."""
+    if ROUNDED[role]:
+        bits = mix(mixed + role * _MIXED_BY_ROLE)
+        if tl.bfloat16 == DTYPE:
+            value = round_bfloat16(value.to(tl.float32), bits)
+        else:
+            value = round_float16(value.to(tl.float32), bits)
+    return CONVERT(value, DTYPE)
+
+
 @triton.jit
 def update_chunk(
     addresses,
     start,
     mask,
     h,
+    random,
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -84,9 +103,17 @@ def update_chunk(
     g = values[1] * h[0]
     new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
     tl.static_assert(len(new) == len(DTYPES) - 1, "a rule must return p and every state")
-    tl.store(pointers[0], CONVERT(new[0], DTYPES[0]), mask=mask)
-    for i in tl.static_range(2, len(DTYPES)):
-        tl.store(pointers[i], CONVERT(new[i - 1], DTYPES[i]), mask=mask)
+    mixed = offsets
+    if len(ROUNDED) > 0:
+        index = random[1] + start + offsets
+        mixed = mix(mix(index.to(tl.int32)) + (index >> 32).to(tl.int32)) + random[0]
+        tl.store(pointers[0], stored(new[0], mixed, 0, DTYPES[0], ROUNDED, CONVERT), mask=mask)
+        for i in tl.static_range(2, len(DTYPES)):
+            tl.store(pointers[i], stored(new[i - 1], mixed, i - 1, DTYPES[i], ROUNDED, CONVERT), mask=mask)
+    else:
+        tl.store(pointers[0], CONVERT(new[0], DTYPES[0]), mask=mask)
+        for i in tl.static_range(2, len(DTYPES)):
+            tl.store(pointers[i], CONVERT(new[i - 1], DTYPES[i]), mask=mask)
 
 
 @triton.jit
@@ -95,11 +122,13 @@ def multi_tensor(
     tensors,
     gradients,
     rows,
+    keys,
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -111,9 +140,12 @@ def multi_tensor(
         tensors: int64 ``(tensors, 1 + roles)``: see the columns above.
         gradients: int64 ``(tensors,)``: the address of each gradient, 0 for none.
         rows: ``(rows, 1 + len(FIELDS))`` in COMPUTE: the factor of the gradient, then the rule's scalars.
+        keys: int64 ``(tensors, 2)``: what the random bits of a tensor depend on, and the index of its first
+            element. Not read where nothing is rounded stochastically.
         RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
             key; the class is not).
         DTYPES: what each role (p, g, states) is stored as. COMPUTE: what the arithmetic is done in.
+        ROUNDED: whether a result of the rule is rounded stochastically, for each of them, or empty.
         ALIGNED: whether every address is a multiple of 16.
     """
     program = tl.program_id(0)
@@ -132,8 +164,15 @@ def multi_tensor(
         h = ()
         for i in tl.static_range(1 + len(FIELDS)):
             h = h + (tl.load(row + i),)
+        random = ()
+        if len(ROUNDED) > 0:
+            random = (tl.load(keys + 2 * tensor).to(tl.int32), tl.load(keys + 2 * tensor + 1))
         if start + BLOCK <= numel:
-            update_chunk(addresses, start, None, h, RULE, SCALARS, DTYPES, COMPUTE, CONVERT, BLOCK, ALIGNED)
+            update_chunk(
+                addresses, start, None, h, random, RULE, SCALARS, DTYPES, COMPUTE, ROUNDED, CONVERT, BLOCK, ALIGNED
+            )
         else:
             mask = start + tl.arange(0, BLOCK) < numel
-            update_chunk(addresses, start, mask, h, RULE, SCALARS, DTYPES, COMPUTE, CONVERT, BLOCK, ALIGNED)
+            update_chunk(
+                addresses, start, mask, h, random, RULE, SCALARS, DTYPES, COMPUTE, ROUNDED, CONVERT, BLOCK, ALIGNED
+            )

@@ -64,6 +64,7 @@ class Adadelta(RuleOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("rho value", rho, 0.0)
@@ -85,7 +86,7 @@ class Adadelta(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdadeltaScalars:
         rho = group["rho"]

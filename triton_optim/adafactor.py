@@ -83,6 +83,7 @@ class Adafactor(RuleOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("weight_decay value", weight_decay, 0.0)
@@ -108,7 +109,7 @@ class Adafactor(RuleOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdafactorScalars:
         lr, bound = group["lr"], step**-0.5

@@ -65,6 +65,7 @@ class Adagrad(RuleOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("lr_decay value", lr_decay, 0.0)
@@ -86,7 +87,7 @@ class Adagrad(RuleOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

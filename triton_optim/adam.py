@@ -75,6 +75,7 @@ class Adam(RuleOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
             if isinstance(value, Tensor) and foreach and not capturable:
@@ -104,7 +105,7 @@ class Adam(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def variant(self, group: dict[str, Any]) -> Variant:
         return self.variants[2 * bool(group["decoupled_weight_decay"]) + bool(group["amsgrad"])]
@@ -160,6 +161,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         super().__init__(
             params,
@@ -175,6 +177,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             backend=backend,
+            **precision,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ class Adamax(RuleOptimizer):
         capturable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("epsilon value", eps, 0.0)
@@ -83,7 +84,7 @@ class Adamax(RuleOptimizer):
             "capturable": capturable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdamaxScalars:
         beta1, beta2 = group["betas"]

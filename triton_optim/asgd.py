@@ -67,6 +67,7 @@ class ASGD(RuleOptimizer):
         *,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("weight_decay value", weight_decay, 0.0)
@@ -85,7 +86,7 @@ class ASGD(RuleOptimizer):
             "capturable": capturable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
         lr = group["lr"]

@@ -35,6 +35,7 @@ def compile_kernel(
     target: GPUTarget,
     options: dict[str, Any],
     aligned: bool,
+    rounded: tuple[bool, ...] = (),
 ) -> Any:
     """Triton's compiled kernel, specialised as the Triton backend does.
 
@@ -44,6 +45,7 @@ def compile_kernel(
         dtypes: how each of p, g and the states is stored.
         options: what is passed beside the kernel's arguments.
         aligned: whether every address is a multiple of 16.
+        rounded: whether a result of the rule is rounded stochastically, for each, or empty.
     """
     compute = TRITON_DTYPES[torch.float64 if dtypes[0] == torch.float64 else torch.float32]
     constants = {
@@ -52,11 +54,12 @@ def compile_kernel(
         "FIELDS": scalars._fields,
         "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
         "COMPUTE": compute,
+        "ROUNDED": rounded,
         "CONVERT": kernel.convert,
         "BLOCK": kernel.BLOCK,
         "ALIGNED": aligned,
     }
-    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}"}
+    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}", "keys": "*i64"}
     order = [*tables, *constants]
     source = ASTSource(
         fn=kernel.multi_tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .dispatch import Choice
 from .layout import in_layout_of, is_sharded, local, same_layout, with_local
+from .rounding import first_index, row_key, tensor_keys
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer, Variant
@@ -36,6 +37,7 @@ class Key(NamedTuple):
     differentiable: bool
     sparse: bool = False  # the gradients are, and only the elements that they hold are updated
     piece: int = 0  # of a step that is taken in pieces
+    rounded: tuple[bool, ...] = ()  # which results of the rule are rounded stochastically; empty where none is
 
     @property
     def compute(self) -> torch.dtype:
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     factor: float  # of the gradient
     h: Any  # the rule's
     carried: dict[str, Any]  # what the state carries to the next step
+    step: Any  # the number of the update
 
 
 class Member:
@@ -63,8 +66,8 @@ class Member:
         if "step" in self.state:
             count = int(self.state["step"])
         else:
-            counted = "step" in optimizer.counted_names(own_group)
-            count = int(not counted and any(value is not None for value in self.state.values()))
+            known = any(value is not None for value in self.state.values())
+            count = int(known and not optimizer.counts_steps)
         started = optimizer.start_carried(plain_group(own_group))
         # The number of steps so far, and what else is carried: members that have these in common share scalars.
         self.numbers: dict[str, Any] = {"step": count}
@@ -92,7 +95,8 @@ class Member:
             self.state[name] = value.to(device).reshape(())
         for name in key.variant.state_names:
             if self.state.get(name) is None:
-                self.state[name] = optimizer.initial_state(name, self.p, group)
+                state = optimizer.initial_state(name, self.p, group)
+                self.state[name] = state if group.get("state_dtype") is None else state.to(group["state_dtype"])
         if key.variant.prologue:
             self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
 
@@ -177,6 +181,9 @@ class Bucket(ABC):
         self.gradients: list[Tensor | None] = []
         self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
+        if key.rounded:
+            self._numbers_of_params = torch.tensor(self._indices, dtype=torch.int32, device=key.device)
+            self._first_indices = torch.tensor([first_index(m.p) for m in members], device=key.device)
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
         self.place_states(values)
@@ -285,6 +292,16 @@ class Bucket(ABC):
         group = self.optimizer.param_groups[cohort.group]
         step = numbers.pop("step") + 1
         return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable)
+
+    def random_keys(self, rows: list[Row | None]) -> Tensor:
+        """What the random bits of each member depend on in this step: see rounding.tensor_keys."""
+        device, groups = self.key.device, self.optimizer.param_groups
+        own = [
+            row_key(int(groups[cohort.group].get("seed", 0)), 0 if row is None else row.step, device)
+            for cohort, row in zip(self.cohorts, rows, strict=True)
+        ]
+        row_of = torch.tensor(self.row_of, device=device)
+        return tensor_keys(torch.stack(own)[row_of], self._numbers_of_params, self._first_indices)
 
     def commit(self) -> None:
         """Count the step."""
@@ -410,7 +427,7 @@ def row_for(
                 f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
             )
     factor = -1.0 if group.get("maximize") else 1.0
-    return Row(factor, h, optimizer.carry(values, step, **carried) if carried else {})
+    return Row(factor, h, optimizer.carry(values, step, **carried) if carried else {}, step)
 
 
 def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:

@@ -55,13 +55,16 @@ def restore_dtypes(optimizer: RuleOptimizer, loaded: dict[str, Any]) -> None:
     """Give the states the dtypes in which they were saved, and the numbers among them theirs."""
     indices = [i for group in loaded["param_groups"] for i in group["params"]]
     counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
+    elementwise = {name for variant in optimizer.variants for name in variant.state_names}
     for i, p in zip(indices, optimizer._flat, strict=True):
         for name, value in loaded["state"].get(i, {}).items():
             if name in counted:
                 optimizer.state[p][name] = value  # torch has cast what is carried besides step
                 own_number(optimizer, p, name)
-            elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:
-                optimizer.state[p][name] = value.to(p.device, copy=True)
+            elif isinstance(value, Tensor):
+                wanted = group_of(optimizer, p).get("state_dtype") if name in elementwise else None
+                if (wanted or value.dtype) != optimizer.state[p][name].dtype:
+                    optimizer.state[p][name] = value.to(p.device, wanted or value.dtype, copy=True)
 
 
 def group_of(optimizer: RuleOptimizer, p: Tensor) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member, Row, row_for, table_of
 from .kernels.language import apply, torch_form
 from .layout import flat, local
+from .rounding import rounding
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -42,19 +43,28 @@ def update(
     rule: Callable[..., Any],
     scalars: Any,
     compute: torch.dtype,
-    roles: int,
+    dtypes: tuple[torch.dtype, ...],
+    rounded: tuple[bool, ...],
     scaled: bool,
     row: Tensor,
     *tensors: Tensor,
 ) -> None:
-    """What torch.compile compiles: the rule on the flat tensors of all slots, in place."""
+    """What torch.compile compiles: the rule on the flat tensors of all slots, in place.
+
+    Where something is rounded, a slot's tensors end with what its random bits depend on.
+    """
     factor, *h = row.unbind()
-    for start in range(0, len(tensors), roles):
+    roles = len(dtypes)
+    for start in range(0, len(tensors), roles + bool(rounded)):
         own = list(tensors[start : start + roles])
         values = [t.to(compute) for t in own]
         if scaled:
             values[1] = values[1] * factor
-        apply(rule, own, values, scalars(*h))
+        if not rounded:
+            apply(rule, own, values, scalars(*h))
+            continue
+        index = torch.arange(own[0].numel(), device=own[0].device)
+        apply(rule, own, values, scalars(*h), rounding(rounded, tensors[start + roles], index, dtypes))
 
 
 class Graph:
@@ -73,18 +83,20 @@ class Graph:
         compute: torch.dtype,
         device: torch.device,
         scaled: bool,
+        rounded: tuple[bool, ...],
         parallel: bool,
     ) -> None:
-        self.roles = len(dtypes)
+        self.roles = len(dtypes) + bool(rounded)
         self._code: Callable[[list[Any]], Any] | None = None
         self._order: list[int] = []
         self._empty = [torch.empty(0, dtype=dtype, device=device) for dtype in dtypes]
+        self._empty += [torch.zeros(2, dtype=torch.int64, device=device)] * bool(rounded)
         # A code object of its own: Dynamo counts recompilations by code object and stops at 8.
         own = types.FunctionType(update.__code__.replace(co_name=rule.__name__), update.__globals__, rule.__name__)
         form = torch_form(rule)
 
         def call(row: Tensor, *tensors: Tensor) -> None:
-            own(form, scalars, compute, len(dtypes), scaled, row, *tensors)
+            own(form, scalars, compute, dtypes, rounded, scaled, row, *tensors)
 
         call = types.FunctionType(call.__code__.replace(), call.__globals__, rule.__name__, None, call.__closure__)
         # A gradient of any shape can be passed as it is: of the tensors, only the addresses are taken.
@@ -93,9 +105,12 @@ class Graph:
         traced = torch.compile(call, fullgraph=True, backend=self._backend)
         # Lengths that differ, else the slots would be taken to be equally long.
         lengths = [EXAMPLE + 16 * slot for slot in range(SLOTS)]
-        tensors = [torch.zeros(n, dtype=dtype, device=device) for n in lengths for dtype in dtypes]
-        for t in tensors:
-            torch._dynamo.mark_dynamic(t, 0)
+        tensors: list[Tensor] = []
+        for n in lengths:
+            flats = [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
+            for t in flats:
+                torch._dynamo.mark_dynamic(t, 0)
+            tensors += [*flats, *([torch.zeros(2, dtype=torch.int64, device=device)] * bool(rounded))]
         row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
         self._example = [*tensors, *lengths, row]
         with torch.no_grad(), torch.compiler.set_stance("default"), warnings.catch_warnings():
@@ -176,6 +191,7 @@ def graph_for(
     compute: torch.dtype,
     device: torch.device,
     scaled: bool,
+    rounded: tuple[bool, ...],
     parallel: bool,
 ) -> Graph:
     """The compiled graph, one for a process. A failure is not remembered: its cause may pass.
@@ -183,7 +199,7 @@ def graph_for(
     With `scaled` the gradient is multiplied by the row's factor; without, that multiplication is saved: on a CPU an
     update is nearly as much arithmetic as memory traffic.
     """
-    return Graph(rule, scalars, dtypes, compute, device, scaled, parallel)
+    return Graph(rule, scalars, dtypes, compute, device, scaled, rounded, parallel)
 
 
 class CompiledBucket(Bucket):
@@ -199,7 +215,7 @@ class CompiledBucket(Bucket):
         groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
         rows = [row_for(optimizer, group, 1) for group in groups]
         scaled = any(row.factor != 1 for row in rows)
-        what: Any = (key.variant.rule, type(rows[0].h), key.dtypes, key.compute, key.device, scaled)
+        what: Any = (key.variant.rule, type(rows[0].h), key.dtypes, key.compute, key.device, scaled, key.rounded)
         sizes = {local(m.p).numel() >= PARALLEL_FROM for m in members}
         return {parallel: graph_for(*what, parallel) for parallel in sizes}
 
@@ -211,17 +227,20 @@ class CompiledBucket(Bucket):
     def run(self, rows: list[Row | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device).unbind()
         calls: dict[tuple[int, bool], list[Tensor]] = {}
-        each = zip(self.gradients, self.flats, self.numels, self.row_of, self.parallel, strict=True)
-        for g, (value, *states), numel, row, parallel in each:
+        keys: list[list[Tensor]] = [[]] * len(self.members)
+        if self.key.rounded:
+            keys = [[own] for own in self.random_keys(rows).unbind()]
+        each = zip(self.gradients, self.flats, self.numels, self.row_of, self.parallel, keys, strict=True)
+        for g, (value, *states), numel, row, parallel, key in each:
             if g is None:
                 continue
             tensors = calls.setdefault((row, parallel), [])
             if numel <= LONGEST:
-                tensors += (value, g, *states)
+                tensors += (value, g, *states, *key)
                 continue
             # Inductor indexes by 32 bits on a GPU.
-            for piece in zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True):
-                tensors += piece
+            for k, piece in enumerate(zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True)):
+                tensors += (*piece, *(own + torch.tensor([0, k * LONGEST], device=own.device) for own in key))
         for (row, parallel), tensors in calls.items():
             self.graphs[parallel](table[row], tensors)
         self.mark_written()

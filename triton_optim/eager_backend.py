@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bucket import Bucket, Key, Member, Row, plain_group, row_for
 from .kernels.language import apply, torch_form
-from .layout import local
+from .layout import layout, local
+from .rounding import rounding
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -20,13 +21,14 @@ class EagerBucket(Bucket):
     keeps_layout = False
 
     def run(self, rows: list[Row | None]) -> None:
+        keys = self.random_keys(rows) if self.key.rounded else None
         for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:
                 continue
             # Under autograd the parameter itself is written, so that the graph goes through it.
             p = m.p if self.key.differentiable else local(m.p).detach()
-            update(self.key, [p, g, *self.states_of(m)], row)
+            update(self.key, [p, g, *self.states_of(m)], row, None if keys is None else keys[i])
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
@@ -37,8 +39,8 @@ class EagerBucket(Bucket):
         return traffic(optimizer, key)[1]
 
 
-def update(key: Key, tensors: list[Tensor], row: Row) -> None:
-    """One parameter's step in torch operations, in place."""
+def update(key: Key, tensors: list[Tensor], row: Row, random: Tensor | None = None) -> None:
+    """One parameter's step in torch operations, in place; `random` is its row of rounding.tensor_keys."""
     if tensors[0].is_complex():
         tensors = [torch.view_as_real(t) for t in tensors]
     # A rule may hand its argument to autograd, which must not see it change afterwards.
@@ -46,7 +48,15 @@ def update(key: Key, tensors: list[Tensor], row: Row) -> None:
     values = [t.to(key.compute) for t in values]
     if row.factor != 1:
         values[1] = values[1] * row.factor
-    apply(torch_form(key.variant.rule), tensors, values, row.h)
+    rounded = None if random is None else rounding(key.rounded, random, places(tensors[0]), key.dtypes)
+    apply(torch_form(key.variant.rule), tensors, values, row.h, rounded)
+
+
+def places(tensor: Tensor) -> Tensor:
+    """The number of each element, counted as they lie in memory."""
+    numbers = torch.arange(tensor.numel(), device=tensor.device)
+    dense = layout(tensor) == "dense"
+    return numbers.as_strided(tensor.shape, tensor.stride()) if dense else numbers.view(tensor.shape)
 
 
 def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:

@@ -60,6 +60,7 @@ class Lion(RuleOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("beta parameter at index 0", betas[0], 0.0, 1.0)
@@ -74,6 +75,7 @@ class Lion(RuleOptimizer):
             capturable=capturable,
             differentiable=differentiable,
             backend=backend,
+            **precision,
         )
 
     def scalars(self, group: dict[str, Any], step: Any) -> LionScalars:

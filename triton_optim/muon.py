@@ -97,6 +97,7 @@ class Muon(RuleOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("weight_decay value", weight_decay, 0.0)
@@ -126,7 +127,7 @@ class Muon(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; one with ``"use_muon": False`` is AdamW's."""

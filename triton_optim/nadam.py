@@ -73,6 +73,7 @@ class NAdam(RuleOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("epsilon value", eps, 0.0)
@@ -96,7 +97,7 @@ class NAdam(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
         return {"mu_product": 1.0}

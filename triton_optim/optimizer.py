@@ -20,6 +20,7 @@ from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, w
 from .dispatch import BACKENDS, choose, this_machine
 from .layout import is_sharded, local_gradient
 from .plan import Plan, request_for
+from .rounding import check_precision, rounds
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -27,6 +28,9 @@ OPTIONS: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
     "fused": None,
+    "state_dtype": None,
+    "param_precision": "storage",
+    "seed": 0,
 }
 
 
@@ -64,6 +68,12 @@ class RuleOptimizer(Optimizer):
         foreach: True prefers the compiled backend.
         fused: True prefers the one-kernel backend of the device: Triton on a GPU, compiled elsewhere. ``foreach`` or
             ``fused`` False, with neither True, is eager.
+        state_dtype: what the states are kept in: None for the parameter's dtype, ``torch.float32``, or
+            ``torch.bfloat16``, rounded stochastically.
+        param_precision: of bfloat16 and float16 parameters: ``"storage"`` rounds to the nearest, and loses updates of
+            less than half a step; ``"stochastic"`` rounds up or down so that the mean is exact.
+        seed: of the random bits, an int. They depend on it, on the number of the update, on the place of the parameter
+            among the optimizer's and on that of the element, and on nothing else.
         capturable: keep ``step`` on the device and form the scalars there, so that a step can be captured.
         differentiable: let autograd record the step (eager).
         backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"compiled"``, ``"eager"``.
@@ -81,7 +91,7 @@ class RuleOptimizer(Optimizer):
     takes_dense_gradients: ClassVar[bool] = True
     step_is_tensor: ClassVar[bool] = True
     prologue_names: ClassVar[tuple[str, ...]] = ()
-    option_names: ClassVar[tuple[str, ...]] = tuple(OPTIONS)
+    option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -190,7 +200,7 @@ class RuleOptimizer(Optimizer):
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
-        return ["step"] * self.counts_steps + list(self.start_carried(plain_group(group)))
+        return ["step"] * (self.counts_steps or rounds(group)) + list(self.start_carried(plain_group(group)))
 
     # torch.optim.Optimizer's contract.
 
@@ -316,6 +326,7 @@ class RuleOptimizer(Optimizer):
         self._plan = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_precision(self, group)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
             choose(request_for(self, group, p), this_machine())

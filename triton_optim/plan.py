@@ -19,6 +19,7 @@ from .bucket import Bucket, Key, Member
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .layout import all_aligned, is_sharded, layout, local, overlapping
 from .prologue import check_states, run_prologues
+from .rounding import rounded_roles
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
     place: int  # among the optimizer's parameters
     group: int
     p: Tensor
-    g_dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]  # a role: parameter, gradient, states
     g_aligned: bool
     states: Sequence[Tensor]
     overlaps: bool
@@ -75,11 +76,12 @@ def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
         choice,
         entry.p.device,
         optimizer.variant(group),
-        (entry.p.dtype, entry.g_dtype, *(state.dtype for state in entry.states)),
+        entry.dtypes,
         aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in tensors),
         capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
+        rounded=() if entry.sparse else rounded_roles(group, entry.dtypes),
     )
 
 
@@ -187,7 +189,9 @@ def entries_of(
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
         states = [local(p if state.get(name) is None else state[name]) for name in names]
-        entries.append(Entry(index, group, p, dtype, aligned, states, index in overlaps, sparse))
+        new = optimizer.param_groups[group].get("state_dtype") or p.dtype
+        kept_in = (new if state.get(name) is None else state[name].dtype for name in names)
+        entries.append(Entry(index, group, p, (p.dtype, dtype, *kept_in), aligned, states, index in overlaps, sparse))
     return entries
 
 
@@ -299,7 +303,7 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
 
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
-    names = ("maximize", "foreach", "fused", "capturable", "differentiable")
+    names = ("maximize", "foreach", "fused", "capturable", "differentiable", "state_dtype", "param_precision")
     return [(optimizer.variant(group), *map(group.get, names)) for group in optimizer.param_groups]
 
 

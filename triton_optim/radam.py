@@ -71,6 +71,7 @@ class RAdam(RuleOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("epsilon value", eps, 0.0)
@@ -92,7 +93,7 @@ class RAdam(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def scalars(self, group: dict[str, Any], step: Any) -> RAdamScalars:
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]

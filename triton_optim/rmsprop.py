@@ -76,6 +76,7 @@ class RMSprop(RuleOptimizer):
         *,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("epsilon value", eps, 0.0)
@@ -98,7 +99,7 @@ class RMSprop(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def variant(self, group: dict[str, Any]) -> Variant:
         return self.variants[2 * bool(group["centered"]) + (group["momentum"] > 0)]

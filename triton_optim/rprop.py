@@ -62,6 +62,7 @@ class Rprop(RuleOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         if not 0.0 < etas[0] < 1.0 < etas[1]:
@@ -79,7 +80,7 @@ class Rprop(RuleOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         if name == "prev":

@@ -70,6 +70,7 @@ class SGD(RuleOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         backend: str = "auto",
+        **precision: Any,
     ) -> None:
         check_range("learning rate", lr, 0.0)
         check_range("momentum value", momentum, 0.0)
@@ -93,7 +94,7 @@ class SGD(RuleOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, backend=backend, **options)
+        super().__init__(params, defaults, backend=backend, **options, **precision)
 
     def variant(self, group: dict[str, Any]) -> Variant:
         if group["momentum"] == 0:

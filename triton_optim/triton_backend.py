@@ -83,12 +83,14 @@ class TritonBucket(Bucket):
             "FIELDS": h._fields,
             "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in self.key.dtypes),
             "COMPUTE": TRITON_DTYPES[self.key.compute],
+            "ROUNDED": self.key.rounded,
             "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
             "BLOCK": kernel.BLOCK,
             "ALIGNED": self.key.aligned,
             **self.options,
         }
-        tables = (self.chunks, self.tensors, self.gradient_table, table)
+        keys = self.random_keys(rows) if self.key.rounded else self.chunks
+        tables = (self.chunks, self.tensors, self.gradient_table, table, keys)
         if self.key.device.type == "cpu":
             launch(len(self.chunks), tables, constants)
         else:
