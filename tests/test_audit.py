@@ -73,7 +73,7 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
     expected = {
         (rule, dtypes, arch)
         for rule in rules
-        for dtypes in ("fp32", "bf16", "fp16", "fp64", "bf16+fp32")
+        for dtypes in ("fp32", "bf16", "fp16", "fp64", "bf16+fp32", "bf16 stochastic")
         for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
         if dtypes != "bf16+fp32" or rule not in ("adafactor", "muon", "sgd")  # no states: the same as bf16
     }

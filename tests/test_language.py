@@ -12,7 +12,7 @@ import triton.language as tl
 from triton_optim.kernels.language import PRIMITIVES, jit, maximum, sqrt, torch_form, where
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
-UNARY = ["abs", "exp", "log", "sign", "sqrt"]
+UNARY = ["abs", "exp", "floor", "log", "sign", "sqrt"]
 BINARY = ["maximum", "minimum"]
 
 
@@ -43,7 +43,7 @@ def pairs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_word_is_tested() -> None:
-    assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, "where"])
+    assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, "where", "bits_of", "number_of"])
 
 
 @pytest.mark.parametrize("word", UNARY)
@@ -73,6 +73,23 @@ def test_where_agrees(device: torch.device) -> None:
     out = torch.full_like(x, 7.0)
     _where[(1,)](x, y, out, in_triton, 128)
     torch.testing.assert_close(out, in_torch(x > y, x, y), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _round_trip(x, bits, out, BITS_OF: tl.constexpr, NUMBER_OF: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    found = BITS_OF(tl.load(x + i))
+    tl.store(bits + i, found)
+    tl.store(out + i, NUMBER_OF(found))
+
+
+def test_bits_agree_and_give_the_number_back(device: torch.device) -> None:
+    x, _ = pairs(device)
+    bits, out = torch.zeros(128, dtype=torch.int32, device=device), torch.zeros_like(x)
+    _round_trip[(1,)](x, bits, out, PRIMITIVES["bits_of"][0], PRIMITIVES["number_of"][0], 128)
+    assert torch.equal(bits, PRIMITIVES["bits_of"][1](x))
+    assert torch.equal(bits, PRIMITIVES["bits_of"][1](out))
+    assert torch.equal(PRIMITIVES["number_of"][1](bits).view(torch.int32), x.view(torch.int32))
 
 
 FACTOR = tl.constexpr(3.0)

@@ -200,7 +200,7 @@ def test_gradient_in_the_parameters_layout_is_read_where_it_is(layout, device, l
     opt = optimizer("AdamW", [p], backend)
     for i in range(2):
         step(opt, [p], [DENSE[layout](random_values(SHAPE, 1 + i, device))])
-        _, (_, tensors, gradients, _), _ = launches[-1]
+        _, (_, tensors, gradients, *_), _ = launches[-1]
         assert gradients.tolist() == [p.grad.data_ptr()]
         assert tensors[0, 2:].tolist() == [t.data_ptr() for t in (p, *map(opt.state[p].get, ("exp_avg", "exp_avg_sq")))]
 
@@ -317,7 +317,7 @@ def test_trap_4_alignment_is_never_claimed_for_a_misaligned_address(device, laun
         step(opt, params, [in_buffer(g, offset) for g, offset in zip(gradients[-1], offsets, strict=True)])
     assert_is_reference("AdamW", opt, params, starts, gradients)
     assert any(not constants["ALIGNED"] for _, _, constants in launches)
-    for _, (_, tensors, addresses, _), constants in launches:
+    for _, (_, tensors, addresses, *_), constants in launches:
         if constants["ALIGNED"]:
             assert not (tensors[:, 2:] % 16).any()
             assert not (addresses % 16).any()

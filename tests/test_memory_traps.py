@@ -146,7 +146,7 @@ def test_trap_2_20_000_tiny_parameters_and_empty_ones_among_them(backend, device
         assert len(kinds) == len(launches)  # the gradients are slices of one buffer, so most are misaligned
         tensors = torch.cat([tables[1] for _, tables in kinds.values()])
         assert tensors[:, 0].bincount().tolist() == [0, 5000, 5000, 5000]
-        for programs, (chunks, tensors, gradients, _) in kinds.values():
+        for programs, (chunks, tensors, gradients, *_) in kinds.values():
             assert programs == len(chunks) == len(tensors) == len(gradients)
             assert torch.equal(chunks[:, 0], torch.arange(len(chunks), dtype=torch.int32))
             assert not chunks[:, 1].any()

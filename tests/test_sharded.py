@@ -390,6 +390,27 @@ def serve(rank, path, tasks, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("backend_name", ["eager", "compiled"])
+def test_shards_are_rounded_with_the_bits_of_the_whole(backend_name, device):
+    options = {"param_precision": "stochastic", "state_dtype": torch.bfloat16, "backend": backend_name}
+    start, gradient = (values((5, 3), seed, device).to(torch.bfloat16) for seed in (0, 1))
+    whole = Parameter(start.clone())
+    step(to.AdamW([whole], **SETTINGS, **options), [whole], [gradient])
+    for rank in range(RANKS):
+        with playing(rank, device) as mesh:
+            p = Parameter(sharded(start, mesh, [Shard(0)]))
+            step(to.AdamW([p], **SETTINGS, **options), [p], [sharded(gradient, mesh, [Shard(0)])])
+            assert torch.equal(local(p.detach()), own_part(whole.detach(), mesh, [Shard(0)]))
+
+
+def test_shards_of_columns_are_not_rounded_stochastically(device):
+    with playing(0, device) as mesh:
+        p = Parameter(sharded(values((2, 8), 0, device).to(torch.bfloat16), mesh, [Shard(1)]))
+        opt = to.AdamW([p], **SETTINGS, param_precision="stochastic", backend="eager")
+        with pytest.raises(RuntimeError, match="whole rows"):
+            step(opt, [p], [sharded(values((2, 8), 1, device).to(torch.bfloat16), mesh, [Shard(1)])])
+
+
 class Ranks:
     """Two processes over gloo, on the CPU; started anew after a failure."""
 

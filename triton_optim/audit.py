@@ -42,7 +42,9 @@ DTYPES = {
     "fp16": (torch.float16, torch.float16, torch.float16),
     "fp64": (torch.float64, torch.float64, torch.float64),
     "bf16+fp32": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16 stochastic": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
+STOCHASTIC = "bf16 stochastic"  # all that the rule returns is rounded so
 MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
 
 
@@ -63,6 +65,9 @@ BOUNDS = {
     # loads in flight; memory needs 26 KB (4.3 TB/s for 0.8 us over 132 SMs).
     ("cuda", "bf16"): Bound(registers=80),
     ("cuda", "fp16"): Bound(registers=80),
+    # The bits of 8 elements are in flight with them: up to 101 for amsgrad. 104 leave 16 warps an SM, 40 KB of loads.
+    ("cuda", "bf16 stochastic"): Bound(registers=104),
+    ("hip", "bf16 stochastic"): Bound(registers=80),
     # Triton 3.6 takes 66 for amsgrad, 3.9 65 for nadam; up to 72 leave 7 of 8 waves.
     ("hip", "bf16"): Bound(registers=72),
     ("hip", "fp16"): Bound(registers=72),
@@ -177,9 +182,9 @@ def every_case() -> list[Case]:
     """Every rule in every set of dtypes for every target, and once for misaligned addresses."""
     cases = []
     for rule in every_rule():
-        different: dict[tuple[torch.dtype, ...], str] = {}  # without states, two of the sets are the same
+        different: dict[Any, str] = {}  # without states, two of the sets are the same
         for dtypes in DTYPES:
-            different.setdefault(role_dtypes(rule, dtypes), dtypes)
+            different.setdefault((role_dtypes(rule, dtypes), dtypes == STOCHASTIC), dtypes)
         cases += [Case(rule.name, dtypes, arch, True) for dtypes in different.values() for arch in TARGETS]
         cases += [Case(rule.name, MISALIGNED, arch, False) for arch in TARGETS]
     return cases
@@ -226,7 +231,8 @@ def measure(
     target, stored_as = TARGETS[arch], role_dtypes(rule, dtypes)
     sizes = [dtype.itemsize for dtype in stored_as]
     options = kernel.launch_options(sizes, target.warp_size)
-    compiled = compile_kernel(kernel, rule.rule, rule.scalars, stored_as, target, options, aligned)
+    rounded = (True,) * (1 + len(rule.state_names)) if dtypes == STOCHASTIC else ()
+    compiled = compile_kernel(kernel, rule.rule, rule.scalars, stored_as, target, options, aligned, rounded)
     blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(assembly(compiled))
     instructions = [x for block in blocks for x in block.instructions]
     branch = full_chunk_branch(blocks)

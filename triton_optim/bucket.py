@@ -95,8 +95,7 @@ class Member:
             self.state[name] = value.to(device).reshape(())
         for name in key.variant.state_names:
             if self.state.get(name) is None:
-                state = optimizer.initial_state(name, self.p, group)
-                self.state[name] = state if group.get("state_dtype") is None else state.to(group["state_dtype"])
+                self.state[name] = optimizer.new_state(name, self.p, group)
         if key.variant.prologue:
             self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
 

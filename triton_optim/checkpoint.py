@@ -24,7 +24,8 @@ def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> No
     known = counted | elementwise | {*optimizer.prologue_names}
     for number, group in enumerate(state_dict["param_groups"]):
         # An option may be newer than the checkpoint; a hyperparameter can't be.
-        needed = [name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))]
+        numbers = {name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))}
+        needed = sorted(numbers - {"state_dtype", "param_precision", "seed"})
         if missing := [name for name in needed if name not in group]:
             raise KeyError(
                 f"group {number} of the state dict holds {sorted(group)} and lacks {missing}: it is not one of "

@@ -110,7 +110,10 @@ class Graph:
             flats = [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
             for t in flats:
                 torch._dynamo.mark_dynamic(t, 0)
-            tensors += [*flats, *([torch.zeros(2, dtype=torch.int64, device=device)] * bool(rounded))]
+            tensors += flats
+            if rounded:
+                tensors.append(torch.zeros(2, dtype=torch.int64, device=device))
+                torch._dynamo.mark_static(tensors[-1], 0)  # though another graph had a flat tensor in this place
         row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
         self._example = [*tensors, *lengths, row]
         with torch.no_grad(), torch.compiler.set_stance("default"), warnings.catch_warnings():

@@ -32,6 +32,7 @@ OPTIONS: dict[str, Any] = {
     "param_precision": "storage",
     "seed": 0,
 }
+PRECISION = ("state_dtype", "param_precision", "seed")
 
 
 class Variant(NamedTuple):
@@ -195,8 +196,13 @@ class RuleOptimizer(Optimizer):
             started = counted | self.start_carried(plain_group(group))
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
             numbers = {n: torch.tensor(float(v), dtype=counted_dtype(), device=device) for n, v in started.items()}
-            self.state[p] |= numbers | {n: self.initial_state(n, p, group) for n in self.variant(group).state_names}
+            self.state[p] |= numbers | {n: self.new_state(n, p, group) for n in self.variant(group).state_names}
             self.state[p] |= self.prologue_state(p, group)
+
+    def new_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The initial state in the dtype that the group keeps states in."""
+        state = self.initial_state(name, p, group)
+        return state if group.get("state_dtype") is None else state.to(group["state_dtype"])
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
@@ -360,9 +366,13 @@ class RuleOptimizer(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(self, state_dict)
-            loaded.update(state_dict)
+            # What a checkpoint of torch's does not say stays as it is here.
+            own = [{name: group[name] for name in PRECISION if name in group} for group in self.param_groups]
+            groups = [kept | saved for kept, saved in zip(own, state_dict["param_groups"], strict=False)]
+            loaded.update(state_dict, param_groups=[*groups, *state_dict["param_groups"][len(groups) :]])
+            return dict(loaded)
 
         def restore(_: Optimizer) -> None:
             restore_dtypes(self, loaded)

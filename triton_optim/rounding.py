@@ -97,17 +97,22 @@ def first_index(p: Tensor) -> int:
     """The index of the first element of this process's shard in the whole parameter, which is cut along its rows."""
     if not is_sharded(p):
         return 0
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor import Replicate, Shard
 
     own: Any = p
-    if any(isinstance(placement, Shard) and placement.dim != 0 for placement in own.placements):
+    known = (isinstance(kind, Replicate) or (type(kind) is Shard and kind.dim == 0) for kind in own.placements)
+    if not all(known):
         raise RuntimeError(
             f"stochastic rounding of a parameter placed {own.placements}: only shards of whole rows (Shard(0)) have "
             'the random bits of the whole. Use state_dtype=None and param_precision="storage" for it.'
         )
-    _, offset = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
-    return int(offset[0]) * (own[0].numel() if own.dim() > 1 else 1) if own.dim() else 0
+    first, rows = 0, own.shape[0] if own.dim() else 1
+    for dim, placement in enumerate(own.placements):
+        if isinstance(placement, Shard):
+            each = -(-rows // own.device_mesh.size(dim))  # as torch.chunk
+            before = min(each * own.device_mesh.get_local_rank(dim), rows)
+            first, rows = first + before, min(each, rows - before)
+    return first * (own.numel() // max(own.shape[0], 1) if own.dim() else 1)
 
 
 def rounding(

@@ -1,0 +1,245 @@
+"""Stochastic rounding: right on average, exact where that is possible, and the same bits everywhere; state dtypes."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import HAS_TRITON
+from table import CASES, Case, rows
+from torch import Tensor
+from torch.nn import Parameter
+
+import triton_optim
+from triton_optim.rounding import rounding, row_key, tensor_keys
+
+HALVES = [torch.bfloat16, torch.float16]
+SHAPES = [(37, 5), (3,), (), (40, 33), (0, 2)]
+# Rules that keep their states themselves, and take dense gradients.
+RULES = [case for case in CASES if case.elementwise and not case.sparse]
+
+
+def draws(x: Tensor, dtype: torch.dtype, seed: int = 0, step: int = 1) -> Tensor:
+    """Each element rounded once, as the eager and compiled backends do it."""
+    keys = tensor_keys(row_key(seed, step, x.device).view(1), torch.zeros(1, dtype=torch.int32), torch.zeros(1).long())
+    rounded = rounding((True,), keys[0], torch.arange(x.numel()), (dtype, dtype))
+    assert rounded is not None
+    return rounded(0, x)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("x", [1.001, -1.001, 3.3e-3, 1e-30, -7e-6, 1e-7, 60001.0, 1 / 3])
+def test_mean_is_exact(x: float, dtype: torch.dtype) -> None:
+    n = 10_000
+    found = draws(torch.full((n,), x), dtype)
+    assert torch.equal(found, found.to(dtype).float()), "not a value of the dtype"
+    values = found.unique()
+    assert len(values) <= 2
+    exact = float(torch.tensor(x))
+    if len(values) == 2:
+        gap = float(values[1] - values[0])
+        assert values[0] < exact < values[1]
+        up = (exact - float(values[0])) / gap
+        assert abs(float(found.double().mean()) - exact) < 3 * gap * math.sqrt(up * (1 - up) / n)
+    else:  # nearer to one of them than 10,000 draws can show
+        assert abs(float(values[0]) - exact) < max(abs(exact) * 2**-7, 2**-24) if dtype == torch.float16 else True
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_value_of_the_dtype_stays(dtype: torch.dtype) -> None:
+    """Subnormal ones, Inf and NaN among them."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    found = draws(every, dtype)
+    assert torch.equal(found[~every.isnan()], every[~every.isnan()])
+    assert found[every.isnan()].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_is_finite_stays_finite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    between = largest * (1 + torch.finfo(dtype).eps / 2 * 0.999)
+    x = torch.full((1000,), between if dtype == torch.float16 else torch.finfo(torch.float32).max)
+    assert (draws(x, dtype) == largest).all()
+    assert (draws(-x, dtype) == -largest).all()
+
+
+def test_bits_depend_on_seed_step_parameter_role_and_element() -> None:
+    def bits(seed: int = 0, step: int = 1, number: int = 0, first: int = 0, role: int = 0) -> Tensor:
+        numbers, start = torch.tensor([number], dtype=torch.int32), torch.tensor([first])
+        keys = tensor_keys(row_key(seed, step, torch.device("cpu")).view(1), numbers, start)
+        rounded = rounding((True,) * 4, keys[0], torch.arange(10_000), (torch.bfloat16,) * 5)
+        assert rounded is not None
+        return (rounded(role, torch.full((10_000,), 1 + 2**-8)) > 1).double()  # up or down: a coin
+
+    one = bits()
+    assert torch.equal(one, bits())
+    others = [
+        bits(seed=1),
+        bits(seed=2**40),
+        bits(seed=-1),
+        bits(step=2),
+        bits(number=1),
+        bits(first=2**33),
+        bits(role=1),
+    ]
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack((one, other)))[0, 1]) < 0.04  # 4 sigma
+    assert torch.equal(bits(first=5)[:-5], one[5:])
+    assert abs(torch.corrcoef(torch.stack((one[1:], one[:-1])))[0, 1]) < 0.04
+
+
+def trained(
+    case: Case, backend: str, dtype: torch.dtype, device: torch.device, steps: range = range(3), **options: Any
+) -> tuple[list[Parameter], triton_optim.RuleOptimizer]:
+    random = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(shape, generator=random).to(device, dtype)) for shape in SHAPES]
+    optimizer = case.ours(params, **(case.settings | options), backend=backend)
+    go_on(params, optimizer, steps)
+    return params, optimizer
+
+
+def go_on(params: list[Parameter], optimizer: triton_optim.RuleOptimizer, steps: range) -> None:
+    for k in steps:
+        random = torch.Generator().manual_seed(1 + k)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=random).to(p.device, p.dtype)
+        optimizer.step()
+
+
+def everything(params: list[Parameter], optimizer: triton_optim.RuleOptimizer) -> list[Tensor]:
+    return [p.detach().clone() for p in params] + [
+        torch.as_tensor(value).clone() for p in params for _, value in sorted(optimizer.state[p].items())
+    ]
+
+
+STOCHASTIC = {"param_precision": "stochastic", "state_dtype": torch.bfloat16}
+
+
+@rows(*(case for case in RULES if case.on_every_backend))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")  # Inductor's, when it compiles
+def test_same_bits_on_every_backend(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """In those elements, too, in which two backends' arithmetic agrees: all but a few in thousands."""
+    ends = [everything(*trained(case, b, dtype, device, **STOCHASTIC)) for b in ("eager", backend)]
+    different = sum(int((a != b).sum()) for a, b in zip(*ends, strict=True))
+    assert different <= 0.002 * sum(a.numel() for a in ends[0])
+
+
+@rows(*RULES)
+def test_same_bits_captured_and_resumed(case: Case, device: torch.device) -> None:
+    params, optimizer = trained(case, "eager", torch.bfloat16, device, range(4), **STOCHASTIC)
+    expected = everything(params, optimizer)
+    captured = everything(*trained(case, "eager", torch.bfloat16, device, range(4), capturable=True, **STOCHASTIC))
+    for a, b in zip(expected[: len(SHAPES)], captured, strict=False):
+        assert torch.equal(a, b)
+    params, optimizer = trained(case, "eager", torch.bfloat16, device, range(2), **STOCHASTIC)
+    twins = [Parameter(p.detach().clone()) for p in params]
+    resumed = case.ours(twins, **case.settings, **STOCHASTIC, backend="eager")
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    go_on(twins, resumed, range(2, 4))
+    for a, b in zip(expected, everything(twins, resumed), strict=True):
+        assert torch.equal(a, b)
+
+
+@rows(*RULES)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_are_kept_in_the_dtype(case: Case, state_dtype: torch.dtype, device: torch.device) -> None:
+    """Parameters of float32 with states of bfloat16, and the other way round."""
+    dtype = torch.bfloat16 if state_dtype == torch.float32 else torch.float32
+    params, optimizer = trained(case, "eager", dtype, device, state_dtype=state_dtype)
+    names = optimizer.variant(optimizer.param_groups[0]).state_names
+    for p in params:
+        assert p.dtype == dtype
+        assert all(optimizer.state[p][name].dtype == state_dtype for name in names)
+    assert state_dtype == torch.float32 or "step" in optimizer.state[params[0]]
+
+
+def test_float32_states_of_bfloat16_parameters_lose_nothing(backend: str, device: torch.device) -> None:
+    (case,) = (case for case in CASES if case.name == "AdamW")
+    params, optimizer = trained(case, backend, torch.bfloat16, device, range(6), state_dtype=torch.float32)
+    wide = [torch.zeros(p.shape, dtype=torch.float64) for p in params]
+    for k in range(6):
+        random = torch.Generator().manual_seed(1 + k)
+        for m in wide:
+            g = torch.randn(m.shape, generator=random).to(torch.bfloat16).double()
+            m.mul_(0.9).add_(g, alpha=0.1)
+    for p, m in zip(params, wide, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"].double().cpu(), m, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_small_updates_are_lost_to_the_nearest_and_kept_on_average(dtype: torch.dtype, backend: str) -> None:
+    ends = {}
+    for precision in ("storage", "stochastic"):
+        p = Parameter(torch.ones(4096, dtype=dtype))
+        optimizer = triton_optim.SGD([p], lr=2.0**-13, param_precision=precision, backend=backend)
+        for _ in range(200):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        ends[precision] = float(p.detach().float().mean())
+    assert ends["storage"] == 1.0
+    assert abs(ends["stochastic"] - (1 - 200 * 2.0**-13)) < 1e-3
+
+
+def test_a_checkpoint_of_torchs_gets_the_dtype_and_goes_back() -> None:
+    p, q = Parameter(torch.ones(8)), Parameter(torch.ones(8))
+    theirs = torch.optim.AdamW([p])
+    p.grad = torch.linspace(0, 1, 8)
+    theirs.step()
+    ours = triton_optim.AdamW([q], state_dtype=torch.bfloat16, backend="eager")
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert ours.state[q]["exp_avg"].dtype == torch.bfloat16
+    assert ours.param_groups[0]["state_dtype"] == torch.bfloat16
+    q.grad = torch.linspace(0, 1, 8)
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    theirs.step()
+    assert theirs.state[p]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "says"),
+    [
+        ("AdamW", {"state_dtype": torch.int8}, ValueError, "state_dtype"),
+        ("AdamW", {"param_precision": "exact"}, ValueError, "stochastic"),
+        ("AdamW", {"param_precision": "stochastic", "differentiable": True}, RuntimeError, "derivative"),
+        ("Muon", {"state_dtype": torch.bfloat16}, RuntimeError, "momentum_buffer"),
+        ("SparseAdam", {"param_precision": "stochastic"}, RuntimeError, "rows"),
+    ],
+)
+def test_refused(name: str, options: dict, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        getattr(triton_optim, name)([Parameter(torch.ones(2, 2))], **options)
+    optimizer = getattr(triton_optim, name)([Parameter(torch.ones(2, 2))])
+    with pytest.raises(error, match=says):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(2, 2))], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_states_of_complex_parameters_have_no_dtype_of_their_own() -> None:
+    with pytest.raises(RuntimeError, match="complex"):
+        triton_optim.AdamW([Parameter(torch.ones(2, dtype=torch.complex64))], state_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_parameters_after_a_prologue(name: str, backend: str, device: torch.device) -> None:
+    p = Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
+    optimizer = getattr(triton_optim, name)([p], lr=1e-4, param_precision="stochastic", backend=backend)
+    p.grad = torch.randn(64, 64, device=device).to(torch.bfloat16)
+    optimizer.step()
+    assert len(p.detach().unique()) > 1
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_no_kernel_is_compiled_for_what_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 parameters with float32 states are what they were, whatever is asked for."""
+    from triton_optim import triton_backend
+
+    seen = []
+    monkeypatch.setattr(triton_backend, "launch", lambda programs, tables, constants: seen.append(constants["ROUNDED"]))
+    p = Parameter(torch.ones(4))
+    optimizer = triton_optim.AdamW([p], param_precision="stochastic", backend="triton")
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert seen == [()]
