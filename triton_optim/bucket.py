@@ -181,8 +181,10 @@ class Bucket(ABC):
         self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
         if key.rounded:
-            self._numbers_of_params = torch.tensor(self._indices, dtype=torch.int32, device=key.device)
-            self._first_indices = torch.tensor([first_index(m.p) for m in members], device=key.device)
+            # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
+            where = key.device if key.capturable else _CPU
+            self._numbers_of_params = torch.tensor(self._indices, dtype=torch.int32, device=where)
+            self._first_indices = torch.tensor([first_index(m.p) for m in members], device=where)
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
         self.place_states(values)
@@ -256,6 +258,7 @@ class Bucket(ABC):
             for i in cohort.places:
                 self.row_of[i] = row
         self.regrouped = True  # until the backend has taken note
+        self._row_index: Tensor | None = None
         self._note_states()
 
     def _note_states(self) -> None:
@@ -294,13 +297,15 @@ class Bucket(ABC):
 
     def random_keys(self, rows: list[Row | None]) -> Tensor:
         """What the random bits of each member depend on in this step: see rounding.tensor_keys."""
-        device, groups = self.key.device, self.optimizer.param_groups
+        device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = [
             row_key(int(groups[cohort.group].get("seed", 0)), 0 if row is None else row.step, device)
             for cohort, row in zip(self.cohorts, rows, strict=True)
         ]
-        row_of = torch.tensor(self.row_of, device=device)
-        return tensor_keys(torch.stack(own)[row_of], self._numbers_of_params, self._first_indices)
+        if self._row_index is None:
+            self._row_index = torch.tensor(self.row_of, device=device)
+        keys = tensor_keys(torch.stack(own)[self._row_index], self._numbers_of_params, self._first_indices)
+        return keys if device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
     def commit(self) -> None:
         """Count the step."""

@@ -75,7 +75,8 @@ def rounded_roles(group: dict[str, Any], dtypes: tuple[torch.dtype, ...]) -> tup
 
 def row_key(seed: int, step: Any, device: torch.device) -> Tensor:
     """A hash of seed and step, 0-dim int32. A step on a device stays there."""
-    halves = [torch.tensor(_signed(part), dtype=torch.int32, device=device) for part in (seed, seed >> 32)]
+    # Filled there, not copied: that would be waited for, and could not be captured.
+    halves = [torch.full((), _signed(part), dtype=torch.int32, device=device) for part in (seed, seed >> 32)]
     hashed = _mix(_mix(halves[0]) + halves[1])
     count = step.to(device, torch.int32) if isinstance(step, Tensor) else _signed(step)
     key: Tensor = _mix(hashed + count)
