@@ -31,6 +31,33 @@ def _number_of(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.float32)
 
 
+def _to_int(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.int32)
+
+
+def _to_float(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32)
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """Of each row of a block, which stays a dimension."""
+    return x.amax(-1, keepdim=True)
+
+
+def _evens(x: torch.Tensor) -> torch.Tensor:
+    """Every second element of a row, from the first on."""
+    return x[..., ::2]
+
+
+def _odds(x: torch.Tensor) -> torch.Tensor:
+    return x[..., 1::2]
+
+
+def _interleave(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """One of `x`, one of `y`, in a row twice as long."""
+    return torch.stack((x, y), -1).flatten(-2)
+
+
 if triton is not None:
 
     def jit(fn: Callable[..., Any]) -> Any:
@@ -51,12 +78,24 @@ if triton is not None:
         return x.to(tl.float32, bitcast=True)
 
     @jit
+    def evens(x):
+        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))[0]
+
+    @jit
     def exp(x):
         return tl.exp(x)
 
     @jit
     def floor(x):
         return tl.floor(x)
+
+    @jit
+    def interleave(x, y):
+        return tl.interleave(x, y)
+
+    @jit
+    def largest(x):
+        return tl.max(x, axis=1, keep_dims=True)
 
     @jit
     def log(x):
@@ -72,6 +111,10 @@ if triton is not None:
         return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
     @jit
+    def odds(x):
+        return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))[1]
+
+    @jit
     def sign(x):
         return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
@@ -80,6 +123,14 @@ if triton is not None:
     @jit
     def sqrt(x):
         return tl.sqrt(x)
+
+    @jit
+    def to_float(x):
+        return x.to(tl.float32)
+
+    @jit
+    def to_int(x):
+        return x.to(tl.int32)
 
     @jit
     def where(condition, x, y):
@@ -92,19 +143,26 @@ else:
 
     abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
     maximum, minimum, where = torch.maximum, torch.minimum, torch.where
-    bits_of, number_of = _bits_of, _number_of
+    bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
+    evens, odds, interleave, largest = _evens, _odds, _interleave, _largest
 
 PRIMITIVES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "abs": (abs, torch.abs),
     "bits_of": (bits_of, _bits_of),
+    "evens": (evens, _evens),
     "exp": (exp, torch.exp),
     "floor": (floor, torch.floor),
+    "interleave": (interleave, _interleave),
+    "largest": (largest, _largest),
     "log": (log, torch.log),
     "maximum": (maximum, torch.maximum),
     "minimum": (minimum, torch.minimum),
     "number_of": (number_of, _number_of),
+    "odds": (odds, _odds),
     "sign": (sign, torch.sign),
     "sqrt": (sqrt, torch.sqrt),
+    "to_float": (to_float, _to_float),
+    "to_int": (to_int, _to_int),
     "where": (where, torch.where),
 }
 
@@ -143,24 +201,13 @@ def torch_form(rule: Any) -> Callable[..., Any]:
     return types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__, cells)
 
 
-def apply(
-    rule: Callable[..., Any],
-    tensors: list[torch.Tensor],
-    values: list[torch.Tensor],
-    h: Any,
-    rounded: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-) -> None:
-    """Run a rule's torch form on `values`, and write what it returns to ``tensors`` (p, g, states) but the gradient.
-
-    ``rounded(i, value)``, where given, is what is written for the rule's result number i.
-    """
+def results(rule: Callable[..., Any], values: list[torch.Tensor], h: Any) -> list[torch.Tensor]:
+    """What a rule's torch form returns for the values of p, g and the states: those of p and the states."""
     new = rule(*values, h)
-    if not isinstance(new, tuple) or len(new) != len(tensors) - 1:
-        raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(tensors) - 2} states.")
+    if not isinstance(new, tuple) or len(new) != len(values) - 1:
+        raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(values) - 2} states.")
     # A rule may return one of its arguments; it must not change when the tensor it came from is written.
-    new = [v.clone() if any(v is old for old in values) else v for v in new]
-    for i, (old, v) in enumerate(zip((tensors[0], *tensors[2:]), new, strict=True)):
-        old.copy_(v if rounded is None else rounded(i, v))
+    return [v.clone() if any(v is old for old in values) else v for v in new]
 
 
 def _names(code: types.CodeType) -> set[str]:

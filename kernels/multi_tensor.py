@@ -8,26 +8,30 @@ the tensor has no gradient in this step: its programs do nothing.
 import triton
 import triton.language as tl
 
-from .rounding import MIXED_BY_ROLE, mix, round_bfloat16, round_float16
+from .codecs import decode, encode, hashed
 
 BLOCK = 1024  # elements a program
 
 
-def launch_options(itemsizes, warp_size):
+def launch_options(itemsizes, sharing, warp_size):
     """What a launch passes beside the kernel's arguments.
 
-    Threads enough that each has one 128-bit access to the role with the widest elements. More elements a thread cost
+    Threads enough that each has one 128-bit access to the part with the widest elements. More elements a thread cost
     registers (118 for Adam in float64 at 8 of them) and, in mixed dtypes, a way through shared memory to the stores.
+    With codes, 8 elements each, so that a warp of 32 finds the scale of 256 without shared memory.
     Triton 3.9 contracts to fused multiply-adds unless told otherwise and 3.10 will not, so it is told.
 
     Args:
-        itemsizes: bytes of an element, a role.
+        itemsizes: bytes of an item of each part that has one for every element.
+        sharing: how many elements share a scale, or 0.
         warp_size: threads a warp: 32 on NVIDIA, 64 on AMD's data-centre GPUs.
     """
-    return {"num_warps": BLOCK * max(itemsizes) // (16 * warp_size), "enable_fp_fusion": True}
+    widest = 2 if sharing else max(itemsizes)
+    return {"num_warps": BLOCK * widest // (16 * warp_size), "enable_fp_fusion": True}
 
 
-# Columns of the tensor table: the number of elements, the scalar row, then an address a role but the gradient's.
+# Columns of the tensor table: the number of elements, the scalar row, then an address a part of each role but the
+# gradient.
 NUMEL, ROW, FIRST_ADDRESS = 0, 1, 2
 _NUMEL, _ROW, _FIRST_ADDRESS = tl.constexpr(NUMEL), tl.constexpr(ROW), tl.constexpr(FIRST_ADDRESS)
 
@@ -35,9 +39,13 @@ _NUMEL, _ROW, _FIRST_ADDRESS = tl.constexpr(NUMEL), tl.constexpr(ROW), tl.conste
 @triton.jit
 def widen(value, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     # Neither the interpreter nor every GPU converts between 16 bits and float64 in one step.
-    if DTYPE.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    return value.to(COMPUTE)
+    if DTYPE.is_int():
+        wide = value.to(tl.int32)
+    elif DTYPE.primitive_bitwidth == 16:
+        wide = value.to(tl.float32).to(COMPUTE)
+    else:
+        wide = value.to(COMPUTE)
+    return wide
 
 
 @triton.jit
@@ -58,62 +66,80 @@ def convert_nearest(value, DTYPE: tl.constexpr):
     return convert(value, DTYPE)
 
 
-_MIXED_BY_ROLE = tl.constexpr(MIXED_BY_ROLE)
-
-
 @triton.jit
-def stored(value, mixed, role: tl.constexpr, DTYPE: tl.constexpr, ROUNDED: tl.constexpr, CONVERT: tl.constexpr):
-    """A result as its role is kept; rounded stochastically where `ROUNDED` says so."""
-    if ROUNDED[role]:
-        bits = mix(mixed + role * _MIXED_BY_ROLE)
-        if tl.bfloat16 == DTYPE:
-            value = round_bfloat16(value.to(tl.float32), bits)
-        else:
-            value = round_float16(value.to(tl.float32), bits)
-    return CONVERT(value, DTYPE)
+def items(EACH: tl.constexpr, BLOCK: tl.constexpr, SHARING: tl.constexpr):
+    """The items of a chunk, each of so many elements: numbered in one row, or in rows of `SHARING` elements."""
+    if SHARING == 0:
+        numbers = tl.arange(0, BLOCK)
+    elif EACH == SHARING:
+        numbers = tl.arange(0, BLOCK // SHARING)[:, None]
+    else:
+        rows = tl.arange(0, BLOCK // SHARING)[:, None]
+        numbers = rows * (SHARING // EACH) + tl.arange(0, SHARING // EACH)[None, :]
+    return numbers
 
 
 @triton.jit
 def update_chunk(
     addresses,
     start,
-    mask,
+    numel,
     h,
-    random,
+    key,
+    FULL: tl.constexpr,
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
+    CODECS: tl.constexpr,
     DTYPES: tl.constexpr,
+    EACH: tl.constexpr,
+    FIRST: tl.constexpr,
     COMPUTE: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARING: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    offsets = tl.arange(0, BLOCK)
+    offsets = items(1, BLOCK, SHARING)
     pointers = ()
-    values = ()
+    there = ()
+    parts = ()
     for i in tl.static_range(len(DTYPES)):
         pointer = addresses[i].to(tl.pointer_type(DTYPES[i]))
         if ALIGNED:
             # After the cast: only there does the hint reach the access, which is scalar without it.
             pointer = tl.multiple_of(pointer, 16)
-        pointer = pointer + start + offsets
-        pointers = pointers + (pointer,)
-        values = values + (widen(tl.load(pointer, mask=mask), DTYPES[i], COMPUTE),)
+        item = items(EACH[i], BLOCK, SHARING)
+        pointers = pointers + (pointer + start // EACH[i] + item,)
+        there = there + (start + item * EACH[i] < numel,)
+        part = tl.load(pointers[i]) if FULL else tl.load(pointers[i], mask=there[i])
+        parts = parts + (widen(part, DTYPES[i], COMPUTE),)
+    values = ()
+    for i in tl.static_range(len(CODECS)):
+        values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], CODECS[i]).to(COMPUTE),)
     g = values[1] * h[0]
     new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
-    tl.static_assert(len(new) == len(DTYPES) - 1, "a rule must return p and every state")
-    mixed = offsets
-    if len(ROUNDED) > 0:
-        index = random[1] + start + offsets
-        mixed = mix(mix(index.to(tl.int32)) + (index >> 32).to(tl.int32)) + random[0]
-        tl.store(pointers[0], stored(new[0], mixed, 0, DTYPES[0], ROUNDED, CONVERT), mask=mask)
-        for i in tl.static_range(2, len(DTYPES)):
-            tl.store(pointers[i], stored(new[i - 1], mixed, i - 1, DTYPES[i], ROUNDED, CONVERT), mask=mask)
-    else:
-        tl.store(pointers[0], CONVERT(new[0], DTYPES[0]), mask=mask)
-        for i in tl.static_range(2, len(DTYPES)):
-            tl.store(pointers[i], CONVERT(new[i - 1], DTYPES[i]), mask=mask)
+    tl.static_assert(len(new) == len(CODECS) - 1, "a rule must return p and every state")
+    random = offsets
+    if RANDOM:
+        low, high, first_key, second_key = key
+        index = ((high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)) + start + offsets
+        random = hashed(index.to(tl.int32), (index >> 32).to(tl.int32), first_key, second_key)
+    new = new[0:1] + (g,) + new[1:]
+    for i in tl.static_range(len(CODECS)):
+        if i != 1:
+            value = new[i]
+            if CODECS[i] != "plain":
+                value = value.to(tl.float32)
+            if SHARING > 0 and not FULL:
+                value = tl.where(start + offsets < numel, value, 0.0)
+            kept = encode(value, random, i - (i > 1), CODECS[i])
+            for j in tl.static_range(len(kept)):
+                part = CONVERT(kept[j], DTYPES[FIRST[i] + j])
+                if FULL:
+                    tl.store(pointers[FIRST[i] + j], part)
+                else:
+                    tl.store(pointers[FIRST[i] + j], part, mask=there[FIRST[i] + j])
 
 
 @triton.jit
@@ -126,26 +152,33 @@ def multi_tensor(
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
+    CODECS: tl.constexpr,
     DTYPES: tl.constexpr,
+    EACH: tl.constexpr,
+    FIRST: tl.constexpr,
     COMPUTE: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARING: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Update one chunk of one tensor by a rule.
 
     Args:
         chunks: int32 ``(programs, 2)``: the tensor and the chunk in it, a program.
-        tensors: int64 ``(tensors, 1 + roles)``: see the columns above.
+        tensors: int64 ``(tensors, 1 + parts)``: see the columns above.
         gradients: int64 ``(tensors,)``: the address of each gradient, 0 for none.
         rows: ``(rows, 1 + len(FIELDS))`` in COMPUTE: the factor of the gradient, then the rule's scalars.
-        keys: int64 ``(tensors, 2)``: what the random bits of a tensor depend on, and the index of its first
-            element. Not read where nothing is rounded stochastically.
+        keys: int32 ``(tensors, 4)``: the index of a tensor's first element, its lower and its upper half, and what its
+            random bits depend on. Not read where there are none.
         RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
             key; the class is not).
-        DTYPES: what each role (p, g, states) is stored as. COMPUTE: what the arithmetic is done in.
-        ROUNDED: whether a result of the rule is rounded stochastically, for each of them, or empty.
+        CODECS: how each role (p, g, states) is kept; see codecs.py.
+        DTYPES, EACH: of each part of each role, the dtype, and how many elements an item of it holds.
+        FIRST: the number of each role's first part, and the number of parts.
+        COMPUTE: what the arithmetic is done in. RANDOM: whether a codec takes random bits.
+        SHARING: how many elements share a scale, or 0.
         ALIGNED: whether every address is a multiple of 16.
     """
     program = tl.program_id(0)
@@ -158,21 +191,26 @@ def multi_tensor(
         entry = tensors + tensor.to(tl.int64) * COLUMNS
         numel = tl.load(entry + _NUMEL)
         row = rows + tl.load(entry + _ROW) * (1 + len(FIELDS))
-        addresses = (tl.load(entry + _FIRST_ADDRESS), gradient)
-        for i in tl.static_range(2, len(DTYPES)):
-            addresses = addresses + (tl.load(entry + _FIRST_ADDRESS + i - 1),)
+        addresses = ()
+        for i in tl.static_range(len(DTYPES)):
+            if i == FIRST[1]:
+                addresses = addresses + (gradient,)
+            else:
+                addresses = addresses + (tl.load(entry + (_FIRST_ADDRESS + i - (i > FIRST[1]))),)
         h = ()
         for i in tl.static_range(1 + len(FIELDS)):
             h = h + (tl.load(row + i),)
-        random = ()
-        if len(ROUNDED) > 0:
-            random = (tl.load(keys + 2 * tensor).to(tl.int32), tl.load(keys + 2 * tensor + 1))
+        key = ()
+        if RANDOM:
+            for i in tl.static_range(4):
+                key = key + (tl.load(keys + 4 * tensor + i),)
         if start + BLOCK <= numel:
             update_chunk(
-                addresses, start, None, h, random, RULE, SCALARS, DTYPES, COMPUTE, ROUNDED, CONVERT, BLOCK, ALIGNED
-            )
+                addresses, start, numel, h, key, True, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST, COMPUTE, RANDOM,
+                CONVERT, BLOCK, SHARING, ALIGNED,
+            )  # fmt: skip
         else:
-            mask = start + tl.arange(0, BLOCK) < numel
             update_chunk(
-                addresses, start, mask, h, random, RULE, SCALARS, DTYPES, COMPUTE, ROUNDED, CONVERT, BLOCK, ALIGNED
-            )
+                addresses, start, numel, h, key, False, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST, COMPUTE, RANDOM,
+                CONVERT, BLOCK, SHARING, ALIGNED,
+            )  # fmt: skip

@@ -10,9 +10,9 @@ from conftest import HAS_TRITON
 from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
+from triton_optim.rounding import rounding, row_key, tensor_keys
 
 import triton_optim
-from triton_optim.rounding import rounding, row_key, tensor_keys
 
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(37, 5), (3,), (), (40, 33), (0, 2)]

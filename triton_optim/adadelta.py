@@ -48,6 +48,7 @@ class Adadelta(RuleOptimizer):
 
     rule = adadelta
     state_names = ("square_avg", "acc_delta")
+    nonnegative = ("square_avg", "acc_delta")
     option_names = ("maximize", "capturable", "foreach", "differentiable")
 
     def __init__(

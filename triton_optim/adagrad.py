@@ -48,6 +48,7 @@ class Adagrad(RuleOptimizer):
 
     rule = adagrad
     state_names = ("sum",)
+    nonnegative = ("sum",)
     option_names = ("foreach", "maximize", "differentiable", "fused")
 
     def __init__(

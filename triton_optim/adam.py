@@ -58,6 +58,7 @@ class Adam(RuleOptimizer):
         Variant(adamw, ("exp_avg", "exp_avg_sq")),
         Variant(adamw_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
     )
+    nonnegative = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,

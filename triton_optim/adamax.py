@@ -47,6 +47,7 @@ class Adamax(RuleOptimizer):
 
     rule = adamax
     state_names = ("exp_avg", "exp_inf")
+    nonnegative = ("exp_inf",)
     option_names = ("foreach", "maximize", "differentiable", "capturable")
 
     def __init__(

@@ -21,12 +21,13 @@ from triton.runtime import JITFunction
 
 import triton_optim
 
-from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
+from .audit_assembly import Instruction, amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
 from .bucket import row_for
+from .codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
-from .triton_backend import TRITON_DTYPES
+from .triton_backend import TRITON_DTYPES, kept_as
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,16 +36,36 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# How the parameter, the gradient and each state are stored.
+
+class Kept(NamedTuple):
+    """How the parameter, the gradient and each state are kept: their dtypes, as an optimizer's options say more."""
+
+    parameter: torch.dtype
+    gradient: torch.dtype
+    state: torch.dtype
+    param_precision: str = "storage"
+    state_dtype: Any = None
+
+
+_BF16 = (torch.bfloat16,) * 3
 DTYPES = {
-    "fp32": (torch.float32, torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16, torch.float16),
-    "fp64": (torch.float64, torch.float64, torch.float64),
-    "bf16+fp32": (torch.bfloat16, torch.bfloat16, torch.float32),
-    "bf16 stochastic": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "fp32": Kept(torch.float32, torch.float32, torch.float32),
+    "bf16": Kept(*_BF16),
+    "fp16": Kept(torch.float16, torch.float16, torch.float16),
+    "fp64": Kept(torch.float64, torch.float64, torch.float64),
+    "bf16+fp32": Kept(torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16 stochastic": Kept(*_BF16, "stochastic", torch.bfloat16),
+    "bf16 kahan": Kept(*_BF16, "kahan"),
+    "bf16 split24": Kept(*_BF16, "split24"),
+    "bf16 split32": Kept(*_BF16, "split32"),
+    "bf16 master": Kept(*_BF16, "master"),
+    "bf16 int8": Kept(*_BF16, "stochastic", "int8"),
+    "bf16 int4": Kept(*_BF16, "stochastic", "int4"),
+    "fp32 int8": Kept(torch.float32, torch.float32, torch.float32, state_dtype="int8"),
 }
-STOCHASTIC = "bf16 stochastic"  # all that the rule returns is rounded so
+# The parameter is kept in the same way by every rule, so that these few stand for all.
+OF_PARAMETER = ("bf16 kahan", "bf16 split24", "bf16 split32", "bf16 master")
+OF_PARAMETER_RULES = ("adamw", "adamw_amsgrad", "lion", "sgd")
 MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
 
 
@@ -68,6 +89,21 @@ BOUNDS = {
     # The bits of 8 elements are in flight with them: up to 101 for amsgrad. 104 leave 16 warps an SM, 40 KB of loads.
     ("cuda", "bf16 stochastic"): Bound(registers=104),
     ("hip", "bf16 stochastic"): Bound(registers=80),
+    # 8 elements a thread: bytes beside them come 64 bits at a time, and half bytes 32.
+    ("cuda", "bf16 kahan"): Bound(registers=104),
+    ("cuda", "bf16 split24"): Bound(registers=104, narrowest_bits=64),
+    ("cuda", "bf16 split32"): Bound(registers=104, narrowest_bits=64),
+    ("cuda", "bf16 master"): Bound(narrowest_bits=64),
+    ("cuda", "bf16 int8"): Bound(registers=104, narrowest_bits=64),
+    ("cuda", "bf16 int4"): Bound(registers=104, narrowest_bits=32),
+    ("cuda", "fp32 int8"): Bound(registers=104, narrowest_bits=64),
+    ("hip", "bf16 kahan"): Bound(registers=80),
+    ("hip", "bf16 split24"): Bound(registers=80, narrowest_bits=64),
+    ("hip", "bf16 split32"): Bound(registers=80, narrowest_bits=64),
+    ("hip", "bf16 master"): Bound(narrowest_bits=64),
+    ("hip", "bf16 int8"): Bound(registers=104, narrowest_bits=64),
+    ("hip", "bf16 int4"): Bound(registers=104, narrowest_bits=32),
+    ("hip", "fp32 int8"): Bound(registers=104, narrowest_bits=64),
     # Triton 3.6 takes 66 for amsgrad, 3.9 65 for nadam; up to 72 leave 7 of 8 waves.
     ("hip", "bf16"): Bound(registers=72),
     ("hip", "fp16"): Bound(registers=72),
@@ -82,6 +118,7 @@ class AuditedRule(NamedTuple):
     state_names: tuple[str, ...]
     scalars: type
     optimizers: tuple[str, ...]
+    nonnegative: frozenset[str] = frozenset()
 
 
 class Case(NamedTuple):
@@ -131,8 +168,8 @@ class Measurement:
     shared_bytes: int
     loaded: float
     stored: float
-    floor_loaded: int
-    floor_stored: int
+    floor_loaded: float
+    floor_stored: float
     narrowest_bits: int
     widest_bits: int
     masked_accesses: int
@@ -168,14 +205,21 @@ def every_rule() -> tuple[AuditedRule, ...]:
                 )
             users = (*(known.optimizers if known else ()), name)
             own = by_default.get(rule, scalars[name])
-            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, users)
+            unsigned = frozenset(opt.nonnegative)
+            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, users, unsigned)
     return tuple(found.values())
 
 
-def role_dtypes(rule: AuditedRule, dtypes: str) -> tuple[torch.dtype, ...]:
-    """How p, g and the states of `rule` are stored in ``DTYPES[dtypes]``."""
-    parameter, gradient, state = DTYPES[dtypes]
-    return (parameter, gradient, *[state] * len(rule.state_names))
+def role_codecs(rule: AuditedRule, dtypes: str) -> tuple[Codec, ...]:
+    """How p and the states of `rule` are kept in ``DTYPES[dtypes]``."""
+    kept = DTYPES[dtypes]
+    group = {"param_precision": kept.param_precision}
+    if kept.state_dtype in STATE_CODES:
+        states = [codes(kept.state_dtype, name in rule.nonnegative) for name in rule.state_names]
+    else:
+        of_state = plain if kept.state_dtype is None else stochastic
+        states = [of_state(kept.state)] * len(rule.state_names)
+    return (parameter_codec(group, kept.parameter), *states)
 
 
 def every_case() -> list[Case]:
@@ -183,8 +227,9 @@ def every_case() -> list[Case]:
     cases = []
     for rule in every_rule():
         different: dict[Any, str] = {}  # without states, two of the sets are the same
-        for dtypes in DTYPES:
-            different.setdefault((role_dtypes(rule, dtypes), dtypes == STOCHASTIC), dtypes)
+        for dtypes, kept in DTYPES.items():
+            if dtypes not in OF_PARAMETER or rule.name in OF_PARAMETER_RULES:
+                different.setdefault((role_codecs(rule, dtypes), kept.gradient), dtypes)
         cases += [Case(rule.name, dtypes, arch, True) for dtypes in different.values() for arch in TARGETS]
         cases += [Case(rule.name, MISALIGNED, arch, False) for arch in TARGETS]
     return cases
@@ -228,16 +273,20 @@ def measure(
     Raises:
         ValueError: the full-chunk branch cannot be found in what was compiled.
     """
-    target, stored_as = TARGETS[arch], role_dtypes(rule, dtypes)
-    sizes = [dtype.itemsize for dtype in stored_as]
-    options = kernel.launch_options(sizes, target.warp_size)
-    rounded = (True,) * (1 + len(rule.state_names)) if dtypes == STOCHASTIC else ()
-    compiled = compile_kernel(kernel, rule.rule, rule.scalars, stored_as, target, options, aligned, rounded)
+    target, codecs, gradient = TARGETS[arch], role_codecs(rule, dtypes), DTYPES[dtypes].gradient
+    kept = kept_as(codecs, gradient, target.warp_size, kernel)
+    compiled = compile_kernel(kernel, rule.rule, rule.scalars, DTYPES[dtypes].parameter, kept, target, aligned)
     blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(assembly(compiled))
     instructions = [x for block in blocks for x in block.instructions]
     branch = full_chunk_branch(blocks)
-    widths = [8 * x.moved for x in branch.accesses]
-    elements = kernel.BLOCK / (options["num_warps"] * target.warp_size)  # a thread
+    # A scale is read by each thread of its block, at one address, and written by one.
+    scales, sharing = sum(codec.sharing > 0 for codec in codecs), max(codec.sharing for codec in codecs)
+    accesses = without(branch.accesses, scales)
+    widths = [8 * x.moved for x in accesses]
+    elements = kernel.BLOCK / (kept["num_warps"] * target.warp_size)  # a thread
+    of_scales = 4 * scales / sharing if scales else 0.0
+    unread = codecs[0].dtypes[0].itemsize if codecs[0].name == "master" else 0
+    floor = sum(codec.nbytes for codec in codecs)
     need = resources(compiled)
     return Measurement(
         rule=rule.name,
@@ -246,35 +295,49 @@ def measure(
         arch=arch,
         aligned=aligned,
         roles={
-            role: str(TRITON_DTYPES[dtype])
-            for role, dtype in zip(("p", "g", *rule.state_names), stored_as, strict=True)
+            role: "+".join(str(TRITON_DTYPES[dtype]) for dtype in codec.dtypes)
+            for role, codec in zip(
+                ("p", "g", *rule.state_names), (codecs[0], plain(gradient), *codecs[1:]), strict=True
+            )
         },
         block=kernel.BLOCK,
-        num_warps=options["num_warps"],
+        num_warps=kept["num_warps"],
         registers=need.registers,
         scalar_registers=need.scalar_registers,
         spills=need.spilled + sum(x.local for x in instructions),
         stack_bytes=need.stack_bytes,
         shared_bytes=need.shared_bytes,
-        loaded=sum(x.loaded for x in branch.accesses) / elements,
-        stored=sum(x.stored for x in branch.accesses) / elements,
-        floor_loaded=sum(sizes),
-        floor_stored=sum(sizes) - sizes[1],
+        loaded=sum(x.loaded for x in accesses) / elements + of_scales,
+        stored=sum(x.stored for x in accesses) / elements + of_scales,
+        floor_loaded=floor - unread + gradient.itemsize,
+        floor_stored=floor,
         narrowest_bits=min(widths),
         widest_bits=max(widths),
-        masked_accesses=sum(x.guarded for x in branch.accesses),
+        masked_accesses=sum(x.guarded for x in accesses),
         instructions=sum(x.opcode != "NOP" for x in branch.instructions) / elements,
         code_bytes=code_bytes(compiled, len(instructions)),
         wrapping_offsets=wrapping_offsets(compiled.asm["ttir"]),
-        fp_fusion=options.get("enable_fp_fusion"),
+        fp_fusion=kept.get("enable_fp_fusion"),
         ptx_functions=ptx_functions(compiled),
     )
+
+
+def without(accesses: Sequence[Instruction], scales: int) -> list[Instruction]:
+    """The accesses without so many loads and stores of 4 bytes; stores by one thread of several first."""
+    left = list(accesses)
+    for what in ("loaded", "stored"):
+        narrow = sorted((x for x in left if getattr(x, what) == 4), key=lambda x: not x.guarded)
+        for x in narrow[:scales]:
+            left.remove(x)
+    return left
 
 
 def bound_of(m: Measurement) -> Bound:
     """What `m` may come to. Misaligned accesses are as narrow as an element."""
     bound = BOUNDS.get((TARGETS[m.arch].backend, m.dtypes), Bound())
-    return bound if m.aligned else bound._replace(narrowest_bits=8 * min(dtype.itemsize for dtype in DTYPES[m.dtypes]))
+    return (
+        bound if m.aligned else bound._replace(narrowest_bits=8 * min(dtype.itemsize for dtype in DTYPES[m.dtypes][:3]))
+    )
 
 
 def problems(m: Measurement) -> list[str]:

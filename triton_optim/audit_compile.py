@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,35 +30,34 @@ def compile_kernel(
     kernel: ModuleType,
     rule: Any,
     scalars: Any,
-    dtypes: Sequence[torch.dtype],
+    parameter: torch.dtype,
+    kept: dict[str, Any],
     target: GPUTarget,
-    options: dict[str, Any],
     aligned: bool,
-    rounded: tuple[bool, ...] = (),
 ) -> Any:
     """Triton's compiled kernel, specialised as the Triton backend does.
 
     Args:
         kernel: the module of the multi-tensor kernel.
         rule, scalars: the rule and the NamedTuple type of its scalars.
-        dtypes: how each of p, g and the states is stored.
-        options: what is passed beside the kernel's arguments.
+        parameter: the dtype of p.
+        kept: how the roles are kept, and the launch options: of triton_backend.kept_as.
         aligned: whether every address is a multiple of 16.
-        rounded: whether a result of the rule is rounded stochastically, for each, or empty.
     """
-    compute = TRITON_DTYPES[torch.float64 if dtypes[0] == torch.float64 else torch.float32]
+    compute = TRITON_DTYPES[torch.float64 if parameter == torch.float64 else torch.float32]
+    launched = ("num_warps", "enable_fp_fusion")
     constants = {
         "RULE": rule,
         "SCALARS": scalars,
         "FIELDS": scalars._fields,
-        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
+        **{name: value for name, value in kept.items() if name not in launched},
         "COMPUTE": compute,
-        "ROUNDED": rounded,
         "CONVERT": kernel.convert,
         "BLOCK": kernel.BLOCK,
         "ALIGNED": aligned,
     }
-    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}", "keys": "*i64"}
+    constants = {name: constants[name] for name in kernel.multi_tensor.arg_names if name in constants}
+    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}", "keys": "*i32"}
     order = [*tables, *constants]
     source = ASTSource(
         fn=kernel.multi_tensor,
@@ -68,7 +66,7 @@ def compile_kernel(
         # The tables are tensors that torch allocates, at multiples of 64 or more.
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tables))},
     )
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options={name: kept[name] for name in launched if name in kept})
 
 
 def assembly(compiled: Any) -> str:
@@ -147,7 +145,7 @@ def wrapping_offsets(ttir: str) -> list[str]:
         if opcode == "arith.cmpi" or (opcode == "tt.addptr" and known[0].addresses):
             found.update(operand for operand, value in zip(operands, known, strict=True) if value.wraps)
         if opcode in ("tt.load", "tt.get_program_id"):
-            values[name] = _Value(varies=True)
+            values[name] = _Value(varies="tensor<" not in rest)  # an element of a tensor is no offset
             continue
         varies = any(value.varies for value in known)
         narrow = opcode in ("arith.muli", "arith.addi", "arith.shli") and re.search(r"(: |x)i32>?$", rest)

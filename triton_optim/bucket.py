@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .codecs import Codec, keep_parameter, keep_state, part_names, write
 from .dispatch import Choice
 from .layout import in_layout_of, is_sharded, local, same_layout, with_local
-from .rounding import first_index, row_key, tensor_keys
+from .random_bits import first_index, row_key, tensor_keys
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer, Variant
@@ -31,13 +32,29 @@ class Key(NamedTuple):
     choice: Choice
     device: torch.device
     variant: Variant
-    dtypes: tuple[torch.dtype, ...]  # a role: parameter, gradient, states
+    gradient: torch.dtype
+    codecs: tuple[Codec, ...]  # a result of the rule: the parameter, the states
     aligned: bool  # every address is a multiple of 16
     capturable: bool
     differentiable: bool
     sparse: bool = False  # the gradients are, and only the elements that they hold are updated
     piece: int = 0  # of a step that is taken in pieces
-    rounded: tuple[bool, ...] = ()  # which results of the rule are rounded stochastically; empty where none is
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """A role: parameter, gradient, states; of what has parts, the first's."""
+        param, *states = (codec.dtypes[0] for codec in self.codecs)
+        return (param, self.gradient, *states)
+
+    @property
+    def random(self) -> bool:
+        """Whether a codec takes random bits."""
+        return any(codec.random for codec in self.codecs)
+
+    @property
+    def sharing(self) -> int:
+        """How many elements share a scale; 0 where there is none."""
+        return max(codec.sharing for codec in self.codecs)
 
     @property
     def compute(self) -> torch.dtype:
@@ -52,6 +69,15 @@ class Row(NamedTuple):
     h: Any  # the rule's
     carried: dict[str, Any]  # what the state carries to the next step
     step: Any  # the number of the update
+
+
+class Piece(NamedTuple):
+    """Elements of a member, as they lie in memory."""
+
+    member: int
+    start: int
+    stop: int
+    first: int  # the index of the first in the whole parameter
 
 
 class Member:
@@ -81,7 +107,8 @@ class Member:
         """Make the states that are not there yet, and ``step`` and its like tensors where they belong."""
         group = optimizer.param_groups[self.group]
         counted = optimizer.counted_names(group)
-        if not key.variant.state_names and not counted and not key.variant.prologue:
+        param, *kept = key.codecs
+        if not (key.variant.state_names or counted or key.variant.prologue or param.suffixes or self.state):
             return
         self.state = optimizer.state[self.p]
         device = self.p.device if key.capturable or optimizer.counts_on_device else _CPU
@@ -93,9 +120,12 @@ class Member:
                 continue
             value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype())
             self.state[name] = value.to(device).reshape(())
-        for name in key.variant.state_names:
+        keep_parameter(self.state, self.p, param)
+        for name, codec in zip(key.variant.state_names, kept, strict=True):
             if self.state.get(name) is None:
-                self.state[name] = optimizer.new_state(name, self.p, group)
+                self.state |= optimizer.new_state(name, self.p, group, codec)
+            else:
+                keep_state(optimizer, self.state, name, self.p, codec)
         if key.variant.prologue:
             self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
 
@@ -180,17 +210,27 @@ class Bucket(ABC):
         self.gradients: list[Tensor | None] = []
         self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
-        if key.rounded:
+        self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
+        if key.random:
             # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
             where = key.device if key.capturable else _CPU
-            self._numbers_of_params = torch.tensor(self._indices, dtype=torch.int32, device=where)
-            self._first_indices = torch.tensor([first_index(m.p) for m in members], device=where)
+            indices = [self._indices[piece.member] for piece in self.pieces]
+            self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
+            self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
         self.place_states(values)
         self._form_cohorts([tuple(m.numbers.values()) for m in members])
 
     # What a backend says.
+
+    def cut(self, first: list[int]) -> list[Piece]:
+        """The members, in the pieces that the backend runs them in.
+
+        Args:
+            first: of each member, the index of its first element here in the whole parameter.
+        """
+        return [Piece(i, 0, numel, k) for i, (numel, k) in enumerate(zip(self.numels, first, strict=True))]
 
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
@@ -210,8 +250,9 @@ class Bucket(ABC):
     @classmethod
     def bytes_per_parameter(cls, optimizer: RuleOptimizer, key: Key) -> float:
         """Bytes read and written an element and step. At best every role is read and all but the gradient written."""
-        sizes = [dtype.itemsize for dtype in key.dtypes]
-        return float(2 * sum(sizes) - sizes[1])
+        param, kept = key.codecs[0], sum(codec.nbytes for codec in key.codecs)
+        unread = param.dtypes[0].itemsize if param.name == "master" else 0
+        return float(2 * kept - unread + key.gradient.itemsize)
 
     def take_update(self, place: int, update: Tensor) -> None:
         """Put what a prologue made of a member's gradient in its place."""
@@ -222,15 +263,23 @@ class Bucket(ABC):
 
     # States.
 
-    def states_of(self, m: Member) -> list[Tensor]:
-        """The local parts of a member's states, in the rule's order."""
-        return [local(m.state[name]) for name in self.key.variant.state_names]
+    def parts_of(self, m: Member) -> list[list[Tensor]]:
+        """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""
+        param, *kept = self.key.codecs
+        own = [[m.p.detach(), *(m.state[name] for name in part_names(param, None))]]
+        for name, codec in zip(self.key.variant.state_names, kept, strict=True):
+            own.append([m.state[part] for part in (name, *part_names(codec, name))])
+        return [list(map(local, parts)) for parts in own]
 
     def place_states(self, values: list[Tensor]) -> None:
         """Bring the states into the memory layout that the backend needs, for these (local) parameters."""
         if self.keeps_layout:
+            param, *kept = self.key.codecs
+            names = part_names(param, None)
+            for name, codec in zip(self.key.variant.state_names, kept, strict=True):
+                names += [] if codec.sharing else [name]
             for m, value in zip(self.members, values, strict=True):
-                for name in self.key.variant.state_names:
+                for name in names:
                     held = local(m.state[name])
                     if not same_layout(held, value):
                         m.state[name] = with_local(m.state[name], in_layout_of(value, held))
@@ -296,14 +345,14 @@ class Bucket(ABC):
         return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable)
 
     def random_keys(self, rows: list[Row | None]) -> Tensor:
-        """What the random bits of each member depend on in this step: see rounding.tensor_keys."""
+        """What the random bits of each piece depend on in this step: see random_bits.tensor_keys."""
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = [
             row_key(int(groups[cohort.group].get("seed", 0)), 0 if row is None else row.step, device)
             for cohort, row in zip(self.cohorts, rows, strict=True)
         ]
         if self._row_index is None:
-            self._row_index = torch.tensor(self.row_of, device=device)
+            self._row_index = torch.tensor([self.row_of[piece.member] for piece in self.pieces], device=device)
         keys = tensor_keys(torch.stack(own)[self._row_index], self._numbers_of_params, self._first_indices)
         return keys if device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
@@ -327,8 +376,11 @@ class Bucket(ABC):
         """Bring the states back to where they were before the first step."""
         for m in self.members:
             group = self.optimizer.param_groups[m.group]
-            for name, state in zip(self.key.variant.state_names, self.states_of(m), strict=True):
-                state.copy_(local(self.optimizer.initial_state(name, m.p, group)))
+            param, *states = self.parts_of(m)
+            if self.key.codecs[0].suffixes:
+                write(self.key.codecs[0], param, param[0].clone())
+            for name, codec, parts in zip(self.key.variant.state_names, self.key.codecs[1:], states, strict=True):
+                write(codec, parts, local(self.optimizer.initial_state(name, m.p, group)))
             if self.key.variant.prologue:
                 for name, value in self.optimizer.prologue_state(m.p, group).items():
                     m.state[name].copy_(value)

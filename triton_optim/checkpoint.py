@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bucket import counted_dtype
+from .codecs import CORRECTIONS, SCALE, held_codec
 from .prologue import check_states
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> No
     counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
     elementwise = {name for variant in optimizer.variants for name in variant.state_names}
     known = counted | elementwise | {*optimizer.prologue_names}
+    parts = {*CORRECTIONS, *(f"{name}_{SCALE}" for name in elementwise)}
     for number, group in enumerate(state_dict["param_groups"]):
         # An option may be newer than the checkpoint; a hyperparameter can't be.
         numbers = {name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))}
@@ -37,7 +39,7 @@ def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> No
         state = state_dict["state"].get(i, {})
         # Names that optimizers share, such as step, prove nothing where others are in place of ours.
         complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
-        if state and (not known & state.keys() or (state.keys() - known and not complete)):
+        if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
             raise ValueError(
                 f"the state of parameter {i} holds {sorted(state)}, {type(optimizer).__name__} keeps {sorted(known)}: "
                 "this state dict is of another optimizer. Load it into that one."
@@ -45,27 +47,39 @@ def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> No
         if optimizer.prologue_names:
             check_states(optimizer, group_of(optimizer, p), i, p, state)
         for name, value in state.items():
-            if name in elementwise and isinstance(value, Tensor) and value.shape != p.shape:
+            if f"{name}_{SCALE}" in state:
+                check_codes(optimizer, state, name, i, p)
+            elif (name in elementwise or name in CORRECTIONS) and isinstance(value, Tensor) and value.shape != p.shape:
                 raise RuntimeError(
                     f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: this "
                     "state dict is of another model. Load one saved with the same parameters in the same order."
                 )
 
 
+def check_codes(optimizer: RuleOptimizer, state: dict[str, Any], name: str, index: int, p: Tensor) -> None:
+    """Raise RuntimeError where a state's codes and scales are not those of so many elements, whatever the block."""
+    codec, scale = held_codec(optimizer, state, name, p), state[f"{name}_{SCALE}"]
+    codes = state[name]
+    assert codec is not None
+    fits = codec.sharing > 0 and 0 <= codes.numel() * codec.each[0] - p.numel() < max(codec.sharing, 1)
+    if codes.dtype != codec.dtypes[0] or not fits or codes.numel() * codec.each[0] != codec.sharing * scale.numel():
+        raise RuntimeError(
+            f"{name} of parameter {index} has {codes.numel():,} items of {codes.dtype} and {scale.numel():,} scales, "
+            f"which is not how {p.numel():,} elements are kept. Load a state dict saved with the same parameters."
+        )
+
+
 def restore_dtypes(optimizer: RuleOptimizer, loaded: dict[str, Any]) -> None:
     """Give the states the dtypes in which they were saved, and the numbers among them theirs."""
     indices = [i for group in loaded["param_groups"] for i in group["params"]]
     counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
-    elementwise = {name for variant in optimizer.variants for name in variant.state_names}
     for i, p in zip(indices, optimizer._flat, strict=True):
         for name, value in loaded["state"].get(i, {}).items():
             if name in counted:
                 optimizer.state[p][name] = value  # torch has cast what is carried besides step
                 own_number(optimizer, p, name)
-            elif isinstance(value, Tensor):
-                wanted = group_of(optimizer, p).get("state_dtype") if name in elementwise else None
-                if (wanted or value.dtype) != optimizer.state[p][name].dtype:
-                    optimizer.state[p][name] = value.to(p.device, wanted or value.dtype, copy=True)
+            elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:
+                optimizer.state[p][name] = value.to(p.device, copy=True)
 
 
 def group_of(optimizer: RuleOptimizer, p: Tensor) -> dict[str, Any]:

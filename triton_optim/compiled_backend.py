@@ -17,14 +17,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Key, Member, Row, row_for, table_of
-from .kernels.language import apply, torch_form
+from .bucket import Bucket, Key, Member, Piece, Row, row_for, table_of
+from .codecs import Codec, wide
+from .eager_backend import update as run_eagerly
+from .kernels.codecs import bits_for, codes_of, decode, encode, scale_of
+from .kernels.language import results, torch_form
 from .layout import flat, local
-from .rounding import rounding
+from .random_bits import bits_of_elements
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
+
+_decode, _encode, _scale_of, _codes_of, _bits_for = map(torch_form, (decode, encode, scale_of, codes_of, bits_for))
 
 # Tensors a call updates. More take longer to compile. Fewer make more calls, which cost host time; and between calls,
 # unlike between the loops of one, the worker threads fall asleep.
@@ -36,85 +41,134 @@ PARALLEL_FROM = 16 * 1024
 # Example length for the compiler: long enough that it writes a parallel loop.
 EXAMPLE = 1 << 20
 
-LONGEST = 1 << 30
+LONGEST = 1 << 30  # Inductor indexes by 32 bits on a GPU
+
+# Elements of a piece of what is kept in codes. What the rule returns waits here for the scale of its block, and should
+# not leave the cache meanwhile.
+PIECE = 1 << 17
+
+Body = Callable[[list[Tensor], Tensor], None]  # the tensors of a slot, and the row
 
 
 def update(
-    rule: Callable[..., Any],
-    scalars: Any,
-    compute: torch.dtype,
-    dtypes: tuple[torch.dtype, ...],
-    rounded: tuple[bool, ...],
-    scaled: bool,
-    row: Tensor,
-    *tensors: Tensor,
-) -> None:
-    """What torch.compile compiles: the rule on the flat tensors of all slots, in place.
+    rule: Callable[..., Any], scalars: Any, codecs: tuple[Codec, ...], compute: torch.dtype, scaled: bool
+) -> Body:
+    """What torch.compile compiles for each slot: the rule on flat tensors, in place.
 
-    Where something is rounded, a slot's tensors end with what its random bits depend on.
+    A slot's tensors are the parts of p, the gradient, the parts of the states; then, for each state that is kept in
+    codes, where its new value waits for `encode_codes`; then what the random bits depend on, where there are any. Where
+    states are kept in codes, all of them have a row for each block.
     """
-    factor, *h = row.unbind()
-    roles = len(dtypes)
-    for start in range(0, len(tensors), roles + bool(rounded)):
-        own = list(tensors[start : start + roles])
-        values = [t.to(compute) for t in own]
+    coded = [codec for codec in codecs if codec.sharing]
+    random = any(codec.random for codec in codecs)
+
+    def body(own: list[Tensor], row: Tensor) -> None:
+        factor, *h = row.unbind()
+        parts, taken = [], 0
+        for role, codec in enumerate(codecs):
+            parts.append(own[taken : taken + len(codec.dtypes)])
+            taken += len(codec.dtypes)
+            if role == 0:
+                g, taken = own[taken], taken + 1
+        waiting = iter(own[taken : taken + len(coded)])
+        values = [_decode(tuple(map(wide, p)), c.name) for c, p in zip(codecs, parts, strict=True)]
+        values = [t.to(compute) for t in (values[0], g, *values[1:])]
         if scaled:
             values[1] = values[1] * factor
-        if not rounded:
-            apply(rule, own, values, scalars(*h))
-            continue
-        index = torch.arange(own[0].numel(), device=own[0].device)
-        apply(rule, own, values, scalars(*h), rounding(rounded, tensors[start + roles], index, dtypes))
+        bits = random_of(own[-1], values[0]) if random else None
+        for role, value in enumerate(results(rule, values, scalars(*h))):
+            codec, old = codecs[role], parts[role]
+            if codec.sharing:
+                value = value.to(torch.float32)
+                next(waiting).copy_(value)
+                old[1].copy_(_scale_of(value, codec.name))
+                continue
+            value = value if codec.name == "plain" else value.to(torch.float32)
+            for part, kept in zip(old, _encode(value, bits, role, codec.name), strict=True):
+                part.copy_(kept)
+
+    return body
+
+
+def encode_codes(codecs: tuple[Codec, ...]) -> Body:
+    """The second half. A slot has the codes, the scale and the new value of each state that is kept in codes; then what
+    the random bits depend on, where there are any.
+    """
+    random = any(codec.random for codec in codecs)
+
+    def body(own: list[Tensor], row: Tensor) -> None:
+        roles = [role for role, codec in enumerate(codecs) if codec.sharing]
+        bits = random_of(own[-1], own[2]) if random else None
+        for k, role in enumerate(roles):
+            old, scale, value = own[3 * k : 3 * k + 3]
+            mine = value if bits is None else _bits_for(bits, role)
+            old.copy_(_codes_of(value, scale, mine, codecs[role].name))
+
+    return body
+
+
+def random_of(key: Tensor, like: Tensor) -> Tensor:
+    """The random bits of a slot. An index of 32 bits is enough: a piece has no more."""
+    index = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    return bits_of_elements(key, index.view(like.shape))
 
 
 class Graph:
-    """The rule compiled for one scalar type, one dtype a role, with or without parallel loops.
+    """A body compiled for slots of certain dtypes and any length, with or without parallel loops.
 
     Dynamo traces it once, with the lengths as the dynamic sizes. Afterwards the code that Inductor made is called
     directly: Dynamo's guards check what a bucket has checked already, and they and AOTAutograd's layers cost several
     times the rest of a call.
+
+    Args:
+        name: what Dynamo is to call it.
+        body: what is done with the tensors of a slot.
+        slot: dtype and row of each tensor of a slot: how many elements it has for one of its length, as a shape.
+        key: whether a slot ends with what its random bits depend on.
+        row: what the scalars come as.
     """
 
     def __init__(
         self,
-        rule: Any,
-        scalars: Any,
-        dtypes: tuple[torch.dtype, ...],
-        compute: torch.dtype,
-        device: torch.device,
-        scaled: bool,
-        rounded: tuple[bool, ...],
+        name: str,
+        body: Body,
+        slot: list[tuple[torch.dtype, tuple[int, ...]]],
+        key: bool,
+        row: Tensor,
+        example: int,
         parallel: bool,
     ) -> None:
-        self.roles = len(dtypes) + bool(rounded)
+        device = row.device
+        self.roles = len(slot) + key
         self._code: Callable[[list[Any]], Any] | None = None
         self._order: list[int] = []
-        self._empty = [torch.empty(0, dtype=dtype, device=device) for dtype in dtypes]
-        self._empty += [torch.zeros(2, dtype=torch.int64, device=device)] * bool(rounded)
-        # A code object of its own: Dynamo counts recompilations by code object and stops at 8.
-        own = types.FunctionType(update.__code__.replace(co_name=rule.__name__), update.__globals__, rule.__name__)
-        form = torch_form(rule)
+        self._empty = [torch.empty(0, *shape, dtype=dtype, device=device) for dtype, shape in slot]
+        self._empty += [torch.zeros(4, dtype=torch.int32, device=device)] * key
+        roles = self.roles
 
         def call(row: Tensor, *tensors: Tensor) -> None:
-            own(form, scalars, compute, dtypes, rounded, scaled, row, *tensors)
+            for start in range(0, len(tensors), roles):
+                body(list(tensors[start : start + roles]), row)
 
-        call = types.FunctionType(call.__code__.replace(), call.__globals__, rule.__name__, None, call.__closure__)
+        # A code object of its own: Dynamo counts recompilations by code object and stops at 8.
+        call = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
         # A gradient of any shape can be passed as it is: of the tensors, only the addresses are taken.
         # Inductor's cache of graphs first hashes all of torch's source, which takes longer than it saves here.
         self._config = {"size_asserts": False, "fx_graph_cache": False} | ({} if parallel else {"cpp.threads": 1})
         traced = torch.compile(call, fullgraph=True, backend=self._backend)
         # Lengths that differ, else the slots would be taken to be equally long.
-        lengths = [EXAMPLE + 16 * slot for slot in range(SLOTS)]
+        lengths = [example + 16 * slot for slot in range(SLOTS)]
         tensors: list[Tensor] = []
         for n in lengths:
-            flats = [torch.zeros(n, dtype=dtype, device=device) for dtype in dtypes]
-            for t in flats:
+            own = [torch.zeros(n, *shape, dtype=dtype, device=device) for dtype, shape in slot]
+            for t in own:
                 torch._dynamo.mark_dynamic(t, 0)
-            tensors += flats
-            if rounded:
-                tensors.append(torch.zeros(2, dtype=torch.int64, device=device))
+                for dim in range(1, t.dim()):
+                    torch._dynamo.mark_static(t, dim)
+            tensors += own
+            if key:
+                tensors.append(torch.zeros(4, dtype=torch.int32, device=device))
                 torch._dynamo.mark_static(tensors[-1], 0)  # though another graph had a flat tensor in this place
-        row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
         self._example = [*tensors, *lengths, row]
         with torch.no_grad(), torch.compiler.set_stance("default"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses what torch deprecates
@@ -125,7 +179,7 @@ class Graph:
 
     def _backend(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
         try:
-            with trusted_vector_isa():
+            with trusted_vector_isa(), vector_bitcasts():
                 return self._compile(copy.deepcopy(graph), example)
         except Exception:  # perhaps a compiler older than the processor: have the instructions tested
             return self._compile(graph, example)
@@ -155,13 +209,13 @@ class Graph:
         return first_call
 
     def __call__(self, row: Tensor, tensors: list[Tensor]) -> None:
-        """Update every `roles` of the tensors by the scalars of `row`."""
+        """Run the slots that `tensors` are."""
         assert self._code is not None
         step = SLOTS * self.roles
         for start in range(0, len(tensors), step):
             arguments: list[Any] = tensors[start : start + step]
             arguments += self._empty * (SLOTS - len(arguments) // self.roles)
-            arguments += [t.numel() for t in arguments[:: self.roles]]
+            arguments += [len(t) if t.dim() else t.numel() for t in arguments[:: self.roles]]
             arguments.append(row)
             self._code([arguments[i] for i in self._order])
 
@@ -186,64 +240,205 @@ def trusted_vector_isa() -> Iterator[None]:
         kinds.cache_clear()  # what others compile is tested as ever
 
 
+@contextmanager
+def vector_bitcasts() -> Iterator[None]:
+    """Have Inductor reinterpret whole vectors. It has no word for that, and goes through memory an element at a time,
+    which makes stochastic rounding take 2.6 times as long.
+    """
+    from torch._inductor.codegen import cpp
+    from torch._inductor.virtualized import V
+
+    words: Any = getattr(cpp, "CppVecOverrides", None)
+    before = getattr(words, "to_dtype_bitcast", None)
+    if not hasattr(getattr(cpp, "CppVecKernel", None), "_get_vec_type") or before is None:
+        yield
+        return
+
+    def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
+        if dtype.itemsize != src_dtype.itemsize:
+            return str(before(x, dtype, src_dtype))
+        kernel: Any = V.kernel
+        kind = kernel._get_vec_type(dtype)
+        return f"[&]() {{ {kind} same; std::memcpy(&same, &{x}, sizeof(same)); return same; }}()"
+
+    words.to_dtype_bitcast = staticmethod(to_dtype_bitcast)
+    try:
+        yield
+    finally:
+        words.to_dtype_bitcast = staticmethod(before)
+
+
 @cache
 def graph_for(
     rule: Any,
     scalars: Any,
-    dtypes: tuple[torch.dtype, ...],
+    codecs: tuple[Codec, ...],
+    gradient: torch.dtype,
     compute: torch.dtype,
     device: torch.device,
     scaled: bool,
-    rounded: tuple[bool, ...],
     parallel: bool,
 ) -> Graph:
-    """The compiled graph, one for a process. A failure is not remembered: its cause may pass.
+    """The compiled graph of an update, one for a process. A failure is not remembered: its cause may pass.
 
     With `scaled` the gradient is multiplied by the row's factor; without, that multiplication is saved: on a CPU an
     update is nearly as much arithmetic as memory traffic.
     """
-    return Graph(rule, scalars, dtypes, compute, device, scaled, rounded, parallel)
+    sharing = max(codec.sharing for codec in codecs)
+    slot: list[tuple[torch.dtype, tuple[int, ...]]] = []
+    for role, codec in enumerate(codecs):
+        slot += [(dtype, shape_of(each, sharing)) for dtype, each in zip(codec.dtypes, codec.each, strict=True)]
+        slot += [(gradient, shape_of(1, sharing))] * (role == 0)
+    slot += [(torch.float32, shape_of(1, sharing))] * sum(codec.sharing > 0 for codec in codecs)
+    body = update(torch_form(rule), scalars, codecs, compute, scaled)
+    row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
+    random = any(codec.random for codec in codecs)
+    return Graph(rule.__name__, body, slot, random, row, EXAMPLE // max(sharing, 1), parallel)
+
+
+@cache
+def codes_graph_for(codecs: tuple[Codec, ...], device: torch.device, parallel: bool) -> Graph:
+    """The compiled graph of :func:`encode_codes`."""
+    sharing = max(codec.sharing for codec in codecs)
+    slot: list[tuple[torch.dtype, tuple[int, ...]]] = []
+    for codec in codecs:
+        if codec.sharing:
+            slot += [(dtype, shape_of(each, sharing)) for dtype, each in zip(codec.dtypes, codec.each, strict=True)]
+            slot.append((torch.float32, shape_of(1, sharing)))
+    random = any(codec.random for codec in codecs)
+    return Graph(
+        "codes", encode_codes(codecs), slot, random, torch.zeros(1, device=device), EXAMPLE // sharing, parallel
+    )
+
+
+def shape_of(each: int, sharing: int) -> tuple[int, ...]:
+    """What an element of length stands for, in items of so many elements: one, or the row of a block."""
+    return (sharing // each,) if sharing else ()
 
 
 class CompiledBucket(Bucket):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
         self.graphs = self.prepare(optimizer, key, members)
-        self.flats = [[flat(local(m.p)), *map(flat, self.states_of(m))] for m in members]
         self.parallel = [numel >= PARALLEL_FROM for numel in self.numels]
+        kept = [self.parts_of(m) for m in members]
+        self.views = [self._views(piece, kept[piece.member]) for piece in self.pieces]
+        coded = sum(codec.sharing > 0 for codec in key.codecs)
+        rows = PIECE // max(key.sharing, 1)
+        self.waiting = [
+            [torch.empty(rows, key.sharing, device=key.device) for _ in range(coded)]
+            for _ in range(SLOTS if coded else 0)
+        ]
+
+    def cut(self, first: list[int]) -> list[Piece]:
+        """No piece has indices whose upper halves differ. Of what is kept in codes, an incomplete block is a piece."""
+        longest, sharing = PIECE if self.key.sharing else LONGEST, self.key.sharing or 1
+        pieces = []
+        for i, (numel, index) in enumerate(zip(self.numels, first, strict=True)):
+            start = 0
+            while start < numel:
+                left = numel - start
+                stop = start + min(left // sharing * sharing or left, longest, (1 << 32) - (index + start) % (1 << 32))
+                pieces.append(Piece(i, start, stop, index + start))
+                start = stop
+        return pieces
+
+    def _views(self, piece: Piece, kept: list[list[Tensor]]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The piece of a member's parts: those of the parameter, and of each state."""
+        views = []
+        for codec, parts in zip(self.key.codecs, kept, strict=True):
+            own, stop = [], piece.stop + -piece.stop % (codec.sharing or 1)
+            for part, each in zip(parts, codec.each, strict=True):
+                view = flat(part)[piece.start // each : stop // each]
+                own.append(view.view(-1, self.key.sharing // each) if self._whole(piece) else view)
+            views.append(own)
+        return views[0], views[1:]
+
+    def _whole(self, piece: Piece) -> bool:
+        """Whether a piece is of whole blocks."""
+        return bool(self.key.sharing) and (piece.stop - piece.start) % self.key.sharing == 0
 
     @classmethod
-    def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> dict[bool, Graph]:
+    def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> dict[bool, list[Graph]]:
         super().prepare(optimizer, key, members)
         groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
         rows = [row_for(optimizer, group, 1) for group in groups]
         scaled = any(row.factor != 1 for row in rows)
-        what: Any = (key.variant.rule, type(rows[0].h), key.dtypes, key.compute, key.device, scaled, key.rounded)
-        sizes = {local(m.p).numel() >= PARALLEL_FROM for m in members}
-        return {parallel: graph_for(*what, parallel) for parallel in sizes}
+        what: Any = (key.variant.rule, type(rows[0].h), key.codecs, key.gradient, key.compute, key.device, scaled)
+        graphs: dict[bool, list[Graph]] = {}
+        for parallel in {local(m.p).numel() >= PARALLEL_FROM for m in members}:
+            graphs[parallel] = [graph_for(*what, parallel)]
+            if key.sharing:
+                graphs[parallel].append(codes_graph_for(key.codecs, key.device, parallel))
+        return graphs
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
-        large = sum(local(m.p).numel() >= PARALLEL_FROM for m in members)
-        return -(-large // SLOTS) - (large - len(members)) // SLOTS
+        numels = [local(m.p).numel() for m in members]
+        longest = PIECE if key.sharing else LONGEST
+        large = sum(-(-numel // longest) for numel in numels if numel >= PARALLEL_FROM)
+        small = sum(numel < PARALLEL_FROM for numel in numels)
+        return (1 + (key.sharing > 0)) * (-(-large // SLOTS) - -small // SLOTS)
 
     def run(self, rows: list[Row | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device).unbind()
+        keys: list[Tensor] | list[None] = [None] * len(self.pieces)
+        if self.key.random:
+            keys = list(self.random_keys(rows).unbind())
+        if self.key.sharing:
+            self._run_blocks(rows, table, keys)
+            self.mark_written()
+            return
         calls: dict[tuple[int, bool], list[Tensor]] = {}
-        keys: list[list[Tensor]] = [[]] * len(self.members)
-        if self.key.rounded:
-            keys = [[own] for own in self.random_keys(rows).unbind()]
-        each = zip(self.gradients, self.flats, self.numels, self.row_of, self.parallel, keys, strict=True)
-        for g, (value, *states), numel, row, parallel, key in each:
+        for piece, (param, states), key in zip(self.pieces, self.views, keys, strict=True):
+            g = self.gradients[piece.member]
             if g is None:
                 continue
-            tensors = calls.setdefault((row, parallel), [])
-            if numel <= LONGEST:
-                tensors += (value, g, *states, *key)
-                continue
-            # Inductor indexes by 32 bits on a GPU.
-            for k, piece in enumerate(zip(*(torch.split(t, LONGEST) for t in (value, flat(g), *states)), strict=True)):
-                tensors += (*piece, *(own + torch.tensor([0, k * LONGEST], device=own.device) for own in key))
+            tensors = calls.setdefault((self.row_of[piece.member], self.parallel[piece.member]), [])
+            tensors += param
+            tensors.append(g if len(param[0]) == g.numel() else flat(g)[piece.start : piece.stop])
+            for parts in states:
+                tensors += parts
+            if key is not None:
+                tensors.append(key)
         for (row, parallel), tensors in calls.items():
-            self.graphs[parallel](table[row], tensors)
+            self.graphs[parallel][0](table[row], tensors)
         self.mark_written()
+
+    def _run_blocks(self, rows: list[Row | None], table: tuple[Tensor, ...], keys: list[Tensor] | list[None]) -> None:
+        """In turns of as many slots as a call has: first the rule, then the codes of what it returned."""
+        turns: dict[tuple[int, bool], list[int]] = {}
+        for number, piece in enumerate(self.pieces):
+            g, row, (param, states), key = (
+                self.gradients[piece.member],
+                rows[self.row_of[piece.member]],
+                self.views[number],
+                keys[number],
+            )
+            if g is None or row is None:
+                continue
+            if self._whole(piece):
+                turns.setdefault((self.row_of[piece.member], self.parallel[piece.member]), []).append(number)
+            else:
+                run_eagerly(self.key, param, flat(g)[piece.start : piece.stop], states, row, key)
+        for (place, parallel), numbers in turns.items():
+            for start in range(0, len(numbers), SLOTS):
+                tensors: list[Tensor] = []
+                coded: list[Tensor] = []
+                for number, slot in zip(numbers[start : start + SLOTS], self.waiting, strict=False):
+                    piece, (param, states), key = self.pieces[number], self.views[number], keys[number]
+                    g = self.gradients[piece.member]
+                    assert g is not None
+                    blocks = flat(g)[piece.start : piece.stop].view(-1, self.key.sharing)
+                    waiting = [t[: len(blocks)] for t in slot]
+                    tensors += (*param, blocks, *(part for parts in states for part in parts), *waiting)
+                    turn = iter(waiting)
+                    for codec, parts in zip(self.key.codecs[1:], states, strict=True):
+                        if codec.sharing:
+                            coded += (*parts, next(turn))
+                    if key is not None:
+                        tensors.append(key)
+                        coded.append(key)
+                of_rule, of_codes = self.graphs[parallel]
+                of_rule(table[place], tensors)
+                of_codes(table[place], coded)

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .bucket import Bucket, Key, Member, Row, plain_group, row_for
-from .kernels.language import apply, torch_form
+from .codecs import read, write
+from .kernels.language import results, torch_form
 from .layout import layout, local
-from .rounding import rounding
+from .random_bits import bits_of_elements
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -21,14 +22,16 @@ class EagerBucket(Bucket):
     keeps_layout = False
 
     def run(self, rows: list[Row | None]) -> None:
-        keys = self.random_keys(rows) if self.key.rounded else None
+        keys = self.random_keys(rows) if self.key.random else None
         for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:
                 continue
             # Under autograd the parameter itself is written, so that the graph goes through it.
-            p = m.p if self.key.differentiable else local(m.p).detach()
-            update(self.key, [p, g, *self.states_of(m)], row, None if keys is None else keys[i])
+            param, *states = self.parts_of(m)
+            if self.key.differentiable:
+                param[0] = m.p
+            update(self.key, param, g, states, row, None if keys is None else keys[i])
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
@@ -39,17 +42,29 @@ class EagerBucket(Bucket):
         return traffic(optimizer, key)[1]
 
 
-def update(key: Key, tensors: list[Tensor], row: Row, random: Tensor | None = None) -> None:
-    """One parameter's step in torch operations, in place; `random` is its row of rounding.tensor_keys."""
-    if tensors[0].is_complex():
-        tensors = [torch.view_as_real(t) for t in tensors]
+def update(
+    key: Key, param: list[Tensor], g: Tensor, states: list[list[Tensor]], row: Row, random: Tensor | None = None
+) -> None:
+    """One parameter's step in torch operations, in place.
+
+    Args:
+        param, states: the parts that each is kept as.
+        random: its row of random_bits.tensor_keys.
+    """
+    kept = [param, *states]
+    if param[0].is_complex():
+        kept, g = [[torch.view_as_real(t) for t in parts] for parts in kept], torch.view_as_real(g)
+    like = kept[0][0]
+    values = [read(codec, parts, like) for codec, parts in zip(key.codecs, kept, strict=True)]
+    values.insert(1, g)
     # A rule may hand its argument to autograd, which must not see it change afterwards.
-    values = [t.clone() for t in tensors] if key.differentiable else tensors
-    values = [t.to(key.compute) for t in values]
+    values = [(t.clone() if key.differentiable else t).to(key.compute) for t in values]
     if row.factor != 1:
         values[1] = values[1] * row.factor
-    rounded = None if random is None else rounding(key.rounded, random, places(tensors[0]), key.dtypes)
-    apply(torch_form(key.variant.rule), tensors, values, row.h, rounded)
+    bits = None if random is None else bits_of_elements(random, places(like))
+    new = results(torch_form(key.variant.rule), values, row.h)
+    for role, (codec, parts, value) in enumerate(zip(key.codecs, kept, new, strict=True)):
+        write(codec, parts, value, role, bits)
 
 
 def places(tensor: Tensor) -> Tensor:
@@ -62,10 +77,14 @@ def places(tensor: Tensor) -> Tensor:
 def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:
     """Operations a parameter, and bytes they read and write an element: counted on tensors without memory."""
     n = 1024
-    tensors = [torch.empty(n, dtype=dtype, device="meta") for dtype in key.dtypes]
+    kept = [
+        [torch.empty(n // each, dtype=dtype, device="meta") for dtype, each in zip(c.dtypes, c.each, strict=True)]
+        for c in key.codecs
+    ]
+    g = torch.empty(n, dtype=key.gradient, device="meta")
     group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
     with torch.no_grad(), _TrafficCounter() as counter:
-        update(key, tensors, row_for(optimizer, group, 1)._replace(factor=1.0))
+        update(key, kept[0], g, kept[1:], row_for(optimizer, group, 1)._replace(factor=1.0))
     return counter.operations, counter.bytes / n
 
 
@@ -76,7 +95,7 @@ def prologue_traffic(optimizer: RuleOptimizer, key: Key, members: list[Member]) 
         group = optimizer.param_groups[number]
         h = row_for(optimizer, group, 1).h
         params = [torch.empty_like(local(m.p), device="meta") for m in members if m.group == number]
-        gradients = [torch.empty_like(p, dtype=key.dtypes[1]) for p in params]
+        gradients = [torch.empty_like(p, dtype=key.gradient) for p in params]
         states = [optimizer.prologue_state(p, group) for p in params]
         with torch.no_grad(), counter:
             optimizer.prologue(plain_group(group), h, params, gradients, states)

@@ -75,6 +75,7 @@ class Muon(RuleOptimizer):
     """
 
     variants = (Variant(muon, (), prologue=True), Variant(adamw, ("exp_avg", "exp_avg_sq")))
+    nonnegative = ("exp_avg_sq",)
     counts_steps = False
     option_names = ()
     prologue_names = ("momentum_buffer",)

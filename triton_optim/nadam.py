@@ -55,6 +55,7 @@ class NAdam(RuleOptimizer):
 
     rule = nadam
     state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
     option_names = ("maximize", "foreach", "capturable", "differentiable")
 
     def __init__(

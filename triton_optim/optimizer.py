@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from . import opaque
 from .bucket import counted_dtype, plain_group
 from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
+from .codecs import Codec, check_precision, new_parts, part_names, rounds, state_codec
 from .dispatch import BACKENDS, choose, this_machine
 from .layout import is_sharded, local_gradient
 from .plan import Plan, request_for
-from .rounding import check_precision, rounds
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "param_precision": "storage",
     "seed": 0,
 }
-PRECISION = ("state_dtype", "param_precision", "seed")
+PRECISION = ("state_dtype", "param_precision")
 
 
 class Variant(NamedTuple):
@@ -60,6 +60,7 @@ class RuleOptimizer(Optimizer):
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
         step_is_tensor: False keeps ``step`` as an int.
         prologue_names: names of the states that :meth:`prologue` keeps.
+        nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
         option_names: the options that every parameter group carries, whatever their value.
 
     Args:
@@ -69,10 +70,15 @@ class RuleOptimizer(Optimizer):
         foreach: True prefers the compiled backend.
         fused: True prefers the one-kernel backend of the device: Triton on a GPU, compiled elsewhere. ``foreach`` or
             ``fused`` False, with neither True, is eager.
-        state_dtype: what the states are kept in: None for the parameter's dtype, ``torch.float32``, or
-            ``torch.bfloat16``, rounded stochastically.
+        state_dtype: what the states are kept in: None for the parameter's dtype; ``torch.float32``;
+            ``torch.bfloat16``, rounded stochastically; ``"int8"`` or ``"int4"``: codes that share a scale, 256 and 128
+            of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of
+            others are float32. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
         param_precision: of bfloat16 and float16 parameters: ``"storage"`` rounds to the nearest, and loses updates of
-            less than half a step; ``"stochastic"`` rounds up or down so that the mean is exact.
+            less than half a step; ``"stochastic"`` rounds up or down so that the mean is exact; the others keep what
+            rounding leaves, beside the parameter: ``"kahan"`` in its dtype, ``"split24"`` in 8 more bits, rounded
+            stochastically, ``"split32"`` in 16, with which a bfloat16 parameter is an exact float32, and ``"master"``
+            a float32 copy.
         seed: of the random bits, an int. They depend on it, on the number of the update, on the place of the parameter
             among the optimizer's and on that of the element, and on nothing else.
         capturable: keep ``step`` on the device and form the scalars there, so that a step can be captured.
@@ -92,6 +98,7 @@ class RuleOptimizer(Optimizer):
     takes_dense_gradients: ClassVar[bool] = True
     step_is_tensor: ClassVar[bool] = True
     prologue_names: ClassVar[tuple[str, ...]] = ()
+    nonnegative: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
 
@@ -196,13 +203,15 @@ class RuleOptimizer(Optimizer):
             started = counted | self.start_carried(plain_group(group))
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
             numbers = {n: torch.tensor(float(v), dtype=counted_dtype(), device=device) for n, v in started.items()}
-            self.state[p] |= numbers | {n: self.new_state(n, p, group) for n in self.variant(group).state_names}
+            self.state[p] |= numbers
+            for name in self.variant(group).state_names:
+                self.state[p] |= self.new_state(name, p, group, state_codec(self, group, name, p))
             self.state[p] |= self.prologue_state(p, group)
 
-    def new_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """The initial state in the dtype that the group keeps states in."""
-        state = self.initial_state(name, p, group)
-        return state if group.get("state_dtype") is None else state.to(group["state_dtype"])
+    def new_state(self, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> dict[str, Tensor]:
+        """The initial state as `codec` keeps it: its parts by name."""
+        parts = new_parts(codec, self.initial_state(name, p, group))
+        return dict(zip((name, *part_names(codec, name)), parts, strict=True))
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
@@ -368,9 +377,13 @@ class RuleOptimizer(Optimizer):
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(self, state_dict)
-            # What a checkpoint of torch's does not say stays as it is here.
-            own = [{name: group[name] for name in PRECISION if name in group} for group in self.param_groups]
-            groups = [kept | saved for kept, saved in zip(own, state_dict["param_groups"], strict=False)]
+            # How values are kept is this optimizer's own: the next step brings what is loaded into it.
+            groups = [
+                {name: own[name] for name in ("seed",) if name in own}
+                | {name: value for name, value in saved.items() if name not in PRECISION}
+                | {name: own[name] for name in PRECISION if name in own}
+                for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+            ]
             loaded.update(state_dict, param_groups=[*groups, *state_dict["param_groups"][len(groups) :]])
             return dict(loaded)
 

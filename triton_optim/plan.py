@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Key, Member
+from .codecs import Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .layout import all_aligned, is_sharded, layout, local, overlapping
 from .prologue import check_states, run_prologues
-from .rounding import rounded_roles
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -42,9 +42,10 @@ class Entry(NamedTuple):
     place: int  # among the optimizer's parameters
     group: int
     p: Tensor
-    dtypes: tuple[torch.dtype, ...]  # a role: parameter, gradient, states
+    gradient: torch.dtype
+    codecs: tuple[Codec, ...]  # of the parameter and the states
     g_aligned: bool
-    states: Sequence[Tensor]
+    parts: Sequence[Tensor]  # of the parameter and the states, those that are there and will stay
     overlaps: bool
     sparse: bool
 
@@ -69,19 +70,18 @@ def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
     """The bucket of a parameter."""
     group = optimizer.param_groups[entry.group]
     choice = choose(request_for(optimizer, group, entry.p, entry.overlaps, entry.sparse), this_machine())
-    tensors = (local(entry.p), *entry.states)
-    if not tensors[0].numel():
+    if not local(entry.p).numel():
         choice = Choice("eager", "no elements here: the step is only counted")
     return Key(
         choice,
         entry.p.device,
         optimizer.variant(group),
-        entry.dtypes,
-        aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in tensors),
+        entry.gradient,
+        entry.codecs,
+        aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts),
         capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
-        rounded=() if entry.sparse else rounded_roles(group, entry.dtypes),
     )
 
 
@@ -176,7 +176,7 @@ def entries_of(
                 "elements share memory and cannot be updated one by one. Make it a parameter of its own (p.clone())."
             )
         for name in names:
-            if state.get(name) is not None:
+            if state.get(name) is not None and f"{name}_scale" not in state:
                 check_state(index, p, name, state[name])
         if g is not None:
             check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
@@ -185,13 +185,24 @@ def entries_of(
         elif index in known:
             # A bucket that is not Triton's knows nothing of alignment.
             key = known[index]
-            dtype, aligned, sparse = key.dtypes[1], key.aligned or key.choice.backend != "triton", key.sparse
+            dtype, aligned, sparse = key.gradient, key.aligned or key.choice.backend != "triton", key.sparse
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
-        states = [local(p if state.get(name) is None else state[name]) for name in names]
-        new = optimizer.param_groups[group].get("state_dtype") or p.dtype
-        kept_in = (new if state.get(name) is None else state[name].dtype for name in names)
-        entries.append(Entry(index, group, p, (p.dtype, dtype, *kept_in), aligned, states, index in overlaps, sparse))
+        own = optimizer.param_groups[group]
+        held = [held_parameter_codec(state, p), *(held_codec(optimizer, state, name, p) for name in names)]
+        wanted = [parameter_codec(own, p.dtype)]
+        wanted += [state_codec(optimizer, own, n, p, h) for n, h in zip(names, held[1:], strict=True)]
+        parts = [local(p)]
+        for role, now, then in zip((None, *names), held, wanted, strict=True):
+            if now is not None and now.dtypes == then.dtypes and now.each == then.each:
+                parts += [local(state[part]) for part in ([] if role is None else [role]) + part_names(now, role)]
+        if sparse and (kept := [codec.name for codec in wanted if codec.name != "plain"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: the gradient of parameter {index} is sparse, and its rows are updated "
+                f'where they were gathered, not kept as {kept[0]}. Use state_dtype=None and param_precision="storage" '
+                "for its group."
+            )
+        entries.append(Entry(index, group, p, dtype, tuple(wanted), aligned, parts, index in overlaps, sparse))
     return entries
 
 

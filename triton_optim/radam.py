@@ -54,6 +54,7 @@ class RAdam(RuleOptimizer):
 
     rule = radam
     state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
     option_names = ("maximize", "foreach", "capturable", "differentiable")
 
     def __init__(

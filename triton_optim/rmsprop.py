@@ -58,6 +58,7 @@ class RMSprop(RuleOptimizer):
         Variant(rmsprop_centered, ("square_avg", "grad_avg")),
         Variant(rmsprop_centered_momentum, ("square_avg", "momentum_buffer", "grad_avg")),
     )
+    nonnegative = ("square_avg",)
     option_names = ("capturable", "foreach", "maximize", "differentiable")
 
     def __init__(

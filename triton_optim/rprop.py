@@ -47,6 +47,7 @@ class Rprop(RuleOptimizer):
 
     rule = rprop
     state_names = ("prev", "step_size")
+    nonnegative = ("step_size",)
     option_names = ("foreach", "maximize", "differentiable", "capturable")
 
     def __init__(

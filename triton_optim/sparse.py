@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .bucket import Bucket, Key, Member, Row
 from .eager_backend import traffic, update
-from .layout import local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -36,12 +35,12 @@ class SparseBucket(Bucket):
             row = rows[self.row_of[i]]
             if g is None or row is None:
                 continue
-            p = m.p if self.key.differentiable else local(m.p).detach()
-            written, where = [p, *self.states_of(m)], tuple(g.indices())
-            tensors = [t[where] for t in written]
-            tensors.insert(1, g.values().reshape(tensors[0].shape))
-            update(self.key, tensors, row)
-            for t, new in zip(written, (tensors[0], *tensors[2:]), strict=True):
+            written, where = [own for (own,) in self.parts_of(m)], tuple(g.indices())
+            if self.key.differentiable:
+                written[0] = m.p
+            p, *states = ([t[where]] for t in written)
+            update(self.key, p, g.values().reshape(p[0].shape), states, row)
+            for t, (new,) in zip(written, (p, *states), strict=True):
                 t[where] = new
 
     @classmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from itertools import accumulate
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bucket import Bucket, Key, Member, Row, table_of, to_device
+from .codecs import Codec, plain
 from .dispatch import this_machine
 from .kernels import multi_tensor as kernel
 
@@ -21,7 +24,34 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
 }
+
+
+def kept_as(
+    codecs: tuple[Codec, ...], gradient: torch.dtype, warp_size: int, module: ModuleType = kernel
+) -> dict[str, Any]:
+    """What the kernel is told of how the roles are kept, and the launch options that follow.
+
+    Args:
+        codecs: of the parameter and the states.
+        gradient: its dtype.
+        warp_size: threads a warp.
+        module: of the kernel.
+    """
+    roles = [codecs[0], plain(gradient), *codecs[1:]]
+    parts = [part for codec in roles for part in zip(codec.dtypes, codec.each, strict=True)]
+    sharing = max(codec.sharing for codec in codecs)
+    return {
+        "CODECS": tuple(codec.name for codec in roles),
+        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype, _ in parts),
+        "EACH": tuple(each for _, each in parts),
+        "FIRST": (0, *accumulate(len(codec.dtypes) for codec in roles)),
+        "RANDOM": any(codec.random for codec in codecs),
+        "SHARING": sharing,
+        **module.launch_options([dtype.itemsize for dtype, each in parts if each == 1], sharing, warp_size),
+    }
 
 
 def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
@@ -48,11 +78,11 @@ class TritonBucket(Bucket):
         first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
         chunk = torch.arange(len(tensor)) - first
         self.chunks = torch.stack((tensor, chunk), dim=1).to(torch.int32).to(key.device)
-        states = [[s.data_ptr() for s in self.states_of(m)] for m in members]
-        own = zip(numels.tolist(), self.addresses, states, strict=True)
-        self.tensors = torch.tensor([[numel, 0, p, *s] for numel, p, s in own]).to(key.device)
+        addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
+        own = zip(numels.tolist(), addresses, strict=True)
+        self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
         self.pointers: list[int] = []
-        self.options = kernel.launch_options([dtype.itemsize for dtype in key.dtypes], warp_size(key.device))
+        self.kept = kept_as(key.codecs, key.gradient, warp_size(key.device))
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
@@ -81,15 +111,13 @@ class TritonBucket(Bucket):
             "RULE": self.key.variant.rule,
             "SCALARS": type(h),
             "FIELDS": h._fields,
-            "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype in self.key.dtypes),
             "COMPUTE": TRITON_DTYPES[self.key.compute],
-            "ROUNDED": self.key.rounded,
             "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
             "BLOCK": kernel.BLOCK,
             "ALIGNED": self.key.aligned,
-            **self.options,
+            **self.kept,
         }
-        keys = self.random_keys(rows) if self.key.rounded else self.chunks
+        keys = self.random_keys(rows) if self.key.random else self.chunks
         tables = (self.chunks, self.tensors, self.gradient_table, table, keys)
         if self.key.device.type == "cpu":
             launch(len(self.chunks), tables, constants)
