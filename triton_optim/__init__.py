@@ -7,9 +7,11 @@ from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
 from .asgd import ASGD
+from .convert import load_master_state_dict, load_torch_state_dict, master_state_dict, to_torch_state_dict
 from .explain import explain
 from .lbfgs import LBFGS
 from .lion import Lion
+from .memory import MemoryReport, memory_report
 from .muon import Muon, muon_param_groups
 from .nadam import NAdam
 from .nonlinear_cg import NonlinearCG
@@ -33,6 +35,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Lion",
+    "MemoryReport",
     "Muon",
     "NAdam",
     "NonlinearCG",
@@ -44,5 +47,10 @@ __all__ = [
     "Variant",
     "dispatch",
     "explain",
+    "load_master_state_dict",
+    "load_torch_state_dict",
+    "master_state_dict",
+    "memory_report",
     "muon_param_groups",
+    "to_torch_state_dict",
 ]

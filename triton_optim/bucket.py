@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .codecs import Codec, keep_parameter, keep_state, part_names, write
+from .codecs import CORRECTIONS, Codec, keep_parameter, keep_state, part_names, write
 from .dispatch import Choice
 from .layout import in_layout_of, is_sharded, local, same_layout, with_local
 from .random_bits import first_index, row_key, tensor_keys
@@ -92,7 +92,7 @@ class Member:
         if "step" in self.state:
             count = int(self.state["step"])
         else:
-            known = any(value is not None for value in self.state.values())
+            known = any(value is not None for name, value in self.state.items() if name not in CORRECTIONS)
             count = int(known and not optimizer.counts_steps)
         started = optimizer.start_carried(plain_group(own_group))
         # The number of steps so far, and what else is carried: members that have these in common share scalars.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .kernels.rmsprop import RMSpropScalars, rmsprop, rmsprop_centered, rmsprop_centered_momentum, rmsprop_momentum
@@ -101,6 +102,15 @@ class RMSprop(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        super().check_parameter(index, p, group)
+        kept = group.get("state_dtype")
+        if group["centered"] and kept not in (None, torch.float32):
+            raise RuntimeError(
+                f"RMSprop(centered=True) takes the root of square_avg - grad_avg**2, which may be negative once the two "
+                f"are rounded by state_dtype={kept!r}. Use state_dtype=torch.float32, or centered=False."
+            )
 
     def variant(self, group: dict[str, Any]) -> Variant:
         return self.variants[2 * bool(group["centered"]) + (group["momentum"] > 0)]
