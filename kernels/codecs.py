@@ -1,7 +1,7 @@
 """How a value is kept in memory: as it is, rounded stochastically, with a correction beside it, or as a code.
 
 `decode` and `encode` are told a codec's name. What is kept comes and goes as a tuple of parts: floating-point ones as
-float32, integers as int32, each of them exact in the dtype that it is kept in. The random bits are a hash of counters,
+float32, exact in the dtype that they are kept in, integers as int32, of which the lower 8 bits are kept. The random bits are a hash of counters,
 so that they are the same on every backend and after a resume, and nothing needs to be kept.
 
 Blocks: a scale for each, in float32, and a code for each element, of which small ones have finer steps. Code k, between
@@ -142,24 +142,22 @@ def largest_code(CODEC):
 @jit
 def scale_of(x, CODEC):
     """What a unit of each block is; NaN where a value of the block is not finite, and then all of it is read as NaN."""
-    size = largest(where(abs(x) < float("inf"), abs(x), float("inf")))
+    size = largest(abs(x))
     return size * (1.0 / units(CODEC)) + (size - size)
 
 
 @jit
-def codes_of(x, scale, bits, CODEC):
-    """The codes of a block's values, int32."""
+def codes_of(x, scale, part, CODEC):
+    """The codes of a block's values, int32: rounded down after `part` of a step was added."""
     inverse = where(scale > 1e-38, 1.0 / scale, 0.0)  # subnormal scales are 0 to some
-    k = code_of_value(where(abs(x) < float("inf"), abs(x), 0.0) * inverse, CODEC)
-    k = floor(k + (to_float(bits) * (1.0 / 65536.0) if CODEC == "int4" or CODEC == "uint4" else 0.5))
-    k = where(k > largest_code(CODEC), largest_code(CODEC), k)
+    k = code_of_value(abs(x) * inverse, CODEC)
+    k = floor(k + part)
+    k = where(k < largest_code(CODEC), k, largest_code(CODEC))
     signless = CODEC == "uint8" or CODEC == "uint4"
     k = where(x > 0, where(k < 1, 1.0, k), 0.0) if signless else where(x < 0, -k, k)
     k = to_int(k)
     if CODEC == "int4" or CODEC == "uint4":
         k = (evens(k) & 15) | ((odds(k) & 15) << 4)
-    if CODEC == "int4":
-        k = (k << 24) >> 24
     return k
 
 
@@ -169,7 +167,7 @@ def value_of_codes(codes, scale, CODEC):
         value = value_of_code(to_float(where(codes < 0, -codes, codes)), CODEC)
         value = where(codes < 0, -value, value)
     elif CODEC == "uint8":
-        value = value_of_code(to_float(codes), CODEC)
+        value = value_of_code(to_float(codes & 0xFF), CODEC)
     elif CODEC == "int4":
         both = interleave((codes << 28) >> 28, (codes << 24) >> 28)
         value = value_of_code(to_float(where(both < 0, -both, both)), CODEC)
@@ -190,11 +188,11 @@ def decode(parts, CODEC):
     elif CODEC == "split24 bfloat16":
         value = number_of(bits_of(parts[0]) + (parts[1] << 8))
     elif CODEC == "split32 bfloat16":
-        value = number_of(bits_of(parts[0]) + (parts[1] << 8) + parts[2])
+        value = number_of(bits_of(parts[0]) + (parts[1] << 8) + (parts[2] & 0xFF))
     elif CODEC == "split24 float16":
         value = with_units_float16(parts[0], parts[1] << 8)
     elif CODEC == "split32 float16":
-        value = with_units_float16(parts[0], (parts[1] << 8) + parts[2])
+        value = with_units_float16(parts[0], (parts[1] << 8) + (parts[2] & 0xFF))
     elif CODEC == "int8" or CODEC == "uint8" or CODEC == "int4" or CODEC == "uint4":
         value = value_of_codes(parts[0], parts[1], CODEC)
     return value
@@ -206,7 +204,7 @@ def encode(x, random, ROLE, CODEC):
 
     Args:
         x: float32; for codes, a block along the last dimension.
-        random: of `hashed`, where the codec needs it.
+        random: of `hashed`; read where the codec takes random bits.
         ROLE: the number of the result among the rule's.
     """
     parts = (x,)
@@ -231,7 +229,7 @@ def encode(x, random, ROLE, CODEC):
     elif CODEC == "split32 bfloat16":
         p = nearest_bfloat16(x)
         rest = where(x == x, bits_of(x) - bits_of(p), 0)
-        parts = (p, rest >> 8, rest & 0xFF)
+        parts = (p, rest >> 8, rest)
     elif CODEC == "split24 float16":
         unit = step_float16(x) * (1.0 / 256.0)
         short = floor(abs(x) * inverse_power(unit) + to_float(bits_for(random, ROLE)) * (1.0 / 65536.0)) * unit
@@ -241,8 +239,10 @@ def encode(x, random, ROLE, CODEC):
     elif CODEC == "split32 float16":
         p = nearest_float16(x)
         rest = to_int(within(floor(units_float16(x, p) + 0.5), -32768.0, 32767.0))
-        parts = (p, rest >> 8, rest & 0xFF)
+        parts = (p, rest >> 8, rest)
     elif CODEC == "int8" or CODEC == "uint8" or CODEC == "int4" or CODEC == "uint4":
         scale = scale_of(x, CODEC)
-        parts = (codes_of(x, scale, bits_for(random, ROLE), CODEC), scale)
+        coarse = CODEC == "int4" or CODEC == "uint4"
+        part = to_float(bits_for(random, ROLE)) * (1.0 / 65536.0) if coarse else 0.5
+        parts = (codes_of(x, scale, part, CODEC), scale)
     return parts

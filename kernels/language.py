@@ -40,7 +40,7 @@ def _to_float(x: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
-    """Of each row of a block, which stays a dimension."""
+    """Of each row, which stays a dimension; of one with a NaN, NaN or Inf."""
     return x.amax(-1, keepdim=True)
 
 
@@ -95,7 +95,7 @@ if triton is not None:
 
     @jit
     def largest(x):
-        return tl.max(x, axis=1, keep_dims=True)
+        return tl.max(tl.where(x == x, x, float("inf")), axis=1, keep_dims=True)  # which drops NaN
 
     @jit
     def log(x):

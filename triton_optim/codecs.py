@@ -69,10 +69,9 @@ def stochastic(dtype: torch.dtype) -> Codec:
 def codes(state_dtype: str, nonnegative: bool) -> Codec:
     """Codes in blocks, ``"int8"`` or ``"int4"``; without a sign for what has none."""
     sharing = BLOCKS[state_dtype]
-    dtype = torch.uint8 if nonnegative else torch.int8
     each = {"int8": 1, "int4": 2}[state_dtype]
     name = f"u{state_dtype}" if nonnegative else state_dtype
-    return Codec(name, (dtype, torch.float32), (SCALE,), (each, sharing), random=state_dtype == "int4")
+    return Codec(name, (torch.int8, torch.float32), (SCALE,), (each, sharing), random=state_dtype == "int4")
 
 
 def corrected(precision: str, dtype: torch.dtype) -> Codec:
@@ -83,7 +82,7 @@ def corrected(precision: str, dtype: torch.dtype) -> Codec:
         return Codec(f"kahan {_name(dtype)}", (dtype, dtype), ("compensation",), (1, 1))
     if precision == "split24":
         return Codec(f"split24 {_name(dtype)}", (dtype, torch.int8), ("residual",), (1, 1), random=True)
-    parts = (dtype, torch.int8, torch.uint8)
+    parts = (dtype, torch.int8, torch.int8)
     return Codec(f"split32 {_name(dtype)}", parts, ("residual", "residual_low"), (1, 1, 1))
 
 
@@ -129,7 +128,7 @@ def held_codec(optimizer: RuleOptimizer, state: dict[str, Any], name: str, p: Te
     scale = state.get(f"{name}_{SCALE}")
     if scale is None:
         return plain(value.dtype)
-    code = codes("int8" if value.numel() >= p.numel() else "int4", value.dtype == torch.uint8)
+    code = codes("int8" if value.numel() >= p.numel() else "int4", name in optimizer.nonnegative)
     return code._replace(each=(code.each[0], value.numel() * code.each[0] // max(scale.numel(), 1)))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member, Piece, Row, row_for, table_of
 from .codecs import Codec, wide
 from .eager_backend import update as run_eagerly
-from .kernels.codecs import bits_for, codes_of, decode, encode, scale_of
+from .kernels.codecs import decode, encode
 from .kernels.language import results, torch_form
 from .layout import flat, local
 from .random_bits import bits_of_elements
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
 
-_decode, _encode, _scale_of, _codes_of, _bits_for = map(torch_form, (decode, encode, scale_of, codes_of, bits_for))
+_decode, _encode = torch_form(decode), torch_form(encode)
 
 # Tensors a call updates. More take longer to compile. Fewer make more calls, which cost host time; and between calls,
 # unlike between the loops of one, the worker threads fall asleep.
@@ -45,7 +45,7 @@ LONGEST = 1 << 30  # Inductor indexes by 32 bits on a GPU
 
 # Elements of a piece of what is kept in codes. What the rule returns waits here for the scale of its block, and should
 # not leave the cache meanwhile.
-PIECE = 1 << 17
+PIECE = 1 << 16
 
 Body = Callable[[list[Tensor], Tensor], None]  # the tensors of a slot, and the row
 
@@ -77,32 +77,31 @@ def update(
             values[1] = values[1] * factor
         bits = random_of(own[-1], values[0]) if random else None
         for role, value in enumerate(results(rule, values, scalars(*h))):
-            codec, old = codecs[role], parts[role]
-            if codec.sharing:
-                value = value.to(torch.float32)
-                next(waiting).copy_(value)
-                old[1].copy_(_scale_of(value, codec.name))
-                continue
+            codec = codecs[role]
             value = value if codec.name == "plain" else value.to(torch.float32)
-            for part, kept in zip(old, _encode(value, bits, role, codec.name), strict=True):
-                part.copy_(kept)
+            if codec.sharing:
+                next(waiting).copy_(value)
+            else:
+                for part, kept in zip(parts[role], _encode(value, bits, role, codec.name), strict=True):
+                    part.copy_(kept)
 
     return body
 
 
 def encode_codes(codecs: tuple[Codec, ...]) -> Body:
-    """The second half. A slot has the codes, the scale and the new value of each state that is kept in codes; then what
-    the random bits depend on, where there are any.
+    """The second half. A slot has the parts and the new value of each state that is kept in codes; then what the random
+    bits depend on, where there are any. Apart from the first, each is one loop without anything between.
     """
     random = any(codec.random for codec in codecs)
+    roles = [(role, codec) for role, codec in enumerate(codecs) if codec.sharing]
 
     def body(own: list[Tensor], row: Tensor) -> None:
-        roles = [role for role, codec in enumerate(codecs) if codec.sharing]
         bits = random_of(own[-1], own[2]) if random else None
-        for k, role in enumerate(roles):
-            old, scale, value = own[3 * k : 3 * k + 3]
-            mine = value if bits is None else _bits_for(bits, role)
-            old.copy_(_codes_of(value, scale, mine, codecs[role].name))
+        for k, (role, codec) in enumerate(roles):
+            *parts, value = own[3 * k : 3 * k + 3]
+            taken = _encode(value, value if bits is None else bits, role, codec.name)
+            for part, kept in zip(parts, taken, strict=True):
+                part.copy_(kept)
 
     return body
 

@@ -25,7 +25,6 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int8: tl.int8,
-    torch.uint8: tl.uint8,
 }
 
 

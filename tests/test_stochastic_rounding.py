@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_TRITON
 from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.rounding import rounding, row_key, tensor_keys
 
 import triton_optim
+from triton_optim.codecs import stochastic, write
+from triton_optim.random_bits import bits_of_elements, row_key, tensor_keys
 
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(37, 5), (3,), (), (40, 33), (0, 2)]
@@ -20,12 +20,19 @@ SHAPES = [(37, 5), (3,), (), (40, 33), (0, 2)]
 RULES = [case for case in CASES if case.elementwise and not case.sparse]
 
 
-def draws(x: Tensor, dtype: torch.dtype, seed: int = 0, step: int = 1) -> Tensor:
-    """Each element rounded once, as the eager and compiled backends do it."""
-    keys = tensor_keys(row_key(seed, step, x.device).view(1), torch.zeros(1, dtype=torch.int32), torch.zeros(1).long())
-    rounded = rounding((True,), keys[0], torch.arange(x.numel()), (dtype, dtype))
-    assert rounded is not None
-    return rounded(0, x)
+def rounded(
+    x: Tensor, dtype: torch.dtype, role: int = 0, seed: int = 0, step: int = 1, number: int = 0, first: int = 0
+):
+    """Each element rounded once, as the eager backend does it: a tensor of `dtype`."""
+    numbers, start = torch.tensor([number], dtype=torch.int32), torch.tensor([first])
+    keys = tensor_keys(row_key(seed, step, x.device).view(1), numbers, start)
+    kept = torch.empty_like(x, dtype=dtype)
+    write(stochastic(dtype), [kept], x, role, bits_of_elements(keys[0], torch.arange(x.numel())))
+    return kept
+
+
+def draws(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return rounded(x, dtype).float()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -65,12 +72,9 @@ def test_what_is_finite_stays_finite(dtype: torch.dtype) -> None:
 
 
 def test_bits_depend_on_seed_step_parameter_role_and_element() -> None:
-    def bits(seed: int = 0, step: int = 1, number: int = 0, first: int = 0, role: int = 0) -> Tensor:
-        numbers, start = torch.tensor([number], dtype=torch.int32), torch.tensor([first])
-        keys = tensor_keys(row_key(seed, step, torch.device("cpu")).view(1), numbers, start)
-        rounded = rounding((True,) * 4, keys[0], torch.arange(10_000), (torch.bfloat16,) * 5)
-        assert rounded is not None
-        return (rounded(role, torch.full((10_000,), 1 + 2**-8)) > 1).double()  # up or down: a coin
+    def bits(role: int = 0, **key: int) -> Tensor:
+        kept = rounded(torch.full((10_000,), 1 + 2**-8), torch.bfloat16, role, **key)
+        return (kept.float() > 1).double()  # up or down: a coin
 
     one = bits()
     assert torch.equal(one, bits())
@@ -81,7 +85,7 @@ def test_bits_depend_on_seed_step_parameter_role_and_element() -> None:
         bits(step=2),
         bits(number=1),
         bits(first=2**33),
-        bits(role=1),
+        *(bits(role=role) for role in range(1, 6)),
     ]
     for other in others:
         assert abs(torch.corrcoef(torch.stack((one, other)))[0, 1]) < 0.04  # 4 sigma
@@ -182,46 +186,6 @@ def test_small_updates_are_lost_to_the_nearest_and_kept_on_average(dtype: torch.
     assert abs(ends["stochastic"] - (1 - 200 * 2.0**-13)) < 1e-3
 
 
-def test_a_checkpoint_of_torchs_gets_the_dtype_and_goes_back() -> None:
-    p, q = Parameter(torch.ones(8)), Parameter(torch.ones(8))
-    theirs = torch.optim.AdamW([p])
-    p.grad = torch.linspace(0, 1, 8)
-    theirs.step()
-    ours = triton_optim.AdamW([q], state_dtype=torch.bfloat16, backend="eager")
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    assert ours.state[q]["exp_avg"].dtype == torch.bfloat16
-    assert ours.param_groups[0]["state_dtype"] == torch.bfloat16
-    q.grad = torch.linspace(0, 1, 8)
-    ours.step()
-    theirs.load_state_dict(ours.state_dict())
-    theirs.step()
-    assert theirs.state[p]["exp_avg"].dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "error", "says"),
-    [
-        ("AdamW", {"state_dtype": torch.int8}, ValueError, "state_dtype"),
-        ("AdamW", {"param_precision": "exact"}, ValueError, "stochastic"),
-        ("AdamW", {"param_precision": "stochastic", "differentiable": True}, RuntimeError, "derivative"),
-        ("Muon", {"state_dtype": torch.bfloat16}, RuntimeError, "momentum_buffer"),
-        ("SparseAdam", {"param_precision": "stochastic"}, RuntimeError, "rows"),
-    ],
-)
-def test_refused(name: str, options: dict, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
-        getattr(triton_optim, name)([Parameter(torch.ones(2, 2))], **options)
-    optimizer = getattr(triton_optim, name)([Parameter(torch.ones(2, 2))])
-    with pytest.raises(error, match=says):
-        optimizer.add_param_group({"params": [Parameter(torch.ones(2, 2))], **options})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_states_of_complex_parameters_have_no_dtype_of_their_own() -> None:
-    with pytest.raises(RuntimeError, match="complex"):
-        triton_optim.AdamW([Parameter(torch.ones(2, dtype=torch.complex64))], state_dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("name", ["Muon", "Adafactor"])
 def test_parameters_after_a_prologue(name: str, backend: str, device: torch.device) -> None:
     p = Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
@@ -229,17 +193,3 @@ def test_parameters_after_a_prologue(name: str, backend: str, device: torch.devi
     p.grad = torch.randn(64, 64, device=device).to(torch.bfloat16)
     optimizer.step()
     assert len(p.detach().unique()) > 1
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_no_kernel_is_compiled_for_what_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 parameters with float32 states are what they were, whatever is asked for."""
-    from triton_optim import triton_backend
-
-    seen = []
-    monkeypatch.setattr(triton_backend, "launch", lambda programs, tables, constants: seen.append(constants["ROUNDED"]))
-    p = Parameter(torch.ones(4))
-    optimizer = triton_optim.AdamW([p], param_precision="stochastic", backend="triton")
-    p.grad = torch.ones(4)
-    optimizer.step()
-    assert seen == [()]
