@@ -1,11 +1,11 @@
 """How a value is kept in memory: as it is, rounded stochastically, with a correction beside it, or as a code.
 
 `decode` and `encode` are told a codec's name. What is kept comes and goes as a tuple of parts: floating-point ones as
-float32, exact in the dtype that they are kept in, integers as int32, of which the lower 8 bits are kept. The random bits are a hash of counters,
-so that they are the same on every backend and after a resume, and nothing needs to be kept.
+float32, exact in the dtype that they are kept in, integers as int32, of which the lower 8 bits are kept. The random
+bits are a hash of counters, so that they are the same on every backend and after a resume, and nothing needs to be kept.
 
-Blocks: a scale for each, in float32, and a code for each element, of which small ones have finer steps. Code k, between
-the powers of two P and 2 P, stands for P^(s-1) ((2^s - 1) k - (2^s - 2) P) units: where k doubles, the value grows
+Blocks: a scale for each, float32 for 8-bit codes and bfloat16 for 4-bit ones, whose blocks are smaller; and a code for
+each element, of which small ones have finer steps. Code k, between the powers of two P and 2 P, stands for P^(s-1) ((2^s - 1) k - (2^s - 2) P) units: where k doubles, the value grows
 2^s times, and in between it is linear. s is 2 for signed codes, whose 127 steps reach down to 6e-5 of the largest, and
 3 for those of a second moment, whose 255 reach down to 6e-8. Both have less error than the dynamic code of Dettmers et
 al. 2022, https://arxiv.org/abs/2110.02861, where a code that doubles means ten times the value; and a power of two
@@ -15,7 +15,7 @@ divided by.
 
 from .language import abs, bits_of, evens, floor, interleave, jit, largest, number_of, odds, to_float, to_int, where
 
-BLOCKS = {"int8": 256, "int4": 128}  # elements that share a scale
+BLOCKS = {"int8": 256, "int4": 64}  # elements that share a scale
 
 
 @jit
@@ -143,7 +143,10 @@ def largest_code(CODEC):
 def scale_of(x, CODEC):
     """What a unit of each block is; NaN where a value of the block is not finite, and then all of it is read as NaN."""
     size = largest(abs(x))
-    return size * (1.0 / units(CODEC)) + (size - size)
+    scale = size * (1.0 / units(CODEC)) + (size - size)
+    if CODEC == "int4" or CODEC == "uint4":
+        scale = number_of((bits_of(scale) + 0xFFFF) & -0x10000)  # bfloat16, rounded up: the largest still has a code
+    return scale
 
 
 @jit

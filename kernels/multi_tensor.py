@@ -37,15 +37,12 @@ _NUMEL, _ROW, _FIRST_ADDRESS = tl.constexpr(NUMEL), tl.constexpr(ROW), tl.conste
 
 
 @triton.jit
-def widen(value, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
-    # Neither the interpreter nor every GPU converts between 16 bits and float64 in one step.
+def widen(value, DTYPE: tl.constexpr):
     if DTYPE.is_int():
-        wide = value.to(tl.int32)
+        value = value.to(tl.int32)
     elif DTYPE.primitive_bitwidth == 16:
-        wide = value.to(tl.float32).to(COMPUTE)
-    else:
-        wide = value.to(COMPUTE)
-    return wide
+        value = value.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -113,7 +110,7 @@ def update_chunk(
         pointers = pointers + (pointer + start // EACH[i] + item,)
         there = there + (start + item * EACH[i] < numel,)
         part = tl.load(pointers[i]) if FULL else tl.load(pointers[i], mask=there[i])
-        parts = parts + (widen(part, DTYPES[i], COMPUTE),)
+        parts = parts + (widen(part, DTYPES[i]),)
     values = ()
     for i in tl.static_range(len(CODECS)):
         values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], CODECS[i]).to(COMPUTE),)

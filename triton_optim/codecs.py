@@ -68,10 +68,9 @@ def stochastic(dtype: torch.dtype) -> Codec:
 
 def codes(state_dtype: str, nonnegative: bool) -> Codec:
     """Codes in blocks, ``"int8"`` or ``"int4"``; without a sign for what has none."""
-    sharing = BLOCKS[state_dtype]
-    each = {"int8": 1, "int4": 2}[state_dtype]
+    each, scale = {"int8": (1, torch.float32), "int4": (2, torch.bfloat16)}[state_dtype]
     name = f"u{state_dtype}" if nonnegative else state_dtype
-    return Codec(name, (torch.int8, torch.float32), (SCALE,), (each, sharing), random=state_dtype == "int4")
+    return Codec(name, (torch.int8, scale), (SCALE,), (each, BLOCKS[state_dtype]), random=state_dtype == "int4")
 
 
 def corrected(precision: str, dtype: torch.dtype) -> Codec:
@@ -151,7 +150,7 @@ def read(codec: Codec, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         return parts[0]
     if not codec.sharing:
         return _decode(tuple(map(wide, parts)), codec.name)  # type: ignore[no-any-return]
-    scale = parts[1].view(-1, 1)
+    scale = wide(parts[1]).view(-1, 1)
     value: Tensor = _decode((wide(parts[0]).view(len(scale), -1), scale), codec.name)
     return value.flatten()[: like.numel()].view(like.shape)
 

@@ -71,7 +71,7 @@ class RuleOptimizer(Optimizer):
         fused: True prefers the one-kernel backend of the device: Triton on a GPU, compiled elsewhere. ``foreach`` or
             ``fused`` False, with neither True, is eager.
         state_dtype: what the states are kept in: None for the parameter's dtype; ``torch.float32``;
-            ``torch.bfloat16``, rounded stochastically; ``"int8"`` or ``"int4"``: codes that share a scale, 256 and 128
+            ``torch.bfloat16``, rounded stochastically; ``"int8"`` or ``"int4"``: codes that share a scale, 256 and 64
             of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of
             others are float32. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
         param_precision: of bfloat16 and float16 parameters: ``"storage"`` rounds to the nearest, and loses updates of
