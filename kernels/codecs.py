@@ -145,7 +145,8 @@ def scale_of(x, CODEC):
     size = largest(abs(x))
     scale = size * (1.0 / units(CODEC)) + (size - size)
     if CODEC == "int4" or CODEC == "uint4":
-        scale = number_of((bits_of(scale) + 0xFFFF) & -0x10000)  # bfloat16, rounded up: the largest still has a code
+        # bfloat16, rounded up, so that the largest has a code; but what is a few ulp above one was that one.
+        scale = where(scale == scale, number_of((bits_of(scale) + 0xFF00) & -0x10000), scale)
     return scale
 
 

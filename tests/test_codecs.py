@@ -161,7 +161,7 @@ def test_every_code_stays(codec: Codec) -> None:
     k = torch.full((sharing,), largest)
     k[: len(every)] = every
     packed = k if codec.each[0] == 1 else (k[::2] & 15) | ((k[1::2] & 15) << 4)
-    parts = [packed.to(torch.int8), torch.full((1,), 0.37)]
+    parts = [packed.to(torch.int8), torch.full((1,), 0.37, dtype=codec.dtypes[1])]
     values = read(codec, parts, torch.zeros(sharing))
     assert (values[: len(every)].diff() > 0).all()
     for random in (None, torch.full((sharing,), -1, dtype=torch.int32), torch.zeros(sharing, dtype=torch.int32)):
@@ -179,7 +179,7 @@ def test_zeros_stay_and_the_largest_does(codec: Codec) -> None:
     assert torch.equal(there_and_back(codec, x), x)
     x[3] = 1e-20
     assert torch.equal(there_and_back(codec, x) != 0, x != 0)
-    torch.testing.assert_close(there_and_back(codec, x)[3], x[3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(there_and_back(codec, x)[3], x[3], rtol=2.0**-7 if codec.random else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("codec", [c for c in CODES if c.name.startswith("u")], ids=lambda codec: codec.name)
@@ -191,14 +191,14 @@ def test_what_is_not_zero_is_not_kept_as_zero(codec: Codec) -> None:
 
 
 def test_half_codes_are_right_on_average() -> None:
-    x = torch.rand(128)
+    x = torch.rand(64)
     x[0] = 1
-    found = torch.zeros(128)
+    found = torch.zeros(64)
     codec = codes("int4", False)
     parts = new_parts(codec, x)
     random = torch.Generator().manual_seed(0)
     for _ in range(4000):
-        write(codec, parts, x, random=torch.randint(-(2**31), 2**31 - 1, (128,), generator=random, dtype=torch.int32))
+        write(codec, parts, x, random=torch.randint(-(2**31), 2**31 - 1, (64,), generator=random, dtype=torch.int32))
         found += read(codec, parts, x) / 4000
     # Linear between two codes, so the mean is exact: 5 sigma of a coin between steps of at most 0.24.
     assert float((found - x).abs().max()) < 5 * 0.5 * 0.24 / math.sqrt(4000)
@@ -263,9 +263,10 @@ def test_how_much_a_correction_keeps(precision: str, dtype: torch.dtype) -> None
     found = read(codec, parts, x)
     own_bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
     more = {"split24": 8, "split32": 24 - own_bits, "kahan": own_bits}[precision]
-    error = ((found - x) / x).abs().max()
-    # An ulp of the value where it is rounded stochastically, else half of one.
-    assert float(error) <= 2.0 ** -(own_bits + more - 1)
+    # An ulp of the value where it is rounded stochastically, else half of one; a compensation in float16 has no more
+    # than multiples of 2^-24.
+    smallest = 2.0**-25 if (precision, dtype) == ("kahan", torch.float16) else 0.0
+    assert ((found - x).abs() <= 2.0 ** -(own_bits + more - 1) * x.abs() + smallest).all()
     nearest_error = ((parts[0].float() - x) / x).abs().max()
     assert float(nearest_error) <= 2.0**-own_bits * 1.001
     if precision == "split32":
@@ -284,9 +285,15 @@ def test_every_value_of_the_dtype_stays(precision: str, dtype: torch.dtype) -> N
         assert values[every.isnan()].isnan().all()
 
 
+def steps(count: int, backend: str, device: torch.device) -> int:
+    """A tenth of them in Triton's interpreter, which takes milliseconds a step."""
+    return count // 10 if backend == "triton" and device.type == "cpu" else count
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Lion", "SGD"])
 def test_split32_is_training_in_float32(name: str, backend: str, device: torch.device) -> None:
     """1,000 steps, bit for bit, with the weights rounded for the forward pass."""
+    count = steps(1000, backend, device)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(64, 16, generator=random).to(device, BF16)
     y = torch.randn(64, 8, generator=random).to(device, BF16)
@@ -306,7 +313,7 @@ def test_split32_is_training_in_float32(name: str, backend: str, device: torch.d
         return list(torch.autograd.grad(loss, leaves))
 
     codec = corrected("split32", BF16)
-    for step in range(1000):
+    for step in range(count):
         for p, g in zip(ours, gradients(list(ours)), strict=True):
             p.grad = g
         rounded = [kept_as(codec, w.detach())[0] for w in wide]
@@ -314,7 +321,7 @@ def test_split32_is_training_in_float32(name: str, backend: str, device: torch.d
             w.grad = g.float()
         split.step()
         exact.step()
-        if step % 100 == 99:
+        if (step + 1) % (count // 10) == 0:
             for p, w in zip(ours, wide, strict=True):
                 assert torch.equal(triton_optim.convert.master(p, split), w)
                 assert torch.equal(p, kept_as(codec, w.detach())[0])
@@ -325,10 +332,11 @@ def test_split32_is_training_in_float32(name: str, backend: str, device: torch.d
 def test_1000_updates_of_a_thousandth(precision: str, backend: str, device: torch.device) -> None:
     p = Parameter(torch.ones(512, dtype=BF16, device=device))
     optimizer = triton_optim.SGD([p], lr=2.0**-10, maximize=True, param_precision=precision, backend=backend)
-    for _ in range(1000):
-        p.grad = torch.ones_like(p)
+    p.grad = torch.ones_like(p)
+    count = steps(1000, backend, device)
+    for _ in range(count):
         optimizer.step()
-    exact = 1 + 1000 * 2.0**-10
+    exact = 1 + count * 2.0**-10
     value = triton_optim.convert.master(p, optimizer)
     if precision == "storage":
         assert (p == 1).all()
@@ -344,10 +352,11 @@ def test_split24_is_right_on_average(backend: str, device: torch.device) -> None
     start = (1 + torch.rand(8192, generator=random)).to(BF16).to(device)
     p = Parameter(start.clone())
     optimizer = triton_optim.SGD([p], lr=1.0, maximize=True, param_precision="split24", backend=backend)
-    for _ in range(200):
-        p.grad = start * 2.0**-10
+    p.grad = start * 2.0**-10
+    count = steps(200, backend, device)
+    for _ in range(count):
         optimizer.step()
-    error = triton_optim.convert.master(p, optimizer).double() / (start.double() * (1 + 200 * 2.0**-10)) - 1
+    error = triton_optim.convert.master(p, optimizer).double() / (start.double() * (1 + count * 2.0**-10)) - 1
     assert abs(float(error.mean())) < 2.0**-17
     assert float(error.abs().max()) < 2.0**-10
 
@@ -357,7 +366,6 @@ def test_split24_is_right_on_average(backend: str, device: torch.device) -> None
 
 @rows(*(case for case in RULES if case.on_every_backend))
 @kept
-@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")  # Inductor's, when it compiles
 def test_same_on_every_backend(case: Case, name: str, backend: str, device: torch.device) -> None:
     """But for the elements in which two backends' arithmetic differs in the last bit: a few in thousands."""
     if backend == "eager":
@@ -450,7 +458,7 @@ def test_to_torch_and_back(case: Case, name: str, device: torch.device) -> None:
     assert_same(before, everything(params, optimizer))
     wide = [Parameter(triton_optim.convert.master(p, optimizer).float()) for p in params]
     theirs = case.peer(wide, **case.settings)
-    theirs.load_state_dict(saved)
+    theirs.load_state_dict(copy.deepcopy(saved))
     fresh = case.peer([Parameter(p.detach().clone()) for p in wide], **case.settings)
     go_on([p for group in fresh.param_groups for p in group["params"]], fresh, range(1))
     for p, q in zip(wide, (p for group in fresh.param_groups for p in group["params"]), strict=True):
@@ -464,7 +472,9 @@ def test_to_torch_and_back(case: Case, name: str, device: torch.device) -> None:
             a, b = optimizer.state[p][state], back.state[p][state]
             assert a.dtype == b.dtype
             if a.dtype == torch.int8:
-                assert int((a.short() - b.short()).abs().max()) <= 1  # the scale may be an ulp off
+                mask = 0xFF if state in back.nonnegative else -1
+                difference = (a.short() & mask) - (b.short() & mask)
+                assert int(difference.abs().max()) <= 1  # the scale may be an ulp off
             else:
                 assert torch.equal(a, b)
 
@@ -628,7 +638,7 @@ def test_a_sparse_gradient_is_refused_where_more_is_kept() -> None:
     optimizer = triton_optim.Adagrad(table.parameters(), state_dtype="int8", backend="eager")
     table(torch.tensor([3])).sum().backward()
     before = table.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"sparse.*uint8.*state_dtype=None"):
+    with pytest.raises(RuntimeError, match=r"sparse.*int8.*state_dtype=None"):
         optimizer.step()
     assert torch.equal(table.weight, before)
 

@@ -171,6 +171,7 @@ class Graph:
         self._example = [*tensors, *lengths, row]
         with torch.no_grad(), torch.compiler.set_stance("default"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses what torch deprecates
+            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")  # int4 scales of a fp16 model; each is widened
             traced(row, *tensors)
         del self._example
         if self._code is None:
