@@ -2,15 +2,16 @@
 
 `decode` and `encode` are told a codec's name. What is kept comes and goes as a tuple of parts: floating-point ones as
 float32, exact in the dtype that they are kept in, integers as int32, of which the lower 8 bits are kept. The random
-bits are a hash of counters, so that they are the same on every backend and after a resume, and nothing needs to be kept.
+bits are a hash of counters, so that they are the same on every backend and after a resume, and nothing of them needs
+to be kept.
 
 Blocks: a scale for each, float32 for 8-bit codes and bfloat16 for 4-bit ones, whose blocks are smaller; and a code for
-each element, of which small ones have finer steps. Code k, between the powers of two P and 2 P, stands for P^(s-1) ((2^s - 1) k - (2^s - 2) P) units: where k doubles, the value grows
-2^s times, and in between it is linear. s is 2 for signed codes, whose 127 steps reach down to 6e-5 of the largest, and
-3 for those of a second moment, whose 255 reach down to 6e-8. Both have less error than the dynamic code of Dettmers et
-al. 2022, https://arxiv.org/abs/2110.02861, where a code that doubles means ten times the value; and a power of two
-takes neither a table nor a logarithm. What is not 0 is never kept as 0 in the codes of a second moment: its root is
-divided by.
+each element, of which small ones have finer steps. Code k, between the powers of two P and 2 P, stands for
+P^(s-1) ((2^s - 1) k - (2^s - 2) P) units: where k doubles, the value grows 2^s times, and in between it is linear. s is
+2 for signed codes, whose 127 steps reach down to 6e-5 of the largest, and 3 for those of a second moment, whose 255
+reach down to 6e-8. Both have less error than the dynamic code of Dettmers et al. 2022,
+https://arxiv.org/abs/2110.02861, where a code that doubles means ten times the value; and a power of two takes neither
+a table nor a logarithm. What is not 0 is never kept as 0 in the codes of a second moment: its root is divided by.
 """
 
 from .language import abs, bits_of, evens, floor, interleave, jit, largest, number_of, odds, to_float, to_int, where
@@ -246,7 +247,8 @@ def encode(x, random, ROLE, CODEC):
         parts = (p, rest >> 8, rest)
     elif CODEC == "int8" or CODEC == "uint8" or CODEC == "int4" or CODEC == "uint4":
         scale = scale_of(x, CODEC)
-        coarse = CODEC == "int4" or CODEC == "uint4"
-        part = to_float(bits_for(random, ROLE)) * (1.0 / 65536.0) if coarse else 0.5
+        part = 0.5
+        if CODEC == "int4" or CODEC == "uint4":
+            part = to_float(bits_for(random, ROLE)) * (1.0 / 65536.0)
         parts = (codes_of(x, scale, part, CODEC), scale)
     return parts

@@ -43,7 +43,8 @@ def pairs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_word_is_tested() -> None:
-    assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, "where", "bits_of", "number_of"])
+    own = ["where", "bits_of", "number_of", "to_float", "to_int", "largest", "evens", "odds", "interleave"]
+    assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, *own])
 
 
 @pytest.mark.parametrize("word", UNARY)
@@ -90,6 +91,57 @@ def test_bits_agree_and_give_the_number_back(device: torch.device) -> None:
     assert torch.equal(bits, PRIMITIVES["bits_of"][1](x))
     assert torch.equal(bits, PRIMITIVES["bits_of"][1](out))
     assert torch.equal(PRIMITIVES["number_of"][1](bits).view(torch.int32), x.view(torch.int32))
+
+
+@triton.jit
+def _converted(x, ints, floats, TO_INT: tl.constexpr, TO_FLOAT: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    found = TO_INT(tl.load(x + i))
+    tl.store(ints + i, found)
+    tl.store(floats + i, TO_FLOAT(found))
+
+
+def test_conversions_agree(device: torch.device) -> None:
+    """To an int, toward 0."""
+    x = torch.linspace(-70000.7, 70000.7, 128, device=device)
+    x[:4] = torch.tensor([0.0, -0.9, 0.9, -1.0])
+    ints, floats = torch.zeros(128, dtype=torch.int32, device=device), torch.zeros_like(x)
+    _converted[(1,)](x, ints, floats, PRIMITIVES["to_int"][0], PRIMITIVES["to_float"][0], 128)
+    assert torch.equal(ints, PRIMITIVES["to_int"][1](x))
+    assert torch.equal(ints, x.trunc().int())
+    assert torch.equal(floats, PRIMITIVES["to_float"][1](ints))
+    assert torch.equal(floats, x.trunc())
+
+
+@triton.jit
+def _row_words(
+    x, most, even, odd, back,
+    LARGEST: tl.constexpr, EVENS: tl.constexpr, ODDS: tl.constexpr, INTERLEAVE: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, ROWS)[:, None]
+    places, half = rows * N + tl.arange(0, N)[None, :], rows * (N // 2) + tl.arange(0, N // 2)[None, :]
+    values = tl.load(x + places)
+    tl.store(most + rows, LARGEST(values))
+    tl.store(even + half, EVENS(values))
+    tl.store(odd + half, ODDS(values))
+    tl.store(back + places, INTERLEAVE(EVENS(values), ODDS(values)))
+
+
+def test_words_for_rows_agree(device: torch.device) -> None:
+    x = torch.arange(8 * 16, dtype=torch.float32, device=device).sin().view(8, 16)
+    x[1, 5], x[2, 0], x[3, 15] = math.nan, math.inf, -math.inf
+    names = ("largest", "evens", "odds", "interleave")
+    most, even, odd, back = (x.new_zeros(8, n) for n in (1, 8, 8, 16))
+    _row_words[(1,)](x, most, even, odd, back, *(PRIMITIVES[name][0] for name in names), 8, 16)
+    in_torch = {name: PRIMITIVES[name][1] for name in names}
+    torch.testing.assert_close(even, in_torch["evens"](x), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(odd, in_torch["odds"](x), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, x, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(in_torch["interleave"](x[:, ::2], x[:, 1::2]), x, rtol=0, atol=0, equal_nan=True)
+    expected = in_torch["largest"](x)
+    assert torch.equal(most.isfinite(), expected.isfinite())  # of a row with a NaN, NaN or Inf
+    assert torch.equal(most[expected.isfinite()], expected[expected.isfinite()])
 
 
 FACTOR = tl.constexpr(3.0)

@@ -21,7 +21,7 @@ from triton.runtime import JITFunction
 
 import triton_optim
 
-from .audit_assembly import Instruction, amdgcn_blocks, full_chunk_branch, sass_blocks
+from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
 from .bucket import row_for
 from .codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
@@ -63,9 +63,10 @@ DTYPES = {
     "bf16 int4": Kept(*_BF16, "stochastic", "int4"),
     "fp32 int8": Kept(torch.float32, torch.float32, torch.float32, state_dtype="int8"),
 }
-# The parameter is kept in the same way by every rule, so that these few stand for all.
-OF_PARAMETER = ("bf16 kahan", "bf16 split24", "bf16 split32", "bf16 master")
-OF_PARAMETER_RULES = ("adamw", "adamw_amsgrad", "lion", "sgd")
+# These are made beside the rule, in the same way for every one: a few rules stand for all, with no states and with one
+# to three, signed and unsigned.
+BESIDE_RULES = ("bf16 kahan", "bf16 split24", "bf16 split32", "bf16 master", "bf16 int8", "bf16 int4", "fp32 int8")
+EXAMPLES = ("adagrad", "adamw", "adamw_amsgrad", "lion", "sgd")
 MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
 
 
@@ -101,9 +102,9 @@ BOUNDS = {
     ("hip", "bf16 split24"): Bound(registers=80, narrowest_bits=64),
     ("hip", "bf16 split32"): Bound(registers=80, narrowest_bits=64),
     ("hip", "bf16 master"): Bound(narrowest_bits=64),
-    ("hip", "bf16 int8"): Bound(registers=104, narrowest_bits=64),
-    ("hip", "bf16 int4"): Bound(registers=104, narrowest_bits=32),
-    ("hip", "fp32 int8"): Bound(registers=104, narrowest_bits=64),
+    ("hip", "bf16 int8"): Bound(registers=96, narrowest_bits=64),
+    ("hip", "bf16 int4"): Bound(registers=96, narrowest_bits=32),
+    ("hip", "fp32 int8"): Bound(registers=96, narrowest_bits=64),
     # Triton 3.6 takes 66 for amsgrad, 3.9 65 for nadam; up to 72 leave 7 of 8 waves.
     ("hip", "bf16"): Bound(registers=72),
     ("hip", "fp16"): Bound(registers=72),
@@ -222,13 +223,19 @@ def role_codecs(rule: AuditedRule, dtypes: str) -> tuple[Codec, ...]:
     return (parameter_codec(group, kept.parameter), *states)
 
 
-def every_case() -> list[Case]:
-    """Every rule in every set of dtypes for every target, and once for misaligned addresses."""
+def every_case(rules: Sequence[str] | None = None) -> list[Case]:
+    """Rules in every set of dtypes for every target, and once for misaligned addresses.
+
+    Args:
+        rules: their names; None is every rule, of which only some stand for what is made beside them all.
+    """
     cases = []
     for rule in every_rule():
+        if rules is not None and rule.name not in rules:
+            continue
         different: dict[Any, str] = {}  # without states, two of the sets are the same
         for dtypes, kept in DTYPES.items():
-            if dtypes not in OF_PARAMETER or rule.name in OF_PARAMETER_RULES:
+            if rules is not None or dtypes not in BESIDE_RULES or rule.name in EXAMPLES:
                 different.setdefault((role_codecs(rule, dtypes), kept.gradient), dtypes)
         cases += [Case(rule.name, dtypes, arch, True) for dtypes in different.values() for arch in TARGETS]
         cases += [Case(rule.name, MISALIGNED, arch, False) for arch in TARGETS]
@@ -279,12 +286,12 @@ def measure(
     blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(assembly(compiled))
     instructions = [x for block in blocks for x in block.instructions]
     branch = full_chunk_branch(blocks)
-    # A scale is read by each thread of its block, at one address, and written by one.
-    scales, sharing = sum(codec.sharing > 0 for codec in codecs), max(codec.sharing for codec in codecs)
-    accesses = without(branch.accesses, scales)
+    # A scale is read by each thread of its block, at one address, and written by one. Nothing else is as narrow.
+    scales = [(codec.dtypes[-1].itemsize, codec.sharing) for codec in codecs if codec.sharing]
+    accesses = [x for x in branch.accesses if x.moved not in {size for size, _ in scales}]
     widths = [8 * x.moved for x in accesses]
     elements = kernel.BLOCK / (kept["num_warps"] * target.warp_size)  # a thread
-    of_scales = 4 * scales / sharing if scales else 0.0
+    of_scales = sum(size / sharing for size, sharing in scales)
     unread = codecs[0].dtypes[0].itemsize if codecs[0].name == "master" else 0
     floor = sum(codec.nbytes for codec in codecs)
     need = resources(compiled)
@@ -320,16 +327,6 @@ def measure(
         fp_fusion=kept.get("enable_fp_fusion"),
         ptx_functions=ptx_functions(compiled),
     )
-
-
-def without(accesses: Sequence[Instruction], scales: int) -> list[Instruction]:
-    """The accesses without so many loads and stores of 4 bytes; stores by one thread of several first."""
-    left = list(accesses)
-    for what in ("loaded", "stored"):
-        narrow = sorted((x for x in left if getattr(x, what) == 4), key=lambda x: not x.guarded)
-        for x in narrow[:scales]:
-            left.remove(x)
-    return left
 
 
 def bound_of(m: Measurement) -> Bound:

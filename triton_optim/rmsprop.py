@@ -108,8 +108,8 @@ class RMSprop(RuleOptimizer):
         kept = group.get("state_dtype")
         if group["centered"] and kept not in (None, torch.float32):
             raise RuntimeError(
-                "RMSprop(centered=True) takes the root of square_avg - grad_avg**2, which may be negative once the two are "
-                f"rounded by state_dtype={kept!r}. Use state_dtype=torch.float32, or centered=False."
+                "RMSprop(centered=True) takes the root of square_avg - grad_avg**2, which may be negative once the two "
+                f"are rounded by state_dtype={kept!r}. Use state_dtype=torch.float32, or centered=False."
             )
 
     def variant(self, group: dict[str, Any]) -> Variant:

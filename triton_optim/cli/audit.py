@@ -79,10 +79,9 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
         raise AuditError(f"--json {args.json}: the folder {args.json.parent} does not exist. Create it first.")
     from .. import audit
 
-    cases = audit.every_case()
     rules = chosen("--rule", args.rule, [rule.name for rule in audit.every_rule()])
     archs = chosen("--arch", args.arch, list(audit.TARGETS))
-    return [case for case in cases if case.rule in rules and case.arch in archs]
+    return [case for case in audit.every_case(rules if args.rule else None) if case.arch in archs]
 
 
 def chosen(option: str, given: str | None, known: list[str]) -> list[str]:
