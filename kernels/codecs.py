@@ -137,7 +137,7 @@ def units(CODEC):
 
 @jit
 def largest_code(CODEC):
-    return 127.0 if CODEC == "int8" else 255.0 if CODEC == "uint8" else 7.0 if CODEC == "int4" else 15.0
+    return 7.0 if CODEC == "int4" else 15.0
 
 
 @jit
@@ -154,12 +154,11 @@ def scale_of(x, CODEC):
 @jit
 def codes_of(x, scale, part, CODEC):
     """The codes of a block's values, int32: rounded down after `part` of a step was added."""
-    inverse = where(scale > 1e-38, 1.0 / scale, 0.0)  # subnormal scales are 0 to some
-    k = code_of_value(abs(x) * inverse, CODEC)
-    k = floor(k + part)
-    k = where(k < largest_code(CODEC), k, largest_code(CODEC))
+    k = floor(code_of_value(abs(x) * (1.0 / (scale + 2e-38)), CODEC) + part)  # a subnormal scale is 0 to some
+    if CODEC == "int4" or CODEC == "uint4":
+        k = where(k < largest_code(CODEC), k, largest_code(CODEC))
     signless = CODEC == "uint8" or CODEC == "uint4"
-    k = where(x > 0, where(k < 1, 1.0, k), 0.0) if signless else where(x < 0, -k, k)
+    k = where(x > 0, where(k < 1, 1.0, k), 0.0) if signless else with_sign(k, x)
     k = to_int(k)
     if CODEC == "int4" or CODEC == "uint4":
         k = (evens(k) & 15) | ((odds(k) & 15) << 4)
@@ -169,16 +168,17 @@ def codes_of(x, scale, part, CODEC):
 @jit
 def value_of_codes(codes, scale, CODEC):
     if CODEC == "int8":
-        value = value_of_code(to_float(where(codes < 0, -codes, codes)), CODEC)
-        value = where(codes < 0, -value, value)
+        k = to_float(codes)
     elif CODEC == "uint8":
-        value = value_of_code(to_float(codes & 0xFF), CODEC)
+        k = to_float(codes & 0xFF)
     elif CODEC == "int4":
-        both = interleave((codes << 28) >> 28, (codes << 24) >> 28)
-        value = value_of_code(to_float(where(both < 0, -both, both)), CODEC)
-        value = where(both < 0, -value, value)
+        k = to_float(interleave((codes << 28) >> 28, (codes << 24) >> 28))
     else:
-        value = value_of_code(to_float(interleave(codes & 15, (codes >> 4) & 15)), CODEC)
+        k = to_float(interleave(codes & 15, (codes >> 4) & 15))
+    if CODEC == "int8" or CODEC == "int4":
+        value = with_sign(value_of_code(abs(k), CODEC), k)
+    else:
+        value = value_of_code(k, CODEC)
     return value * scale
 
 

@@ -24,6 +24,7 @@ from .kernels.codecs import decode, encode
 from .kernels.language import results, torch_form
 from .layout import flat, local
 from .random_bits import bits_of_elements
+from .vector_code import vector_code
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -43,9 +44,9 @@ EXAMPLE = 1 << 20
 
 LONGEST = 1 << 30  # Inductor indexes by 32 bits on a GPU
 
-# Elements of a piece of what is kept in codes. What the rule returns waits here for the scale of its block, and should
-# not leave the cache meanwhile.
-PIECE = 1 << 16
+# Elements of a piece of what is kept in codes: what the rule returns waits in memory for the scale of its block, 4 MB for
+# two states. Smaller pieces make more calls, whose threads wait for each other.
+PIECE = 1 << 17
 
 Body = Callable[[list[Tensor], Tensor], None]  # the tensors of a slot, and the row
 
@@ -82,10 +83,20 @@ def update(
             if codec.sharing:
                 next(waiting).copy_(value)
             else:
-                for part, kept in zip(parts[role], _encode(value, bits, role, codec.name), strict=True):
-                    part.copy_(kept)
+                for number, kept in enumerate(_encode(value, bits, role, codec.name)):
+                    # A first part is one of its dtype's numbers, unless the value is kept as it is.
+                    rough = parts[role][number].dtype == torch.bfloat16 and (number > 0 or codec.name == "plain")
+                    parts[role][number].copy_(rounded(kept) if rough else kept)
 
     return body
+
+
+def rounded(value: Tensor) -> Tensor:
+    """To the nearest bfloat16 number, ties to even, in float32: all that `vector_code` leaves to be done."""
+    value = value.to(torch.float32)
+    bits = value.view(torch.int32)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    return torch.where(value == value, nearest, value)  # NaN
 
 
 def encode_codes(codecs: tuple[Codec, ...]) -> Body:
@@ -179,7 +190,7 @@ class Graph:
 
     def _backend(self, graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
         try:
-            with trusted_vector_isa(), vector_bitcasts():
+            with trusted_vector_isa(), vector_code():
                 return self._compile(copy.deepcopy(graph), example)
         except Exception:  # perhaps a compiler older than the processor: have the instructions tested
             return self._compile(graph, example)
@@ -240,34 +251,6 @@ def trusted_vector_isa() -> Iterator[None]:
         kinds.cache_clear()  # what others compile is tested as ever
 
 
-@contextmanager
-def vector_bitcasts() -> Iterator[None]:
-    """Have Inductor reinterpret whole vectors. It has no word for that, and goes through memory an element at a time,
-    which makes stochastic rounding take 2.6 times as long.
-    """
-    from torch._inductor.codegen import cpp
-    from torch._inductor.virtualized import V
-
-    words: Any = getattr(cpp, "CppVecOverrides", None)
-    before = getattr(words, "to_dtype_bitcast", None)
-    if not hasattr(getattr(cpp, "CppVecKernel", None), "_get_vec_type") or before is None:
-        yield
-        return
-
-    def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
-        if dtype.itemsize != src_dtype.itemsize:
-            return str(before(x, dtype, src_dtype))
-        kernel: Any = V.kernel
-        kind = kernel._get_vec_type(dtype)
-        return f"[&]() {{ {kind} same; std::memcpy(&same, &{x}, sizeof(same)); return same; }}()"
-
-    words.to_dtype_bitcast = staticmethod(to_dtype_bitcast)
-    try:
-        yield
-    finally:
-        words.to_dtype_bitcast = staticmethod(before)
-
-
 @cache
 def graph_for(
     rule: Any,
@@ -323,12 +306,28 @@ class CompiledBucket(Bucket):
         self.parallel = [numel >= PARALLEL_FROM for numel in self.numels]
         kept = [self.parts_of(m) for m in members]
         self.views = [self._views(piece, kept[piece.member]) for piece in self.pieces]
-        coded = sum(codec.sharing > 0 for codec in key.codecs)
-        rows = PIECE // max(key.sharing, 1)
-        self.waiting = [
-            [torch.empty(rows, key.sharing, device=key.device) for _ in range(coded)]
-            for _ in range(SLOTS if coded else 0)
+        if key.sharing:
+            self._prepare_blocks()
+
+    def _prepare_blocks(self) -> None:
+        """What a step of what is kept in codes needs of the pieces."""
+        coded, rows = sum(codec.sharing > 0 for codec in self.key.codecs), PIECE // self.key.sharing
+        waiting = [
+            [torch.empty(rows, self.key.sharing, device=self.key.device) for _ in range(coded)] for _ in range(SLOTS)
         ]
+        # Of each number of rows that a piece has, and each slot, what waits there.
+        self.waiting = {
+            n: [[t[:n] for t in slot] for slot in waiting]
+            for n in {(piece.stop - piece.start) // self.key.sharing for piece in self.pieces}
+        }
+        self.lengths: list[list[int]] = [[] for _ in self.numels]
+        self.whole = list(map(self._whole, self.pieces))
+        self.coded = []
+        for piece, (_, states) in zip(self.pieces, self.views, strict=True):
+            self.lengths[piece.member].append(piece.stop - piece.start)
+            self.coded.append(
+                [parts for codec, parts in zip(self.key.codecs[1:], states, strict=True) if codec.sharing]
+            )
 
     def cut(self, first: list[int]) -> list[Piece]:
         """No piece has indices whose upper halves differ. Of what is kept in codes, an incomplete block is a piece."""
@@ -407,38 +406,46 @@ class CompiledBucket(Bucket):
 
     def _run_blocks(self, rows: list[Row | None], table: tuple[Tensor, ...], keys: list[Tensor] | list[None]) -> None:
         """In turns of as many slots as a call has: first the rule, then the codes of what it returned."""
-        turns: dict[tuple[int, bool], list[int]] = {}
-        for number, piece in enumerate(self.pieces):
-            g, row, (param, states), key = (
-                self.gradients[piece.member],
-                rows[self.row_of[piece.member]],
-                self.views[number],
-                keys[number],
-            )
-            if g is None or row is None:
+        turns: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
+        number = 0
+        for member, (g, lengths) in enumerate(zip(self.gradients, self.lengths, strict=True)):
+            own = range(number, number + len(lengths))
+            number += len(lengths)
+            row = rows[self.row_of[member]]
+            if g is None or row is None or not lengths:
                 continue
-            if self._whole(piece):
-                turns.setdefault((self.row_of[piece.member], self.parallel[piece.member]), []).append(number)
-            else:
-                run_eagerly(self.key, param, flat(g)[piece.start : piece.stop], states, row, key)
-        for (place, parallel), numbers in turns.items():
-            for start in range(0, len(numbers), SLOTS):
-                tensors: list[Tensor] = []
-                coded: list[Tensor] = []
-                for number, slot in zip(numbers[start : start + SLOTS], self.waiting, strict=False):
-                    piece, (param, states), key = self.pieces[number], self.views[number], keys[number]
-                    g = self.gradients[piece.member]
-                    assert g is not None
-                    blocks = flat(g)[piece.start : piece.stop].view(-1, self.key.sharing)
-                    waiting = [t[: len(blocks)] for t in slot]
-                    tensors += (*param, blocks, *(part for parts in states for part in parts), *waiting)
-                    turn = iter(waiting)
-                    for codec, parts in zip(self.key.codecs[1:], states, strict=True):
-                        if codec.sharing:
-                            coded += (*parts, next(turn))
-                    if key is not None:
-                        tensors.append(key)
-                        coded.append(key)
-                of_rule, of_codes = self.graphs[parallel]
-                of_rule(table[place], tensors)
-                of_codes(table[place], coded)
+            turn = turns.setdefault((self.row_of[member], self.parallel[member]), [])
+            for i, part in zip(own, flat(g).split(lengths), strict=True):
+                if self.whole[i]:
+                    turn.append((i, part))
+                else:
+                    run_eagerly(self.key, self.views[i][0], part, self.views[i][1], row, keys[i])
+        for (place, parallel), pieces in turns.items():
+            for start in range(0, len(pieces), SLOTS):
+                self._run_turn(pieces[start : start + SLOTS], self.graphs[parallel], table[place], keys)
+
+    def _run_turn(
+        self, pieces: list[tuple[int, Tensor]], graphs: list[Graph], row: Tensor, keys: list[Tensor] | list[None]
+    ) -> None:
+        tensors: list[Tensor] = []
+        coded: list[Tensor] = []
+        sharing = self.key.sharing
+        for slot, (i, g) in enumerate(pieces):
+            param, states = self.views[i]
+            blocks = g.view(-1, sharing)
+            waiting = self.waiting[len(blocks)][slot]
+            tensors += param
+            tensors.append(blocks)
+            for parts in states:
+                tensors += parts
+            tensors += waiting
+            for parts, value in zip(self.coded[i], waiting, strict=True):
+                coded += parts
+                coded.append(value)
+            key = keys[i]
+            if key is not None:
+                tensors.append(key)
+                coded.append(key)
+        of_rule, of_codes = graphs
+        of_rule(row, tensors)
+        of_codes(row, coded)
