@@ -44,8 +44,8 @@ EXAMPLE = 1 << 20
 
 LONGEST = 1 << 30  # Inductor indexes by 32 bits on a GPU
 
-# Elements of a piece of what is kept in codes: what the rule returns waits in memory for the scale of its block, 4 MB for
-# two states. Smaller pieces make more calls, whose threads wait for each other.
+# Elements of a piece of what is kept in codes: what the rule returns waits in memory for the scale of its block, 4 MB
+# for two states. Smaller pieces make more calls, whose threads wait for each other.
 PIECE = 1 << 17
 
 Body = Callable[[list[Tensor], Tensor], None]  # the tensors of a slot, and the row
@@ -415,7 +415,7 @@ class CompiledBucket(Bucket):
             if g is None or row is None or not lengths:
                 continue
             turn = turns.setdefault((self.row_of[member], self.parallel[member]), [])
-            for i, part in zip(own, flat(g).split(lengths), strict=True):
+            for i, part in zip(own, torch.split(flat(g), lengths), strict=True):
                 if self.whole[i]:
                     turn.append((i, part))
                 else:
