@@ -52,6 +52,11 @@ class Codec(NamedTuple):
         return self.each[-1] if SCALE in self.suffixes else 0
 
     @property
+    def exact(self) -> bool:
+        """Whether what `encode` gives for the first part is a number of its dtype, so that nothing rounds it again."""
+        return self.name not in ("plain", "master")
+
+    @property
     def nbytes(self) -> float:
         """Bytes an element."""
         return sum(dtype.itemsize / each for dtype, each in zip(self.dtypes, self.each, strict=True))

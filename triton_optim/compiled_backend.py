@@ -84,8 +84,7 @@ def update(
                 next(waiting).copy_(value)
             else:
                 for number, kept in enumerate(_encode(value, bits, role, codec.name)):
-                    # A first part is one of its dtype's numbers, unless the value is kept as it is.
-                    rough = parts[role][number].dtype == torch.bfloat16 and (number > 0 or codec.name == "plain")
+                    rough = parts[role][number].dtype == torch.bfloat16 and (number > 0 or not codec.exact)
                     parts[role][number].copy_(rounded(kept) if rough else kept)
 
     return body
