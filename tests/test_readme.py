@@ -41,8 +41,14 @@ def execute(text: str, name: str, folder: Path) -> types.ModuleType:
 
 
 def test_the_ten_lines(tmp_path: Path) -> None:
-    module = execute(block("optim.AdamW("), "readme_example", tmp_path)
+    module = execute(block("for _ in range(50)"), "readme_example", tmp_path)
     assert module.loss.item() < 1.0
+
+
+def test_the_ways_out_of_a_codec(tmp_path: Path) -> None:
+    module = execute(block("optim.memory_report("), "readme_precision", tmp_path)
+    assert module.weights["weight"].dtype == torch.float32
+    assert module.checkpoint["state"][0]["exp_avg_sq"].shape == (256, 256)
 
 
 def test_muons_groups(tmp_path: Path) -> None:
