@@ -114,7 +114,8 @@ def update_chunk(
         parts = parts + (widen(part, DTYPES[i]),)
     values = ()
     for i in tl.static_range(len(CODECS)):
-        values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], CODECS[i]).to(COMPUTE),)
+        # Triton 3.6 hands strings of a tuple on as they are, and cannot.
+        values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], tl.constexpr(CODECS[i])).to(COMPUTE),)
     g = values[1] * h[0]
     new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
     tl.static_assert(len(new) == len(CODECS) - 1, "a rule must return p and every state")
@@ -127,11 +128,11 @@ def update_chunk(
     for i in tl.static_range(len(CODECS)):
         if i != 1:
             value = new[i]
-            if CODECS[i] != "plain":
+            if tl.constexpr(CODECS[i]) != "plain":
                 value = value.to(tl.float32)
             if SHARING > 0 and not FULL:
                 value = tl.where(start + offsets < numel, value, 0.0)
-            kept = encode(value, random, i - (i > 1), CODECS[i])
+            kept = encode(value, random, i - (i > 1), tl.constexpr(CODECS[i]))
             for j in tl.static_range(len(kept)):
                 part = CONVERT(kept[j], DTYPES[FIRST[i] + j])
                 if FULL:
