@@ -114,7 +114,7 @@ def update_chunk(
         parts = parts + (widen(part, DTYPES[i]),)
     values = ()
     for i in tl.static_range(len(CODECS)):
-        # Triton 3.6 hands strings of a tuple on as they are, and cannot.
+        # Triton 3.6 hands a tuple's strings on as plain ones, which `decode` does not take.
         values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], tl.constexpr(CODECS[i])).to(COMPUTE),)
     g = values[1] * h[0]
     new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))

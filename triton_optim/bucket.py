@@ -266,7 +266,7 @@ class Bucket(ABC):
     def parts_of(self, m: Member) -> list[list[Tensor]]:
         """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""
         param, *kept = self.key.codecs
-        own = [[m.p.detach(), *(m.state[name] for name in part_names(param, None))]]
+        own = [[local(m.p).detach(), *(m.state[name] for name in part_names(param, None))]]
         for name, codec in zip(self.key.variant.state_names, kept, strict=True):
             own.append([m.state[part] for part in (name, *part_names(codec, name))])
         return [list(map(local, parts)) for parts in own]

@@ -106,7 +106,7 @@ def stored_as(m: Measurement) -> str:
 
 def row(m: Measurement) -> list[str]:
     """The cells of a measurement, under `HEADER`."""
-    moved = (f"{m.loaded:g}/{m.floor_loaded}", f"{m.stored:g}/{m.floor_stored}")
+    moved = (f"{m.loaded:.4g}/{m.floor_loaded:.4g}", f"{m.stored:.4g}/{m.floor_stored:.4g}")
     counts = (str(m.registers), str(m.spills), *moved, str(m.narrowest_bits))
     return [m.rule, stored_as(m), m.arch, *counts, f"{m.instructions:.1f}", str(m.code_bytes)]
 
