@@ -3,7 +3,7 @@
     python examples/parameter_groups.py
 
 Weight decay pulls values towards 0. That is meant for matrices; here is what it does to the scale of a norm, which
-starts at 1. Groups cost nothing: on a GPU they share one kernel launch, with any number of learning rates.
+starts at 1. On a GPU all groups share one kernel launch, whatever their learning rates.
 """
 
 import torch
