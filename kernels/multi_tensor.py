@@ -2,12 +2,13 @@
 
 A program updates one chunk of one tensor. It finds which in the chunk table, the tensor's addresses, size and scalar
 row in the tensor table and the gradient column, and its scalars in the row table. A gradient address of 0 means that
-the tensor has no gradient in this step: its programs do nothing.
+the tensor has no gradient in this step: its programs do nothing. Nor do any where the signal says to skip the step.
 """
 
 import triton
 import triton.language as tl
 
+from .average import lerp
 from .codecs import decode, encode, hashed
 
 BLOCK = 1024  # elements a program
@@ -81,7 +82,9 @@ def update_chunk(
     addresses,
     start,
     numel,
+    factor,
     h,
+    weight,
     key,
     FULL: tl.constexpr,
     RULE: tl.constexpr,
@@ -90,6 +93,7 @@ def update_chunk(
     DTYPES: tl.constexpr,
     EACH: tl.constexpr,
     FIRST: tl.constexpr,
+    AVERAGED: tl.constexpr,
     COMPUTE: tl.constexpr,
     RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
@@ -116,18 +120,23 @@ def update_chunk(
     for i in tl.static_range(len(CODECS)):
         # Triton 3.6 hands a tuple's strings on as plain ones, which `decode` does not take.
         values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], tl.constexpr(CODECS[i])).to(COMPUTE),)
-    g = values[1] * h[0]
-    new = RULE(values[0], g, *values[2:], SCALARS(*h[1:]))
-    tl.static_assert(len(new) == len(CODECS) - 1, "a rule must return p and every state")
+    STATES: tl.constexpr = len(CODECS) - AVERAGED
+    g = values[1] * factor
+    new = RULE(values[0], g, *values[2:STATES], SCALARS(*h))
+    tl.static_assert(len(new) == STATES - 1, "a rule must return p and every state")
     random = offsets
     if RANDOM:
         low, high, first_key, second_key = key
         index = ((high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)) + start + offsets
         random = hashed(index.to(tl.int32), (index >> 32).to(tl.int32), first_key, second_key)
     new = new[0:1] + (g,) + new[1:]
+    stored = ()
     for i in tl.static_range(len(CODECS)):
         if i != 1:
-            value = new[i]
+            if i == STATES:
+                value = lerp(values[i], decode(stored, tl.constexpr(CODECS[0])).to(COMPUTE), weight)
+            else:
+                value = new[i]
             if tl.constexpr(CODECS[i]) != "plain":
                 value = value.to(tl.float32)
             if SHARING > 0 and not FULL:
@@ -135,6 +144,8 @@ def update_chunk(
             kept = encode(value, random, i - (i > 1), tl.constexpr(CODECS[i]))
             for j in tl.static_range(len(kept)):
                 part = CONVERT(kept[j], DTYPES[FIRST[i] + j])
+                if AVERAGED and i == 0:
+                    stored = stored + (widen(part, DTYPES[j]),)
                 if FULL:
                     tl.store(pointers[FIRST[i] + j], part)
                 else:
@@ -148,6 +159,7 @@ def multi_tensor(
     gradients,
     rows,
     keys,
+    signal,
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -155,6 +167,8 @@ def multi_tensor(
     DTYPES: tl.constexpr,
     EACH: tl.constexpr,
     FIRST: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    SIGNAL: tl.constexpr,
     COMPUTE: tl.constexpr,
     RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
@@ -168,14 +182,18 @@ def multi_tensor(
         chunks: int32 ``(programs, 2)``: the tensor and the chunk in it, a program.
         tensors: int64 ``(tensors, 1 + parts)``: see the columns above.
         gradients: int64 ``(tensors,)``: the address of each gradient, 0 for none.
-        rows: ``(rows, 1 + len(FIELDS))`` in COMPUTE: the factor of the gradient, then the rule's scalars.
+        rows: ``(rows, 1 + len(FIELDS) + AVERAGED)`` in COMPUTE: the factor of the gradient, the rule's scalars, the
+            weight of the parameter in its average.
         keys: int32 ``(tensors, 4)``: the index of a tensor's first element, its lower and its upper half, and what its
             random bits depend on. Not read where there are none.
+        signal: float64 ``(2,)``: what all gradients are multiplied by, and whether to skip the step (not 0). Not read
+            unless SIGNAL.
         RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
             key; the class is not).
         CODECS: how each role (p, g, states) is kept; see codecs.py.
         DTYPES, EACH: of each part of each role, the dtype, and how many elements an item of it holds.
         FIRST: the number of each role's first part, and the number of parts.
+        AVERAGED: whether the last role is an average of the parameter, as it is kept.
         COMPUTE: what the arithmetic is done in. RANDOM: whether a codec takes random bits.
         SHARING: how many elements share a scale, or 0.
         ALIGNED: whether every address is a multiple of 16.
@@ -185,31 +203,37 @@ def multi_tensor(
     # int64 before the product: an offset of 2^31 elements would wrap to a negative one and pass every bound.
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     gradient = tl.load(gradients + tensor)
+    if SIGNAL:
+        gradient = tl.where(tl.load(signal + 1) == 0, gradient, 0)
     if gradient != 0:
         COLUMNS: tl.constexpr = _FIRST_ADDRESS + len(DTYPES) - 1
         entry = tensors + tensor.to(tl.int64) * COLUMNS
         numel = tl.load(entry + _NUMEL)
-        row = rows + tl.load(entry + _ROW) * (1 + len(FIELDS))
+        row = rows + tl.load(entry + _ROW) * (1 + len(FIELDS) + AVERAGED)
         addresses = ()
         for i in tl.static_range(len(DTYPES)):
             if i == FIRST[1]:
                 addresses = addresses + (gradient,)
             else:
                 addresses = addresses + (tl.load(entry + (_FIRST_ADDRESS + i - (i > FIRST[1]))),)
+        factor = tl.load(row)
+        if SIGNAL:
+            factor = factor * tl.load(signal).to(COMPUTE)
         h = ()
-        for i in tl.static_range(1 + len(FIELDS)):
-            h = h + (tl.load(row + i),)
+        for i in tl.static_range(len(FIELDS)):
+            h = h + (tl.load(row + 1 + i),)
+        weight = tl.load(row + 1 + len(FIELDS)) if AVERAGED else 0.0
         key = ()
         if RANDOM:
             for i in tl.static_range(4):
                 key = key + (tl.load(keys + 4 * tensor + i),)
         if start + BLOCK <= numel:
             update_chunk(
-                addresses, start, numel, h, key, True, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST, COMPUTE, RANDOM,
-                CONVERT, BLOCK, SHARING, ALIGNED,
+                addresses, start, numel, factor, h, weight, key, True, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST,
+                AVERAGED, COMPUTE, RANDOM, CONVERT, BLOCK, SHARING, ALIGNED,
             )  # fmt: skip
         else:
             update_chunk(
-                addresses, start, numel, h, key, False, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST, COMPUTE, RANDOM,
-                CONVERT, BLOCK, SHARING, ALIGNED,
+                addresses, start, numel, factor, h, weight, key, False, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST,
+                AVERAGED, COMPUTE, RANDOM, CONVERT, BLOCK, SHARING, ALIGNED,
             )  # fmt: skip

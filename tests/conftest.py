@@ -41,6 +41,8 @@ def iteration(matrix: torch.Tensor, coefficients: tuple, steps: int, eps: float)
 newton_schulz.iterated_in = iterated_in
 torch.optim._muon._zeropower_via_newtonschulz = iteration
 
+LONG = ("test_audit", "test_codecs", "test_symmetric_product", "test_training_step")
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 # Every backend, as pytest parameters; what cannot run here says why.
@@ -63,6 +65,8 @@ def can_run(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = filter(can_run, items)
+    # What takes minutes first: a file runs in one process, and the last would be waited for alone.
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))

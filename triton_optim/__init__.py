@@ -6,9 +6,12 @@ from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
+from .amp import GradScaler
 from .asgd import ASGD
+from .clipping import clip_grad_norm_, clip_grad_value_
 from .convert import load_master_state_dict, load_torch_state_dict, master_state_dict, to_torch_state_dict
 from .explain import explain
+from .gradient_release import GradientRelease, enable_gradient_release
 from .lbfgs import LBFGS
 from .lion import Lion
 from .memory import MemoryReport, memory_report
@@ -34,6 +37,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "GradScaler",
+    "GradientRelease",
     "Lion",
     "MemoryReport",
     "Muon",
@@ -45,7 +50,10 @@ __all__ = [
     "RuleOptimizer",
     "SparseAdam",
     "Variant",
+    "clip_grad_norm_",
+    "clip_grad_value_",
     "dispatch",
+    "enable_gradient_release",
     "explain",
     "load_master_state_dict",
     "load_torch_state_dict",

@@ -80,7 +80,7 @@ class Adadelta(RuleOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        options = {
+        options: dict[str, Any] = {
             "foreach": foreach,
             "capturable": capturable,
             "maximize": maximize,

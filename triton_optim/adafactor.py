@@ -102,7 +102,7 @@ class Adafactor(RuleOptimizer):
             "d": d,
             "weight_decay": weight_decay,
         }
-        options = {
+        options: dict[str, Any] = {
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,

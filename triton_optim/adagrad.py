@@ -81,7 +81,7 @@ class Adagrad(RuleOptimizer):
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
         }
-        options = {
+        options: dict[str, Any] = {
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,

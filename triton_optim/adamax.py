@@ -78,7 +78,7 @@ class Adamax(RuleOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        options = {
+        options: dict[str, Any] = {
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,

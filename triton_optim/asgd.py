@@ -79,7 +79,7 @@ class ASGD(RuleOptimizer):
             "t0": t0,
             "weight_decay": weight_decay,
         }
-        options = {
+        options: dict[str, Any] = {
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,

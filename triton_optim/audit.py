@@ -24,7 +24,7 @@ import triton_optim
 from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
 from .bucket import row_for
-from .codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
+from .codecs import AVERAGE, STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
 from .triton_backend import TRITON_DTYPES, kept_as
@@ -45,6 +45,7 @@ class Kept(NamedTuple):
     state: torch.dtype
     param_precision: str = "storage"
     state_dtype: Any = None
+    whole: bool = False  # the step takes a signal, which scales and clips, and keeps an average of the weights
 
 
 _BF16 = (torch.bfloat16,) * 3
@@ -62,11 +63,12 @@ DTYPES = {
     "bf16 int8": Kept(*_BF16, "stochastic", "int8"),
     "bf16 int4": Kept(*_BF16, "stochastic", "int4"),
     "fp32 int8": Kept(torch.float32, torch.float32, torch.float32, state_dtype="int8"),
+    "fp32 whole": Kept(torch.float32, torch.float32, torch.float32, whole=True),
 }
 # These are made beside the rule, in the same way for every one: a few rules stand for all, with no states and with one
 # to three, signed and unsigned.
-BESIDE_RULES = ("bf16 kahan", "bf16 split24", "bf16 split32", "bf16 master", "bf16 int8", "bf16 int4", "fp32 int8")
-EXAMPLES = ("adagrad", "adamw", "adamw_amsgrad", "lion", "sgd")
+OF_EVERY_RULE = ("fp32", "bf16", "bf16+fp32", "bf16 stochastic")
+EXAMPLES = ("adamw", "adamw_amsgrad", "lion", "sgd")
 MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
 
 
@@ -198,7 +200,7 @@ def every_rule() -> tuple[AuditedRule, ...]:
     by_default = {opt.variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
     found: dict[str, AuditedRule] = {}
     for name, opt in optimizers.items():
-        for rule, state_names, _ in opt.variants:
+        for rule, state_names, *_ in opt.variants:
             known = found.get(rule.__name__)
             if known is not None and (known.rule, known.state_names) != (rule, state_names):
                 raise ValueError(
@@ -220,7 +222,8 @@ def role_codecs(rule: AuditedRule, dtypes: str) -> tuple[Codec, ...]:
     else:
         of_state = plain if kept.state_dtype is None else stochastic
         states = [of_state(kept.state)] * len(rule.state_names)
-    return (parameter_codec(group, kept.parameter), *states)
+    average = [plain(torch.float32)] * kept.whole
+    return (parameter_codec(group, kept.parameter), *states, *average)
 
 
 def every_case(rules: Sequence[str] | None = None) -> list[Case]:
@@ -235,7 +238,7 @@ def every_case(rules: Sequence[str] | None = None) -> list[Case]:
             continue
         different: dict[Any, str] = {}  # without states, two of the sets are the same
         for dtypes, kept in DTYPES.items():
-            if rules is not None or dtypes not in BESIDE_RULES or rule.name in EXAMPLES:
+            if rules is not None or dtypes in OF_EVERY_RULE or rule.name in EXAMPLES:
                 different.setdefault((role_codecs(rule, dtypes), kept.gradient), dtypes)
         cases += [Case(rule.name, dtypes, arch, True) for dtypes in different.values() for arch in TARGETS]
         cases += [Case(rule.name, MISALIGNED, arch, False) for arch in TARGETS]
@@ -281,7 +284,8 @@ def measure(
         ValueError: the full-chunk branch cannot be found in what was compiled.
     """
     target, codecs, gradient = TARGETS[arch], role_codecs(rule, dtypes), DTYPES[dtypes].gradient
-    kept = kept_as(codecs, gradient, target.warp_size, kernel)
+    whole = DTYPES[dtypes].whole
+    kept = kept_as(codecs, gradient, target.warp_size, kernel, whole) | {"SIGNAL": whole}
     compiled = compile_kernel(kernel, rule.rule, rule.scalars, DTYPES[dtypes].parameter, kept, target, aligned)
     blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(assembly(compiled))
     instructions = [x for block in blocks for x in block.instructions]
@@ -304,7 +308,9 @@ def measure(
         roles={
             role: "+".join(str(TRITON_DTYPES[dtype]) for dtype in codec.dtypes)
             for role, codec in zip(
-                ("p", "g", *rule.state_names), (codecs[0], plain(gradient), *codecs[1:]), strict=True
+                ("p", "g", *rule.state_names, *([AVERAGE] if whole else [])),
+                (codecs[0], plain(gradient), *codecs[1:]),
+                strict=True,
             )
         },
         block=kernel.BLOCK,

@@ -58,6 +58,7 @@ def compile_kernel(
     }
     constants = {name: constants[name] for name in kernel.multi_tensor.arg_names if name in constants}
     tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}", "keys": "*i32"}
+    tables["signal"] = "*fp64"
     order = [*tables, *constants]
     source = ASTSource(
         fn=kernel.multi_tensor,

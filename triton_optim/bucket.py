@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .codecs import CORRECTIONS, Codec, keep_parameter, keep_state, part_names, write
+from .averaging import average_of, count_so_far, value_of, weight
+from .codecs import AVERAGE, CORRECTIONS, COUNT, Codec, keep_parameter, keep_state, part_names, read, write
 from .dispatch import Choice
+from .gradient_norm import Norm, partial_norms
 from .layout import in_layout_of, is_sharded, local, same_layout, with_local
 from .random_bits import first_index, row_key, tensor_keys
 
@@ -65,10 +68,11 @@ class Key(NamedTuple):
 class Row(NamedTuple):
     """The scalars of one cohort in one step."""
 
-    factor: float  # of the gradient
+    factor: Any  # of the gradient
     h: Any  # the rule's
     carried: dict[str, Any]  # what the state carries to the next step
     step: Any  # the number of the update
+    weight: Any = 0.0  # of the parameter in its average
 
 
 class Piece(NamedTuple):
@@ -94,7 +98,9 @@ class Member:
         else:
             known = any(value is not None for name, value in self.state.items() if name not in CORRECTIONS)
             count = int(known and not optimizer.counts_steps)
-        started = optimizer.start_carried(plain_group(own_group))
+        started = optimizer.started(own_group)
+        if COUNT in started and self.state.get(AVERAGE) is None:
+            started[COUNT] = count_so_far(optimizer)
         # The number of steps so far, and what else is carried: members that have these in common share scalars.
         self.numbers: dict[str, Any] = {"step": count}
         for name, value in started.items():
@@ -163,7 +169,13 @@ class Cohort:
         here = {name: value.item() for name, value in self.shared.items() if value.device == _CPU}
         return self._numbers | here | ({"step": int(here["step"])} if "step" in here else {})
 
-    def advance(self, carried: dict[str, Any]) -> None:
+    def advance(self, carried: dict[str, Any], skip: Tensor | None = None) -> None:
+        """Count a step.
+
+        Args:
+            carried: what the state carries on.
+            skip: 0-dim, on the device: 1 where the step was none.
+        """
         # Where no step is kept, all that is known is that there was one.
         count = self._numbers["step"] + 1 if self._counts else 1
         self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
@@ -176,13 +188,20 @@ class Cohort:
                     m.state[name] = value
         for name, value in self.shared.items():
             if name == "step":
-                value.add_(1)
+                value.add_(1 if skip is None else 1 - skip)
             elif requires_grad(carried[name]):
                 continue
+            elif skip is not None:
+                value.copy_(torch.where(skip != 0, value, carried[name]))
             elif isinstance(carried[name], Tensor):
                 value.copy_(carried[name])
             else:
                 value.fill_(carried[name])
+
+    def count_average(self, skip: Tensor | None) -> None:
+        """Count a step in which the parameters stayed as they were."""
+        self._numbers |= {COUNT: self._numbers[COUNT] + 1}
+        self.shared[COUNT].add_(1 if skip is None else 1 - skip)
 
     def rewind(self, started: dict[str, Any]) -> None:
         self._numbers = {"step": 0} | started
@@ -208,6 +227,7 @@ class Bucket(ABC):
         self._kinds = [(value.shape, value.stride(), value.dtype) for value in values]
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
+        self.signal: Tensor | None = None  # of gradient_norm.signal_from, in a step that has one
         self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
         self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
@@ -235,7 +255,7 @@ class Bucket(ABC):
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
         """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
-        groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
+        groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
         one_kind([row_for(optimizer, group, 1, keep=key.differentiable) for group in groups], optimizer)
 
     @abstractmethod
@@ -260,6 +280,10 @@ class Bucket(ABC):
         if self.keeps_layout:
             update = in_layout_of(local(self.members[place].p), update)
         self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
+
+    def partial_norms(self, norm: Norm) -> list[Tensor]:
+        """Of the gradients of this step: see gradient_norm.partial_norms."""
+        return partial_norms([g for g in self.gradients if g is not None], norm, self.key.choice.backend)
 
     # States.
 
@@ -356,14 +380,31 @@ class Bucket(ABC):
         keys = tensor_keys(torch.stack(own)[self._row_index], self._numbers_of_params, self._first_indices)
         return keys if device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
-    def commit(self) -> None:
-        """Count the step."""
+    def commit(self, skip: Tensor | None = None) -> None:
+        """Count the step; `skip` is of :meth:`Cohort.advance`."""
         for cohort, row in zip(self.cohorts, self._rows, strict=True):
             if row is not None:
-                cohort.advance(row.carried)
+                cohort.advance(row.carried, skip)
+            elif self.key.variant.averaged:
+                self._average_what_stays(cohort, skip)
         if not self.optimizer.step_is_tensor:
             self._note_states()
         self.gradients = []
+
+    def _average_what_stays(self, cohort: Cohort, skip: Tensor | None) -> None:
+        """Count parameters that have no gradient in this step into their averages, too."""
+        group = plain_group(self.optimizer.param_groups[cohort.group])
+        count = cohort.numbers(on_device=self.key.capturable)[COUNT]
+        share = weight(group, count)
+        if skip is not None:
+            share = share * (1 - skip)
+        for m in cohort.members:
+            codec = self.key.codecs[-1]
+            average = [local(m.state[AVERAGE])]
+            before = read(codec, average, local(m.p)).to(self.key.compute)
+            value = value_of(m.state, m.p).to(self.key.compute)
+            write(codec, average, average_of(before, value, torch.as_tensor(share, dtype=torch.float64)))
+        cohort.count_average(skip)
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""
@@ -380,16 +421,16 @@ class Bucket(ABC):
             if self.key.codecs[0].suffixes:
                 write(self.key.codecs[0], param, param[0].clone())
             for name, codec, parts in zip(self.key.variant.state_names, self.key.codecs[1:], states, strict=True):
-                write(codec, parts, local(self.optimizer.initial_state(name, m.p, group)))
+                write(codec, parts, local(self.optimizer.first_state(name, m.p, group, codec)))
             if self.key.variant.prologue:
                 for name, value in self.optimizer.prologue_state(m.p, group).items():
                     m.state[name].copy_(value)
         for cohort in self.cohorts:
-            cohort.rewind(self.optimizer.start_carried(plain_group(self.optimizer.param_groups[cohort.group])))
+            cohort.rewind(self.optimizer.started(self.optimizer.param_groups[cohort.group]))
 
     # Fitting.
 
-    def fits(self, gradients: list[Tensor | None]) -> bool:
+    def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
         """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
         values = [local(m.p) for m in self.members] if self.sharded else self._params
         if list(map(Tensor.data_ptr, values)) != self.addresses:
@@ -401,7 +442,7 @@ class Bucket(ABC):
         # so the first and the last tell.
         if any(local(state).data_ptr() != address for state, address in self._state_ends):
             return False
-        own = gradients if self._all else [gradients[i] for i in self._indices]
+        own = gradients if self._all and isinstance(gradients, list) else [gradients[i] for i in self._indices]
         try:
             ready = self._guards is not None and self._guards.check(*values, *own)
         except TypeError:  # one is None
@@ -473,7 +514,8 @@ def row_for(
 ) -> Row:
     """The scalars of a group's members in their update number `step`; without `carried`, as before the first."""
     values = plain_group(group, keep)
-    carried = optimizer.start_carried(values) if carried is None else carried
+    carried = optimizer.started(group) if carried is None else dict(carried)
+    averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
     h: Any = optimizer.scalars(values, step, **carried)
     if not hasattr(h, "_fields"):
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
@@ -483,7 +525,11 @@ def row_for(
                 f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
             )
     factor = -1.0 if group.get("maximize") else 1.0
-    return Row(factor, h, optimizer.carry(values, step, **carried) if carried else {}, step)
+    carried = optimizer.carry(values, step, **carried) if carried else {}
+    if not averaged:
+        return Row(factor, h, carried, step)
+    count = averaged[COUNT]
+    return Row(factor, h, carried | {COUNT: count + 1}, step, weight(values, count))
 
 
 def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:
@@ -493,10 +539,16 @@ def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
 
 
-def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The rows as a table on the device, made without waiting for it; zeros where there is no row."""
-    width = 1 + len(next(row.h for row in rows if row is not None))
-    cells: list[Any] = [x for row in rows for x in ([0.0] * width if row is None else (row.factor, *row.h))]
+def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:
+    """The rows as a table on the device, made without waiting for it; zeros where there is no row.
+
+    Args:
+        averaged: whether a row ends with the weight of the parameter in its average.
+    """
+    width = 1 + len(next(row.h for row in rows if row is not None)) + averaged
+    cells: list[Any] = []
+    for row in rows:
+        cells += [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
     if any(isinstance(x, Tensor) for x in cells):
         cells = [x if isinstance(x, Tensor) else torch.full((), x, device=device, dtype=torch.float64) for x in cells]
         return torch.stack([x.to(device, dtype) for x in cells]).view(-1, width)

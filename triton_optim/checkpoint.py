@@ -11,23 +11,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .bucket import counted_dtype
-from .codecs import CORRECTIONS, SCALE, held_codec
+from .codecs import AVERAGE, CORRECTIONS, COUNT, PRECISION, SCALE, held_codec
 from .prologue import check_states
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
 
+# What a group has only where it was asked for.
+OPTIONAL = (*PRECISION, "seed", "ema_decay", "ema_warmup")
+
+
 def check_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise what :meth:`RuleOptimizer.load_state_dict` says of a state dict that does not fit."""
     counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
-    elementwise = {name for variant in optimizer.variants for name in variant.state_names}
+    elementwise = {AVERAGE, *(name for variant in optimizer.variants for name in variant.state_names)}
     known = counted | elementwise | {*optimizer.prologue_names}
-    parts = {*CORRECTIONS, *(f"{name}_{SCALE}" for name in elementwise)}
+    parts = {*CORRECTIONS, AVERAGE, COUNT, *(f"{name}_{SCALE}" for name in elementwise)}
     for number, group in enumerate(state_dict["param_groups"]):
         # An option may be newer than the checkpoint; a hyperparameter can't be.
         numbers = {name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))}
-        needed = sorted(numbers - {"state_dtype", "param_precision", "seed"})
+        needed = sorted(numbers - {*OPTIONAL})
         if missing := [name for name in needed if name not in group]:
             raise KeyError(
                 f"group {number} of the state dict holds {sorted(group)} and lacks {missing}: it is not one of "
@@ -72,7 +76,7 @@ def check_codes(optimizer: RuleOptimizer, state: dict[str, Any], name: str, inde
 def restore_dtypes(optimizer: RuleOptimizer, loaded: dict[str, Any]) -> None:
     """Give the states the dtypes in which they were saved, and the numbers among them theirs."""
     indices = [i for group in loaded["param_groups"] for i in group["params"]]
-    counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
+    counted = {"step", COUNT, *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
     for i, p in zip(indices, optimizer._flat, strict=True):
         for name, value in loaded["state"].get(i, {}).items():
             if name in counted:

@@ -18,6 +18,8 @@ from .layout import in_layout_of, is_sharded, local, with_local
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
+# The options of a group that say how something is kept.
+PRECISION = ("state_dtype", "param_precision", "ema_dtype")
 PARAM_PRECISIONS = ("storage", "stochastic", "kahan", "split24", "split32", "master")
 STATE_CODES = tuple(BLOCKS)
 HALVES = (torch.bfloat16, torch.float16)
@@ -114,6 +116,8 @@ def state_codec(
     Args:
         held: how it is kept now, which stays where the group says nothing else.
     """
+    if name == AVERAGE:
+        return average_codec(group, p)
     wanted: Any = group.get("state_dtype")
     if wanted in STATE_CODES:
         if local(p).numel() < CODES_FROM or not local(p).is_contiguous():
@@ -275,7 +279,7 @@ def check_precision(optimizer: RuleOptimizer, group: dict[str, Any]) -> None:
                     f"{name}: param_precision={precision!r} is for bfloat16 and float16 parameters; parameter {i} is "
                     f"{p.dtype}, which is kept as it is. Leave param_precision out for its group."
                 )
-    if state_dtype is not None and optimizer.variant(group).prologue and optimizer.prologue_names:
+    if state_dtype is not None and optimizer.running_variant(group).prologue and optimizer.prologue_names:
         raise RuntimeError(
             f"{name}: {asked} is for the states of a rule; {optimizer.prologue_names} are what comes before it keeps, "
             "in the parameter's dtype. Leave state_dtype out."
@@ -299,6 +303,25 @@ def check_precision(optimizer: RuleOptimizer, group: dict[str, Any]) -> None:
         )
 
 
+# The states of the exponential moving average of the weights: the average, and how many values it is of.
+AVERAGE, COUNT = "ema", "n_averaged"
+
+
+def averages(group: dict[str, Any]) -> bool:
+    """Whether a group's parameters are averaged."""
+    return group.get("ema_decay") is not None
+
+
+def average_codec(group: dict[str, Any], p: Tensor) -> Codec:
+    """How the average of a parameter is kept."""
+    wanted = group.get("ema_dtype")
+    if p.is_complex():
+        return plain(p.dtype)
+    if wanted == torch.bfloat16:
+        return stochastic(wanted)
+    return plain(wanted or torch.promote_types(p.dtype, torch.float32))
+
+
 def _quoted(value: Any) -> str:
     return repr(value) if not isinstance(value, str) else f'"{value}"'
 
@@ -310,7 +333,8 @@ def keeps_plainly(group: dict[str, Any]) -> bool:
 
 def rounds(group: dict[str, Any]) -> bool:
     """Whether anything of a group may be rounded stochastically: then its steps are counted."""
-    return group.get("state_dtype") in (torch.bfloat16, "int4") or group.get("param_precision") in (
-        "stochastic",
-        "split24",
+    return (
+        group.get("state_dtype") in (torch.bfloat16, "int4")
+        or group.get("param_precision") in ("stochastic", "split24")
+        or (averages(group) and group.get("ema_dtype") == torch.bfloat16)
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from .averaging import average_of
 from .bucket import Bucket, Key, Member, Piece, Row, row_for, table_of
 from .codecs import Codec, wide
 from .eager_backend import update as run_eagerly
@@ -52,13 +53,19 @@ Body = Callable[[list[Tensor], Tensor], None]  # the tensors of a slot, and the 
 
 
 def update(
-    rule: Callable[..., Any], scalars: Any, codecs: tuple[Codec, ...], compute: torch.dtype, scaled: bool
+    rule: Callable[..., Any],
+    scalars: Any,
+    codecs: tuple[Codec, ...],
+    compute: torch.dtype,
+    scaled: bool,
+    averaged: bool,
 ) -> Body:
     """What torch.compile compiles for each slot: the rule on flat tensors, in place.
 
     A slot's tensors are the parts of p, the gradient, the parts of the states; then, for each state that is kept in
     codes, where its new value waits for `encode_codes`; then what the random bits depend on, where there are any. Where
-    states are kept in codes, all of them have a row for each block.
+    states are kept in codes, all of them have a row for each block. With `averaged` the last state is the average of
+    the parameter, and the row ends with the weight of a new value.
     """
     coded = [codec for codec in codecs if codec.sharing]
     random = any(codec.random for codec in codecs)
@@ -77,17 +84,32 @@ def update(
         if scaled:
             values[1] = values[1] * factor
         bits = random_of(own[-1], values[0]) if random else None
-        for role, value in enumerate(results(rule, values, scalars(*h))):
-            codec = codecs[role]
+        average = values.pop() if averaged else None
+        new = results(rule, values, scalars(*h[: len(scalars._fields)]))
+        for role, codec in enumerate(codecs):
+            value = new[role]
             value = value if codec.name == "plain" else value.to(torch.float32)
             if codec.sharing:
                 next(waiting).copy_(value)
             else:
-                for number, kept in enumerate(_encode(value, bits, role, codec.name)):
+                encoded = _encode(value, bits, role, codec.name)
+                stored = []
+                for number, kept in enumerate(encoded):
                     rough = parts[role][number].dtype == torch.bfloat16 and (number > 0 or not codec.exact)
-                    parts[role][number].copy_(rounded(kept) if rough else kept)
+                    stored.append(rounded(kept) if rough else kept)
+                    parts[role][number].copy_(stored[-1])
+                if averaged and role == 0:
+                    weighed = _decode(tuple(map(as_stored, stored, codec.dtypes)), codec.name).to(compute)
+                    new.append(average_of(average, weighed, h[-1]))
 
     return body
+
+
+def as_stored(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part as it would be read again."""
+    if dtype == torch.int8:
+        return ((part.to(torch.int32) << 24) >> 24).to(torch.int32)
+    return part.to(dtype).to(torch.float32) if dtype == torch.float16 else part
 
 
 def rounded(value: Tensor) -> Tensor:
@@ -259,6 +281,7 @@ def graph_for(
     compute: torch.dtype,
     device: torch.device,
     scaled: bool,
+    averaged: bool,
     parallel: bool,
 ) -> Graph:
     """The compiled graph of an update, one for a process. A failure is not remembered: its cause may pass.
@@ -272,8 +295,8 @@ def graph_for(
         slot += [(dtype, shape_of(each, sharing)) for dtype, each in zip(codec.dtypes, codec.each, strict=True)]
         slot += [(gradient, shape_of(1, sharing))] * (role == 0)
     slot += [(torch.float32, shape_of(1, sharing))] * sum(codec.sharing > 0 for codec in codecs)
-    body = update(torch_form(rule), scalars, codecs, compute, scaled)
-    row = torch.zeros(1 + len(scalars._fields), dtype=compute, device=device)
+    body = update(torch_form(rule), scalars, codecs, compute, scaled, averaged)
+    row = torch.zeros(1 + len(scalars._fields) + averaged, dtype=compute, device=device)
     random = any(codec.random for codec in codecs)
     return Graph(rule.__name__, body, slot, random, row, EXAMPLE // max(sharing, 1), parallel)
 
@@ -359,10 +382,11 @@ class CompiledBucket(Bucket):
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> dict[bool, list[Graph]]:
         super().prepare(optimizer, key, members)
-        groups = [group for group in optimizer.param_groups if optimizer.variant(group) == key.variant]
+        groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
         rows = [row_for(optimizer, group, 1) for group in groups]
-        scaled = any(row.factor != 1 for row in rows)
+        scaled = optimizer.scales_gradients or any(row.factor != 1 for row in rows)
         what: Any = (key.variant.rule, type(rows[0].h), key.codecs, key.gradient, key.compute, key.device, scaled)
+        what += (key.variant.averaged,)
         graphs: dict[bool, list[Graph]] = {}
         for parallel in {local(m.p).numel() >= PARALLEL_FROM for m in members}:
             graphs[parallel] = [graph_for(*what, parallel)]
@@ -379,7 +403,7 @@ class CompiledBucket(Bucket):
         return (1 + (key.sharing > 0)) * (-(-large // SLOTS) - -small // SLOTS)
 
     def run(self, rows: list[Row | None]) -> None:
-        table = table_of(rows, self.key.compute, self.key.device).unbind()
+        table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged).unbind()
         keys: list[Tensor] | list[None] = [None] * len(self.pieces)
         if self.key.random:
             keys = list(self.random_keys(rows).unbind())

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .checkpoint import group_of
+from .checkpoint import OPTIONAL, group_of
 from .codecs import (
+    AVERAGE,
     CORRECTIONS,
+    COUNT,
     Codec,
     held_codec,
     held_parameter_codec,
@@ -28,15 +30,13 @@ from .layout import local, with_local
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
-OWN_OPTIONS = ("state_dtype", "param_precision", "seed")
-
 
 def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
     """The state dict in the form of torch.optim's optimizer of the same name, in full precision.
 
     Codes are decoded, to float32 (states of float64 parameters are as they are). What torch has no name for is left
-    out: our options, the corrections of parameters (:func:`master_state_dict` has them), and ``step`` where torch
-    keeps none.
+    out: our options, the corrections of parameters (:func:`master_state_dict` has them), averages, and ``step``
+    where torch keeps none.
 
     Args:
         optimizer: one of this package's; it is not changed.
@@ -56,7 +56,7 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
         torch.float32
     """
     saved = optimizer.state_dict()
-    groups = [{n: v for n, v in group.items() if n not in OWN_OPTIONS} for group in saved["param_groups"]]
+    groups = [{n: v for n, v in group.items() if n not in OPTIONAL} for group in saved["param_groups"]]
     indices = [i for group in groups for i in group["params"]]
     states: dict[Any, dict[str, Any]] = {}
     for i, p in zip(indices, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
@@ -68,7 +68,7 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
             value = with_local(p, read(codec, parts, local(p))) if codec.sharing else parts[0]
             half = value.is_floating_point() and value.itemsize < 4
             state[name] = value.float() if half else value
-        for name in CORRECTIONS:
+        for name in (*CORRECTIONS, AVERAGE, COUNT):
             state.pop(name, None)
         if not optimizer.counts_steps:
             state.pop("step", None)
@@ -90,7 +90,7 @@ def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) 
             state = optimizer.state.get(p)
             if state is None:
                 continue
-            for name in optimizer.variant(group).state_names:
+            for name in optimizer.running_variant(group).state_names:
                 held = held_codec(optimizer, state, name, p)
                 if held is not None:
                     keep_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .averaging import average_of
 from .bucket import Bucket, Key, Member, Row, plain_group, row_for
 from .codecs import read, write
 from .kernels.language import results, torch_form
@@ -59,12 +60,16 @@ def update(
     values.insert(1, g)
     # A rule may hand its argument to autograd, which must not see it change afterwards.
     values = [(t.clone() if key.differentiable else t).to(key.compute) for t in values]
-    if row.factor != 1:
+    if isinstance(row.factor, Tensor) or row.factor != 1:
         values[1] = values[1] * row.factor
+    average = values.pop() if key.variant.averaged else None
     bits = None if random is None else bits_of_elements(random, places(like))
     new = results(torch_form(key.variant.rule), values, row.h)
-    for role, (codec, parts, value) in enumerate(zip(key.codecs, kept, new, strict=True)):
+    for role, (codec, parts, value) in enumerate(zip(key.codecs, kept, new, strict=average is None)):
         write(codec, parts, value, role, bits)
+    if average is not None:
+        value = read(key.codecs[0], kept[0], like).to(key.compute)
+        write(key.codecs[-1], kept[-1], average_of(average, value, torch.as_tensor(row.weight, dtype=torch.float64)), len(new), bits)
 
 
 def places(tensor: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:
         for c in key.codecs
     ]
     g = torch.empty(n, dtype=key.gradient, device="meta")
-    group = next(group for group in optimizer.param_groups if optimizer.variant(group) == key.variant)
+    group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
     with torch.no_grad(), _TrafficCounter() as counter:
         update(key, kept[0], g, kept[1:], row_for(optimizer, group, 1)._replace(factor=1.0))
     return counter.operations, counter.bytes / n

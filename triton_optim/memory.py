@@ -91,7 +91,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
         torch_states[name] = torch_states.get(name, 0) + theirs
 
     for group in optimizer.param_groups:
-        variant = optimizer.variant(group)
+        variant = optimizer.running_variant(group)
         for p in group["params"]:
             own = local(p)
             numel, codec = own.numel(), parameter_codec(group, p.dtype)

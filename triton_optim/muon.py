@@ -121,7 +121,7 @@ class Muon(RuleOptimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
         }
-        options = {
+        options: dict[str, Any] = {
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -148,7 +148,8 @@ class Muon(RuleOptimizer):
         return self.variants[0 if uses_muon(group) else 1]
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
-        return super().counted_names(group) if uses_muon(group) else ["step"]
+        names = super().counted_names(group)
+        return names if uses_muon(group) or "step" in names else ["step", *names]
 
     def scalars(self, group: dict[str, Any], step: Any) -> Any:
         if uses_muon(group):

@@ -91,7 +91,7 @@ class NAdam(RuleOptimizer):
             "momentum_decay": momentum_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        options = {
+        options: dict[str, Any] = {
             "foreach": foreach,
             "maximize": maximize,
             "capturable": capturable,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
@@ -15,12 +15,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import opaque
+from .averaging import averaged_parameters, check_averaging, initial_average
 from .bucket import counted_dtype, plain_group
 from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
-from .codecs import Codec, check_precision, new_parts, part_names, rounds, state_codec
+from .codecs import (
+    AVERAGE,
+    COUNT,
+    PRECISION,
+    Codec,
+    averages,
+    check_precision,
+    new_parts,
+    part_names,
+    rounds,
+    state_codec,
+)
 from .dispatch import BACKENDS, choose, this_machine
+from .gradient_norm import Scaling
+from .gradient_release import GradientRelease
 from .layout import is_sharded, local_gradient
-from .plan import Plan, request_for
+from .plan import Plan, PlanOfOne, request_for
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -31,8 +45,10 @@ OPTIONS: dict[str, Any] = {
     "state_dtype": None,
     "param_precision": "storage",
     "seed": 0,
+    "ema_decay": None,
+    "ema_dtype": None,
+    "ema_warmup": False,
 }
-PRECISION = ("state_dtype", "param_precision")
 
 
 class Variant(NamedTuple):
@@ -41,6 +57,7 @@ class Variant(NamedTuple):
     rule: Any
     state_names: tuple[str, ...]
     prologue: bool = False  # the gradients go through RuleOptimizer.prologue first
+    averaged: bool = False  # the last state is the average of the parameter, which no rule takes
 
 
 class RuleOptimizer(Optimizer):
@@ -83,10 +100,22 @@ class RuleOptimizer(Optimizer):
             among the optimizer's and on that of the element, and on nothing else.
         capturable: keep ``step`` on the device and form the scalars there, so that a step can be captured.
         differentiable: let autograd record the step (eager).
+        ema_decay: of an exponential moving average of the weights, such as 0.999, kept in the same pass: as
+            ``torch.optim.swa_utils.AveragedModel`` that is updated after every step. None keeps none.
+        ema_dtype: what it is kept in: None for float32 (or the parameter's, where that is wider), ``torch.float32``,
+            ``torch.bfloat16``, rounded stochastically.
+        ema_warmup: let the decay rise to `ema_decay`: (1 + n) / (10 + n) after n steps.
         backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"compiled"``, ``"eager"``.
+        amp: ``"fused"`` takes the factor of a ``torch.amp.GradScaler`` out of the gradients inside the update, and
+            skips there the step whose gradients are not finite; the host waits for nothing where Triton runs the rule.
+            None leaves both to the scaler. Of a step that clips by itself, set ``unscale_`` and the scaler's own
+            clipping aside: `max_grad_norm` is of the gradients without their factor.
+        max_grad_norm: limit the norm of all gradients together, as ``clip_grad_norm_`` does, without writing them:
+            they are read once, and the update multiplies by what comes of it. ``grad_norm`` is the norm of the last
+            step, a 0-dim tensor on the device.
 
     Raises:
-        ValueError: `backend` is unknown, or torch's own checks of `params` fail.
+        ValueError: `backend` or `amp` is unknown, or torch's own checks of `params` fail.
         TypeError: an option is unknown, or `params` is a tensor.
         RuntimeError: the options exclude each other, or the pinned backend cannot run these parameters here.
     """
@@ -109,26 +138,49 @@ class RuleOptimizer(Optimizer):
             cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, backend: str = "auto", **options: Any
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        backend: str = "auto",
+        amp: str | None = None,
+        max_grad_norm: float | None = None,
+        **options: Any,
     ) -> None:
         if unknown := options.keys() - OPTIONS.keys():
             raise TypeError(
-                f"{type(self).__name__} got unknown options {sorted(unknown)}; known are {sorted(OPTIONS)} and backend"
+                f"{type(self).__name__} got unknown options {sorted(unknown)}; known are "
+                f"{sorted({*OPTIONS, 'amp', 'backend', 'max_grad_norm'})}"
             )
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))
+        if amp not in (None, "fused"):
+            raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}. It must be positive, or None not to clip.")
         options = OPTIONS | options
         if options["fused"] and options["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
-        self.backend = backend
+        self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
+        self._step_supports_amp_scaling = amp is not None
+        self.grad_norm: Tensor | None = None
+        self.skipped: Tensor | None = None  # 1 where the last step was none, else 0; 0-dim, on the device
+        self._swapped = False
         self._flat: list[Tensor] = []
         self._repeats = False
         self._plan: Plan | None = None
+        self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
+        self._release: GradientRelease | None = None
         self._handle = opaque.register(self)
         carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
         super().__init__(params, defaults | carried)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a step may multiply all gradients by a factor."""
+        return self.amp is not None or self.max_grad_norm is not None
 
     # What a subclass says.
 
@@ -200,22 +252,39 @@ class RuleOptimizer(Optimizer):
         """Give the parameters of a group their states before their first step."""
         counted = {"step": 0} if "step" in self.counted_names(group) else {}
         for p in group["params"]:
-            started = counted | self.start_carried(plain_group(group))
+            started = counted | self.started(group)
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
             numbers = {n: torch.tensor(float(v), dtype=counted_dtype(), device=device) for n, v in started.items()}
             self.state[p] |= numbers
-            for name in self.variant(group).state_names:
+            for name in self.running_variant(group).state_names:
                 self.state[p] |= self.new_state(name, p, group, state_codec(self, group, name, p))
             self.state[p] |= self.prologue_state(p, group)
 
     def new_state(self, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> dict[str, Tensor]:
         """The initial state as `codec` keeps it: its parts by name."""
-        parts = new_parts(codec, self.initial_state(name, p, group))
+        parts = new_parts(codec, self.first_state(name, p, group, codec))
         return dict(zip((name, *part_names(codec, name)), parts, strict=True))
+
+    def first_state(self, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> Tensor:
+        """A state or average before the first step."""
+        if name == AVERAGE:
+            return initial_average(self.state[p], p, codec)
+        return self.initial_state(name, p, group)
+
+    def running_variant(self, group: dict[str, Any]) -> Variant:
+        """What a group runs: its variant, and the average of its parameters where one is kept."""
+        variant = self.variant(group)
+        if averages(group):
+            variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
+        return variant
+
+    def started(self, group: dict[str, Any]) -> dict[str, float]:
+        """What else than ``step`` is carried, as it is before the first step."""
+        return self.start_carried(plain_group(group)) | ({COUNT: 0.0} if averages(group) else {})
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
-        return ["step"] * (self.counts_steps or rounds(group)) + list(self.start_carried(plain_group(group)))
+        return ["step"] * (self.counts_steps or rounds(group)) + list(self.started(group))
 
     # torch.optim.Optimizer's contract.
 
@@ -240,7 +309,18 @@ class RuleOptimizer(Optimizer):
             opaque.traced_step(self)
             return loss
         self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
-        self.update([p.grad for p in self._flat])
+        gradients = [p.grad for p in self._flat]
+        if self._release is not None:
+            self._release.next_round()
+            if getattr(self, "grad_scale", None) is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: a gradient scaler can't step gradients that were released in backward. "
+                    "Use bfloat16, which needs none, or remove() the handle of gradient release."
+                )
+            if all(g is None for g in gradients):
+                self._opt_called = True
+                return loss
+        self.update(gradients)
         return loss
 
     # A scheduler wraps `step` to note that it was called, in a file that Dynamo refuses to trace. `update` notes
@@ -249,11 +329,25 @@ class RuleOptimizer(Optimizer):
 
     def update(self, gradients: list[Tensor | None]) -> None:
         """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
+        if self._swapped:
+            raise RuntimeError("step inside averaged_parameters(): the weights are their averages. Leave it first.")
         self._opt_called = True
         recording = any(group.get("differentiable") for group in self.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in self._rounds(gradients):
                 self._update(own)
+
+    def update_one(self, place: int) -> None:
+        """Apply a step of the parameter number `place` alone, with its gradient."""
+        p = self._flat[place]
+        with torch.no_grad():
+            gradients: dict[int, Tensor | None] = {place: None if p.grad is None else local_gradient(p, p.grad)}
+            plan = self._plans_of_one.get(place)
+            if plan is None or not plan.covers(self._flat) or not plan.fits(gradients):
+                plan = self._plans_of_one[place] = PlanOfOne(self, self._flat, gradients, place)
+                if not plan.fits(gradients):
+                    raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+            plan.step()
 
     def _rounds(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
         """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
@@ -286,9 +380,47 @@ class RuleOptimizer(Optimizer):
             plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
             if not plan.fits(gradients):
                 raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
-        plan.step()
+        scaling = self._scaling()
+        signal = plan.step(scaling)
+        if signal is not None:
+            self.skipped, norm = signal[1], signal[2]
+            self.grad_norm = norm if self.max_grad_norm is not None else None
         if fresh and self._was_probed(gradients):
             plan.rewind()
+
+    def _scaling(self) -> Scaling | None:
+        """What this step does with all gradients; None where that is nothing."""
+        grad_scale = found_inf = None
+        if self.amp is not None:
+            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        looks = grad_scale is not None or found_inf is not None
+        if not looks and self.max_grad_norm is None:
+            return None
+        return Scaling(grad_scale, found_inf, looks, self.max_grad_norm)
+
+    def averaged_parameters(self) -> AbstractContextManager[None]:
+        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save them.
+
+        Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
+        kept meanwhile in as much memory as they take.
+
+        Raises:
+            RuntimeError: nothing is averaged, it is entered already, or a step is made within it.
+
+        Example:
+            >>> import torch, triton_optim
+            >>> p = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = triton_optim.SGD([p], lr=1.0, ema_decay=0.5, backend="eager")
+            >>> for _ in range(2):
+            ...     p.grad = torch.ones(1)
+            ...     optimizer.step()
+            >>> with optimizer.averaged_parameters():
+            ...     print(p.item())
+            -1.5
+            >>> p.item()
+            -2.0
+        """
+        return averaged_parameters(self)
 
     def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         groups = [group for group in self.param_groups for _ in group["params"]]
@@ -339,9 +471,11 @@ class RuleOptimizer(Optimizer):
         self._flat = [p for group in self.param_groups for p in group["params"]]
         self._repeats = len(set(map(id, self._flat))) < len(self._flat)
         self._plan = None
+        self._plans_of_one = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_precision(self, group)
+        check_averaging(self, group)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
             choose(request_for(self, group, p), this_machine())
@@ -379,7 +513,7 @@ class RuleOptimizer(Optimizer):
             check_state_dict(self, state_dict)
             # How values are kept is this optimizer's own: the next step brings what is loaded into it.
             groups = [
-                {name: own[name] for name in ("seed",) if name in own}
+                {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
                 | {name: value for name, value in saved.items() if name not in PRECISION}
                 | {name: own[name] for name in PRECISION if name in own}
                 for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
@@ -402,12 +536,16 @@ class RuleOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, {p: with_own_memory(values) for p, values in self.state.items()})
-        return {"defaults": self.defaults, "state": state, "param_groups": self.param_groups, "backend": self.backend}
+        kept = ("defaults", "param_groups", "backend", "amp", "max_grad_norm")
+        return {name: getattr(self, name) for name in kept} | {"state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        self.__dict__.setdefault("backend", "auto")
+        for name, value in {"backend": "auto", "amp": None, "max_grad_norm": None}.items():
+            self.__dict__.setdefault(name, value)
+        self._step_supports_amp_scaling = self.amp is not None
+        self.grad_norm, self.skipped, self._swapped, self._release = None, None, False, None
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         fill_in(self, OPTIONS)

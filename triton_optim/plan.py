@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
-from operator import is_
+from collections.abc import Mapping, Sequence
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .bucket import Bucket, Key, Member
-from .codecs import Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
+from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
 from .dispatch import Backend, Choice, Request, choose, this_machine
+from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping
 from .prologue import check_states, run_prologues
 
@@ -75,11 +76,12 @@ def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
     return Key(
         choice,
         entry.p.device,
-        optimizer.variant(group),
+        optimizer.running_variant(group),
         entry.gradient,
         entry.codecs,
         aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts),
-        capturable=bool(group.get("capturable")),
+        # A skipped step is not counted: where only the device knows, it counts.
+        capturable=bool(group.get("capturable")) or (optimizer.amp is not None and choice.backend == "triton"),
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
     )
@@ -142,21 +144,27 @@ def check_state(index: int, p: Tensor, name: str, state: Tensor) -> None:
 def entries_of(
     optimizer: RuleOptimizer,
     params: list[Tensor],
-    gradients: Sequence[Tensor | None],
+    gradients: Gradients,
     previous: Plan | None = None,
     every: bool = False,
+    place: int | None = None,
 ) -> list[Entry]:
     """The parameters that belong to a plan: those with a gradient or a state, or all of them. Changes nothing.
 
     One without a gradient is taken to have the dtype and alignment that the previous plan knew, else its own.
+
+    Args:
+        every: all parameters, whether there is a gradient or not.
+        place: that of the only parameter that is asked about, which overlaps no other.
     """
     groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    variants = [optimizer.variant(group) for group in optimizer.param_groups]
+    variants = [optimizer.running_variant(group) for group in optimizer.param_groups]
     counted = [optimizer.counted_names(group) for group in optimizer.param_groups]
-    overlaps = overlapping([local(p) for p in params])
+    overlaps = overlapping([local(p) for p in params]) if place is None else set()
     known = {m.index: bucket.key for bucket in previous.buckets for m in bucket.members} if previous is not None else {}
     entries = []
-    for index, (p, g, group) in enumerate(zip(params, gradients, groups, strict=True)):
+    for index in range(len(params)) if place is None else [place]:
+        p, g, group = params[index], gradients[index], groups[index]
         state = optimizer.state.get(p, {})
         variant = variants[group]
         if variant.prologue and p.is_complex() and g is not None:
@@ -206,6 +214,10 @@ def entries_of(
     return entries
 
 
+# One for each parameter, by its place.
+Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
+
+
 class Plan:
     """The buckets of an optimizer's parameters.
 
@@ -214,6 +226,7 @@ class Plan:
         params: its parameters, in the order of the groups.
         gradients: the local one of each, None where there is none.
         previous: the plan it replaces.
+        place: of the only parameter that it is for, if it is for one.
 
     Raises:
         RuntimeError: a gradient is sparse or does not match its parameter, or a pinned backend cannot run one.
@@ -224,14 +237,15 @@ class Plan:
         self,
         optimizer: RuleOptimizer,
         params: list[Tensor],
-        gradients: Sequence[Tensor | None],
+        gradients: Gradients,
         previous: Plan | None = None,
+        place: int | None = None,
     ) -> None:
         self.optimizer, self.params = optimizer, params
         self.sharded = any(map(is_sharded, params))
         self.options = options_of(optimizer)
         same = previous if previous is not None and previous.covers(params) else None
-        members = sort_members(optimizer, entries_of(optimizer, params, gradients, same))
+        members = sort_members(optimizer, entries_of(optimizer, params, gradients, same, place=place))
         ready = prepared(optimizer, members)
         # In the order of the parameters, not of the buckets: who gathers sharded states goes through them in their
         # order on every rank, and buckets differ between ranks.
@@ -243,13 +257,13 @@ class Plan:
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values())
         planned = {m.index for m, _ in started}
-        self._without = [i for i in range(len(params)) if i not in planned]
+        self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
 
     def covers(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters it was made for."""
         return len(params) == len(self.params) and all(map(is_, params, self.params))
 
-    def fits(self, gradients: list[Tensor | None]) -> bool:
+    def fits(self, gradients: Gradients) -> bool:
         """Whether the plan can run a step with these (local) gradients. The buckets keep them for it."""
         states = self.optimizer.state
         return (
@@ -260,9 +274,32 @@ class Plan:
             and all(bucket.fits(gradients) for bucket in self.buckets)
         )
 
-    def step(self) -> None:
-        """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run."""
+    def step(self, scaling: Scaling | None = None) -> Tensor | None:
+        """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run.
+
+        Args:
+            scaling: what to do with all gradients alike; None for nothing.
+
+        Returns:
+            What came of it: of gradient_norm.signal_from.
+        """
+        signal, skips = None, scaling is not None and scaling.look
+        if scaling is not None:
+            signal = self._signal(scaling)
+            # Where something else than the kernel that reads the signal would run, the host asks.
+            asked = skips and not all(map(reads_signal, self.buckets))
+            if asked and bool(signal[1]):
+                for bucket in self.buckets:
+                    bucket.gradients = []
+                return signal
         rows = {bucket.key: bucket.next_rows() for bucket in self.buckets}
+        for bucket in self.buckets:
+            bucket.signal = None
+            if signal is not None and reads_signal(bucket):
+                bucket.signal = signal.to(bucket.key.device, non_blocking=True)
+            elif signal is not None:
+                factor = signal[0].item() if signal.device.type == "cpu" else signal[0].to(bucket.key.device)
+                rows[bucket.key] = [r and r._replace(factor=r.factor * factor) for r in rows[bucket.key]]
         for piece in self._pieces:
             run_prologues(self.optimizer, piece, rows)
             for bucket in piece:
@@ -271,12 +308,59 @@ class Plan:
                 if bucket.key.variant.prologue:
                     bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:
-            bucket.commit()
+            bucket.commit(bucket.signal[1] if bucket.signal is not None and skips else None)
+        return signal
+
+    def _signal(self, scaling: Scaling) -> Tensor:
+        """What the step does with all gradients."""
+        device = next((bucket.key.device for bucket in self.buckets), torch.device("cpu"))
+        partials = None
+        if scaling.reads and self.sharded:
+            pairs = [
+                (m.index, m.p, g)
+                for bucket in self.buckets
+                for m, g in zip(bucket.members, bucket.gradients, strict=True)
+                if g is not None
+            ]
+            pairs.sort(key=itemgetter(0))  # every rank in the same order
+            found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
+            partials = on_one_device(found, device)
+        elif scaling.reads:
+            found = [part for bucket in self.buckets for part in bucket.partial_norms(EUCLIDEAN)]
+            partials = on_one_device(found, device)
+        if any(map(reads_signal, self.buckets)):
+            from .triton_norm import step_signal
+
+            return step_signal(partials, scaling, device)
+        return signal_from(partials, scaling, device)
 
     def rewind(self) -> None:
         """Bring all states back to where they were before the first step."""
         for bucket in self.buckets:
             bucket.rewind()
+
+
+class PlanOfOne(Plan):
+    """The plan of one parameter, whose gradient comes alone."""
+
+    def __init__(self, optimizer: RuleOptimizer, params: list[Tensor], gradients: Gradients, place: int) -> None:
+        self.place = place
+        super().__init__(optimizer, params, gradients, place=place)
+
+    def covers(self, params: list[Tensor]) -> bool:
+        return params[self.place] is self.params[self.place]
+
+    def fits(self, gradients: Gradients) -> bool:
+        return (
+            options_of(self.optimizer) == self.options
+            and all(self.optimizer.state.get(m.p, m.state) is m.state for b in self.buckets for m in b.members)
+            and all(bucket.fits(gradients) for bucket in self.buckets)
+        )
+
+
+def reads_signal(bucket: Bucket) -> bool:
+    """Whether a bucket's kernel reads on the device what all gradients are multiplied by."""
+    return bucket.key.choice.backend == "triton" and not bucket.key.variant.prologue
 
 
 def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, list[Member]]:
@@ -314,8 +398,9 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
 
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
-    names = ("maximize", "foreach", "fused", "capturable", "differentiable", "state_dtype", "param_precision")
-    return [(optimizer.variant(group), *map(group.get, names)) for group in optimizer.param_groups]
+    names = ("maximize", "foreach", "fused", "capturable", "differentiable", *PRECISION)
+    of_all = (optimizer.amp, optimizer.scales_gradients)
+    return [(of_all, optimizer.running_variant(group), *map(group.get, names)) for group in optimizer.param_groups]
 
 
 def bucket_class(key: Key) -> type[Bucket]:

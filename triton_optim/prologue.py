@@ -68,7 +68,7 @@ def run_prologue(optimizer: RuleOptimizer, turn: list[tuple[int, Bucket, int, Ro
     for (_, bucket, i, _), m in zip(turn, members, strict=True):
         g = bucket.gradients[i]
         assert g is not None
-        gradients.append(with_local(m.p, row.factor * g if row.factor != 1 else g))
+        gradients.append(with_local(m.p, row.factor * g if isinstance(row.factor, Tensor) or row.factor != 1 else g))
     updates = optimizer.prologue(
         plain_group(optimizer.param_groups[members[0].group], keep=kept),
         row.h,

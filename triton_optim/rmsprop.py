@@ -94,7 +94,7 @@ class RMSprop(RuleOptimizer):
             "centered": centered,
             "weight_decay": weight_decay,
         }
-        options = {
+        options: dict[str, Any] = {
             "capturable": capturable,
             "foreach": foreach,
             "maximize": maximize,

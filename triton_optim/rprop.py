@@ -74,7 +74,7 @@ class Rprop(RuleOptimizer):
             "etas": etas,
             "step_sizes": step_sizes,
         }
-        options = {
+        options: dict[str, Any] = {
             "capturable": capturable,
             "foreach": foreach,
             "maximize": maximize,

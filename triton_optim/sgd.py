@@ -87,7 +87,7 @@ class SGD(RuleOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        options = {
+        options: dict[str, Any] = {
             "maximize": maximize,
             "foreach": foreach,
             "differentiable": differentiable,

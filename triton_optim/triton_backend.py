@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from .bucket import Bucket, Key, Member, Row, table_of, to_device
 from .codecs import Codec, plain
 from .dispatch import this_machine
+from .gradient_norm import Norm
 from .kernels import multi_tensor as kernel
 
 if TYPE_CHECKING:
@@ -29,7 +31,11 @@ TRITON_DTYPES = {
 
 
 def kept_as(
-    codecs: tuple[Codec, ...], gradient: torch.dtype, warp_size: int, module: ModuleType = kernel
+    codecs: tuple[Codec, ...],
+    gradient: torch.dtype,
+    warp_size: int,
+    module: ModuleType = kernel,
+    averaged: bool = False,
 ) -> dict[str, Any]:
     """What the kernel is told of how the roles are kept, and the launch options that follow.
 
@@ -38,6 +44,7 @@ def kept_as(
         gradient: its dtype.
         warp_size: threads a warp.
         module: of the kernel.
+        averaged: whether the last role is the average of the parameter.
     """
     roles = [codecs[0], plain(gradient), *codecs[1:]]
     parts = [part for codec in roles for part in zip(codec.dtypes, codec.each, strict=True)]
@@ -47,10 +54,20 @@ def kept_as(
         "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype, _ in parts),
         "EACH": tuple(each for _, each in parts),
         "FIRST": (0, *accumulate(len(codec.dtypes) for codec in roles)),
+        "AVERAGED": averaged,
         "RANDOM": any(codec.random for codec in codecs),
         "SHARING": sharing,
         **module.launch_options([dtype.itemsize for dtype, each in parts if each == 1], sharing, warp_size),
     }
+
+
+def chunk_table(numels: Sequence[int], device: torch.device) -> Tensor:
+    """int32 ``(chunks, 2)``: the tensor and the chunk in it, of tensors of so many elements."""
+    chunks = -(-torch.tensor(numels, dtype=torch.int64) // kernel.BLOCK)
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), chunks)
+    first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    chunk = torch.arange(len(tensor)) - first
+    return torch.stack((tensor, chunk), dim=1).to(torch.int32).to(device)
 
 
 def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
@@ -71,17 +88,12 @@ class TritonBucket(Bucket):
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
-        numels = torch.tensor(self.numels)
-        chunks = -(-numels // kernel.BLOCK)
-        tensor = torch.repeat_interleave(torch.arange(len(members)), chunks)
-        first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
-        chunk = torch.arange(len(tensor)) - first
-        self.chunks = torch.stack((tensor, chunk), dim=1).to(torch.int32).to(key.device)
+        self.chunks = chunk_table(self.numels, key.device)
         addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
-        own = zip(numels.tolist(), addresses, strict=True)
+        own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
         self.pointers: list[int] = []
-        self.kept = kept_as(key.codecs, key.gradient, warp_size(key.device))
+        self.kept = kept_as(key.codecs, key.gradient, warp_size(key.device), averaged=key.variant.averaged)
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
@@ -100,16 +112,28 @@ class TritonBucket(Bucket):
             self.pointers = pointers
         return True
 
+    def partial_norms(self, norm: Norm) -> list[Tensor]:
+        if self.key.variant.prologue:  # the gradients are not in the table yet
+            return super().partial_norms(norm)
+        from .triton_norm import launch_partial_norms
+
+        return [
+            launch_partial_norms(
+                self.chunks, self.tensors, self.gradient_table, self.key.gradient, self.key.aligned, norm
+            )
+        ]
+
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
             self.regrouped = False
         h = next(row.h for row in rows if row is not None)
-        table = table_of(rows, self.key.compute, self.key.device)
+        table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
         constants = {
             "RULE": self.key.variant.rule,
             "SCALARS": type(h),
             "FIELDS": h._fields,
+            "SIGNAL": self.signal is not None,
             "COMPUTE": TRITON_DTYPES[self.key.compute],
             "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
             "BLOCK": kernel.BLOCK,
@@ -117,7 +141,8 @@ class TritonBucket(Bucket):
             **self.kept,
         }
         keys = self.random_keys(rows) if self.key.random else self.chunks
-        tables = (self.chunks, self.tensors, self.gradient_table, table, keys)
+        signal = table if self.signal is None else self.signal
+        tables = (self.chunks, self.tensors, self.gradient_table, table, keys, signal)
         if self.key.device.type == "cpu":
             launch(len(self.chunks), tables, constants)
         else:
