@@ -50,7 +50,7 @@ def weight(group: dict[str, Any], count: Any) -> Any:
     if isinstance(count, Tensor):
         if group.get("ema_warmup"):
             decay = ((1 + count) / (10 + count)).clamp(max=decay)
-        return torch.where(count == 0, 1.0, 1.0 - decay)
+        return 1 - decay * (count != 0).to(count.dtype)
     if group.get("ema_warmup"):
         decay = min(decay, (1 + count) / (10 + count))
     return 1.0 - decay if count else 1.0

@@ -69,7 +69,13 @@ def update(
         write(codec, parts, value, role, bits)
     if average is not None:
         value = read(key.codecs[0], kept[0], like).to(key.compute)
-        write(key.codecs[-1], kept[-1], average_of(average, value, torch.as_tensor(row.weight, dtype=torch.float64)), len(new), bits)
+        write(
+            key.codecs[-1],
+            kept[-1],
+            average_of(average, value, torch.as_tensor(row.weight, dtype=torch.float64)),
+            len(new),
+            bits,
+        )
 
 
 def places(tensor: Tensor) -> Tensor:
