@@ -35,7 +35,7 @@ def partial_norms(
     gradients,
     partials,
     count,
-    settings,
+    power,
     COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -48,7 +48,7 @@ def partial_norms(
         chunks, tensors, gradients: as of `multi_tensor`; `tensors` has COLUMNS columns.
         partials: float64 ``(programs, 2)``: the sum, and whether an element is not finite (not 0).
         count: the number of chunks.
-        settings: float64 ``(2,)``: see `step_signal`; the power is read where KIND is "p".
+        power: float64 ``(1,)``: what the magnitudes are raised to where KIND is "p".
         KIND: "1", "2", "p" or "inf".
         DTYPE: of the gradients. COMPUTE: what the arithmetic is done in.
         ALIGNED: whether every address is a multiple of 16.
@@ -82,7 +82,7 @@ def partial_norms(
                 elif KIND == "2":
                     total += x * x
                 else:
-                    total += tl.where(x == 0, 0.0, tl.exp(tl.load(settings + 1) * tl.log(x)))
+                    total += tl.where(x == 0, 0.0, tl.exp(tl.load(power) * tl.log(x)))
     if KIND == "inf":
         # What tl.max drops.
         largest = tl.max(tl.where(total == total, total, 0.0), axis=0)
@@ -97,7 +97,7 @@ def partial_norms(
 def step_signal(
     partials,
     count,
-    settings,
+    max_norm,
     grad_scale,
     found_inf,
     signal,
@@ -111,12 +111,12 @@ def step_signal(
 
     Args:
         partials: float64 ``(count, 2)``: of `partial_norms`.
-        settings: float64 ``(2,)``: the largest norm that is allowed, and the power where KIND is "p".
+        max_norm: float64 ``(1,)``: the largest norm that is allowed.
         grad_scale: float32 ``(1,)``: what the gradients have been multiplied by. Not read unless SCALED.
         found_inf: float32 ``(1,)``: whether an element is not finite (not 0). Not read unless FOUND.
         signal: float64 ``(4,)``: the factor, whether to skip (not 0), the norm of the gradients without their scale,
             and whether an element is not finite (not 0).
-        KIND: "none" where there is no norm, else as of `partial_norms`.
+        KIND: "2", or "none" where there is no norm.
         SKIP: whether an element that is not finite, by this pass, skips the step.
     """
     factor = tl.full((), 1.0, tl.float64)
@@ -134,19 +134,10 @@ def step_signal(
             offsets = start + tl.arange(0, BLOCK)
             x = tl.load(partials + 2 * offsets, mask=offsets < count, other=0.0)
             broken += tl.load(partials + 2 * offsets + 1, mask=offsets < count, other=0.0)
-            total = tl.maximum(total, x, propagate_nan=tl.PropagateNan.ALL) if KIND == "inf" else total + x
+            total += x
         faults = tl.sum(broken, axis=0)
-        if KIND == "inf":
-            largest = tl.max(tl.where(total == total, total, 0.0), axis=0)
-            norm = tl.where(tl.sum((total != total).to(tl.int32), axis=0) > 0, float("nan"), largest)
-        else:
-            norm = tl.sum(total, axis=0)
-            if KIND == "2":
-                norm = tl.sqrt(norm)
-            if KIND == "p":
-                norm = tl.where(norm == 0, 0.0, tl.exp(tl.log(norm) / tl.load(settings + 1)))
-        norm = norm * factor
-        clip = tl.load(settings) / (norm + 1e-6)
+        norm = tl.sqrt(tl.sum(total, axis=0)) * factor
+        clip = tl.load(max_norm) / (norm + 1e-6)
         factor = factor * tl.where(clip > 1.0, 1.0, clip)
         if SKIP:
             skip = tl.where(faults != 0, 1.0, 0.0).to(tl.float64)

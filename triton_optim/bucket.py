@@ -15,8 +15,9 @@ from torch import Tensor
 from .averaging import average_of, count_so_far, value_of, weight
 from .codecs import AVERAGE, CORRECTIONS, COUNT, Codec, keep_parameter, keep_state, part_names, read, write
 from .dispatch import Choice
-from .gradient_norm import Norm, partial_norms
+from .gradient_norm import EUCLIDEAN, Norm, partial_norms
 from .layout import in_layout_of, is_sharded, local, same_layout, with_local
+from .on_device import OnDevice
 from .random_bits import first_index, row_key, tensor_keys
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ class Bucket(ABC):
             indices = [self._indices[piece.member] for piece in self.pieces]
             self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
+        self._on_device: OnDevice | None = None  # where the step's numbers are read there
         self._all = self._indices == list(range(len(optimizer._flat)))
         self._guards: Any = None
         self.place_states(values)
@@ -257,6 +259,13 @@ class Bucket(ABC):
         """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
         groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
         one_kind([row_for(optimizer, group, 1, keep=key.differentiable) for group in groups], optimizer)
+
+    @classmethod
+    def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
+        """Compile what :meth:`prepare` leaves to the first step."""
+        if optimizer.max_grad_norm is not None and not key.sparse:
+            empty = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
+            partial_norms([empty], EUCLIDEAN, key.choice.backend)
 
     @abstractmethod
     def run(self, rows: list[Row | None]) -> None:
@@ -358,6 +367,7 @@ class Bucket(ABC):
                 numbers = self._numbers()
                 self._form_cohorts([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
             active = [present[cohort.places[0]] for cohort in self.cohorts]
+        self._on_device = self.optimizer.on_device(self.key.device) if self.key.capturable else None
         self._rows = [self._row(c) if there else None for c, there in zip(self.cohorts, active, strict=True)]
         one_kind([row for row in self._rows if row is not None], self.optimizer)
         return self._rows
@@ -366,15 +376,18 @@ class Bucket(ABC):
         numbers = cohort.numbers(on_device=self.key.capturable)
         group = self.optimizer.param_groups[cohort.group]
         step = numbers.pop("step") + 1
-        return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable)
+        on_device = self._on_device.group(cohort.group) if self._on_device is not None else {}
+        return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable, on_device=on_device)
 
     def random_keys(self, rows: list[Row | None]) -> Tensor:
         """What the random bits of each piece depend on in this step: see random_bits.tensor_keys."""
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
-        own = [
-            row_key(int(groups[cohort.group].get("seed", 0)), 0 if row is None else row.step, device)
-            for cohort, row in zip(self.cohorts, rows, strict=True)
-        ]
+        own = []
+        for cohort, row in zip(self.cohorts, rows, strict=True):
+            seed: Any = groups[cohort.group].get("seed", 0)
+            if self._on_device is not None:
+                seed = self._on_device.group(cohort.group).get("seed", seed)
+            own.append(row_key(seed, 0 if row is None else row.step, device))
         if self._row_index is None:
             self._row_index = torch.tensor([self.row_of[piece.member] for piece in self.pieces], device=device)
         keys = tensor_keys(torch.stack(own)[self._row_index], self._numbers_of_params, self._first_indices)
@@ -511,9 +524,14 @@ def row_for(
     step: Any,
     carried: dict[str, Any] | None = None,
     keep: bool = False,
+    on_device: dict[str, Any] | None = None,
 ) -> Row:
-    """The scalars of a group's members in their update number `step`; without `carried`, as before the first."""
-    values = plain_group(group, keep)
+    """The scalars of a group's members in their update number `step`; without `carried`, as before the first.
+
+    Args:
+        on_device: hyperparameters that are to be read there.
+    """
+    values = plain_group(group, keep) | (on_device or {})
     carried = optimizer.started(group) if carried is None else dict(carried)
     averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
     h: Any = optimizer.scalars(values, step, **carried)

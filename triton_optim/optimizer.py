@@ -34,7 +34,8 @@ from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling
 from .gradient_release import GradientRelease
 from .layout import is_sharded, local_gradient
-from .plan import Plan, PlanOfOne, request_for
+from .on_device import OnDevice, capturing
+from .plan import Plan, PlanOfOne, request_for, warm_up
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -168,6 +169,8 @@ class RuleOptimizer(Optimizer):
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None  # 1 where the last step was none, else 0; 0-dim, on the device
         self._swapped = False
+        self._on_device: dict[torch.device, OnDevice] = {}
+        self._captured: list[Plan] = []
         self._flat: list[Tensor] = []
         self._repeats = False
         self._plan: Plan | None = None
@@ -284,7 +287,8 @@ class RuleOptimizer(Optimizer):
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
-        return ["step"] * (self.counts_steps or rounds(group)) + list(self.started(group))
+        counts = self.counts_steps or rounds(group) or self.amp is not None  # which may skip the first
+        return ["step"] * counts + list(self.started(group))
 
     # torch.optim.Optimizer's contract.
 
@@ -332,10 +336,62 @@ class RuleOptimizer(Optimizer):
         if self._swapped:
             raise RuntimeError("step inside averaged_parameters(): the weights are their averages. Leave it first.")
         self._opt_called = True
+        self._check_capture(gradients)
         recording = any(group.get("differentiable") for group in self.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in self._rounds(gradients):
                 self._update(own)
+
+    def _check_capture(self, gradients: list[Tensor | None]) -> None:
+        """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""
+        if not any(capturing(p.device) for p in self._flat[:1]):
+            return
+        name = type(self).__name__
+        if not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                f"{name}: a captured step reads its numbers on the device. Make the optimizer with capturable=True."
+            )
+        for i, (p, g) in enumerate(zip(self._flat, gradients, strict=True)):
+            if p.requires_grad and g is None:
+                raise RuntimeError(
+                    f"{name}: parameter {i} requires a gradient and has none while a graph is captured; replays would "
+                    "never update it. Capture backward with the step, or give it a gradient before."
+                )
+
+    def on_device(self, device: torch.device) -> OnDevice:
+        """The hyperparameters in the memory of `device`, up to date."""
+        if device not in self._on_device:
+            self._on_device[device] = OnDevice(self, device)
+        self._on_device[device].push()
+        return self._on_device[device]
+
+    @torch.no_grad()
+    def warmup(self) -> None:
+        """Compile all that the first step will need, without stepping: no parameter or state changes, none is made.
+
+        Gradients that are not there yet are taken to be like their parameters. What fails to compile runs eagerly in
+        the first step, as ever, with a warning now.
+
+        Example:
+            >>> import torch, triton_optim
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = triton_optim.AdamW(model.parameters(), max_grad_norm=1.0)
+            >>> optimizer.warmup()
+            >>> len(optimizer.state)
+            0
+        """
+        warm_up(self)
+
+    def push_hyperparameters(self) -> None:
+        """Bring the hyperparameters to the device, where captured steps read them: call it before a replay.
+
+        A step of ``capturable=True`` that is captured into a CUDA graph reads learning rate, weight decay, betas and
+        all other numbers of the parameter groups, the seed and `max_grad_norm` in device memory. After a scheduler or
+        you changed one, this copies them there, without waiting for the device. Numbers that are device tensors
+        themselves need no push, and no ordinary step needs one.
+        """
+        for held in self._on_device.values():
+            held.push()
 
     def update_one(self, place: int) -> None:
         """Apply a step of the parameter number `place` alone, with its gradient."""
@@ -385,7 +441,9 @@ class RuleOptimizer(Optimizer):
         if signal is not None:
             self.skipped, norm = signal[1], signal[2]
             self.grad_norm = norm if self.max_grad_norm is not None else None
-        if fresh and self._was_probed(gradients):
+        if any(capturing(bucket.key.device) for bucket in plan.buckets):
+            self._captured.append(plan)  # a replay uses its memory
+        if fresh and self.state and self._was_probed(gradients):
             plan.rewind()
 
     def _scaling(self) -> Scaling | None:
@@ -440,6 +498,8 @@ class RuleOptimizer(Optimizer):
         optimizer, with a learning rate of 0 and gradients of 0. It must not count.
         """
         rates = [group.get("lr") for group in self.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+            return False  # the host does not wait for it
         return all(rate is not None and rate == 0 for rate in rates) and not any(
             (g._values() if g.is_sparse else g).any() for g in gradients if g is not None
         )
@@ -546,6 +606,7 @@ class RuleOptimizer(Optimizer):
             self.__dict__.setdefault(name, value)
         self._step_supports_amp_scaling = self.amp is not None
         self.grad_norm, self.skipped, self._swapped, self._release = None, None, False, None
+        self._on_device, self._captured = {}, []
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         fill_in(self, OPTIONS)

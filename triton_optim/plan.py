@@ -20,7 +20,7 @@ from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, paramete
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping
-from .prologue import check_states, run_prologues
+from .prologue import check_states, run_prologues, warm_prologue
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -331,7 +331,7 @@ class Plan:
         if any(map(reads_signal, self.buckets)):
             from .triton_norm import step_signal
 
-            return step_signal(partials, scaling, device)
+            return step_signal(partials, scaling, self.optimizer.on_device(device).max_norm)
         return signal_from(partials, scaling, device)
 
     def rewind(self) -> None:
@@ -356,6 +356,16 @@ class PlanOfOne(Plan):
             and all(self.optimizer.state.get(m.p, m.state) is m.state for b in self.buckets for m in b.members)
             and all(bucket.fits(gradients) for bucket in self.buckets)
         )
+
+
+def warm_up(optimizer: RuleOptimizer) -> None:
+    """See :meth:`RuleOptimizer.warmup`."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = [e for e in entries_of(optimizer, params, [p.grad for p in params], every=True) if e.p.requires_grad]
+    for key, members in prepared(optimizer, sort_members(optimizer, entries)).items():
+        bucket_class(key).warm_up(optimizer, key, members)
+        if key.variant.prologue:
+            warm_prologue(optimizer, members)
 
 
 def reads_signal(bucket: Bucket) -> bool:

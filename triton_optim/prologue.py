@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Key, Row, plain_group
-from .layout import with_local
+from .bucket import Bucket, Key, Member, Row, plain_group, row_for
+from .layout import is_sharded, with_local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -57,6 +57,16 @@ def run_prologues(optimizer: RuleOptimizer, buckets: Sequence[Bucket], rows: dic
         if bucket.key.variant.prologue:
             bucket.accept(bucket.gradients)
             rows[bucket.key] = [row and row._replace(factor=1.0) for row in rows[bucket.key]]
+
+
+def warm_prologue(optimizer: RuleOptimizer, members: list[Member]) -> None:
+    """Run the prologue on zeros, of each shape once, so that all is compiled that it will need."""
+    kinds = {(m.group, m.p.shape, m.p.dtype): m for m in members if not is_sharded(m.p)}
+    for m in kinds.values():
+        group = optimizer.param_groups[m.group]
+        p = m.p.detach()
+        state = optimizer.prologue_state(p, group) | {name: torch.zeros_like(p) for name in optimizer.state_names}
+        optimizer.prologue(plain_group(group), row_for(optimizer, group, 1).h, [p], [torch.zeros_like(p)], [state])
 
 
 def run_prologue(optimizer: RuleOptimizer, turn: list[tuple[int, Bucket, int, Row]]) -> None:

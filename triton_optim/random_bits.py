@@ -16,10 +16,12 @@ from .layout import is_sharded
 _hashed = torch_form(hashed)
 
 
-def row_key(seed: int, step: Any, device: torch.device) -> Tensor:
-    """A hash of seed and step, 0-dim int32. A step on a device stays there."""
+def row_key(seed: int | list[Tensor], step: Any, device: torch.device) -> Tensor:
+    """A hash of seed and step, 0-dim int32. A step on a device stays there, and so does a seed: two halves, int32."""
     # Filled there, not copied: that would be waited for, and could not be captured.
-    halves = [torch.full((), _signed(part), dtype=torch.int32, device=device) for part in (seed, seed >> 32)]
+    halves = seed
+    if isinstance(halves, int):
+        halves = [torch.full((), _signed(part), dtype=torch.int32, device=device) for part in (halves, halves >> 32)]
     count = step.to(device, torch.int32) if isinstance(step, Tensor) else _signed(step)
     return _mix(_mix(_mix(halves[0]) + halves[1]) + count)
 

@@ -105,11 +105,11 @@ class SGD(RuleOptimizer):
         return "rows" if group["momentum"] == 0 and group["weight_decay"] == 0 else "dense"
 
     def scalars(self, group: dict[str, Any], step: Any) -> SGDScalars:
-        first = step == 1
+        later = step != 1
         return SGDScalars(
             lr=group["lr"],
             l2=group["weight_decay"],
-            momentum=0.0 if first else group["momentum"],
-            one_minus_dampening=1.0 if first else 1 - group["dampening"],
+            momentum=later * group["momentum"],
+            one_minus_dampening=1 - later * group["dampening"],
             nesterov=group["momentum"],
         )

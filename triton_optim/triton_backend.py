@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .bucket import Bucket, Key, Member, Row, table_of, to_device
+from .bucket import Bucket, Key, Member, Row, row_for, table_of, to_device
 from .codecs import Codec, plain
 from .dispatch import this_machine
-from .gradient_norm import Norm
+from .gradient_norm import Norm, Scaling
 from .kernels import multi_tensor as kernel
+from .on_device import capturing
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -70,9 +72,40 @@ def chunk_table(numels: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack((tensor, chunk), dim=1).to(torch.int32).to(device)
 
 
+def compile_ahead(dtypes: tuple[torch.dtype, ...], constants: dict[str, Any], device: torch.device) -> None:
+    """Compile the kernel without a launch, for tables of these dtypes."""
+    with on(device):
+        kernel.multi_tensor.warmup(*dtypes, grid=(1,), **constants)
+
+
+def on(device: torch.device) -> Any:
+    """Make a device the current one for a launch."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
 def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
     """Start the kernel. The only place that does."""
     kernel.multi_tensor[(programs,)](*tables, **constants)
+
+
+def constants_of(key: Key, scalars: Any, signal: bool) -> dict[str, Any]:
+    """What the kernel is compiled for.
+
+    Args:
+        scalars: the NamedTuple type of the rule's scalars.
+        signal: whether the step has one.
+    """
+    return {
+        "RULE": key.variant.rule,
+        "SCALARS": scalars,
+        "FIELDS": scalars._fields,
+        "SIGNAL": signal,
+        "COMPUTE": TRITON_DTYPES[key.compute],
+        "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
+        "BLOCK": kernel.BLOCK,
+        "ALIGNED": key.aligned,
+        **kept_as(key.codecs, key.gradient, warp_size(key.device), averaged=key.variant.averaged),
+    }
 
 
 def warp_size(device: torch.device) -> int:
@@ -93,11 +126,31 @@ class TritonBucket(Bucket):
         own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
         self.pointers: list[int] = []
-        self.kept = kept_as(key.codecs, key.gradient, warp_size(key.device), averaged=key.variant.averaged)
+        self._constants: dict[Any, dict[str, Any]] = {}
+        # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
+        self._staging: Tensor | None = None
+        self._captured: list[Tensor] = []
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
         return 1
+
+    @classmethod
+    def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
+        super().warm_up(optimizer, key, members)
+        group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
+        scalars = type(row_for(optimizer, group, 1).h)
+        signal = optimizer.scales_gradients and not key.variant.prologue
+        last = torch.float64 if signal else key.compute
+        tables = (torch.int32, torch.int64, torch.int64, key.compute, torch.int32, last)
+        compile_ahead(tables, constants_of(key, scalars, signal), key.device)
+        if signal:
+            from .triton_norm import step_signal
+
+            zeros = torch.zeros(1, 2, dtype=torch.float64, device=key.device)
+            one = torch.ones((), device=key.device)
+            for scaling in (Scaling(max_norm=1.0), Scaling(one, one, True, optimizer.max_grad_norm)):
+                step_signal(zeros if scaling.reads else None, scaling, torch.ones_like(zeros[:, 0]))
 
     def accept(self, gradients: list[Tensor | None]) -> bool:
         try:
@@ -108,9 +161,26 @@ class TritonBucket(Bucket):
             staged = array("q", pointers)
             if self.key.aligned and bool((torch.frombuffer(staged, dtype=torch.int64) & 15).any()):
                 return False
-            self.gradient_table = to_device(staged, torch.int64, self.key.device)
+            if capturing(self.key.device):
+                self._take_captured(staged)
+            else:
+                self.gradient_table = to_device(staged, torch.int64, self.key.device)
+                if self.key.capturable and self._staging is None and self.key.device.type != "cpu":
+                    self._staging = torch.empty(len(pointers), dtype=torch.int64, pin_memory=True)
             self.pointers = pointers
         return True
+
+    def _take_captured(self, staged: array[int]) -> None:
+        """Let the graph copy the addresses from memory that outlives it."""
+        if self._staging is None:
+            raise RuntimeError(
+                "no step was made before this one, which is captured. Make a few first, on a side stream."
+            )
+        self._staging.copy_(torch.frombuffer(staged, dtype=torch.int64))
+        self.gradient_table = torch.empty_like(self._staging, device=self.key.device)
+        self.gradient_table.copy_(self._staging, non_blocking=True)
+        self._captured += [self._staging, self.gradient_table]
+        self._staging = None
 
     def partial_norms(self, norm: Norm) -> list[Tensor]:
         if self.key.variant.prologue:  # the gradients are not in the table yet
@@ -129,23 +199,13 @@ class TritonBucket(Bucket):
             self.regrouped = False
         h = next(row.h for row in rows if row is not None)
         table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
-        constants = {
-            "RULE": self.key.variant.rule,
-            "SCALARS": type(h),
-            "FIELDS": h._fields,
-            "SIGNAL": self.signal is not None,
-            "COMPUTE": TRITON_DTYPES[self.key.compute],
-            "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
-            "BLOCK": kernel.BLOCK,
-            "ALIGNED": self.key.aligned,
-            **self.kept,
-        }
+        compiled_for = (type(h), self.signal is not None)
+        if compiled_for not in self._constants:
+            self._constants[compiled_for] = constants_of(self.key, *compiled_for)
+        constants = self._constants[compiled_for]
         keys = self.random_keys(rows) if self.key.random else self.chunks
         signal = table if self.signal is None else self.signal
         tables = (self.chunks, self.tensors, self.gradient_table, table, keys, signal)
-        if self.key.device.type == "cpu":
+        with on(self.key.device):
             launch(len(self.chunks), tables, constants)
-        else:
-            with torch.get_device_module(self.key.device).device(self.key.device):
-                launch(len(self.chunks), tables, constants)
         self.mark_written()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .bucket import to_device
 from .gradient_norm import EUCLIDEAN, Norm, Scaling
 from .kernels import gradient_norm as kernels
 from .layout import all_aligned
-from .triton_backend import TRITON_DTYPES, chunk_table, warp_size
+from .triton_backend import TRITON_DTYPES, chunk_table, on, warp_size
 
 # The chunk and tensor tables of the lists of tensors that were last asked for, by device and sizes.
 _TABLES: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
@@ -63,21 +62,25 @@ def launch_partial_norms(
     if programs:
         with on(device):
             kernels.partial_norms[(programs,)](
-                chunks, tensors, gradients, out, len(chunks), settings_of(device, 0.0, norm.power), **constants
+                chunks, tensors, gradients, out, len(chunks), power_of(device, norm), **constants
             )
     return out
 
 
-def step_signal(partials: Tensor | None, scaling: Scaling, device: torch.device) -> Tensor:
-    """See gradient_norm.signal_from: in one launch."""
+def step_signal(partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> Tensor:
+    """See gradient_norm.signal_from: in one launch.
+
+    Args:
+        max_norm: the largest norm allowed, infinite for any, float64 ``(1,)`` on the device.
+    """
+    device = max_norm.device
     out = torch.empty(4, dtype=torch.float64, device=device)
-    settings = settings_of(device, math.inf if scaling.max_norm is None else scaling.max_norm, EUCLIDEAN.power)
     scale, found = (placed(t, device) for t in (scaling.grad_scale, scaling.found_inf))
     with on(device):
         kernels.step_signal[(1,)](
             out if partials is None else partials,
             0 if partials is None else len(partials),
-            settings,
+            max_norm,
             out if scale is None else scale,
             out if found is None else found,
             out,
@@ -96,19 +99,7 @@ def placed(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.detach().to(device, torch.float32, non_blocking=True)
 
 
-_SETTINGS: dict[tuple[torch.device, float, float], Tensor] = {}
-
-
-def settings_of(device: torch.device, max_norm: float, power: float) -> Tensor:
-    """The largest norm and the power on the device; a few are remembered, so that a step copies nothing."""
-    key = (device, float(max_norm), float(power))
-    if key not in _SETTINGS:
-        if len(_SETTINGS) >= _KEPT:
-            _SETTINGS.clear()
-        _SETTINGS[key] = to_device(array("d", key[1:]), torch.float64, device)
-    return _SETTINGS[key]
-
-
-def on(device: torch.device) -> Any:
-    """Make a device the current one for a launch."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+@cache
+def power_of(device: torch.device, norm: Norm) -> Tensor:
+    """The power of a norm on the device."""
+    return to_device(array("d", [norm.power]), torch.float64, device)

@@ -1,0 +1,93 @@
+"""The hyperparameters of an optimizer in device memory, where captured steps read them."""
+
+from __future__ import annotations
+
+from array import array
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the device's work is being recorded into a graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class OnDevice:
+    """All numbers of the parameter groups, their seeds and the largest norm, in one tensor on a device.
+
+    What is a tensor already stays what it is.
+    """
+
+    def __init__(self, optimizer: RuleOptimizer, device: torch.device) -> None:
+        self._optimizer, self._device = optimizer, device
+        self._pushed: list[float] = []
+        self._names: list[list[str]] = []  # of each group's
+        self._first: list[int] = []  # of each group, the place of its first
+        self._memory = torch.empty(0, dtype=torch.float64, device=device)
+
+    def push(self) -> None:
+        """Bring the device up to date, without waiting for it; a copy only where something changed."""
+        own = list(map(numbers, self._optimizer.param_groups))
+        now = [x for group in own for _, x in group]
+        norm = self._optimizer.max_grad_norm
+        now.append(float("inf") if norm is None else float(norm))
+        if now == self._pushed:
+            return
+        if capturing(self._device):
+            raise RuntimeError(
+                "hyperparameters changed since they were last brought to the device, which can't be done while a graph "
+                "is captured. Call optimizer.push_hyperparameters() before."
+            )
+        if len(now) != len(self._memory):
+            self._memory = torch.empty(len(now), dtype=torch.float64, device=self._device)
+        staged = torch.frombuffer(array("d", now), dtype=torch.float64)
+        if self._device.type != "cpu":
+            staged = staged.pin_memory()  # of its own, so that none in flight is overwritten
+        self._memory.copy_(staged, non_blocking=True)
+        self._pushed = now
+        self._names = [[name for name, _ in group] for group in own]
+        self._first = [0, *accumulate(map(len, own))]
+
+    def group(self, index: int) -> dict[str, Any]:
+        """The numbers of a group as 0-dim float64 tensors; ``seed`` as its two halves, int32."""
+        group = self._optimizer.param_groups[index]
+        found: dict[str, Any] = {}
+        for place, name in enumerate(self._names[index], self._first[index]):
+            value = self._memory[place]
+            if name == "seed":
+                found.setdefault(name, []).append(value.to(torch.int32))
+            elif isinstance(group[name], (tuple, list)):
+                found[name] = (*found.get(name, ()), value)
+            else:
+                found[name] = value
+        return found
+
+    @property
+    def max_norm(self) -> Tensor:
+        """Float64 ``(1,)``."""
+        return self._memory[-1:]
+
+
+def numbers(group: dict[str, Any]) -> list[tuple[str, float]]:
+    """The hyperparameters of a group that are Python numbers, of tuples each; the seed as signed halves."""
+    found: list[tuple[str, float]] = []
+    for name, value in group.items():
+        if name == "seed":
+            found += [(name, float(half(value))), (name, float(half(value >> 32)))]
+        elif isinstance(value, (tuple, list)) and name not in ("params", "param_names"):
+            if all(type(x) in (int, float) for x in value):
+                found += [(name, float(x)) for x in value]
+        elif type(value) in (int, float):
+            found.append((name, float(value)))
+    return found
+
+
+def half(x: int) -> int:
+    """The lower 32 bits, as a signed number."""
+    return (x + 2**31) % 2**32 - 2**31
