@@ -44,14 +44,20 @@ class OnDevice:
                 "hyperparameters changed since they were last brought to the device, which can't be done while a graph "
                 "is captured. Call optimizer.push_hyperparameters() before."
             )
-        if len(now) != len(self._memory):
+        names = [[name for name, _ in group] for group in own]
+        if names != self._names:
+            if self._optimizer._captured:
+                raise RuntimeError(
+                    "the parameter groups have other hyperparameters than when a step was captured, which will read "
+                    "the old ones. Capture it again, with a new optimizer or after a step of this one."
+                )
             self._memory = torch.empty(len(now), dtype=torch.float64, device=self._device)
         staged = torch.frombuffer(array("d", now), dtype=torch.float64)
         if self._device.type != "cpu":
             staged = staged.pin_memory()  # of its own, so that none in flight is overwritten
         self._memory.copy_(staged, non_blocking=True)
         self._pushed = now
-        self._names = [[name for name, _ in group] for group in own]
+        self._names = names
         self._first = [0, *accumulate(map(len, own))]
 
     def group(self, index: int) -> dict[str, Any]:
@@ -76,11 +82,12 @@ class OnDevice:
 
 def numbers(group: dict[str, Any]) -> list[tuple[str, float]]:
     """The hyperparameters of a group that are Python numbers, of tuples each; the seed as signed halves."""
-    found: list[tuple[str, float]] = []
+    seed = int(group.get("seed", 0))
+    found = [("seed", float(half(seed))), ("seed", float(half(seed >> 32)))]
     for name, value in group.items():
         if name == "seed":
-            found += [(name, float(half(value))), (name, float(half(value >> 32)))]
-        elif isinstance(value, (tuple, list)) and name not in ("params", "param_names"):
+            continue
+        if isinstance(value, (tuple, list)) and name not in ("params", "param_names"):
             if all(type(x) in (int, float) for x in value):
                 found += [(name, float(x)) for x in value]
         elif type(value) in (int, float):

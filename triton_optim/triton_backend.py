@@ -84,7 +84,7 @@ def on(device: torch.device) -> Any:
 
 
 def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
-    """Start the kernel. The only place that does."""
+    """Start the kernel. The only place that does; those of the norm are started in triton_norm."""
     kernel.multi_tensor[(programs,)](*tables, **constants)
 
 
@@ -173,9 +173,7 @@ class TritonBucket(Bucket):
     def _take_captured(self, staged: array[int]) -> None:
         """Let the graph copy the addresses from memory that outlives it."""
         if self._staging is None:
-            raise RuntimeError(
-                "no step was made before this one, which is captured. Make a few first, on a side stream."
-            )
+            raise RuntimeError("no step was made before the one that is captured. Make a few first, on a side stream.")
         self._staging.copy_(torch.frombuffer(staged, dtype=torch.int64))
         self.gradient_table = torch.empty_like(self._staging, device=self.key.device)
         self.gradient_table.copy_(self._staging, non_blocking=True)

@@ -39,6 +39,12 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
     return launch_partial_norms(chunks, sizes, gradients, tensors[0].dtype, all_aligned(pointers), norm)
 
 
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Start one of the kernels. The only place that does."""
+    with on(arguments[0].device):
+        kernel[(programs,)](*arguments, **constants)
+
+
 def launch_partial_norms(
     chunks: Tensor, tensors: Tensor, gradients: Tensor, dtype: torch.dtype, aligned: bool, norm: Norm
 ) -> Tensor:
@@ -60,10 +66,8 @@ def launch_partial_norms(
         **kernels.launch_options(dtype.itemsize, warp_size(device)),
     }
     if programs:
-        with on(device):
-            kernels.partial_norms[(programs,)](
-                chunks, tensors, gradients, out, len(chunks), power_of(device, norm), **constants
-            )
+        arguments = (chunks, tensors, gradients, out, len(chunks), power_of(device, norm))
+        launch(kernels.partial_norms, programs, arguments, constants)
     return out
 
 
@@ -76,21 +80,18 @@ def step_signal(partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> 
     device = max_norm.device
     out = torch.empty(4, dtype=torch.float64, device=device)
     scale, found = (placed(t, device) for t in (scaling.grad_scale, scaling.found_inf))
-    with on(device):
-        kernels.step_signal[(1,)](
-            out if partials is None else partials,
-            0 if partials is None else len(partials),
-            max_norm,
-            out if scale is None else scale,
-            out if found is None else found,
-            out,
-            KIND="none" if partials is None else EUCLIDEAN.kind,
-            SCALED=scale is not None,
-            FOUND=found is not None,
-            SKIP=scaling.look and found is None,
-            BLOCK=4 * THREADS,
-            num_warps=THREADS // warp_size(device),
-        )
+    sums = out if partials is None else partials
+    count = 0 if partials is None else len(partials)
+    arguments = (sums, count, max_norm, out if scale is None else scale, out if found is None else found, out)
+    constants = {
+        "KIND": "none" if partials is None else EUCLIDEAN.kind,
+        "SCALED": scale is not None,
+        "FOUND": found is not None,
+        "SKIP": scaling.look and found is None,
+        "BLOCK": 4 * THREADS,
+        "num_warps": THREADS // warp_size(device),
+    }
+    launch(kernels.step_signal, 1, arguments, constants)
     return out
 
 

@@ -1,0 +1,207 @@
+"""A step that is captured once and replayed: on a GPU by a CUDA graph, elsewhere by a tape of all that it did."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import HAS_GPU, TRITON_LOOPS
+from table import CASES, Case, rows
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import triton_optim
+
+REPLAYS = 100
+BF16 = torch.bfloat16
+SHAPES = [(33,), (7,)]
+
+
+class Tape(TorchDispatchMode):
+    """Every operation and launch, to be done again with the same tensors; the host may not ask for a value."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.done: list[Any] = []
+        from triton_optim import triton_backend, triton_norm
+
+        for module in (triton_backend, triton_norm):
+            monkeypatch.setattr(module, "launch", self.watched(module.launch))
+
+    def watched(self, launch: Any) -> Any:
+        def recorded(*arguments: Any) -> None:
+            with _disable_current_modes():
+                launch(*arguments)
+            if torch._C._len_torch_dispatch_stack():
+                self.done.append((None, lambda: launch(*arguments), None))
+
+        return recorded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), "the host waits"
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.done.append((func, lambda: func(*args, **(kwargs or {})), out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, again, out in self.done:
+                new = again()
+                if func is None or func._schema.is_mutable:
+                    continue
+                pairs = zip(out, new, strict=True) if isinstance(out, (tuple, list)) else [(out, new)]
+                for old, value in pairs:
+                    if isinstance(old, Tensor):
+                        old.copy_(value)
+
+
+def start(device: torch.device, dtype: torch.dtype) -> list[Parameter]:
+    random = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(shape, generator=random).to(device, dtype)) for shape in SHAPES]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    return params
+
+
+def set_gradients(params: list[Parameter], k: int) -> None:
+    random = torch.Generator().manual_seed(1 + k)
+    for p in params:
+        p.grad.copy_(torch.randn(p.shape, generator=random))
+
+
+def everything(params: list[Parameter], optimizer: triton_optim.RuleOptimizer) -> list[Tensor]:
+    states = (v for p in params for v in optimizer.state.get(p, {}).values())
+    return [*(p.detach() for p in params), *(torch.as_tensor(v) for v in states)]
+
+
+def run(optimizer: Any, params: list[Parameter], scaler: list[Tensor], tape: Tape | None) -> None:
+    """Three steps, one that may be taped, and then REPLAYS - 1 more, under a schedule."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, REPLAYS)
+
+    def step() -> None:
+        if scaler:
+            optimizer.grad_scale, optimizer.found_inf = scaler
+        optimizer.step()
+
+    for k in range(3 + REPLAYS):
+        set_gradients(params, k)
+        if scaler:
+            scaler[1].fill_(float(k % 7 == 5))
+        if tape is None or k < 3:
+            step()
+        elif k == 3:
+            optimizer.push_hyperparameters()
+            with tape:
+                step()
+        else:
+            optimizer.push_hyperparameters()
+            tape.replay()
+        schedule.step()
+        if k == 50:
+            for group in optimizer.param_groups:
+                group["seed"] = 2**40 + 7
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.2
+
+
+@rows(*(case for case in CASES if case.elementwise and not case.sparse))
+def test_every_rule_is_replayed_bit_for_bit(case: Case, device: torch.device, monkeypatch: Any) -> None:
+    if HAS_GPU:
+        pytest.skip("a tape of what a CPU does; test_cuda_graph is the real thing")
+    results = []
+    for taped in (False, True):
+        params = start(device, torch.float32)
+        optimizer = case.ours(params, lr=0.01, capturable=True, backend="eager")
+        run(optimizer, params, [], Tape(monkeypatch) if taped else None)
+        results.append(everything(params, optimizer))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+WHOLE = {"max_grad_norm": 1.0, "amp": "fused", "ema_decay": 0.9, "ema_warmup": True}
+STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_dtype": BF16}
+
+
+@pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, WHOLE), (BF16, WHOLE | STOCHASTIC)], ids=["float32", "stochastic"]
+)
+def test_a_whole_step_is_replayed_bit_for_bit(
+    dtype: torch.dtype, options: dict[str, Any], device: torch.device, monkeypatch: Any
+) -> None:
+    if HAS_GPU:
+        pytest.skip("a tape of what a CPU does; test_cuda_graph is the real thing")
+    results = []
+    for taped in (False, True):
+        params = start(device, dtype)
+        optimizer = triton_optim.AdamW(params, lr=0.01, capturable=True, backend="triton", **options)
+        scaler = [torch.full((), 8.0), torch.zeros(())]
+        run(optimizer, params, scaler, Tape(monkeypatch) if taped else None)
+        results.append([*everything(params, optimizer), optimizer.grad_norm])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.float32, WHOLE), (BF16, WHOLE | STOCHASTIC)],
+    ids=["float32", "whole", "stochastic"],
+)
+def test_cuda_graph(dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> None:
+    results = []
+    for captured in (False, True):
+        params = start(device, dtype)
+        optimizer = triton_optim.AdamW(params, lr=0.01, capturable=True, backend="triton", **options)
+        scaler = [torch.full((), 8.0, device=device), torch.zeros((), device=device)] if "amp" in options else []
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, REPLAYS)
+        graph = torch.cuda.CUDAGraph()
+        if scaler:
+            optimizer.grad_scale, optimizer.found_inf = scaler
+        for k in range(3 + REPLAYS):
+            set_gradients(params, k)
+            if captured and k == 3:
+                optimizer.push_hyperparameters()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            if captured and k >= 3:
+                optimizer.push_hyperparameters()
+                graph.replay()
+            else:
+                optimizer.step()
+            schedule.step()
+        torch.cuda.synchronize()
+        results.append(everything(params, optimizer))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_trap_30_capturing_without_a_gradient_raises(device: torch.device, monkeypatch: Any) -> None:
+    params = start(device, torch.float32)
+    optimizer = triton_optim.AdamW(params, capturable=True)
+    optimizer.step()
+    params[1].grad = None
+    monkeypatch.setattr("triton_optim.optimizer.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="parameter 1 requires a gradient and has none while a graph is captured"):
+        optimizer.step()
+
+
+def test_capturing_numbers_of_the_host_raises(device: torch.device, monkeypatch: Any) -> None:
+    params = start(device, torch.float32)
+    optimizer = triton_optim.AdamW(params)
+    optimizer.step()
+    monkeypatch.setattr("triton_optim.optimizer.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        optimizer.step()
+
+
+def test_hyperparameters_that_changed_must_be_pushed_before_a_capture(device: torch.device, monkeypatch: Any) -> None:
+    params = start(device, torch.float32)
+    optimizer = triton_optim.AdamW(params, capturable=True)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    monkeypatch.setattr("triton_optim.on_device.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="push_hyperparameters"):
+        optimizer.step()
