@@ -28,15 +28,15 @@ _NUMEL, _BLOCK, _CHUNKS = tl.constexpr(NUMEL), tl.constexpr(BLOCK), tl.constexpr
 
 
 # An int argument of 1, or a multiple of 16, would else be compiled for.
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "columns"])
 def partial_norms(
     chunks,
     tensors,
     gradients,
     partials,
     count,
+    columns,
     power,
-    COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -45,9 +45,9 @@ def partial_norms(
     """The sum of the powers of a run of chunks, or their largest magnitude.
 
     Args:
-        chunks, tensors, gradients: as of `multi_tensor`; `tensors` has COLUMNS columns.
+        chunks, tensors, gradients: as of `multi_tensor`.
         partials: float64 ``(programs, 2)``: the sum, and whether an element is not finite (not 0).
-        count: the number of chunks.
+        count, columns: the number of chunks, and of columns of `tensors`.
         power: float64 ``(1,)``: what the magnitudes are raised to where KIND is "p".
         KIND: "1", "2", "p" or "inf".
         DTYPE: of the gradients. COMPUTE: what the arithmetic is done in.
@@ -62,7 +62,7 @@ def partial_norms(
         if chunk < count:
             tensor = tl.load(chunks + 2 * chunk)
             start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * _BLOCK
-            numel = tl.load(tensors + tensor.to(tl.int64) * COLUMNS + _NUMEL)
+            numel = tl.load(tensors + tensor.to(tl.int64) * columns + _NUMEL)
             gradient = tl.load(gradients + tensor)
             if gradient != 0:
                 pointer = gradient.to(tl.pointer_type(DTYPE))

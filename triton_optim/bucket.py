@@ -264,8 +264,9 @@ class Bucket(ABC):
     def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         """Compile what :meth:`prepare` leaves to the first step."""
         if optimizer.max_grad_norm is not None and not key.sparse:
-            empty = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
-            partial_norms([empty], EUCLIDEAN, key.choice.backend)
+            zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
+            misaligned = key.choice.backend == "triton" and not key.aligned
+            partial_norms([zeros[misaligned:]], EUCLIDEAN, key.choice.backend)
 
     @abstractmethod
     def run(self, rows: list[Row | None]) -> None:

@@ -326,7 +326,8 @@ class Plan:
             found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
             partials = on_one_device(found, device)
         elif scaling.reads:
-            found = [part for bucket in self.buckets for part in bucket.partial_norms(EUCLIDEAN)]
+            busy = (bucket for bucket in self.buckets if any(g is not None for g in bucket.gradients))
+            found = [part for bucket in busy for part in bucket.partial_norms(EUCLIDEAN)]
             partials = on_one_device(found, device)
         if any(map(reads_signal, self.buckets)):
             from .triton_norm import step_signal

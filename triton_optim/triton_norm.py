@@ -58,7 +58,6 @@ def launch_partial_norms(
     out = torch.empty(programs, 2, dtype=torch.float64, device=device)
     wide = dtype == torch.float64 or norm.kind == "p"
     constants = {
-        "COLUMNS": tensors.shape[1],
         "KIND": norm.kind,
         "DTYPE": TRITON_DTYPES[dtype],
         "COMPUTE": TRITON_DTYPES[torch.float64 if wide else torch.float32],
@@ -66,7 +65,7 @@ def launch_partial_norms(
         **kernels.launch_options(dtype.itemsize, warp_size(device)),
     }
     if programs:
-        arguments = (chunks, tensors, gradients, out, len(chunks), power_of(device, norm))
+        arguments = (chunks, tensors, gradients, out, len(chunks), tensors.shape[1], power_of(device, norm))
         launch(kernels.partial_norms, programs, arguments, constants)
     return out
 
