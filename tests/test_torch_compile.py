@@ -8,6 +8,7 @@ import pytest
 import torch
 from table import CASES, Case, rows
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 import triton_optim
 from triton_optim import compiled_backend
@@ -251,3 +252,54 @@ def test_compiler_older_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> N
     optimizer.step()
     assert seen == [True, None]
     assert (p > 1).all()
+
+
+WHOLE: dict[str, Any] = {"max_grad_norm": 0.5, "ema_decay": 0.9}
+KEPT = [
+    (torch.float32, {}),
+    (torch.float32, {"state_dtype": "int8"}),
+    (torch.bfloat16, {"param_precision": "stochastic", "state_dtype": "int4", "ema_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"param_precision": "split32"}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "kept"), KEPT, ids=["float32", "int8", "int4", "split32"])
+def test_a_train_step_with_clipping_averaging_and_codecs(
+    dtype: torch.dtype, kept: dict[str, Any], backend: str, device: torch.device
+) -> None:
+    """One graph for a whole schedule, which hands the parameters themselves to the step, no copies of them."""
+
+    def whole(model: Any, optimizer: Any, x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).float().square().mean()
+        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            p.grad = g
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 70), torch.nn.Tanh(), torch.nn.Linear(70, 3)).to(device, dtype)
+        optimizer = triton_optim.AdamW(model.parameters(), lr=0.01, backend=backend, **WHOLE, **kept)
+        counter = CompileCounterWithBackend("inductor")
+        run = torch.compile(whole, fullgraph=True, backend=counter) if compiled else whole
+        source: list[str] = []
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            for i in range(5):
+                change_hyperparameters(optimizer, i)
+                if compiled and i == 0:
+                    _, source = run_and_get_code(run, model, optimizer, x)
+                else:
+                    run(model, optimizer, x)
+        with optimizer.averaged_parameters():
+            results.append([p.detach().clone() for p in model.parameters()])
+        if compiled:
+            assert counter.frame_count == 1
+            (call,) = [line for code in source for line in code.splitlines() if "triton_optim.step.default(" in line]
+            params = call.split("(", 1)[1].split("]")[0]
+            assert "buf" not in params, call
+    tolerance = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
