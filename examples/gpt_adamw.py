@@ -1,4 +1,4 @@
-"""A small GPT that learns to write Python: AdamW, cosine schedule, clipped gradients, mixed precision.
+"""A small GPT that learns to write Python: AdamW, cosine schedule, mixed precision; clipping and averaging in the step.
 
     python examples/gpt_adamw.py
 
@@ -57,20 +57,20 @@ def main(seed=0, steps=120):
     read, unread = source_text("argparse", "doctest", "inspect", "tarfile", "typing"), source_text("subprocess")
     judged_at = torch.arange(0, len(unread) - CONTEXT, 4 * CONTEXT)
     model = GPT()
-    optimizer = triton_optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = triton_optim.AdamW(
+        model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, amp="fused", max_grad_norm=1.0, ema_decay=0.9
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = triton_optim.GradScaler("cpu")
     before = loss_of(model, unread, judged_at).item()
     for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_of(model, read, torch.randint(len(read) - CONTEXT, (16,)))
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-    with torch.no_grad():
+    with optimizer.averaged_parameters(), torch.no_grad():
         table, after = loss_of_table(read, unread), loss_of(model, unread, judged_at).item()
     print(f"loss on unread text: table {table:.3f}, GPT before training {before:.3f}, after {after:.3f}")
     return table, before, after

@@ -51,6 +51,12 @@ def test_the_ways_out_of_a_codec(tmp_path: Path) -> None:
     assert module.checkpoint["state"][0]["exp_avg_sq"].shape == (256, 256)
 
 
+def test_the_whole_step(tmp_path: Path) -> None:
+    module = execute(block("optim.GradScaler("), "readme_whole_step", tmp_path)
+    assert 0 < module.optimizer.grad_norm < 1
+    assert all("ema" in state for state in module.optimizer.state.values())
+
+
 def test_muons_groups(tmp_path: Path) -> None:
     module = execute(block("optim.Muon("), "readme_muon", tmp_path)
     assert [len(group["params"]) for group in module.optimizer.param_groups] == [1, 4]
