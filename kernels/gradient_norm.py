@@ -58,7 +58,7 @@ def partial_norms(
     faults = tl.zeros((_BLOCK,), tl.int32)
     offsets = tl.arange(0, _BLOCK)
     for k in range(_CHUNKS):
-        chunk = program * _CHUNKS + k
+        chunk = program.to(tl.int64) * _CHUNKS + k
         if chunk < count:
             tensor = tl.load(chunks + 2 * chunk)
             start = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * _BLOCK

@@ -89,6 +89,7 @@ def step_signal(partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> 
         "SKIP": scaling.look and found is None,
         "BLOCK": 4 * THREADS,
         "num_warps": THREADS // warp_size(device),
+        "enable_fp_fusion": True,
     }
     launch(kernels.step_signal, 1, arguments, constants)
     return out

@@ -1,0 +1,35 @@
+"""What the kernels of the norm pass compile to on GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    words = [sys.executable, str(Path(__file__).with_name("gradient_norm_compiled.py"))]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
+    assert len(compiled) == 16
+    assert [row for row in compiled if row["spilled"] or row["stack"] or row["registers"] > 64] == []
+
+
+def test_whole_chunks_are_read_without_a_mask_and_128_bits_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    assert [row for row in compiled if row["kernel"] == "partial_norms" and not row["whole_reads"]] == []
+
+
+def test_trap_1_offsets_are_int64(compiled: list[dict[str, Any]]) -> None:
+    assert [row for row in compiled if row.get("wrapping")] == []
