@@ -86,9 +86,11 @@ def backend_of(t: Tensor, backend: Backend | None) -> Backend:
 
 
 def eager_partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
-    """:func:`partial_norms` of tensors of one device in torch operations, one row a tensor."""
+    """:func:`partial_norms` of tensors of one device in torch operations, one row a tensor that is not empty."""
     wide = exact_dtype(tensors[0].device)
-    parts = [t.resolve_conj().abs() if t.is_complex() else t for t in tensors]
+    parts = [t.resolve_conj().abs() if t.is_complex() else t for t in tensors if t.numel()]
+    if not parts:  # nothing has no largest magnitude
+        return torch.zeros(1, 2, dtype=wide, device=tensors[0].device)
     norms = torch.stack([torch.linalg.vector_norm(t, norm.power, dtype=wide) for t in parts])
     sums = norms if norm.kind == "inf" else norms**norm.power
     return torch.stack((sums, (~sums.isfinite()).to(wide)), dim=1)
