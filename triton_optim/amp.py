@@ -30,12 +30,15 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's."""
+        if not self._enabled:
+            return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
         ours = isinstance(optimizer, RuleOptimizer) and optimizer.amp is not None
-        if not self._enabled or not ours or state["stage"] is not OptState.READY or args or kwargs:
+        if not ours or state["stage"] is not OptState.READY or args or kwargs:
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
-        optimizer.grad_scale = self._get_scale_async()  # type: ignore[attr-defined]
+        own = getattr(optimizer, "grad_scale", 1)  # what the caller has scaled by besides, as in torch
+        optimizer.grad_scale = self._get_scale_async() * own  # type: ignore[attr-defined, operator]
         try:
             optimizer.step()
         finally:

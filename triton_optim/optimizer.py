@@ -438,9 +438,8 @@ class RuleOptimizer(Optimizer):
                 raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
         scaling = self._scaling()
         signal = plan.step(scaling)
-        if signal is not None:
-            self.skipped, norm = signal[1], signal[2]
-            self.grad_norm = norm if self.max_grad_norm is not None else None
+        self.skipped = None if signal is None else signal[1]
+        self.grad_norm = None if signal is None or self.max_grad_norm is None else signal[2]
         if any(capturing(bucket.key.device) for bucket in plan.buckets):
             self._captured.append(plan)  # a replay uses its memory
         if fresh and self.state and self._was_probed(gradients):
@@ -450,7 +449,9 @@ class RuleOptimizer(Optimizer):
         """What this step does with all gradients; None where that is nothing."""
         grad_scale = found_inf = None
         if self.amp is not None:
-            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            # Of no gradients at all torch's scaler says 0, no tensor.
+            told = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            grad_scale, found_inf = (t if isinstance(t, Tensor) else None for t in told)
         looks = grad_scale is not None or found_inf is not None
         if not looks and self.max_grad_norm is None:
             return None
