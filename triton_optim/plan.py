@@ -207,8 +207,8 @@ def entries_of(
         if sparse and (kept := [codec.name for codec in wanted if codec.name != "plain"]):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: the gradient of parameter {index} is sparse, and its rows are updated "
-                f'where they were gathered, not kept as {kept[0]}. Use state_dtype=None and param_precision="storage" '
-                "for its group."
+                f"where they were gathered, not kept as {kept[0]}. Use state_dtype=None, ema_dtype=None and "
+                'param_precision="storage" for its group.'
             )
         entries.append(Entry(index, group, p, dtype, tuple(wanted), aligned, parts, index in overlaps, sparse))
     return entries

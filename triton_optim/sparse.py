@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from .averaging import average_of
 from .bucket import Bucket, Key, Member, Row
 from .eager_backend import traffic, update
 
@@ -31,17 +33,24 @@ class SparseBucket(Bucket):
         return self._take([g if g is None else g.coalesce() for g in own])
 
     def run(self, rows: list[Row | None]) -> None:
+        key = rule = self.key
+        if key.variant.averaged:
+            rule = key._replace(variant=key.variant._replace(averaged=False), codecs=key.codecs[:-1])
         for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:
                 continue
             written, where = [own for (own,) in self.parts_of(m)], tuple(g.indices())
-            if self.key.differentiable:
+            average = written.pop() if key.variant.averaged else None
+            if key.differentiable:
                 written[0] = m.p
             p, *states = ([t[where]] for t in written)
-            update(self.key, p, g.values().reshape(p[0].shape), states, row)
+            update(rule, p, g.values().reshape(p[0].shape), states, row)
             for t, (new,) in zip(written, (p, *states), strict=True):
                 t[where] = new
+            if average is not None:  # of all elements: those that stay are averaged as they are
+                share = torch.as_tensor(row.weight, dtype=torch.float64)
+                average.copy_(average_of(average.to(key.compute), written[0].to(key.compute), share))
 
     @classmethod
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
