@@ -16,9 +16,9 @@ from .averaging import average_of, count_so_far, value_of, weight
 from .codecs import AVERAGE, CORRECTIONS, COUNT, Codec, keep_parameter, keep_state, part_names, read, write
 from .dispatch import Choice
 from .gradient_norm import EUCLIDEAN, Norm, partial_norms
-from .layout import in_layout_of, is_sharded, local, same_layout, with_local
+from .layout import in_layout_of, is_sharded, local, places, same_layout, with_local
 from .on_device import OnDevice
-from .random_bits import first_index, row_key, tensor_keys
+from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer, Variant
@@ -322,9 +322,9 @@ class Bucket(ABC):
 
     def _form_cohorts(self, keys: list[Any]) -> None:
         """Sort the members by group and key; those of one cohort have been counted alike."""
-        places: dict[Any, list[int]] = {}
+        members_of: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.members, keys, strict=True)):
-            places.setdefault((m.group, key), []).append(i)
+            members_of.setdefault((m.group, key), []).append(i)
         numbers, groups = self._numbers(), self.optimizer.param_groups
         self.cohorts = [
             Cohort(
@@ -334,7 +334,7 @@ class Bucket(ABC):
                 [self.members[i] for i in own],
                 own,
             )
-            for (group, _), own in places.items()
+            for (group, _), own in members_of.items()
         ]
         self.row_of = [0] * len(self.members)
         for row, cohort in enumerate(self.cohorts):
@@ -417,8 +417,20 @@ class Bucket(ABC):
             average = [local(m.state[AVERAGE])]
             before = read(codec, average, local(m.p)).to(self.key.compute)
             value = value_of(m.state, m.p).to(self.key.compute)
-            write(codec, average, average_of(before, value, torch.as_tensor(share, dtype=torch.float64)))
+            bits = self._bits_of_average(m, group, count, average[0]) if codec.random else None
+            new = average_of(before, value, torch.as_tensor(share, dtype=torch.float64))
+            write(codec, average, new, len(self.key.codecs), bits)
         cohort.count_average(skip)
+
+    def _bits_of_average(self, m: Member, group: dict[str, Any], count: Any, average: Tensor) -> Tensor:
+        """The random bits of an average of what stays. Its step is not counted, so that they are of the average's own
+        count, and of a role that no rule has.
+        """
+        device = average.device
+        key = row_key(int(group.get("seed", 0)), count if isinstance(count, Tensor) else int(count), device)
+        number = torch.full((1,), m.index, dtype=torch.int32, device=device)
+        first = torch.full((1,), first_index(m.p), device=device)
+        return bits_of_elements(tensor_keys(key.view(1), number, first)[0], places(average))
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""

@@ -12,7 +12,7 @@ from .averaging import average_of
 from .bucket import Bucket, Key, Member, Row, plain_group, row_for
 from .codecs import read, write
 from .kernels.language import results, torch_form
-from .layout import layout, local
+from .layout import local, places
 from .random_bits import bits_of_elements
 
 if TYPE_CHECKING:
@@ -76,13 +76,6 @@ def update(
             len(new),
             bits,
         )
-
-
-def places(tensor: Tensor) -> Tensor:
-    """The number of each element, counted as they lie in memory."""
-    numbers = torch.arange(tensor.numel(), device=tensor.device)
-    dense = layout(tensor) == "dense"
-    return numbers.as_strided(tensor.shape, tensor.stride()) if dense else numbers.view(tensor.shape)
 
 
 def traffic(optimizer: RuleOptimizer, key: Key) -> tuple[int, float]:

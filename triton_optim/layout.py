@@ -123,6 +123,13 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
+def places(tensor: Tensor) -> Tensor:
+    """The number of each element, counted as they lie in memory."""
+    numbers = torch.arange(tensor.numel(), device=tensor.device)
+    dense = layout(tensor) == "dense"
+    return numbers.as_strided(tensor.shape, tensor.stride()) if dense else numbers.view(tensor.shape)
+
+
 def all_aligned(pointers: Iterable[int]) -> bool:
     """Whether every address is a multiple of 16 bytes, what a 128-bit access needs."""
     bits = 0
