@@ -239,7 +239,7 @@ class Bucket(ABC):
             self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
-        self._all = self._indices == list(range(len(optimizer._flat)))
+        self._all = len(members) == len(optimizer._flat) and self._indices == list(range(len(members)))
         self._guards: Any = None
         self.place_states(values)
         self._form_cohorts([tuple(m.numbers.values()) for m in members])

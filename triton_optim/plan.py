@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -157,14 +159,14 @@ def entries_of(
         every: all parameters, whether there is a gradient or not.
         place: that of the only parameter that is asked about, which overlaps no other.
     """
-    groups = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+    ends = list(accumulate(len(group["params"]) for group in optimizer.param_groups))
     variants = [optimizer.running_variant(group) for group in optimizer.param_groups]
     counted = [optimizer.counted_names(group) for group in optimizer.param_groups]
     overlaps = overlapping([local(p) for p in params]) if place is None else set()
     known = {m.index: bucket.key for bucket in previous.buckets for m in bucket.members} if previous is not None else {}
     entries = []
     for index in range(len(params)) if place is None else [place]:
-        p, g, group = params[index], gradients[index], groups[index]
+        p, g, group = params[index], gradients[index], bisect_right(ends, index)
         state = optimizer.state.get(p, {})
         variant = variants[group]
         if variant.prologue and p.is_complex() and g is not None:
@@ -242,7 +244,8 @@ class Plan:
         place: int | None = None,
     ) -> None:
         self.optimizer, self.params = optimizer, params
-        self.sharded = any(map(is_sharded, params))
+        # A plan of one is made for each parameter: it must not go through all of them.
+        self.sharded = any(map(is_sharded, params if place is None else [params[place]]))
         self.options = options_of(optimizer)
         same = previous if previous is not None and previous.covers(params) else None
         members = sort_members(optimizer, entries_of(optimizer, params, gradients, same, place=place))
@@ -255,7 +258,7 @@ class Plan:
         self.buckets = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
-        self._state_dicts = list(optimizer.state.values())
+        self._state_dicts = list(optimizer.state.values()) if place is None else []
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
 
