@@ -64,6 +64,13 @@ def value_of(state: dict[str, Any], p: Tensor) -> Tensor:
 
 def count_so_far(optimizer: RuleOptimizer) -> float:
     """Of how many values the averages are, which a parameter that is new to them joins."""
+    if optimizer._release is not None:  # some have been counted in this round already
+        return optimizer._release.averaged
+    return largest_count(optimizer)
+
+
+def largest_count(optimizer: RuleOptimizer) -> float:
+    """Of how many values the average is that has the most."""
     return max((float(state[COUNT]) for state in optimizer.state.values() if COUNT in state), default=0.0)
 
 

@@ -111,9 +111,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
 
 def listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """The parameters as a list; an empty generator is warned of, as in torch."""
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    params = list(parameters)
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if isinstance(parameters, types.GeneratorType) and not params:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
     check_not_released(params)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .averaging import largest_count
+from .codecs import COUNT
 from .layout import local, overlapping
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._accumulating = False
         self._arrived: set[int] = set()  # since the last step
+        self.averaged = 0.0  # of how many values the averages were then
         self._places = {id(p): i for i, p in enumerate(optimizer._flat)}
         params: list[Any] = [p for p in optimizer._flat if p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrive) for p in params]
@@ -32,6 +35,8 @@ class GradientRelease:
             _released[p] = True
         self._params = params
         optimizer._release = self
+        optimizer._step_supports_amp_scaling = True  # so that a scaler calls step(), which refuses it
+        self.restart()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -52,10 +57,28 @@ class GradientRelease:
             _released.pop(p, None)
         if self._optimizer._release is self:
             self._optimizer._release = None
+            self._optimizer._step_supports_amp_scaling = self._optimizer.amp is not None
 
-    def next_round(self) -> None:
-        """A step was called: what arrives from here on belongs to the next."""
+    def restart(self) -> None:
+        """Start a round with the states as they are."""
         self._arrived.clear()
+        self.averaged = largest_count(self._optimizer)
+
+    def step(self, gradients: list[Tensor | None]) -> None:
+        """End a round: update what did not arrive but has a gradient, and average what has none. What arrives from here
+        on belongs to the next.
+        """
+        optimizer = self._optimizer
+        if self._arrived:
+            for place, (p, g) in enumerate(zip(optimizer._flat, gradients, strict=True)):
+                stays = place not in self._arrived and COUNT in optimizer.state.get(p, ())
+                if g is not None or stays:
+                    optimizer.update_one(place)
+            optimizer._opt_called = True
+        else:
+            optimizer.update(gradients)
+        self._arrived.clear()
+        self.averaged += any(COUNT in state for state in optimizer.state.values())
 
     def _arrive(self, p: Tensor) -> None:
         if self._accumulating:
@@ -66,8 +89,8 @@ class GradientRelease:
                 f"the gradient of parameter {place} arrived twice since the last step: it was updated with the first. "
                 "Call optimizer.step() after every backward, or run those that add up within handle.accumulating()."
             )
-        self._arrived.add(place)
         self._optimizer.update_one(place)
+        self._arrived.add(place)
         p.grad = None
 
 

@@ -315,16 +315,15 @@ class RuleOptimizer(Optimizer):
         self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
         gradients = [p.grad for p in self._flat]
         if self._release is not None:
-            self._release.next_round()
-            if getattr(self, "grad_scale", None) is not None:
+            told = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+            if any(value is not None for value in told):
                 raise RuntimeError(
                     f"{type(self).__name__}: a gradient scaler can't step gradients that were released in backward. "
                     "Use bfloat16, which needs none, or remove() the handle of gradient release."
                 )
-            if all(g is None for g in gradients):
-                self._opt_called = True
-                return loss
-        self.update(gradients)
+            self._release.step(gradients)
+        else:
+            self.update(gradients)
         return loss
 
     # A scheduler wraps `step` to note that it was called, in a file that Dynamo refuses to trace. `update` notes
@@ -333,8 +332,7 @@ class RuleOptimizer(Optimizer):
 
     def update(self, gradients: list[Tensor | None]) -> None:
         """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
-        if self._swapped:
-            raise RuntimeError("step inside averaged_parameters(): the weights are their averages. Leave it first.")
+        self._check_not_swapped()
         self._opt_called = True
         self._check_capture(gradients)
         recording = any(group.get("differentiable") for group in self.param_groups)
@@ -395,6 +393,7 @@ class RuleOptimizer(Optimizer):
 
     def update_one(self, place: int) -> None:
         """Apply a step of the parameter number `place` alone, with its gradient."""
+        self._check_not_swapped()
         p = self._flat[place]
         with torch.no_grad():
             gradients: dict[int, Tensor | None] = {place: None if p.grad is None else local_gradient(p, p.grad)}
@@ -404,6 +403,10 @@ class RuleOptimizer(Optimizer):
                 if not plan.fits(gradients):
                     raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
             plan.step()
+
+    def _check_not_swapped(self) -> None:
+        if self._swapped:
+            raise RuntimeError("step inside averaged_parameters(): the weights are their averages. Leave it first.")
 
     def _rounds(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
         """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
@@ -594,6 +597,8 @@ class RuleOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        if self._release is not None:
+            self._release.restart()
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, {p: with_own_memory(values) for p, values in self.state.items()})
@@ -603,11 +608,14 @@ class RuleOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-        for name, value in {"backend": "auto", "amp": None, "max_grad_norm": None}.items():
+        # A copy has none of these; who loads a state dict keeps them.
+        absent = {"backend": "auto", "amp": None, "max_grad_norm": None, "_swapped": False, "_release": None}
+        for name, value in absent.items():
             self.__dict__.setdefault(name, value)
-        self._step_supports_amp_scaling = self.amp is not None
-        self.grad_norm, self.skipped, self._swapped, self._release = None, None, False, None
-        self._on_device, self._captured = {}, []
+        self.__dict__.setdefault("_on_device", {})
+        self.__dict__.setdefault("_captured", [])
+        self._step_supports_amp_scaling = self.amp is not None or self._release is not None
+        self.grad_norm, self.skipped = None, None
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         fill_in(self, OPTIONS)
