@@ -8,10 +8,10 @@ import re
 import torch
 import triton
 from triton.compiler import ASTSource
+from triton_optim.kernels import gradient_norm as kernels
 
 from triton_optim.audit import TARGETS
 from triton_optim.audit_compile import resources, wrapping_offsets
-from triton_optim.kernels import gradient_norm as kernels
 from triton_optim.triton_backend import TRITON_DTYPES
 
 NORM = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "partials": "*fp64", "count": "i32", "columns": "i32",
@@ -55,12 +55,10 @@ def main() -> None:
                 }
             )
         constants = {"KIND": "2", "SCALED": True, "FOUND": False, "SKIP": True, "BLOCK": 1024}
-        got = compiled(kernels.step_signal, SIGNAL, constants, {"num_warps": 256 // target.warp_size, "enable_fp_fusion": True}, target)
-        need = resources(got)
-        rows.append(
-            {"kernel": "step_signal", "arch": arch, "registers": need.registers, "stack": need.stack_bytes,
-             "spilled": need.spilled}  # fmt: skip
-        )
+        options = {"num_warps": 256 // target.warp_size, "enable_fp_fusion": True}
+        need = resources(compiled(kernels.step_signal, SIGNAL, constants, options, target))
+        figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
+        rows.append({"kernel": "step_signal", "arch": arch, **figures})
     print(json.dumps(rows))
 
 

@@ -287,7 +287,8 @@ class RuleOptimizer(Optimizer):
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
-        counts = self.counts_steps or rounds(group) or self.amp is not None  # which may skip the first
+        may_skip_the_first = self.amp is not None and bool(self.variant(group).state_names)
+        counts = self.counts_steps or rounds(group) or may_skip_the_first
         return ["step"] * counts + list(self.started(group))
 
     # torch.optim.Optimizer's contract.
