@@ -158,11 +158,11 @@ def test_an_average_in_bfloat16_is_right_on_average(missing, backend, device):
     """It moves by an eighth of its last place a step, which to the nearest is nothing."""
     found = []
     for dtype in (BF16, torch.float32):
-        p, other = (Parameter(torch.ones(n, device=device)) for n in (4096, 1))
+        p, other = (Parameter(torch.ones(n, device=device)) for n in (2048, 1))
         opt = to.SGD([p, other], lr=0.125, ema_decay=0.99, ema_dtype=dtype, backend=backend)
         for step in range(12):
             other.grad = torch.zeros(1, device=device)
-            p.grad = torch.full((4096,), float(step == 1), device=device) if step < 2 or not missing else None
+            p.grad = torch.full((2048,), float(step == 1), device=device) if step < 2 or not missing else None
             opt.step()
         assert opt.state[p]["ema"].dtype == dtype
         found.append(1 - float(averaged(opt)[0].double().mean()))

@@ -129,18 +129,15 @@ def test_random_bits_are_those_of_ordinary_training(backend, device):
     assert_same_bits(bits(pairs[1][1]), bits(pairs[0][1]))
 
 
-@pytest.mark.parametrize("codes", ["int8", "int4"])
-def test_codes_are_those_of_ordinary_training(codes, backend, device):
-    if (codes, backend) == ("int4", "compiled"):
-        return  # two graphs more
+def test_codes_are_those_of_ordinary_training(backend, device):
     ends = []
     for release in (False, True):
         p, q = Parameter(torch.ones(70, 64, device=device)), Parameter(torch.ones(3, device=device))
-        opt = to.AdamW([p, q], lr=0.01, state_dtype=codes, backend=backend)
+        opt = to.AdamW([p, q], lr=0.01, state_dtype="int8", backend=backend)
         if release:
             to.enable_gradient_release(opt)
         random = torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).to(device)
-        for step in range(3):
+        for step in range(2):
             ((p * random).sum() * (step + 1) + q.square().sum()).backward()
             opt.step()
             opt.zero_grad()
