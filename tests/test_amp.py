@@ -451,3 +451,24 @@ def test_gradients_that_are_not_finite_are_clipped_as_torch_clips_them(backend, 
         torch.nn.utils.clip_grad_norm_(plain, 1.0)
         triton_optim.SGD(plain, lr=0.1, backend=backend).step()
         torch.testing.assert_close(params, plain, equal_nan=True)
+
+
+def test_squares_past_float32_are_no_infinities(device):
+    """A compiled norm overflows where the gradients do not; as in torch, its norm is then infinite."""
+    opts = {}
+    for backend in ("eager", "compiled"):
+        p = Parameter(torch.zeros(40_000, device=device))
+        p.grad = torch.full_like(p, 1e20)
+        opts[backend] = triton_optim.SGD([p], lr=1.0, amp="fused", max_grad_norm=1.0, backend=backend)
+        opts[backend].grad_scale = torch.tensor(1e20, device=device)
+        opts[backend].step()
+        assert opts[backend].skipped == 0
+    assert float(opts["eager"].grad_norm) == pytest.approx(200)
+    assert float(opts["compiled"].grad_norm) == math.inf
+
+
+def test_a_norm_that_is_none_is_refused_when_it_is_set(device):
+    opt = triton_optim.SGD(parameters(device), lr=0.1)
+    with pytest.raises(ValueError, match="Invalid max_grad_norm: -1"):
+        opt.max_grad_norm = -1
+    assert opt.max_grad_norm is None

@@ -432,3 +432,18 @@ def test_an_update_that_fails_may_be_tried_again(device):
     embedding(torch.tensor([1], device=device)).sum().backward()
     assert not torch.equal(embedding.weight, before)
     assert math.isclose(opt.state[embedding.weight]["step"], 1)
+
+
+def test_a_group_that_is_added_later_is_released_too():
+    first, second = (Parameter(torch.ones(3)) for _ in range(2))
+    opt = to.SGD([first], lr=0.5, backend="eager")
+    handle = to.enable_gradient_release(opt)
+    opt.add_param_group({"params": [second], "lr": 0.25})
+    (first.sum() + second.sum()).backward()
+    assert first.grad is None
+    assert second.grad is None
+    opt.step()
+    assert [float(p[0]) for p in (first, second)] == [0.5, 0.75]
+    handle.remove()
+    second.sum().backward()
+    assert second.grad is not None

@@ -29,13 +29,14 @@ def clip_grad_norm_(
         g \leftarrow g \min\left(1, \frac{\text{max\_norm}}{\lVert g \rVert_p + 10^{-6}}\right), \qquad
         \lVert g \rVert_p = \Big(\sum |g_i|^p\Big)^{1/p}
 
-    All tensors are read in one pass, and added up in an order that depends on nothing but their sizes, wider than
-    they are: the norm has the same bits on every run. An optimizer's ``max_grad_norm`` saves the pass that writes.
+    All tensors are read in one pass, and added up in an order that depends on nothing but their sizes: runs of some
+    thousand elements in float32, their sums in float64. The norm has the same bits on every run. An optimizer's
+    ``max_grad_norm`` saves the pass that writes.
 
     Args:
         parameters: whose gradients are clipped; those without are left out. Sharded ones (DTensor) count as wholes.
         max_norm: the largest norm allowed.
-        norm_type: p: positive, or ``"inf"`` for the largest magnitude. Others are torch's.
+        norm_type: p: positive, or ``"inf"`` for the largest magnitude. Others are torch's, its dtype too.
         error_if_nonfinite: raise where the norm is NaN or infinite. Else it is what the gradients are scaled by.
         foreach: False adds up tensor by tensor.
 

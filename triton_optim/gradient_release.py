@@ -28,15 +28,22 @@ class GradientRelease:
         self._accumulating = False
         self._arrived: set[int] = set()  # since the last step
         self.averaged = 0.0  # of how many values the averages were then
-        self._places = {id(p): i for i, p in enumerate(optimizer._flat)}
-        params: list[Any] = [p for p in optimizer._flat if p.requires_grad]
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrive) for p in params]
-        for p in params:
-            _released[p] = True
-        self._params = params
+        self._places: dict[int, int] = {}
+        self._hooks: list[Any] = []
+        self._params: list[Tensor] = []
+        self.follow(optimizer._flat)
         optimizer._release = self
         optimizer._step_supports_amp_scaling = True  # so that a scaler calls step(), which refuses it
         self.restart()
+
+    def follow(self, params: list[Any]) -> None:
+        """Release the gradients of these, too, which the optimizer has taken on."""
+        self._places = {id(p): i for i, p in enumerate(self._optimizer._flat)}
+        own = [p for p in params if p.requires_grad]
+        self._hooks += [p.register_post_accumulate_grad_hook(self._arrive) for p in own]
+        for p in own:
+            _released[p] = True
+        self._params += own
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

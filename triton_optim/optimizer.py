@@ -157,8 +157,6 @@ class RuleOptimizer(Optimizer):
             raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))
         if amp not in (None, "fused"):
             raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}. It must be positive, or None not to clip.")
         options = OPTIONS | options
         if options["fused"] and options["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
@@ -179,6 +177,17 @@ class RuleOptimizer(Optimizer):
         self._handle = opaque.register(self)
         carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
         super().__init__(params, defaults | carried)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The largest norm of all gradients together; None for any. It may be set at any time."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
+        self._max_grad_norm = value
 
     @property
     def scales_gradients(self) -> bool:
@@ -530,6 +539,8 @@ class RuleOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._forget()
+        if self._release is not None:
+            self._release.follow(group["params"])
 
     def _forget(self) -> None:
         """Take note of the parameters anew; the next step makes its plan."""
@@ -603,14 +614,14 @@ class RuleOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, {p: with_own_memory(values) for p, values in self.state.items()})
-        kept = ("defaults", "param_groups", "backend", "amp", "max_grad_norm")
+        kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
         return {name: getattr(self, name) for name in kept} | {"state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
         # A copy has none of these; who loads a state dict keeps them.
-        absent = {"backend": "auto", "amp": None, "max_grad_norm": None, "_swapped": False, "_release": None}
+        absent = {"backend": "auto", "amp": None, "_max_grad_norm": None, "_swapped": False, "_release": None}
         for name, value in absent.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_on_device", {})
