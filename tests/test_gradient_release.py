@@ -443,7 +443,7 @@ def test_a_group_that_is_added_later_is_released_too():
     assert first.grad is None
     assert second.grad is None
     opt.step()
-    assert [float(p[0]) for p in (first, second)] == [0.5, 0.75]
+    assert [p[0].item() for p in (first, second)] == [0.5, 0.75]
     handle.remove()
     second.sum().backward()
     assert second.grad is not None
