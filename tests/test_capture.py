@@ -1,5 +1,6 @@
 """A step that is captured once and replayed: on a GPU by a CUDA graph, elsewhere by a tape of all that it did."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -205,3 +206,22 @@ def test_hyperparameters_that_changed_must_be_pushed_before_a_capture(device: to
     monkeypatch.setattr("triton_optim.on_device.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="push_hyperparameters"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("change", ["moved", "loaded", "added"])
+def test_a_model_that_changed_after_its_capture_is_refused(change: str, device: torch.device, monkeypatch: Any) -> None:
+    params = start(device, torch.float32)
+    optimizer = triton_optim.AdamW(params, capturable=True, backend="eager")
+    optimizer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("triton_optim.optimizer.capturing", lambda device: True)
+        optimizer.step()
+    optimizer.push_hyperparameters()
+    if change == "moved":
+        params[1].data = params[1].data.clone()
+    elif change == "loaded":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(2, device=device))]})
+    with pytest.raises(RuntimeError, match="Capture it again"):
+        optimizer.push_hyperparameters()

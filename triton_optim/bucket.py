@@ -476,6 +476,15 @@ class Bucket(ABC):
         self.complete = ready or all(g is not None for g in own)
         return self._take(own) if ready else self._examine(values, own)
 
+    def moved(self) -> list[int]:
+        """The numbers of the parameters that lie elsewhere than when the bucket was made, or have other states."""
+        states = self.optimizer.state
+        return [
+            m.index
+            for m, address in zip(self.members, self.addresses, strict=True)
+            if local(m.p).data_ptr() != address or (m.state and states.get(m.p) is not m.state)
+        ]
+
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
         as_they_are, laid_out = True, list(own)
         for i, (value, kind, g) in enumerate(zip(values, self._kinds, own, strict=True)):

@@ -35,7 +35,7 @@ from .gradient_norm import Scaling
 from .gradient_release import GradientRelease
 from .layout import is_sharded, local_gradient
 from .on_device import OnDevice, capturing
-from .plan import Plan, PlanOfOne, request_for, warm_up
+from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -397,7 +397,12 @@ class RuleOptimizer(Optimizer):
         all other numbers of the parameter groups, the seed and `max_grad_norm` in device memory. After a scheduler or
         you changed one, this copies them there, without waiting for the device. Numbers that are device tensors
         themselves need no push, and no ordinary step needs one.
+
+        Raises:
+            RuntimeError: the parameters or groups are not those of the last step that was captured.
         """
+        if self._captured:
+            check_captured(self, self._captured[-1])
         for held in self._on_device.values():
             held.push()
 

@@ -372,6 +372,22 @@ def warm_up(optimizer: RuleOptimizer) -> None:
             warm_prologue(optimizer, members)
 
 
+def check_captured(optimizer: RuleOptimizer, plan: Plan) -> None:
+    """Raise RuntimeError where replays of a captured step would not write the parameters and states that there are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not plan.covers(params):
+        raise RuntimeError(
+            f"the optimizer has {len(params)} parameters and had {len(plan.params)}, or others, when its step was "
+            "captured: replays would update the old ones. Capture it again."
+        )
+    for bucket in plan.buckets:
+        if moved := bucket.moved():
+            raise RuntimeError(
+                f"parameter {moved[0]} or one of its states lies elsewhere than when the step was captured: replays "
+                "would write where it was. Capture it again."
+            )
+
+
 def reads_signal(bucket: Bucket) -> bool:
     """Whether a bucket's kernel reads on the device what all gradients are multiplied by."""
     return bucket.key.choice.backend == "triton" and not bucket.key.variant.prologue
