@@ -109,8 +109,8 @@ class RuleOptimizer(Optimizer):
         backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"compiled"``, ``"eager"``.
         amp: ``"fused"`` takes the factor of a ``torch.amp.GradScaler`` out of the gradients inside the update, and
             skips there the step whose gradients are not finite; the host waits for nothing where Triton runs the rule.
-            None leaves both to the scaler. Of a step that clips by itself, set ``unscale_`` and the scaler's own
-            clipping aside: `max_grad_norm` is of the gradients without their factor.
+            `max_grad_norm` is then of the gradients without their factor, and ``unscale_`` is not needed. None leaves
+            both to the scaler.
         max_grad_norm: limit the norm of all gradients together, as ``clip_grad_norm_`` does, without writing them:
             they are read once, and the update multiplies by what comes of it. ``grad_norm`` is the norm of the last
             step, a 0-dim tensor on the device.
