@@ -112,21 +112,29 @@ def test_trap_26_a_hundred_steps_are_compiled_for_at_most_four_kinds(
 
 
 @needs_triton
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler, triton_optim.GradScaler], ids=["none", "torch", "ours"])
+@pytest.mark.parametrize("clip", [None, 1.0])
 def test_warmup_compiles_what_the_first_step_launches(
-    launched: list[Any], device: torch.device, monkeypatch: Any
+    scaler: Any, clip: float | None, launched: list[Any], device: torch.device, monkeypatch: Any
 ) -> None:
     ahead: list[Any] = []
     monkeypatch.setattr(
         triton_backend, "compile_ahead", lambda dtypes, constants, _: ahead.append((dtypes, *constants.items()))
     )
     params = started(device)
-    optimizer = triton_optim.AdamW(params, backend="triton", **WHOLE)
+    amp = None if scaler is None else "fused"
+    optimizer = triton_optim.AdamW(params, backend="triton", max_grad_norm=clip, ema_decay=0.9, amp=amp)
     optimizer.warmup()
     known = {repr(kind) for kind in launched + ahead}
     assert not optimizer.state
     assert len(ahead) == 1
     launched.clear()
-    optimizer.step()
+    if scaler is None:
+        optimizer.step()
+    else:
+        given = scaler(device.type)
+        given.scale(torch.zeros(1, device=device))
+        given.step(optimizer)
     assert {repr(kind) for kind in launched} <= known
 
 

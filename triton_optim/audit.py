@@ -23,10 +23,10 @@ import triton_optim
 
 from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
-from .bucket import row_for
 from .codecs import AVERAGE, STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
+from .rows import row_for
 from .triton_backend import TRITON_DTYPES, kept_as
 
 TARGETS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -12,13 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .averaging import average_of, count_so_far, value_of, weight
-from .codecs import AVERAGE, CORRECTIONS, COUNT, Codec, keep_parameter, keep_state, part_names, read, write
+from .averaging import average_of, value_of, weight
+from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
 from .gradient_norm import EUCLIDEAN, Norm, partial_norms
 from .layout import in_layout_of, is_sharded, local, places, same_layout, with_local
+from .members import CPU, Cohort, Member
 from .on_device import OnDevice
 from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
+from .rows import Row, one_kind, plain_group, row_for
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer, Variant
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 # The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 
-_CPU = torch.device("cpu")
 _END = object()
 
 
@@ -66,16 +66,6 @@ class Key(NamedTuple):
         return torch.float64 if self.dtypes[0] in (torch.float64, torch.complex128) else torch.float32
 
 
-class Row(NamedTuple):
-    """The scalars of one cohort in one step."""
-
-    factor: Any  # of the gradient
-    h: Any  # the rule's
-    carried: dict[str, Any]  # what the state carries to the next step
-    step: Any  # the number of the update
-    weight: Any = 0.0  # of the parameter in its average
-
-
 class Piece(NamedTuple):
     """Elements of a member, as they lie in memory."""
 
@@ -83,134 +73,6 @@ class Piece(NamedTuple):
     start: int
     stop: int
     first: int  # the index of the first in the whole parameter
-
-
-class Member:
-    """A parameter in a plan."""
-
-    __slots__ = ("group", "index", "numbers", "p", "state")
-
-    def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
-        self.index, self.group, self.p = index, group, p
-        self.state: dict[str, Any] = optimizer.state.get(p, {})
-        own_group = optimizer.param_groups[group]
-        if "step" in self.state:
-            count = int(self.state["step"])
-        else:
-            known = any(value is not None for name, value in self.state.items() if name not in CORRECTIONS)
-            count = int(known and not optimizer.counts_steps)
-        started = optimizer.started(own_group)
-        if COUNT in started and self.state.get(AVERAGE) is None:
-            started[COUNT] = count_so_far(optimizer)
-        # The number of steps so far, and what else is carried: members that have these in common share scalars.
-        self.numbers: dict[str, Any] = {"step": count}
-        for name, value in started.items():
-            held = self.state.get(name, value)
-            # What autograd is to follow stays the tensor it is.
-            follows = own_group.get("differentiable") and requires_grad(held)
-            self.numbers[name] = held if follows else float(held)
-
-    def start(self, optimizer: RuleOptimizer, key: Key) -> None:
-        """Make the states that are not there yet, and ``step`` and its like tensors where they belong."""
-        group = optimizer.param_groups[self.group]
-        counted = optimizer.counted_names(group)
-        param, *kept = key.codecs
-        if not (key.variant.state_names or counted or key.variant.prologue or param.suffixes or self.state):
-            return
-        self.state = optimizer.state[self.p]
-        device = self.p.device if key.capturable or optimizer.counts_on_device else _CPU
-        for name in counted:
-            if requires_grad(self.numbers.get(name)):
-                continue
-            if name == "step" and not optimizer.step_is_tensor:
-                self.state[name] = self.numbers[name]
-                continue
-            value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype())
-            self.state[name] = value.to(device).reshape(())
-        keep_parameter(self.state, self.p, param)
-        for name, codec in zip(key.variant.state_names, kept, strict=True):
-            if self.state.get(name) is None:
-                self.state |= optimizer.new_state(name, self.p, group, codec)
-            else:
-                keep_state(optimizer, self.state, name, self.p, codec)
-        if key.variant.prologue:
-            self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
-
-
-class Cohort:
-    """Members of one group whose steps were counted alike, and so share one row of scalars.
-
-    Their ``step`` tensors, and those of what else is carried, share one element of memory: incrementing a thousand
-    would cost more than all other host work of a step.
-    """
-
-    def __init__(
-        self, group: int, numbers: dict[str, Any], counted: list[str], members: list[Member], places: list[int]
-    ) -> None:
-        self.group, self.members, self.places = group, members, places
-        self._numbers = numbers
-        self._counts = "step" in counted
-        self.shared: dict[str, Tensor] = {}
-        for name in counted:
-            if isinstance(members[0].state.get(name), Tensor) and not requires_grad(numbers.get(name)):
-                self.shared[name] = members[0].state[name].detach().clone()
-                for m in members:
-                    m.state[name] = self.shared[name].detach()
-
-    @property
-    def counted(self) -> tuple[Any, ...]:
-        """What the members of the group that share a row have in common."""
-        return (self.group, *self._numbers.values())
-
-    def numbers(self, on_device: bool = False) -> dict[str, Any]:
-        """``step`` and what else is carried, as they are before the step; with `on_device` 0-dim float64 tensors."""
-        if on_device:
-            return self._numbers | {name: value.double() for name, value in self.shared.items()}
-        # A device is not asked: the host would wait for it.
-        here = {name: value.item() for name, value in self.shared.items() if value.device == _CPU}
-        return self._numbers | here | ({"step": int(here["step"])} if "step" in here else {})
-
-    def advance(self, carried: dict[str, Any], skip: Tensor | None = None) -> None:
-        """Count a step.
-
-        Args:
-            carried: what the state carries on.
-            skip: 0-dim, on the device: 1 where the step was none.
-        """
-        # Where no step is kept, all that is known is that there was one.
-        count = self._numbers["step"] + 1 if self._counts else 1
-        self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
-        if self._counts and "step" not in self.shared:
-            for m in self.members:
-                m.state["step"] = count
-        for name, value in carried.items():
-            if name not in self.shared or requires_grad(value):  # replaced, as a graph holds the last one
-                for m in self.members:
-                    m.state[name] = value
-        for name, value in self.shared.items():
-            if name == "step":
-                value.add_(1 if skip is None else 1 - skip)
-            elif requires_grad(carried[name]):
-                continue
-            elif skip is not None:
-                value.copy_(torch.where(skip != 0, value, carried[name]))
-            elif isinstance(carried[name], Tensor):
-                value.copy_(carried[name])
-            else:
-                value.fill_(carried[name])
-
-    def count_average(self, skip: Tensor | None) -> None:
-        """Count a step in which the parameters stayed as they were."""
-        self._numbers |= {COUNT: self._numbers[COUNT] + 1}
-        self.shared[COUNT].add_(1 if skip is None else 1 - skip)
-
-    def rewind(self, started: dict[str, Any]) -> None:
-        self._numbers = {"step": 0} | started
-        if self._counts and "step" not in self.shared:
-            for m in self.members:
-                m.state["step"] = 0
-        for name, value in self.shared.items():
-            value.fill_(self._numbers[name])
 
 
 class Bucket(ABC):
@@ -234,7 +96,7 @@ class Bucket(ABC):
         self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
         if key.random:
             # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
-            where = key.device if key.capturable else _CPU
+            where = key.device if key.capturable else CPU
             indices = [self._indices[piece.member] for piece in self.pieces]
             self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
@@ -263,7 +125,7 @@ class Bucket(ABC):
     @classmethod
     def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         """Compile what :meth:`prepare` leaves to the first step."""
-        if optimizer.max_grad_norm is not None and not key.sparse:
+        if optimizer.scales_gradients and not key.sparse:
             zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
             misaligned = key.choice.backend == "triton" and not key.aligned
             partial_norms([zeros[misaligned:]], EUCLIDEAN, key.choice.backend)
@@ -524,95 +386,3 @@ class Bucket(ABC):
     def accept(self, gradients: list[Tensor | None]) -> bool:
         """Make ready for what the rule will take as gradients; a backend may still refuse them."""
         return True
-
-
-def requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def counted_dtype() -> torch.dtype:
-    """The dtype of ``step`` and what else is carried, as in torch: float32, but float64 where that is the default."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
-    """The hyperparameters of a group for host arithmetic."""
-    return {name: plain_number(v, keep) for name, v in group.items() if name not in ("params", "param_names")}
-
-
-def row_for(
-    optimizer: RuleOptimizer,
-    group: dict[str, Any],
-    step: Any,
-    carried: dict[str, Any] | None = None,
-    keep: bool = False,
-    on_device: dict[str, Any] | None = None,
-) -> Row:
-    """The scalars of a group's members in their update number `step`; without `carried`, as before the first.
-
-    Args:
-        on_device: hyperparameters that are to be read there.
-    """
-    values = plain_group(group, keep) | (on_device or {})
-    carried = optimizer.started(group) if carried is None else dict(carried)
-    averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
-    h: Any = optimizer.scalars(values, step, **carried)
-    if not hasattr(h, "_fields"):
-        raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
-    for name, value in zip(h._fields, h, strict=True):
-        if not isinstance(value, (int, float, Tensor)):
-            raise TypeError(
-                f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
-            )
-    factor = -1.0 if group.get("maximize") else 1.0
-    carried = optimizer.carry(values, step, **carried) if carried else {}
-    if not averaged:
-        return Row(factor, h, carried, step)
-    count = averaged[COUNT]
-    return Row(factor, h, carried | {COUNT: count + 1}, step, weight(values, count))
-
-
-def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:
-    """Raise TypeError unless the rows of one rule are of one type."""
-    if len(kinds := {type(row.h) for row in rows}) > 1:
-        names = sorted(kind.__name__ for kind in kinds)
-        raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
-
-
-def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:
-    """The rows as a table on the device, made without waiting for it; zeros where there is no row.
-
-    Args:
-        averaged: whether a row ends with the weight of the parameter in its average.
-    """
-    width = 1 + len(next(row.h for row in rows if row is not None)) + averaged
-    cells: list[Any] = []
-    for row in rows:
-        cells += [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
-    if any(isinstance(x, Tensor) for x in cells):
-        cells = [x if isinstance(x, Tensor) else torch.full((), x, device=device, dtype=torch.float64) for x in cells]
-        return torch.stack([x.to(device, dtype) for x in cells]).view(-1, width)
-    return to_device(array("d" if dtype == torch.float64 else "f", cells), dtype, device).view(-1, width)
-
-
-def to_device(values: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host values as a tensor on the device, without waiting for it.
-
-    Every copy has pinned memory of its own, which torch's caching allocator does not reuse while it is in flight.
-    """
-    staged = torch.frombuffer(values, dtype=dtype)
-    return staged if device.type == "cpu" else staged.pin_memory().to(device, non_blocking=True)
-
-
-def plain_number(value: Any, keep: bool = False) -> Any:
-    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats.
-
-    A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        if keep:
-            return value.reshape(())
-        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
-    if isinstance(value, (tuple, list)):
-        return type(value)(plain_number(v, keep) for v in value)
-    return value

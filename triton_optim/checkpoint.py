@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bucket import counted_dtype
 from .codecs import AVERAGE, CORRECTIONS, COUNT, PRECISION, SCALE, held_codec
 from .prologue import check_states
+from .rows import counted_dtype
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer

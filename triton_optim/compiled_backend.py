@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .averaging import average_of
-from .bucket import Bucket, Key, Member, Piece, Row, row_for, table_of
+from .bucket import Bucket, Key, Piece
 from .codecs import Codec, wide
 from .eager_backend import update as run_eagerly
 from .kernels.codecs import decode, encode
 from .kernels.language import results, torch_form
 from .layout import flat, local
+from .members import Member
 from .random_bits import bits_of_elements
+from .rows import Row, row_for, table_of
 from .vector_code import vector_code
 
 if TYPE_CHECKING:

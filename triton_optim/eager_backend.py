@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .averaging import average_of
-from .bucket import Bucket, Key, Member, Row, plain_group, row_for
+from .bucket import Bucket, Key
 from .codecs import read, write
 from .kernels.language import results, torch_form
 from .layout import local, places
+from .members import Member
 from .random_bits import bits_of_elements
+from .rows import Row, plain_group, row_for
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 
-from .bucket import Key, Member
+from .bucket import Key
 from .eager_backend import prologue_traffic
 from .layout import local
+from .members import Member
 from .plan import bucket_class, entries_of, sort_members
 from .table import table
 

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from . import opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
-from .bucket import counted_dtype, plain_group
 from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
 from .codecs import (
     AVERAGE,
@@ -36,6 +35,7 @@ from .gradient_release import GradientRelease
 from .layout import is_sharded, local_gradient
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
+from .rows import counted_dtype, plain_group
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Key, Member
+from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping
+from .members import Member
 from .prologue import check_states, run_prologues, warm_prologue
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Key, Member, Row, plain_group, row_for
+from .bucket import Bucket, Key
 from .layout import is_sharded, with_local
+from .members import Member
+from .rows import Row, plain_group, row_for
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer

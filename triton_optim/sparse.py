@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .averaging import average_of
-from .bucket import Bucket, Key, Member, Row
+from .bucket import Bucket, Key
 from .eager_backend import traffic, update
+from .members import Member
+from .rows import Row
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer

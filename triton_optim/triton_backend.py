@@ -13,12 +13,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .bucket import Bucket, Key, Member, Row, row_for, table_of, to_device
+from .bucket import Bucket, Key
 from .codecs import Codec, plain
 from .dispatch import this_machine
 from .gradient_norm import Norm, Scaling
 from .kernels import multi_tensor as kernel
+from .members import Member
 from .on_device import capturing
+from .rows import Row, row_for, table_of, to_device
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -147,9 +149,12 @@ class TritonBucket(Bucket):
         if signal:
             from .triton_norm import step_signal
 
-            zeros = torch.zeros(1, 2, dtype=torch.float64, device=key.device)
-            one = torch.ones((), device=key.device)
-            for scaling in (Scaling(max_norm=1.0), Scaling(one, one, True, optimizer.max_grad_norm)):
+            zeros, one = torch.zeros(1, 2, dtype=torch.float64, device=key.device), torch.ones((), device=key.device)
+            norm = optimizer.max_grad_norm
+            kinds = [Scaling(max_norm=norm)] if norm is not None else []
+            if optimizer.amp is not None:  # told of infinities, and looking for them
+                kinds += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
+            for scaling in kinds:
                 step_signal(zeros if scaling.reads else None, scaling, torch.ones_like(zeros[:, 0]))
 
     def accept(self, gradients: list[Tensor | None]) -> bool:

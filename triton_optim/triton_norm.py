@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import to_device
 from .gradient_norm import EUCLIDEAN, Norm, Scaling
 from .kernels import gradient_norm as kernels
 from .layout import all_aligned
+from .rows import to_device
 from .triton_backend import TRITON_DTYPES, chunk_table, on, warp_size
 
 # The chunk and tensor tables of the lists of tensors that were last asked for, by device and sizes.

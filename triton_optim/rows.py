@@ -1,0 +1,117 @@
+"""The scalars of a step: formed on the host, or on the device where its numbers are, and handed over as rows."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .averaging import weight
+from .codecs import COUNT
+
+if TYPE_CHECKING:
+    from .optimizer import RuleOptimizer
+
+
+class Row(NamedTuple):
+    """The scalars of one cohort in one step."""
+
+    factor: Any  # of the gradient
+    h: Any  # the rule's
+    carried: dict[str, Any]  # what the state carries to the next step
+    step: Any  # the number of the update
+    weight: Any = 0.0  # of the parameter in its average
+
+
+def requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def counted_dtype() -> torch.dtype:
+    """The dtype of ``step`` and what else is carried, as in torch: float32, but float64 where that is the default."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+    """The hyperparameters of a group for host arithmetic."""
+    return {name: plain_number(v, keep) for name, v in group.items() if name not in ("params", "param_names")}
+
+
+def row_for(
+    optimizer: RuleOptimizer,
+    group: dict[str, Any],
+    step: Any,
+    carried: dict[str, Any] | None = None,
+    keep: bool = False,
+    on_device: dict[str, Any] | None = None,
+) -> Row:
+    """The scalars of a group's members in their update number `step`; without `carried`, as before the first.
+
+    Args:
+        on_device: hyperparameters that are to be read there.
+    """
+    values = plain_group(group, keep) | (on_device or {})
+    carried = optimizer.started(group) if carried is None else dict(carried)
+    averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
+    h: Any = optimizer.scalars(values, step, **carried)
+    if not hasattr(h, "_fields"):
+        raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
+    for name, value in zip(h._fields, h, strict=True):
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
+            )
+    factor = -1.0 if group.get("maximize") else 1.0
+    carried = optimizer.carry(values, step, **carried) if carried else {}
+    if not averaged:
+        return Row(factor, h, carried, step)
+    count = averaged[COUNT]
+    return Row(factor, h, carried | {COUNT: count + 1}, step, weight(values, count))
+
+
+def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:
+    """Raise TypeError unless the rows of one rule are of one type."""
+    if len(kinds := {type(row.h) for row in rows}) > 1:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
+
+
+def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:
+    """The rows as a table on the device, made without waiting for it; zeros where there is no row.
+
+    Args:
+        averaged: whether a row ends with the weight of the parameter in its average.
+    """
+    width = 1 + len(next(row.h for row in rows if row is not None)) + averaged
+    cells: list[Any] = []
+    for row in rows:
+        cells += [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
+    if any(isinstance(x, Tensor) for x in cells):
+        cells = [x if isinstance(x, Tensor) else torch.full((), x, device=device, dtype=torch.float64) for x in cells]
+        return torch.stack([x.to(device, dtype) for x in cells]).view(-1, width)
+    return to_device(array("d" if dtype == torch.float64 else "f", cells), dtype, device).view(-1, width)
+
+
+def to_device(values: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host values as a tensor on the device, without waiting for it.
+
+    Every copy has pinned memory of its own, which torch's caching allocator does not reuse while it is in flight.
+    """
+    staged = torch.frombuffer(values, dtype=dtype)
+    return staged if device.type == "cpu" else staged.pin_memory().to(device, non_blocking=True)
+
+
+def plain_number(value: Any, keep: bool = False) -> Any:
+    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats.
+
+    A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        if keep:
+            return value.reshape(())
+        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain_number(v, keep) for v in value)
+    return value
