@@ -201,7 +201,8 @@ class RuleOptimizer(Optimizer):
 
         Args:
             group: the parameter group; 1-element tensors on the CPU have become floats. A hyperparameter on a device
-                stays a 0-dim float64 tensor, so write arithmetic that works for both (``**``, not ``math.pow``).
+                stays a 0-dim float64 tensor, so write arithmetic that works for both (``**``, not ``math.pow``). With
+                ``capturable``, and ``amp="fused"`` where Triton runs the rule, all numbers are such tensors.
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without state and 2 ever after.
 
