@@ -30,11 +30,11 @@ from triton_optim.audit_compile import wrapping_offsets
 from triton_optim.cli import audit as command
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
-OF_EVERY_RULE = {"fp32", "bf16", "bf16+fp32", "bf16 stochastic"}
+OF_EVERY_RULE = {"fp32", "bf16", "bf16 stochastic"}
 # What is made beside a rule is so for every one alike: four stand for all.
 OF_STATES = {"bf16 int8", "bf16 int4", "fp32 int8"}
 CODED = {"bf16 kahan", "bf16 split24", "bf16 split32", "bf16 master"} | OF_STATES
-OF_FOUR = CODED | {"fp16", "fp64", "fp32 whole"}
+OF_FOUR = CODED | {"fp16", "fp64", "bf16+fp32", "fp32 whole"}
 FOUR = ("adamw", "adamw_amsgrad", "lion", "sgd")
 Row = dict[str, Any]
 
@@ -85,7 +85,8 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
         if dtypes not in OF_STATES | {"bf16+fp32"} or rule not in ("adafactor", "muon", "sgd")
     }
     assert {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]} == expected
-    assert {(row["rule"], row["arch"]) for row in rows if not row["aligned"]} == {(r, a) for r, _, a in expected}
+    misaligned = {(row["rule"], row["arch"]) for row in rows if not row["aligned"]}
+    assert misaligned == {(r, a) for r, _, a in expected if r in FOUR}
 
 
 def test_nothing_spills(rows: list[Row]) -> None:
@@ -166,7 +167,7 @@ def test_trap_11_divisions_and_roots_are_as_exact_as_chosen(rows: list[Row]) -> 
         double = row["dtypes"] == "fp64"
         allowed = {"div.rn.f64", "sqrt.rn.f64"} if double else {"div.full.f32", "sqrt.approx.ftz.f32"}
         assert set(row["ptx_functions"]) <= allowed, (row["rule"], row["dtypes"])
-    assert {f for row in rows if row["rule"] == "adam" for f in row["ptx_functions"]} > {"div.full.f32", "div.rn.f64"}
+    assert {f for row in rows if row["rule"] == "adamw" for f in row["ptx_functions"]} > {"div.full.f32", "div.rn.f64"}
 
 
 def test_trap_13_fusion_of_multiply_and_add_is_set(rows: list[Row]) -> None:
@@ -199,8 +200,8 @@ MUTATIONS = {
     ),
     "no alignment hint": ("tl.multiple_of(pointer, 16)", "pointer", "accesses of 32 bits, under 128"),
     "g written back": (
-        "        if i != 1:\n            value = new[i]",
-        "        if True:\n            value = new[i]",
+        "        if i != 1:\n            if i == STATES:",
+        "        if True:\n            if i == STATES:",
         "16 bytes an element stored for a floor of 12",
     ),
     "too few threads": ("BLOCK * widest // (16 * warp_size)", "1", "registers, over 64"),

@@ -126,7 +126,7 @@ def one_slot() -> Iterator[None]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_combination_equals_its_passes(backend: str) -> None:
     # Without shrinking, which would take minutes: a combination is short as it is.
-    few = 15 if backend == "compiled" else 60  # most of these compile two graphs
+    few = {"eager": 100, "triton": 30, "compiled": 12}[backend]  # most of these compile two graphs
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
 
     @settings(max_examples=few, deadline=None, derandomize=True, phases=phases, database=None)
@@ -177,8 +177,8 @@ def check_combination(
             for mean, p in zip(plainly.average, own, strict=True):
                 close(p.detach(), mean.detach().to(dtype), TOLERANCES[dtype] * (20 if kept == "int8" else 1))
     for p, q in zip(model, own, strict=True):
-        count = plainly.optimizer.state.get(p, {}).get("step", 0)
-        assert float(fused.state[q].get("step", count)) == float(count)
+        if "step" in (state := plainly.optimizer.state.get(p, {})):
+            assert float(fused.state[q]["step"]) == float(state["step"])
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
