@@ -126,7 +126,7 @@ def one_slot() -> Iterator[None]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_combination_equals_its_passes(backend: str) -> None:
     # Without shrinking, which would take minutes: a combination is short as it is.
-    few = {"eager": 100, "triton": 30, "compiled": 12}[backend]  # most of these compile two graphs
+    few = {"eager": 100, "triton": 30, "compiled": 12}[backend]  # compiled, most take two graphs
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
 
     @settings(max_examples=few, deadline=None, derandomize=True, phases=phases, database=None)
