@@ -9,11 +9,13 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined, so before any import of it
 
 import importlib.util
+from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import references_matrix
 
-from triton_optim import compiled_backend, newton_schulz
+from triton_optim import compiled_backend, compiled_norm, newton_schulz
 
 # Hundreds of graphs are compiled here: with half the slots each takes half the time. The examples, the demo and the
 # benchmarks, in processes of their own, have them all.
@@ -76,6 +78,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def one_slot() -> Iterator[None]:
+    """For files that compile dozens of graphs: with a slot each takes half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_backend, "SLOTS", 1)
+        for module, name in ((compiled_backend, "graph_for"), (compiled_backend, "codes_graph_for"),
+                             (compiled_norm, "graph_for")):  # fmt: skip
+            patch.setattr(module, name, cache(getattr(module, name).__wrapped__))
+        yield
 
 
 @pytest.fixture(autouse=True)

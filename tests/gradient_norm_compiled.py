@@ -9,6 +9,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 from triton_optim.kernels import gradient_norm as kernels
+from triton_optim.kernels.multi_tensor import BLOCK
 
 from triton_optim.audit import TARGETS
 from triton_optim.audit_compile import resources, wrapping_offsets
@@ -39,7 +40,7 @@ def main() -> None:
             compute = TRITON_DTYPES[torch.float64 if dtype == torch.float64 else torch.float32]
             constants = {"KIND": "2", "DTYPE": TRITON_DTYPES[dtype], "COMPUTE": compute, "ALIGNED": True}
             got = compiled(kernels.partial_norms, NORM, constants, options, target)
-            need = resources(got)
+            need, threads = resources(got), options["num_warps"] * target.warp_size
             # Without a mask: PTX puts a predicate before what has one; on AMD a mask is a branch.
             wide = r"\n\s*ld\.global\.v(4\.b32|2\.b64)" if "ptx" in got.asm else r"(buffer|global|flat)_load_dwordx4"
             rows.append(
@@ -50,7 +51,8 @@ def main() -> None:
                     "registers": need.registers,
                     "stack": need.stack_bytes,
                     "spilled": need.spilled,
-                    "whole_reads": len(re.findall(wide, got.asm.get("ptx") or got.asm["amdgcn"])),
+                    "bytes": 16 * len(re.findall(wide, got.asm.get("ptx") or got.asm["amdgcn"])) * threads / BLOCK,
+                    "itemsize": dtype.itemsize,
                     "wrapping": wrapping_offsets(got.asm["ttir"]),
                 }
             )

@@ -5,7 +5,6 @@ import io
 import itertools
 import math
 import pickle
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from test_errors import explains
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import compiled_backend, compiled_norm
 
 BF16 = torch.bfloat16
 SCALE = 256.0
@@ -27,13 +25,7 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "compiled", pytest.p
 STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_decay": 0.9, "ema_dtype": BF16}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_slot():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
-        patch.setattr(compiled_backend, "graph_for", cache(compiled_backend.graph_for.__wrapped__))
-        patch.setattr(compiled_norm, "graph_for", cache(compiled_norm.graph_for.__wrapped__))
-        yield
+pytestmark = pytest.mark.usefixtures("one_slot")
 
 
 def parameters(device: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:

@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-from functools import cache
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import triton_optim as to
-from triton_optim import compiled_backend
 
 BF16 = torch.bfloat16
 ALWAYS, LATE, SOMETIMES, EMPTY, NEVER, FROZEN = range(6)
@@ -32,12 +30,7 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_slot():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
-        patch.setattr(compiled_backend, "graph_for", cache(compiled_backend.graph_for.__wrapped__))
-        yield
+pytestmark = pytest.mark.usefixtures("one_slot")
 
 
 def model(device: Any, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> torch.nn.ParameterList:

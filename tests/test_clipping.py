@@ -1,7 +1,6 @@
 """Clipping by norm and by value: torch's arguments and results, the norm as exact as its dtype allows."""
 
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from triton_optim import clip_grad_norm_, clip_grad_value_, compiled_backend, compiled_norm
+from triton_optim import clip_grad_norm_, clip_grad_value_
 from triton_optim.gradient_norm import Norm, norm_from, on_one_device, partial_norms
 
 torchs_norm, torchs_value = torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_
@@ -27,12 +26,7 @@ LARGE = 20_001  # enough for a graph, and not a whole number of its rows
 COMPILED = [(1.0, torch.float32), (2.0, torch.float32), (math.inf, torch.float32), (2.0, torch.bfloat16)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_slot():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
-        patch.setattr(compiled_norm, "graph_for", cache(compiled_norm.graph_for.__wrapped__))
-        yield
+pytestmark = pytest.mark.usefixtures("one_slot")
 
 
 def random(shape: Any, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0) -> Tensor:

@@ -4,8 +4,7 @@ import argparse
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import compiled_backend
 from triton_optim.cli import memory as command
 from triton_optim.codecs import Codec, codes, corrected, new_parts, read, write
 
@@ -47,14 +45,7 @@ RULES = [case for case in CASES if case.elementwise and not case.sparse]
 kept = pytest.mark.parametrize("name", KEPT)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_slot() -> Iterator[None]:
-    """Dozens of graphs are compiled here: with a slot each takes half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
-        patch.setattr(compiled_backend, "graph_for", cache(compiled_backend.graph_for.__wrapped__))
-        patch.setattr(compiled_backend, "codes_graph_for", cache(compiled_backend.codes_graph_for.__wrapped__))
-        yield
+pytestmark = pytest.mark.usefixtures("one_slot")
 
 
 def trained(

@@ -27,8 +27,15 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
     assert [row for row in compiled if row["spilled"] or row["stack"] or row["registers"] > 64] == []
 
 
-def test_whole_chunks_are_read_without_a_mask_and_128_bits_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    assert [row for row in compiled if row["kernel"] == "partial_norms" and not row["whole_reads"]] == []
+def test_whole_chunks_are_read_once_without_a_mask_and_128_bits_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    """Bytes an element of unmasked accesses of 128 bits: those of the gradient. On AMD, where a mask is a branch, those
+    of the last, masked chunk may look the same.
+    """
+
+    def good(row: dict[str, Any]) -> bool:
+        return row["bytes"] == row["itemsize"] or (row["arch"] == "gfx942" and row["bytes"] == 2 * row["itemsize"])
+
+    assert [row for row in compiled if row["kernel"] == "partial_norms" and not good(row)] == []
 
 
 def test_trap_1_offsets_are_int64(compiled: list[dict[str, Any]]) -> None:

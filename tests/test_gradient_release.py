@@ -4,7 +4,6 @@ import copy
 import gc
 import math
 import weakref
-from functools import cache
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim as to
-from triton_optim import compiled_backend, plan
+from triton_optim import plan
 from triton_optim.plan import Plan
 
 BF16 = torch.bfloat16
@@ -26,13 +25,7 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_slot():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
-        patch.setattr(compiled_backend, "graph_for", cache(compiled_backend.graph_for.__wrapped__))
-        patch.setattr(compiled_backend, "codes_graph_for", cache(compiled_backend.codes_graph_for.__wrapped__))
-        yield
+pytestmark = pytest.mark.usefixtures("one_slot")
 
 
 class Model(torch.nn.Module):

@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import compiled_backend, compiled_norm
 
 BF16 = torch.bfloat16
 SHAPES = [(64, 70), (33,), (5, 7)]
@@ -37,9 +34,8 @@ KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "split32": (BF16, {"param_precision": "split32", "state_dtype": torch.float32}),
     "master": (torch.float16, {"param_precision": "master", "state_dtype": torch.float32}),
 }
-# Clipping differs in the last bit of the coefficient; an update of a rounded value may then round the other way, and a
-# sign, or a code, be another.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, BF16: 2**-7, torch.float16: 2**-9}
+# Clipping differs in the last bit of the coefficient; an update of a rounded value may then round the other way.
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 5e-7, BF16: 2**-7, torch.float16: 2**-10}
 BACKENDS = ["eager", "compiled", *(["triton"] if TRITON_LOOPS else [])]
 SCALE = 1024.0
 
@@ -112,15 +108,7 @@ class Plainly:
         self.averages += 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_slot() -> Iterator[None]:
-    """Dozens of graphs are compiled here: with a slot each takes half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
-        patch.setattr(compiled_backend, "graph_for", cache(compiled_backend.graph_for.__wrapped__))
-        patch.setattr(compiled_backend, "codes_graph_for", cache(compiled_backend.codes_graph_for.__wrapped__))
-        patch.setattr(compiled_norm, "graph_for", cache(compiled_norm.graph_for.__wrapped__))
-        yield
+pytestmark = pytest.mark.usefixtures("one_slot")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,13 +157,13 @@ def check_combination(
             if g is not None and amp != "torch":
                 assert torch.equal(q.grad.nan_to_num(), g.nan_to_num()), "a gradient was written"
         if clip is not None and fused.grad_norm is not None and math.isfinite(plainly.norms[-1]):
-            close(fused.grad_norm.double(), torch.tensor(plainly.norms[-1], dtype=torch.float64), TOLERANCES[dtype] * 4)
+            close(fused.grad_norm.double(), torch.tensor(plainly.norms[-1], dtype=torch.float64), TOLERANCES[dtype])
     for p, q in zip(model, own, strict=True):
-        close(q.detach(), p.detach(), TOLERANCES[dtype] * (20 if rule == "Lion" or kept == "int8" else 1))
+        close(q.detach(), p.detach(), TOLERANCES[dtype])
     if average is not None and plainly.average is not None:
         with fused.averaged_parameters():
             for mean, p in zip(plainly.average, own, strict=True):
-                close(p.detach(), mean.detach().to(dtype), TOLERANCES[dtype] * (20 if kept == "int8" else 1))
+                close(p.detach(), mean.detach().to(dtype), TOLERANCES[dtype])
     for p, q in zip(model, own, strict=True):
         if "step" in (state := plainly.optimizer.state.get(p, {})):
             assert float(fused.state[q]["step"]) == float(state["step"])

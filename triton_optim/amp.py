@@ -30,20 +30,19 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's."""
-        if not self._enabled:
+        if not self._enabled or not isinstance(optimizer, RuleOptimizer) or optimizer.amp is None or args or kwargs:
             return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
-        ours = isinstance(optimizer, RuleOptimizer) and optimizer.amp is not None
-        if not ours or state["stage"] is not OptState.READY or args or kwargs:
-            return super().step(optimizer, *args, **kwargs)
-        self._check_scale_growth_tracker("step")
-        own = getattr(optimizer, "grad_scale", 1)  # what the caller has scaled by besides, as in torch
-        optimizer.grad_scale = self._get_scale_async() * own  # type: ignore[attr-defined, operator]
+        if state["stage"] is not OptState.READY:
+            return super().step(optimizer)
+        scale, _ = self._check_scale_growth_tracker("step")
+        optimizer.grad_scale = scale * getattr(optimizer, "grad_scale", 1)  # the caller's own, besides, as in torch
         try:
             optimizer.step()
         finally:
-            del optimizer.grad_scale  # type: ignore[attr-defined]
-        found = optimizer.skipped  # type: ignore[attr-defined]
+            del optimizer.grad_scale
+        found = optimizer.skipped
+        assert found is not None
         state["found_inf_per_device"] = {found.device: found.to(torch.float32)}
         state["stage"] = OptState.STEPPED
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from .averaging import average_of, value_of, weight
 from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
-from .gradient_norm import EUCLIDEAN, Norm, partial_norms
+from .gradient_norm import EUCLIDEAN, Norm, Scaling, partial_norms, signal_from
 from .layout import in_layout_of, is_sharded, local, places, same_layout, with_local
 from .members import CPU, Cohort, Member
 from .on_device import OnDevice
@@ -78,6 +78,8 @@ class Piece(NamedTuple):
 class Bucket(ABC):
     """Members that one backend updates together."""
 
+    # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
+    reads_signal: ClassVar[bool] = False
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
@@ -127,8 +129,7 @@ class Bucket(ABC):
         """Compile what :meth:`prepare` leaves to the first step."""
         if optimizer.scales_gradients and not key.sparse:
             zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
-            misaligned = key.choice.backend == "triton" and not key.aligned
-            partial_norms([zeros[misaligned:]], EUCLIDEAN, key.choice.backend)
+            partial_norms([zeros[not key.aligned :]], EUCLIDEAN, key.choice.backend)
 
     @abstractmethod
     def run(self, rows: list[Row | None]) -> None:
@@ -156,6 +157,15 @@ class Bucket(ABC):
     def partial_norms(self, norm: Norm) -> list[Tensor]:
         """Of the gradients of this step: see gradient_norm.partial_norms."""
         return partial_norms([g for g in self.gradients if g is not None], norm, self.key.choice.backend)
+
+    @property
+    def takes_signal(self) -> bool:
+        """Whether it reads the signal itself. A prologue before it can't be skipped there."""
+        return self.reads_signal and not self.key.variant.prologue
+
+    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Tensor:
+        """See gradient_norm.signal_from; asked of a bucket that takes the signal."""
+        return signal_from(partials, scaling, device)
 
     # States.
 

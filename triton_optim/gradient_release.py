@@ -33,7 +33,6 @@ class GradientRelease:
         self._params: list[Tensor] = []
         self.follow(optimizer._flat)
         optimizer._release = self
-        optimizer._step_supports_amp_scaling = True  # so that a scaler calls step(), which refuses it
         self.restart()
 
     def follow(self, params: list[Any]) -> None:
@@ -64,7 +63,6 @@ class GradientRelease:
             _released.pop(p, None)
         if self._optimizer._release is self:
             self._optimizer._release = None
-            self._optimizer._step_supports_amp_scaling = self._optimizer.amp is not None
 
     def restart(self) -> None:
         """Start a round with the states as they are."""

@@ -132,6 +132,10 @@ class RuleOptimizer(Optimizer):
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
 
+    # What a gradient scaler sets for the time of a step.
+    grad_scale: Any
+    found_inf: Any
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.rule is not None and "variants" not in cls.__dict__:
@@ -163,7 +167,6 @@ class RuleOptimizer(Optimizer):
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
-        self._step_supports_amp_scaling = amp is not None
         self.grad_norm: Tensor | None = None
         self.skipped: Tensor | None = None  # 1 where the last step was none, else 0; 0-dim, on the device
         self._swapped = False
@@ -188,6 +191,11 @@ class RuleOptimizer(Optimizer):
         if value is not None and not value > 0:
             raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
         self._max_grad_norm = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's scaler asks. Where gradients are released it is to call ``step``, too, which refuses it."""
+        return self.amp is not None or self._release is not None
 
     @property
     def scales_gradients(self) -> bool:
@@ -632,7 +640,6 @@ class RuleOptimizer(Optimizer):
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_on_device", {})
         self.__dict__.setdefault("_captured", [])
-        self._step_supports_amp_scaling = self.amp is not None or self._release is not None
         self.grad_norm, self.skipped = None, None
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)

@@ -76,18 +76,19 @@ def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
     choice = choose(request_for(optimizer, group, entry.p, entry.overlaps, entry.sparse), this_machine())
     if not local(entry.p).numel():
         choice = Choice("eager", "no elements here: the step is only counted")
-    return Key(
+    key = Key(
         choice,
         entry.p.device,
         optimizer.running_variant(group),
         entry.gradient,
         entry.codecs,
         aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts),
-        # A skipped step is not counted: where only the device knows, it counts.
-        capturable=bool(group.get("capturable")) or (optimizer.amp is not None and choice.backend == "triton"),
+        capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
     )
+    # A skipped step is not counted: where only the device knows of it, the device counts.
+    return key._replace(capturable=True) if optimizer.amp is not None and bucket_class(key).reads_signal else key
 
 
 def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
@@ -291,7 +292,7 @@ class Plan:
         if scaling is not None:
             signal = self._signal(scaling)
             # Where something else than the kernel that reads the signal would run, the host asks.
-            asked = skips and not all(map(reads_signal, self.buckets))
+            asked = skips and not all(bucket.takes_signal for bucket in self.buckets)
             if asked and bool(signal[1]):
                 for bucket in self.buckets:
                     bucket.gradients = []
@@ -299,7 +300,7 @@ class Plan:
         rows = {bucket.key: bucket.next_rows() for bucket in self.buckets}
         for bucket in self.buckets:
             bucket.signal = None
-            if signal is not None and reads_signal(bucket):
+            if signal is not None and bucket.takes_signal:
                 bucket.signal = signal.to(bucket.key.device, non_blocking=True)
             elif signal is not None:
                 factor = signal[0].item() if signal.device.type == "cpu" else signal[0].to(bucket.key.device)
@@ -333,10 +334,9 @@ class Plan:
             busy = (bucket for bucket in self.buckets if any(g is not None for g in bucket.gradients))
             found = [part for bucket in busy for part in bucket.partial_norms(EUCLIDEAN)]
             partials = on_one_device(found, device)
-        if any(map(reads_signal, self.buckets)):
-            from .triton_norm import step_signal
-
-            return step_signal(partials, scaling, self.optimizer.on_device(device).max_norm)
+        for bucket in self.buckets:
+            if bucket.takes_signal:
+                return bucket.signal_from(partials, scaling, device)
         return signal_from(partials, scaling, device)
 
     def rewind(self) -> None:
@@ -387,11 +387,6 @@ def check_captured(optimizer: RuleOptimizer, plan: Plan) -> None:
                 f"parameter {moved[0]} or one of its states lies elsewhere than when the step was captured: replays "
                 "would write where it was. Capture it again."
             )
-
-
-def reads_signal(bucket: Bucket) -> bool:
-    """Whether a bucket's kernel reads on the device what all gradients are multiplied by."""
-    return bucket.key.choice.backend == "triton" and not bucket.key.variant.prologue
 
 
 def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, list[Member]]:

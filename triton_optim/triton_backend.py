@@ -121,6 +121,8 @@ def warp_size(device: torch.device) -> int:
 class TritonBucket(Bucket):
     """Holds the kernel's tables on the device: chunks and tensors, made once; gradients and rows, refreshed."""
 
+    reads_signal = True
+
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
         self.chunks = chunk_table(self.numels, key.device)
@@ -156,6 +158,11 @@ class TritonBucket(Bucket):
                 kinds += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
             for scaling in kinds:
                 step_signal(zeros if scaling.reads else None, scaling, torch.ones_like(zeros[:, 0]))
+
+    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Tensor:
+        from .triton_norm import step_signal
+
+        return step_signal(partials, scaling, self.optimizer.on_device(device).max_norm)
 
     def accept(self, gradients: list[Tensor | None]) -> bool:
         try:
