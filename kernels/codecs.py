@@ -20,6 +20,29 @@ BLOCKS = {"int8": 256, "int4": 64}  # elements that share a scale
 
 
 @jit
+def mixed(x):
+    """A hash of 32-bit integers, in which each bit depends on each: Wellons 2018, "lowbias32",
+    https://nullprogram.com/blog/2018/07/31/. Shifts of signed integers repeat the sign, hence the masks.
+    """
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@jit
+def row_key(low, high, step):
+    """What the random bits of a row depend on: the halves of the seed, and the number of the update."""
+    return mixed(mixed(mixed(low) + high) + step)
+
+
+@jit
+def tensor_key(row, number):
+    """What those of the parameter of this number depend on: two hashes."""
+    key = mixed(row + number)
+    return key, mixed(key ^ 0x5BD1E995)
+
+
+@jit
 def hashed(low, high, key, key2):
     """32 random bits of an element: the halves of its index, multiplied, folded and multiplied again; constants of
     Wellons 2018, "lowbias32", https://nullprogram.com/blog/2018/07/31/. Shifts of signed integers repeat the sign,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .average import lerp
-from .codecs import decode, encode, hashed
+from .codecs import decode, encode, hashed, tensor_key
 
 BLOCK = 1024  # elements a program
 
@@ -158,6 +158,7 @@ def multi_tensor(
     tensors,
     gradients,
     rows,
+    numbers,
     keys,
     signal,
     RULE: tl.constexpr,
@@ -184,8 +185,9 @@ def multi_tensor(
         gradients: int64 ``(tensors,)``: the address of each gradient, 0 for none.
         rows: ``(rows, 1 + len(FIELDS) + AVERAGED)`` in COMPUTE: the factor of the gradient, the rule's scalars, the
             weight of the parameter in its average.
-        keys: int32 ``(tensors, 4)``: the index of a tensor's first element, its lower and its upper half, and what its
-            random bits depend on. Not read where there are none.
+        numbers: int32 ``(tensors, 3)``: the index of a tensor's first element, its lower and its upper half, and the
+            parameter's place among all.
+        keys: int32 ``(rows,)``: what else the random bits depend on. Neither is read where there are none.
         signal: float64 ``(2,)``: what all gradients are multiplied by, and whether to skip the step (not 0). Not read
             unless SIGNAL.
         RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
@@ -209,7 +211,8 @@ def multi_tensor(
         COLUMNS: tl.constexpr = _FIRST_ADDRESS + len(DTYPES) - 1
         entry = tensors + tensor.to(tl.int64) * COLUMNS
         numel = tl.load(entry + _NUMEL)
-        row = rows + tl.load(entry + _ROW) * (1 + len(FIELDS) + AVERAGED)
+        row_number = tl.load(entry + _ROW)
+        row = rows + row_number * (1 + len(FIELDS) + AVERAGED)
         addresses = ()
         for i in tl.static_range(len(DTYPES)):
             if i == FIRST[1]:
@@ -225,8 +228,9 @@ def multi_tensor(
         weight = tl.load(row + 1 + len(FIELDS)) if AVERAGED else 0.0
         key = ()
         if RANDOM:
-            for i in tl.static_range(4):
-                key = key + (tl.load(keys + 4 * tensor + i),)
+            own = numbers + 3 * tensor
+            key = tensor_key(tl.load(keys + row_number), tl.load(own + 2))
+            key = (tl.load(own), tl.load(own + 1)) + key
         if start + BLOCK <= numel:
             update_chunk(
                 addresses, start, numel, factor, h, weight, key, True, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST,

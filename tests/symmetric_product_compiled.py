@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton_optim.kernels import symmetric_product as kernel
 
-from triton_optim import symmetric_product, triton_backend
+from triton_optim import symmetric_product, triton_launch
 from triton_optim.audit import TARGETS
 from triton_optim.audit_assembly import amdgcn_blocks, sass_blocks
 from triton_optim.audit_compile import assembly, resources
@@ -53,7 +53,7 @@ def measure(case: str, arch: str) -> dict[str, Any]:
     target = TARGETS[arch]
     driver.set_active(Driver(target))
     compiled: list[Any] = []
-    triton_backend.warp_size = lambda device: target.warp_size
+    triton_launch.warp_size = lambda device: target.warp_size
     symmetric_product.float32_precision = lambda device: precision
     symmetric_product.launch = lambda programs, arguments, options: compiled.append(
         kernel.symmetric_product.warmup(*arguments, grid=(programs,), **options)

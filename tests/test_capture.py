@@ -24,9 +24,9 @@ class Tape(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.done: list[Any] = []
-        from triton_optim import triton_backend, triton_norm
+        from triton_optim import triton_backend, triton_norm, triton_rows
 
-        for module in (triton_backend, triton_norm):
+        for module in (triton_backend, triton_norm, triton_rows):
             monkeypatch.setattr(module, "launch", self.watched(module.launch))
 
     def watched(self, launch: Any) -> Any:

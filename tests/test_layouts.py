@@ -129,9 +129,9 @@ def launches(monkeypatch):
     triton_backend = pytest.importorskip("triton_optim.triton_backend", reason="Triton is not installed")
     seen, launch = [], triton_backend.launch
 
-    def watched(programs, tables, constants):
+    def watched(kernel, programs, tables, constants):
         seen.append((programs, [t.clone() for t in tables], constants))
-        launch(programs, tables, constants)
+        launch(kernel, programs, tables, constants)
 
     monkeypatch.setattr(triton_backend, "launch", watched)
     return seen

@@ -74,12 +74,12 @@ def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
 
     launch, programs = triton_backend.launch, []
 
-    def launch_the_end(count, tables, constants):
+    def launch_the_end(kernel, count, tables, constants):
         chunks, *others = tables
         assert count == len(chunks) == -(-numel // BLOCK)
         last = chunks[chunks[:, 1] >= first // BLOCK].contiguous()
         programs.append(len(last))
-        launch(len(last), (last, *others), constants)
+        launch(kernel, len(last), (last, *others), constants)
 
     monkeypatch.setattr(triton_backend, "launch", launch_the_end)
     optimizer(*(memory[start : start + numel] for start in starts)).step()
@@ -136,7 +136,7 @@ def test_trap_2_20_000_tiny_parameters_and_empty_ones_among_them(backend, device
     opt = to.AdamW(params, lr=0.1, backend=backend)
     launches, interpreted = [], backend == "triton" and not HAS_GPU
     if interpreted:
-        monkeypatch.setattr("triton_optim.triton_backend.launch", lambda *arguments: launches.append(arguments))
+        monkeypatch.setattr("triton_optim.triton_backend.launch", lambda kernel, *given: launches.append(given))
     step(opt, params, list(g.split(sizes)))
     assert all(opt.state[p]["step"].item() == 1 for p in params[:100])
     assert len(opt.state) == len(params)

@@ -57,8 +57,8 @@ def compile_kernel(
         "ALIGNED": aligned,
     }
     constants = {name: constants[name] for name in kernel.multi_tensor.arg_names if name in constants}
-    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}", "keys": "*i32"}
-    tables["signal"] = "*fp64"
+    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}"}
+    tables |= {"numbers": "*i32", "keys": "*i32", "signal": "*fp64"}
     order = [*tables, *constants]
     source = ASTSource(
         fn=kernel.multi_tensor,

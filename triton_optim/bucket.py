@@ -241,9 +241,13 @@ class Bucket(ABC):
                 self._form_cohorts([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
             active = [present[cohort.places[0]] for cohort in self.cohorts]
         self._on_device = self.optimizer.on_device(self.key.device) if self.key.capturable else None
-        self._rows = [self._row(c) if there else None for c, there in zip(self.cohorts, active, strict=True)]
+        self._rows = self.form_rows(active)
         one_kind([row for row in self._rows if row is not None], self.optimizer)
         return self._rows
+
+    def form_rows(self, active: list[bool]) -> list[Row | None]:
+        """The row of each cohort that is active."""
+        return [self._row(c) if there else None for c, there in zip(self.cohorts, active, strict=True)]
 
     def _row(self, cohort: Cohort) -> Row:
         numbers = cohort.numbers(on_device=self.key.capturable)
@@ -252,8 +256,8 @@ class Bucket(ABC):
         on_device = self._on_device.group(cohort.group) if self._on_device is not None else {}
         return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable, on_device=on_device)
 
-    def random_keys(self, rows: list[Row | None]) -> Tensor:
-        """What the random bits of each piece depend on in this step: see random_bits.tensor_keys."""
+    def row_keys(self, rows: list[Row | None]) -> Tensor:
+        """What the random bits of each row depend on in this step, int32."""
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = []
         for cohort, row in zip(self.cohorts, rows, strict=True):
@@ -261,15 +265,26 @@ class Bucket(ABC):
             if self._on_device is not None:
                 seed = self._on_device.group(cohort.group).get("seed", seed)
             own.append(row_key(seed, 0 if row is None else row.step, device))
+        return torch.stack(own)
+
+    def random_keys(self, rows: list[Row | None]) -> Tensor:
+        """What the random bits of each piece depend on in this step: see random_bits.tensor_keys."""
+        own = self.row_keys(rows)
         if self._row_index is None:
-            self._row_index = torch.tensor([self.row_of[piece.member] for piece in self.pieces], device=device)
-        keys = tensor_keys(torch.stack(own)[self._row_index], self._numbers_of_params, self._first_indices)
-        return keys if device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
+            self._row_index = torch.tensor([self.row_of[p.member] for p in self.pieces], device=own.device)
+        keys = tensor_keys(own[self._row_index], self._numbers_of_params, self._first_indices)
+        return self.brought(keys)
+
+    def brought(self, keys: Tensor) -> Tensor:
+        """What was made on the host, on the device, without waiting for it."""
+        return keys if keys.device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
     def commit(self, skip: Tensor | None = None) -> None:
         """Count the step; `skip` is of :meth:`Cohort.advance`."""
         for cohort, row in zip(self.cohorts, self._rows, strict=True):
-            if row is not None:
+            if row is not None and row.counted:
+                cohort.count(row.carried)
+            elif row is not None:
                 cohort.advance(row.carried, skip)
             elif self.key.variant.averaged:
                 self._average_what_stays(cohort, skip)

@@ -103,6 +103,17 @@ class Cohort:
         here = {name: value.item() for name, value in self.shared.items() if value.device == CPU}
         return self._numbers | here | ({"step": int(here["step"])} if "step" in here else {})
 
+    @property
+    def unshared(self) -> dict[str, Any]:
+        """Those of the numbers that the host counts."""
+        return {name: value for name, value in self._numbers.items() if name not in self.shared}
+
+    def count(self, carried: dict[str, Any]) -> None:
+        """Note here that a step was counted."""
+        # Where no step is kept, all that is known is that there was one.
+        count = self._numbers["step"] + 1 if self._counts else 1
+        self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
+
     def advance(self, carried: dict[str, Any], skip: Tensor | None = None) -> None:
         """Count a step.
 
@@ -110,12 +121,10 @@ class Cohort:
             carried: what the state carries on.
             skip: 0-dim, on the device: 1 where the step was none.
         """
-        # Where no step is kept, all that is known is that there was one.
-        count = self._numbers["step"] + 1 if self._counts else 1
-        self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
+        self.count(carried)
         if self._counts and "step" not in self.shared:
             for m in self.members:
-                m.state["step"] = count
+                m.state["step"] = self._numbers["step"]
         for name, value in carried.items():
             if name not in self.shared or requires_grad(value):  # replaced, as a graph holds the last one
                 for m in self.members:
@@ -134,7 +143,8 @@ class Cohort:
 
     def count_average(self, skip: Tensor | None) -> None:
         """Count a step in which the parameters stayed as they were."""
-        self._numbers |= {COUNT: self._numbers[COUNT] + 1}
+        if COUNT in self._numbers:
+            self._numbers |= {COUNT: self._numbers[COUNT] + 1}
         self.shared[COUNT].add_(1 if skip is None else 1 - skip)
 
     def rewind(self, started: dict[str, Any]) -> None:

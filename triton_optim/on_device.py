@@ -25,7 +25,7 @@ class OnDevice:
     """
 
     def __init__(self, optimizer: RuleOptimizer, device: torch.device) -> None:
-        self._optimizer, self._device = optimizer, device
+        self._optimizer, self.device = optimizer, device
         self._pushed: list[float] = []
         self._names: list[list[str]] = []  # of each group's
         self._first: list[int] = []  # of each group, the place of its first
@@ -39,7 +39,7 @@ class OnDevice:
         now.append(float("inf") if norm is None else float(norm))
         if now == self._pushed:
             return
-        if capturing(self._device):
+        if capturing(self.device):
             raise RuntimeError(
                 "hyperparameters changed since they were last brought to the device, which can't be done while a graph "
                 "is captured. Call optimizer.push_hyperparameters() before."
@@ -51,9 +51,9 @@ class OnDevice:
                     "the parameter groups have other hyperparameters than when a step was captured, which will read "
                     "the old ones. Capture it again, with a new optimizer or after a step of this one."
                 )
-            self._memory = torch.empty(len(now), dtype=torch.float64, device=self._device)
+            self._memory = torch.empty(len(now), dtype=torch.float64, device=self.device)
         staged = torch.frombuffer(array("d", now), dtype=torch.float64)
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             staged = staged.pin_memory()  # of its own, so that none in flight is overwritten
         self._memory.copy_(staged, non_blocking=True)
         self._pushed = now
@@ -73,6 +73,22 @@ class OnDevice:
             else:
                 found[name] = value
         return found
+
+    def names(self, index: int) -> dict[str, Any]:
+        """Of a group's numbers, the names that :meth:`address` takes, and their dtype; of a tuple's a list."""
+        group = self._optimizer.param_groups[index]
+        found: dict[str, Any] = {}
+        for place, name in enumerate(self._names[index], self._first[index]):
+            value = (("hyper", place), torch.float64)
+            if name == "seed" or isinstance(group[name], (tuple, list)):
+                found.setdefault(name, []).append(value)
+            else:
+                found[name] = value
+        return found
+
+    def address(self, place: int) -> int:
+        """Where a number lies."""
+        return self._memory.data_ptr() + place * self._memory.itemsize
 
     @property
     def max_norm(self) -> Tensor:

@@ -210,7 +210,10 @@ class RuleOptimizer(Optimizer):
         Args:
             group: the parameter group; 1-element tensors on the CPU have become floats. A hyperparameter on a device
                 stays a 0-dim float64 tensor, so write arithmetic that works for both (``**``, not ``math.pow``). With
-                ``capturable``, and ``amp="fused"`` where Triton runs the rule, all numbers are such tensors.
+                ``capturable``, and ``amp="fused"`` where Triton runs the rule, all numbers are such tensors. What is
+                done to them is then recorded, and one launch does it again in every step: arithmetic, comparisons,
+                ``torch.where``, ``minimum``, ``maximum``, ``clamp``, ``sqrt``, ``exp``, ``log``, ``abs``, ``floor``. Of
+                all else each operation is a launch.
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without state and 2 ever after.
 

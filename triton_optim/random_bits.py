@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.codecs import hashed
+from .kernels import codecs
 from .kernels.language import torch_form
 from .layout import is_sharded
 
-_hashed = torch_form(hashed)
+_hashed, _row_key, _tensor_key = map(torch_form, (codecs.hashed, codecs.row_key, codecs.tensor_key))
 
 
 def row_key(seed: int | list[Tensor], step: Any, device: torch.device) -> Tensor:
@@ -23,7 +23,8 @@ def row_key(seed: int | list[Tensor], step: Any, device: torch.device) -> Tensor
     if isinstance(halves, int):
         halves = [torch.full((), _signed(part), dtype=torch.int32, device=device) for part in (halves, halves >> 32)]
     count = step.to(device, torch.int32) if isinstance(step, Tensor) else _signed(step)
-    return _mix(_mix(_mix(halves[0]) + halves[1]) + count)
+    key: Tensor = _row_key(halves[0], halves[1], count)
+    return key
 
 
 def tensor_keys(rows: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
@@ -35,8 +36,16 @@ def tensor_keys(rows: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
         numbers: int32, each parameter's place among the optimizer's.
         first: int64, that index.
     """
-    key = _mix(rows + numbers)
-    return torch.stack((_low(first), _low(first >> 32), key, _mix(key ^ 0x5BD1E995)), dim=1)
+    return torch.stack((_low(first), _low(first >> 32), *_tensor_key(rows, numbers)), dim=1)
+
+
+def tensor_numbers(first: Tensor, numbers: Tensor) -> Tensor:
+    """What a kernel that forms the keys itself takes, int32 ``(tensors, 3)``: the halves of that index, the place.
+
+    Args:
+        first, numbers: as of :func:`tensor_keys`.
+    """
+    return torch.stack((_low(first), _low(first >> 32), numbers), dim=1)
 
 
 def first_index(p: Tensor) -> int:
@@ -76,15 +85,6 @@ def bits_of_elements(key: Tensor, index: Tensor) -> Tensor:
     else:
         bits = _hashed(index + low, high, first, second)
     return bits
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A hash of 32-bit integers, in which each bit depends on each: Wellons 2018, "lowbias32",
-    https://nullprogram.com/blog/2018/07/31/. Shifts of signed integers repeat the sign, hence the masks.
-    """
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
-    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def _low(x: Tensor) -> Tensor:

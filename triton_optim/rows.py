@@ -23,6 +23,7 @@ class Row(NamedTuple):
     carried: dict[str, Any]  # what the state carries to the next step
     step: Any  # the number of the update
     weight: Any = 0.0  # of the parameter in its average
+    counted: bool = False  # whether the device forms it, and counts the step as it does
 
 
 def requires_grad(value: Any) -> bool:

@@ -93,7 +93,7 @@ def float32_precision(device: torch.device) -> Literal["ieee", "tf32"]:
 
 def _run_kernel(x: Tensor, alpha: float, beta: float, c: Tensor | None, out: Tensor) -> None:
     from .kernels import symmetric_product as kernel
-    from .triton_backend import warp_size
+    from .triton_launch import warp_size
 
     batch, m, k = x.shape
     precision = float32_precision(x.device) if x.dtype == torch.float32 else "ieee"

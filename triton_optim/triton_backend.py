@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,10 @@ from .gradient_norm import Norm, Scaling
 from .kernels import multi_tensor as kernel
 from .members import Member
 from .on_device import capturing
+from .random_bits import tensor_numbers
 from .rows import Row, row_for, table_of, to_device
+from .triton_launch import compile_ahead, launch, warp_size
+from .triton_rows import TritonRows
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -74,22 +76,6 @@ def chunk_table(numels: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack((tensor, chunk), dim=1).to(torch.int32).to(device)
 
 
-def compile_ahead(dtypes: tuple[torch.dtype, ...], constants: dict[str, Any], device: torch.device) -> None:
-    """Compile the kernel without a launch, for tables of these dtypes."""
-    with on(device):
-        kernel.multi_tensor.warmup(*dtypes, grid=(1,), **constants)
-
-
-def on(device: torch.device) -> Any:
-    """Make a device the current one for a launch."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-def launch(programs: int, tables: tuple[Tensor, ...], constants: dict[str, Any]) -> None:
-    """Start the kernel. The only place that does; those of the norm are started in triton_norm."""
-    kernel.multi_tensor[(programs,)](*tables, **constants)
-
-
 def constants_of(key: Key, scalars: Any, signal: bool) -> dict[str, Any]:
     """What the kernel is compiled for.
 
@@ -110,14 +96,6 @@ def constants_of(key: Key, scalars: Any, signal: bool) -> dict[str, Any]:
     }
 
 
-def warp_size(device: torch.device) -> int:
-    """Threads a warp; 32 where the device does not say (the interpreter has none)."""
-    if device.type == "cpu":
-        return 32
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "warp_size", 32))
-
-
 class TritonBucket(Bucket):
     """Holds the kernel's tables on the device: chunks and tensors, made once; gradients and rows, refreshed."""
 
@@ -130,7 +108,13 @@ class TritonBucket(Bucket):
         own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
         self.pointers: list[int] = []
+        self.numbers = self.chunks  # not read
+        if key.random:
+            first = torch.tensor([piece.first for piece in self.pieces])
+            numbers = torch.tensor([m.index for m in members], dtype=torch.int32)
+            self.numbers = tensor_numbers(first, numbers).to(key.device)
         self._constants: dict[Any, dict[str, Any]] = {}
+        self._rows_on_device = TritonRows(optimizer, key)
         # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
         self._staging: Tensor | None = None
         self._captured: list[Tensor] = []
@@ -146,8 +130,10 @@ class TritonBucket(Bucket):
         scalars = type(row_for(optimizer, group, 1).h)
         signal = optimizer.scales_gradients and not key.variant.prologue
         last = torch.float64 if signal else key.compute
-        tables = (torch.int32, torch.int64, torch.int64, key.compute, torch.int32, last)
-        compile_ahead(tables, constants_of(key, scalars, signal), key.device)
+        tables = (torch.int32, torch.int64, torch.int64, key.compute, torch.int32, torch.int32, last)
+        compile_ahead(kernel.multi_tensor, tables, constants_of(key, scalars, signal), key.device)
+        if key.capturable and not key.variant.prologue:
+            TritonRows.warm_up(key, 1 + len(scalars._fields) + key.variant.averaged, signal)
         if signal:
             from .triton_norm import step_signal
 
@@ -192,6 +178,13 @@ class TritonBucket(Bucket):
         self._captured += [self._staging, self.gradient_table]
         self._staging = None
 
+    def form_rows(self, active: list[bool]) -> list[Row | None]:
+        if self._on_device is not None and not self.key.variant.prologue:
+            rows = self._rows_on_device.rows(self.cohorts, active, self._on_device)
+            if rows is not None:
+                return rows
+        return super().form_rows(active)
+
     def partial_norms(self, norm: Norm) -> list[Tensor]:
         if self.key.variant.prologue:  # the gradients are not in the table yet
             return super().partial_norms(norm)
@@ -208,14 +201,16 @@ class TritonBucket(Bucket):
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
             self.regrouped = False
         h = next(row.h for row in rows if row is not None)
-        table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
         compiled_for = (type(h), self.signal is not None)
         if compiled_for not in self._constants:
             self._constants[compiled_for] = constants_of(self.key, *compiled_for)
         constants = self._constants[compiled_for]
-        keys = self.random_keys(rows) if self.key.random else self.chunks
+        if any(row is not None and row.counted for row in rows):
+            table, keys = self._rows_on_device.form(self.signal)
+        else:
+            table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
+            keys = self.brought(self.row_keys(rows)) if self.key.random else self.chunks
         signal = table if self.signal is None else self.signal
-        tables = (self.chunks, self.tensors, self.gradient_table, table, keys, signal)
-        with on(self.key.device):
-            launch(len(self.chunks), tables, constants)
+        tables = (self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, signal)
+        launch(kernel.multi_tensor, len(self.chunks), tables, constants)
         self.mark_written()

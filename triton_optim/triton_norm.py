@@ -15,7 +15,8 @@ from .gradient_norm import EUCLIDEAN, Norm, Scaling
 from .kernels import gradient_norm as kernels
 from .layout import all_aligned
 from .rows import to_device
-from .triton_backend import TRITON_DTYPES, chunk_table, on, warp_size
+from .triton_backend import TRITON_DTYPES, chunk_table
+from .triton_launch import launch, warp_size
 
 # The chunk and tensor tables of the lists of tensors that were last asked for, by device and sizes.
 _TABLES: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
@@ -37,12 +38,6 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
     chunks, sizes = _TABLES[key]
     gradients = to_device(array("q", pointers), torch.int64, device)
     return launch_partial_norms(chunks, sizes, gradients, tensors[0].dtype, all_aligned(pointers), norm)
-
-
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Start one of the kernels. The only place that does."""
-    with on(arguments[0].device):
-        kernel[(programs,)](*arguments, **constants)
 
 
 def launch_partial_norms(

@@ -1,0 +1,218 @@
+"""Rows of scalars that the device forms: the host's, in one launch, however the numbers change."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import HAS_GPU, TRITON_LOOPS
+from table import CASES, Case, rows
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_optim.kernels.language import jit
+
+import triton_optim
+from triton_optim.recording import Recorder, Unrecorded
+
+pytestmark = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
+F64 = torch.float64
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The row table of every update, which is not made."""
+    from triton_optim import triton_backend
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        triton_backend, "launch", lambda kernel, n, arguments, constants: seen.append(arguments[3].cpu().clone())
+    )
+    return seen
+
+
+@pytest.fixture
+def formed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each launch formed."""
+    from triton_optim import triton_rows
+
+    seen: list[int] = []
+    launch = triton_rows.launch
+
+    def watched(kernel: Any, n: int, *rest: Any) -> None:
+        seen.append(n)
+        launch(kernel, n, *rest)
+
+    monkeypatch.setattr(triton_rows, "launch", watched)
+    return seen
+
+
+def two(device: torch.device, dtype: torch.dtype = F64) -> list[Parameter]:
+    params = [Parameter(torch.ones(5, device=device, dtype=dtype)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+def run(make: Any, device: torch.device, tables: list[torch.Tensor], between: Any) -> list[torch.Tensor]:
+    """The rows of six steps."""
+    optimizer = make(two(device))
+    tables.clear()
+    for k in range(6):
+        between(optimizer, k)
+        optimizer.step()
+    return list(tables)
+
+
+def schedule(optimizer: Any, k: int) -> None:
+    group = optimizer.param_groups[0]
+    group["lr"] = 0.1 / (k + 1)
+    if "weight_decay" in group:
+        group["weight_decay"] = 0.01 * k
+    if "betas" in group:
+        group["betas"] = (0.9 - 0.1 * k, 0.999 - 0.01 * k)
+
+
+@rows(*(case for case in CASES if case.elementwise and not case.sparse))
+def test_rows_of_every_rule_are_those_of_the_host(
+    case: Case, device: torch.device, tables: list[torch.Tensor], formed: list[int]
+) -> None:
+    options = {"backend": "triton", "ema_decay": 0.9, "ema_warmup": True}
+    host, own = (
+        run(lambda ps, c=c: case.ours(ps, **options, capturable=c), device, tables, schedule) for c in (False, True)
+    )
+    assert formed == [1] * 6
+    for a, b in zip(host, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+def test_groups_have_rows_of_their_own_and_a_missing_gradient_counts_nothing(
+    device: torch.device, tables: list[torch.Tensor], formed: list[int]
+) -> None:
+    def make(params: list[Parameter], capturable: bool) -> Any:
+        groups = [{"params": params[:1], "lr": 0.3}, {"params": params[1:], "maximize": True, "betas": (0.5, 0.7)}]
+        return triton_optim.NAdam(groups, lr=0.1, backend="triton", capturable=capturable)
+
+    def between(optimizer: Any, k: int) -> None:
+        first = optimizer.param_groups[0]["params"][0]
+        first.grad = None if k in (2, 3) else torch.ones_like(first)
+
+    host, own = (run(lambda ps, c=c: make(ps, c), device, tables, between) for c in (False, True))
+    assert formed == [2] * 6
+    for k, (a, b) in enumerate(zip(host, own, strict=True)):
+        there = [1] if k in (2, 3) else [0, 1]
+        torch.testing.assert_close(a[there], b[there], rtol=1e-13, atol=0)
+
+
+class Scalars(NamedTuple):
+    lr: float
+    factor: float
+
+
+@jit
+def scaled(p, g, h):
+    return (p - h.lr * h.factor * g,)
+
+
+class Waving(triton_optim.RuleOptimizer):
+    """Its scalars take a cosine, which is no operation that is recorded."""
+
+    rule = scaled
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.1}, **options)
+        self.temperature = 2.0
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], torch.as_tensor(step, dtype=F64).cos() * self.temperature)
+
+
+class Cooling(Waving):
+    """Its scalars take a number of the optimizer's own."""
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], self.temperature / step)
+
+
+@pytest.mark.parametrize(("cls", "launches"), [(Waving, 0), (Cooling, 6)])
+def test_a_users_own_scalars_follow_their_numbers(
+    cls: Any, launches: int, device: torch.device, tables: list[torch.Tensor], formed: list[int]
+) -> None:
+    def between(optimizer: Any, k: int) -> None:
+        optimizer.temperature = 2.0 if k < 3 else 1.0
+
+    host, own = (
+        run(lambda ps, c=c: cls(ps, backend="triton", capturable=c), device, tables, between) for c in (False, True)
+    )
+    assert len(formed) == launches
+    for a, b in zip(host, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+def test_hyperparameters_on_the_device_are_read_where_they_are(
+    device: torch.device, tables: list[torch.Tensor], formed: list[int]
+) -> None:
+    rates = [torch.tensor(0.1, device=device, dtype=dtype) for dtype in (torch.float32, F64)]
+
+    def between(optimizer: Any, k: int) -> None:
+        rate = rates[k // 3]  # the tensor is written, and then another
+        rate.fill_(0.5 / (k + 1))
+        optimizer.param_groups[0]["lr"] = rate
+
+    make = lambda ps: triton_optim.AdamW(ps, lr=rates[0], backend="triton", capturable=True)  # noqa: E731
+    own = run(make, device, tables, between)
+    assert formed == [1] * 6
+    for k, table in enumerate(own):
+        beta1 = 0.9
+        dtype = torch.float32 if k < 3 else F64
+        lr = torch.tensor(0.5 / (k + 1), dtype=dtype).item()
+        column = 1 + ["decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size"].index("step_size")
+        assert table[0, column].item() == pytest.approx(lr / (1 - beta1 ** (k + 1)), rel=1e-13)
+
+
+class Everything(TorchDispatchMode):
+    """What a step asks of a device beside launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.namespace == "aten" and "empty" not in str(func):
+            self.done.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+BF16 = torch.bfloat16
+STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_dtype": BF16}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {}), (BF16, STOCHASTIC)], ids=["float32", "stochastic"])
+def test_unscaling_clipping_updating_and_averaging_are_four_launches_and_nothing_else(
+    dtype: torch.dtype, more: dict[str, Any], capturable: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton_optim import triton_backend, triton_norm, triton_rows
+
+    launched: list[Any] = []
+    for module in (triton_backend, triton_norm, triton_rows):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_: launched.append(kernel))
+    whole = {"amp": "fused", "max_grad_norm": 1.0, "ema_decay": 0.9, "capturable": capturable}
+    optimizer = triton_optim.AdamW(two(device, dtype), backend="triton", **whole, **more)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=device), torch.zeros(1, device=device)
+    optimizer.step()
+    launched.clear()
+    with Everything() as asked:
+        optimizer.step()
+    assert len(launched) == len(set(map(id, launched))) == 4
+    assert asked.done == []
+
+
+@pytest.mark.skipif(HAS_GPU, reason="what the recorder says is the same there")
+def test_what_cannot_be_recorded_says_so() -> None:
+    recorder = Recorder()
+    x = recorder.read("x")
+    with recorder:
+        for of in (torch.cos, float, bool, lambda x: x.to(torch.int32), lambda x: x + torch.ones(3)):
+            with pytest.raises(Unrecorded):
+                of(x)
+        with pytest.raises(Unrecorded):
+            recorder.number_of(x.tolist())

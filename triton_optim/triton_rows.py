@@ -1,0 +1,250 @@
+"""Rows of scalars where the device counts the steps: one launch forms them and counts."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Hashable
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import rows as kernel
+from .on_device import OnDevice, capturing
+from .recording import Recorder, Value
+from .rows import Row, plain_group, row_for, to_device
+from .triton_launch import compile_ahead, launch
+
+if TYPE_CHECKING:
+    from .bucket import Key
+    from .members import Cohort
+    from .optimizer import RuleOptimizer
+
+SLOTS = (64, 128, 256)  # values of a row, at most
+_KINDS = {name: number for number, name in enumerate(kernel.KINDS)}
+_READS = {torch.float32: "read32", torch.float64: "read64"}
+_KEEPS = {torch.float32: kernel.KEPT32, torch.float64: kernel.KEPT64}
+_ONE = (1.0).hex()
+
+
+class Recording(NamedTuple):
+    """How a row is formed."""
+
+    h: Any  # the NamedTuple that scalars returned
+    code: list[list[int]]  # of each value: its kind, what it is made of, where it goes
+    sources: list[Hashable]  # of each, its bits, or the name of where it is read
+    keeps: list[Hashable]  # of each, the name of where it is kept, 0 for nowhere
+
+    @property
+    def names(self) -> list[Hashable]:
+        """Of all that is read and kept, in the order of the tables."""
+        return [x for x in chain(self.sources, self.keeps) if not isinstance(x, int)]
+
+
+class Numbers(NamedTuple):
+    """What the row of a cohort is formed of."""
+
+    fixed: dict[str, Any]  # the group, without what the device reads
+    own: dict[str, Any]  # the optimizer's own numbers
+    counted: dict[str, Any]  # ``step``, and what else is carried, where the host counts
+    read: dict[str, Any]  # hyperparameters: the name and dtype of where each is read; of a tuple a list
+    kept: dict[str, torch.dtype]  # what is counted on the device
+
+
+def record(optimizer: RuleOptimizer, numbers: Numbers, averaged: bool) -> Recording | None:
+    """How a row is formed; None where `scalars` does what cannot be recorded."""
+    recorder = Recorder()
+    dtypes: dict[Hashable, torch.dtype] = {}
+
+    def symbol(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(map(symbol, value))
+        dtypes[value[0]] = value[1]
+        return recorder.read(value[0])
+
+    recorder.note("constant", source=_ONE)  # the first, in which the kernel finds the passes
+    hyper = {name: symbol(value) for name, value in numbers.read.items()}
+    carried = numbers.counted | {name: symbol((("kept", name), dtype)) for name, dtype in numbers.kept.items()}
+    seed = hyper.pop("seed")
+    before = carried.pop("step")
+    try:
+        with recorder:
+            step = before + 1
+            row = row_for(optimizer, numbers.fixed, step, carried, on_device=hyper)
+        cells = [row.factor, *row.h, row.weight][: 1 + len(row.h) + averaged]
+        goes: list[tuple[int, int, Hashable]] = [(recorder.number_of(x), cell, 0) for cell, x in enumerate(cells)]
+        for name, dtype in numbers.kept.items():
+            value = step if name == "step" else row.carried[name]
+            goes.append((recorder.number_of(value), _KEEPS[dtype], ("kept", name)))
+        key = zip((*seed, step), (kernel.LOW, kernel.HIGH, kernel.STEP), strict=True)
+        goes += [(recorder.number_of(x), place, 0) for x, place in key]
+    except Exception:
+        # Done again without a recorder, where it raises if it is wrong.
+        return None
+    return assembled(row.h, recorder.values, goes, dtypes)
+
+
+def assembled(
+    h: Any, values: list[Value], goes: list[tuple[int, int, Hashable]], dtypes: dict[Hashable, torch.dtype]
+) -> Recording | None:
+    """The values as the kernel has them; None of too many.
+
+    Args:
+        goes: a place among the values, where that goes, and the name of where it is kept.
+        dtypes: of what is read, by name.
+    """
+    values = list(values)
+    ends: dict[int, tuple[int, Hashable]] = {}
+    for place, where, name in goes:
+        if place in ends:  # a value goes to one place; to the next goes a copy
+            values.append(Value("mul", (place, 0)))
+            place = len(values) - 1
+        ends[place] = (where, name)
+    if len(values) > SLOTS[-1]:
+        return None
+    code: list[list[int]] = []
+    sources: list[Hashable] = []
+    depth: list[int] = []
+    for place, (kind, of, source) in enumerate(values):
+        depth.append(1 + max((depth[x] for x in of), default=-1))
+        if kind == "constant":
+            sources.append(struct.unpack("q", struct.pack("d", float.fromhex(str(source))))[0])
+        else:
+            sources.append(source if kind == "read" else 0)
+        kind = _READS[dtypes[source]] if kind == "read" else kind
+        code.append([_KINDS[kind], *of, *[0] * (3 - len(of)), ends.get(place, (kernel.NOWHERE, 0))[0]])
+    keeps = [ends.get(place, (kernel.NOWHERE, 0))[1] for place in range(len(values))]
+    code[0][2] = max(depth)  # the passes
+    return Recording(h, code, sources, keeps)
+
+
+def numbers_of(optimizer: RuleOptimizer, group: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
+    """What the row of a cohort is formed of now."""
+    read = held.names(cohort.group)
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
+            read[name] = (("own", name), value.dtype)
+    fixed = {name: value for name, value in group.items() if name not in read and name not in ("params", "param_names")}
+    # An optimizer's own numbers may be used, too.
+    own = {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name[0] != "_" and type(value) in (bool, int, float, str)
+    }
+    kept = {name: value.dtype for name, value in cohort.shared.items()}
+    return Numbers(plain_group(fixed), own, cohort.unshared, read, kept)
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether there is a tensor among hyperparameters."""
+    if isinstance(value, dict):
+        return any(map(has_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(has_tensor, value)))
+
+
+def address(name: Any, cohort: Cohort, group: dict[str, Any], held: OnDevice) -> int:
+    """Where the number of this name lies."""
+    kind, which = name
+    if kind == "hyper":
+        return held.address(which)
+    tensor: Tensor = cohort.shared[which] if kind == "kept" else group[which]
+    return tensor.data_ptr()
+
+
+def constants_of(width: int, slots: int, key: Key) -> dict[str, Any]:
+    """What the kernel is compiled for, but for SKIPS."""
+    return {"WIDTH": width, "SLOTS": slots, "RANDOM": key.random, "num_warps": 1, "enable_fp_fusion": True}
+
+
+class TritonRows:
+    """Forms the rows of a bucket: the tables of kernels/rows.py, made anew where more than a value changed."""
+
+    def __init__(self, optimizer: RuleOptimizer, key: Key) -> None:
+        self._optimizer, self._key = optimizer, key
+        self._numbers: list[Numbers | None] = []
+        self._recordings: list[Recording | None] = []
+        self._addresses: list[int] = []
+        self._tables: tuple[Tensor, ...] = ()
+        self._constants: dict[str, Any] = {}
+
+    def rows(self, cohorts: list[Cohort], active: list[bool], held: OnDevice) -> list[Row | None] | None:
+        """Make ready to form the rows of the active cohorts; None where they cannot be formed so.
+
+        Returns:
+            Rows of which the type of ``h`` is all that is known here.
+        """
+        groups = self._optimizer.param_groups
+        numbers = [
+            numbers_of(self._optimizer, groups[c.group], c, held) if there else None
+            for c, there in zip(cohorts, active, strict=True)
+        ]
+        if any(has_tensor(n.fixed) for n in numbers if n is not None):
+            return None
+        if changed := numbers != self._numbers:
+            known = [(n, r) for n, r in zip(self._numbers, self._recordings, strict=True) if n is not None]
+            averaged = self._key.variant.averaged
+            self._recordings = [
+                n and (next((r for old, r in known if old == n), None) or record(self._optimizer, n, averaged))
+                for n in numbers
+            ]
+            self._numbers = numbers
+        if any((n is None) != (r is None) for n, r in zip(numbers, self._recordings, strict=True)):
+            return None
+        addresses = [
+            address(name, c, groups[c.group], held)
+            for c, r in zip(cohorts, self._recordings, strict=True)
+            for name in ([] if r is None else r.names)
+        ]
+        if changed or addresses != self._addresses:
+            self._place(addresses)
+        return [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
+
+    @staticmethod
+    def warm_up(key: Key, width: int, skips: bool) -> None:
+        """Compile the kernel, for rows of no more values than is usual."""
+        last = torch.float64 if skips else key.compute
+        dtypes = (torch.int32, torch.int64, last, key.compute, torch.int32)
+        constants = constants_of(width, SLOTS[0], key) | {"SKIPS": skips}
+        compile_ahead(kernel.form_rows, dtypes, constants, key.device)
+
+    def _place(self, addresses: list[int]) -> None:
+        """Bring the tables to the device."""
+        if capturing(self._key.device):
+            raise RuntimeError(
+                "what the scalars are formed of changed since the last step, and can't be brought to the device while "
+                "a graph is captured. Make a few steps first, on a side stream."
+            )
+        recordings = self._recordings
+        slots = next(n for n in SLOTS if all(r is None or len(r.code) <= n for r in recordings))
+        code, memory, place = array("i"), array("q"), iter(addresses)
+        for r in recordings:
+            columns = [[0, 0, 0, 0, kernel.NOWHERE]] * slots
+            sources = kept = [0] * slots
+            if r is not None:
+                columns = r.code + columns[len(r.code) :]
+                sources = [x if isinstance(x, int) else next(place) for x in r.sources] + sources[len(r.code) :]
+                kept = [x if isinstance(x, int) else next(place) for x in r.keeps] + kept[len(r.code) :]
+            code.extend(chain.from_iterable(zip(*columns, strict=True)))
+            memory.extend(sources + kept)
+        device = self._key.device
+        h = next(r.h for r in recordings if r is not None)
+        width = 1 + len(h) + self._key.variant.averaged
+        rows = torch.zeros(len(recordings), width, dtype=self._key.compute, device=device)
+        keys = torch.zeros(len(recordings), dtype=torch.int32, device=device)
+        self._tables = (to_device(code, torch.int32, device), to_device(memory, torch.int64, device), rows, keys)
+        self._constants = constants_of(width, slots, self._key)
+        self._addresses = addresses
+
+    def form(self, signal: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Form the rows and count the step, unless the signal says to skip it.
+
+        Returns:
+            The table of rows, and int32 ``(rows,)``, what the random bits of each depend on.
+        """
+        code, memory, rows, keys = self._tables
+        skips = signal is not None
+        arguments = (code, memory, rows if signal is None else signal, rows, keys)
+        launch(kernel.form_rows, len(rows), arguments, self._constants | {"SKIPS": skips})
+        return rows, keys
