@@ -15,7 +15,7 @@ from .averaging import average_of, value_of, weight
 from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
 from .gradient_norm import EUCLIDEAN, Norm, Scaling, partial_norms, signal_from
-from .layout import in_layout_of, is_sharded, local, places, same_layout, with_local
+from .layout import in_layout_of, is_sharded, local, locals_of, places, same_layout, with_local
 from .members import CPU, Cohort, Member
 from .on_device import OnDevice
 from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
@@ -321,10 +321,10 @@ class Bucket(ABC):
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""
-        written = self._params
+        written = self._values()
         if not self.complete:
             written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(map(local, written) if self.sharded else written)
+        torch.autograd.graph.increment_version(written)
 
     def rewind(self) -> None:
         """Bring the states back to where they were before the first step."""
@@ -345,7 +345,7 @@ class Bucket(ABC):
 
     def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
         """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
-        values = [local(m.p) for m in self.members] if self.sharded else self._params
+        values = self._values()
         if list(map(Tensor.data_ptr, values)) != self.addresses:
             return False
         found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
@@ -362,6 +362,15 @@ class Bucket(ABC):
             ready = False
         self.complete = ready or all(g is not None for g in own)
         return self._take(own) if ready else self._examine(values, own)
+
+    def _values(self) -> list[Tensor]:
+        """The parameters, as they are here."""
+        if not self.sharded:
+            return self._params
+        try:
+            return locals_of(self._params)
+        except AttributeError:  # some are ordinary tensors
+            return list(map(local, self._params))
 
     def moved(self) -> list[int]:
         """The numbers of the parameters that lie elsewhere than when the bucket was made, or have other states."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .dispatch import Layout
+
+_LOCAL, _PLACEMENTS = attrgetter("_local_tensor"), attrgetter("_spec.placements")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -23,6 +26,11 @@ def local(tensor: Tensor) -> Tensor:
     shard: Any = getattr(tensor, "_local_tensor", tensor)
     own: Tensor = shard.wait() if hasattr(shard, "wait") else shard
     return own
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`local` of DTensors, quickly; not of those that are still on their way, which stay what they are."""
+    return list(map(_LOCAL, tensors))
 
 
 def with_local(tensor: Tensor, shard: Tensor) -> Tensor:
@@ -51,6 +59,28 @@ def placed_as(p: Tensor, whole: Tensor) -> Tensor:
 
     own: Any = p
     return distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def local_gradients(params: Sequence[Tensor], gradients: list[Tensor | None], placements: list[Any]) -> Any:
+    """:func:`local_gradient` of every gradient that there is, quickly where all are placed as their parameters.
+
+    Args:
+        placements: of the parameters; None of an ordinary one.
+    """
+    try:
+        if list(map(_PLACEMENTS, gradients)) == placements:
+            own = locals_of(gradients)  # type: ignore[arg-type]
+            if not any(hasattr(kind, "wait") for kind in set(map(type, own))):
+                return own
+    except AttributeError:  # one is None, or an ordinary tensor
+        pass
+    pairs = zip(params, gradients, strict=True)
+    return [g if g is None else local_gradient(p, g) for p, g in pairs]
+
+
+def placements_of(tensor: Tensor) -> Any:
+    """How a DTensor is placed; None of another."""
+    return tensor.placements if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
 def local_gradient(p: Tensor, g: Tensor) -> Tensor:

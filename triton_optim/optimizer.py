@@ -32,7 +32,7 @@ from .codecs import (
 from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling
 from .gradient_release import GradientRelease
-from .layout import is_sharded, local_gradient
+from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
 from .rows import counted_dtype, plain_group
@@ -456,8 +456,8 @@ class RuleOptimizer(Optimizer):
         plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
         if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
-            pairs = zip(self._flat, gradients, strict=True)
-            gradients = [g if g is None else local_gradient(p, g) for p, g in pairs]
+            placed = plan.placements if plan is not None else list(map(placements_of, self._flat))
+            gradients = local_gradients(self._flat, gradients, placed)
         fits = plan is not None and plan.fits(gradients)
         if not fits and any(g is not None and g.is_sparse for g in gradients):
             gradients = self._without_needless_sparsity(gradients)

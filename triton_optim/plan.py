@@ -21,7 +21,7 @@ from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
-from .layout import all_aligned, is_sharded, layout, local, overlapping
+from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
 from .members import Member
 from .prologue import check_states, run_prologues, warm_prologue
 
@@ -248,6 +248,7 @@ class Plan:
         self.optimizer, self.params = optimizer, params
         # A plan of one is made for each parameter: it must not go through all of them.
         self.sharded = any(map(is_sharded, params if place is None else [params[place]]))
+        self.placements = list(map(placements_of, params)) if self.sharded and place is None else []
         self.options = options_of(optimizer)
         same = previous if previous is not None and previous.covers(params) else None
         members = sort_members(optimizer, entries_of(optimizer, params, gradients, same, place=place))
