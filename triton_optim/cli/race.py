@@ -1,0 +1,145 @@
+"""`triton-optim race`: optimizers and schedules on a task, from the same weights; a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..race import RaceError, Results, race
+from ..race.contestants import checked_lrs, known_optimizers, read_options, split_names
+from ..race.names import require
+from ..race.records import write_whole
+from ..race.schedules import SCHEDULES
+from ..race.tasks import TASKS
+from . import demo_record
+
+INTERRUPTED = 130  # what shells give for SIGINT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    own = "or your own, as mymodule:name"
+    parser.add_argument("--task", default="digits", help=f"{', '.join(TASKS)}, {own} (default: %(default)s)")
+    parser.add_argument(
+        "--optimizers",
+        default="adamw,lion,muon",
+        metavar="NAMES",
+        help=f"{', '.join(sorted(known_optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))' "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--schedules",
+        default="constant,cosine",
+        metavar="NAMES",
+        help=f"{', '.join(SCHEDULES)}, {own} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lrs",
+        default="",
+        metavar="NUMBERS",
+        help="learning rates, such as 1e-4,3e-4,1e-3; with --tune the ends of the search (default: around the usual)",
+    )
+    parser.add_argument(
+        "--tune", type=int, default=0, metavar="N", help="search lr with N trials of Optuna an optimizer and schedule"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL", help="of the trials, such as sqlite:///race.db: all who race with it share them"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: the task's)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of all optimizers, weight_decay=0.1"
+    )
+    parser.add_argument(
+        "--target", type=float, metavar="LOSS", help="tell the time to this loss (default: what all who learn reach)"
+    )
+    parser.add_argument("--device", help="where to train (default: a GPU if there is one, else cpu)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("triton_optim_race"),
+        metavar="DIR",
+        help="of the records: the same command goes on from them (default: %(default)s)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="where the picture goes (default: race.png in --out)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the race; 0 if it came to its end, 1 if it cannot start, 130 if it was interrupted."""
+    try:
+        require(["rich", "matplotlib", *(["optuna"] if args.tune else [])], "triton-optim race")
+        options = asked(args)
+        from .race_terminal import Board, open_console, print_results, say
+
+        console = open_console()
+        with Board(console) as board:
+            results = race(**options, watcher=board)
+        plot = args.plot or args.out / "race.png"
+        results.figure().savefig(plot)
+        print_results(console, results)
+        say(console, f"\nPicture: {plot}\nRecords of all runs: {args.out / 'runs'}")
+        if args.json is not None:
+            write_whole(args.json, json.dumps(record(args, results), indent=1, allow_nan=False) + "\n")
+            say(console, f"Everything measured: {args.json}")
+    except RaceError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Interrupted. The same command goes on from the runs in {args.out}.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `race` that the options stand for.
+
+    Raises:
+        RaceError: one has no usable value.
+    """
+    if args.target is not None and not math.isfinite(args.target):
+        raise RaceError(f"--target {args.target} is no loss that can be reached. Give a number.")
+    for option, path in (("--plot", args.plot), ("--json", args.json)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise RaceError(f"{option} {path}: the folder {path.parent} does not exist. Create it first.")
+    if args.plot is not None and args.plot.suffix[1:].lower() not in demo_record.plot_formats():
+        raise RaceError(f"--plot {args.plot}: the suffix names no image format. Use .png, .pdf or .svg.")
+    try:
+        lrs = [float(lr) for lr in args.lrs.split(",") if lr.strip()]
+    except ValueError:
+        raise RaceError(f"--lrs {args.lrs}: not all of it are numbers. Write it as 1e-4,3e-4,1e-3.") from None
+    return {
+        "task": args.task,
+        "optimizers": split_names(args.optimizers),
+        "schedules": split_names(args.schedules),
+        "lrs": checked_lrs(f"--lrs {args.lrs}", lrs),
+        "tune": args.tune,
+        "storage": args.storage,
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "options": read_options(f"--set {' --set '.join(args.set)}", f"({','.join(args.set)})"),
+        "target": args.target,
+        "device": args.device,
+        "out": args.out,
+    }
+
+
+def record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
+    """What `--json` writes."""
+    words = ["triton-optim", "race"]
+    for option, value in vars(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            if option not in ("command", "run") and one not in (None, "", 0):
+                words += [f"--{option}", str(one)]
+    return {
+        "command": shlex.join(words),
+        **demo_record.provenance(torch.device(results.device)),
+        **results.as_dict(),
+    }

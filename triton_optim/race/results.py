@@ -1,0 +1,220 @@
+"""What a race showed: who is best, by which settings, how fast."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..table import table
+from .records import DIVERGED, FINISHED, PRUNED, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEADER = ("optimizer", "schedule", "lr", "best loss", "to target", "time", "step()", "all of it", "state")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An optimizer under its best schedule and learning rate: of those with which no seed diverged, the ones with the
+    lowest mean, over seeds, of the best validation loss.
+
+    Attributes:
+        optimizer, schedule, lr: which; without schedule and lr if with all of them a seed diverged.
+        best, spread: the mean over seeds of the lowest validation loss, and its standard deviation; None with one seed.
+        final: the mean of the last validation loss.
+        steps_to_target, seconds_to_target: when the mean curve over seeds first is at the target; None if never.
+        step_seconds, whole_seconds: medians over all steps of all seeds.
+        state_bytes: bytes of all the optimizer keeps in the end.
+        runs, diverged, pruned: of all the optimizer's runs, under any setting.
+        edge: ``"smallest"`` or ``"largest"`` if the best learning rate is at that end of those tried: try beyond it.
+    """
+
+    optimizer: str
+    schedule: str | None = None
+    lr: float | None = None
+    best: float | None = None
+    spread: float | None = None
+    final: float | None = None
+    steps_to_target: int | None = None
+    seconds_to_target: float | None = None
+    step_seconds: float | None = None
+    whole_seconds: float | None = None
+    state_bytes: int | None = None
+    runs: int = 0
+    diverged: int = 0
+    pruned: int = 0
+    edge: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known beside the numbers."""
+        notes = [
+            f"{n} of {self.runs} runs {what}"
+            for n, what in ((self.diverged, "diverged"), (self.pruned, "were pruned"))
+            if n
+        ]
+        if self.best is None:
+            notes.append("no setting was finished by all seeds: try a smaller lr")
+        if self.edge:
+            notes.append(f"its best lr is the {self.edge} tried: try beyond it")
+        return notes
+
+
+class Configuration:
+    """The finished runs of an optimizer, a schedule and a learning rate, a record for each seed."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.optimizer, self.schedule, self.lr = records[0].optimizer, records[0].schedule, records[0].lr
+        self.best = statistics.fmean(record.best for record in records)
+        self.judged_at = records[0].judged_at
+        self.curve = [statistics.fmean(values) for values in zip(*(r.validation for r in records), strict=True)]
+        self.seconds = [statistics.fmean(values) for values in zip(*(r.seconds for r in records), strict=True)]
+
+
+class Results:
+    """The outcome of a race; prints as a table.
+
+    Attributes:
+        task, steps, seeds, device: what was raced.
+        records: of all runs.
+        target: the validation loss to which the time is told. Where none was given, the worst of the optimizers' lowest
+            mean losses, of those that came at least half of the way from the start to the best: all of these reach it.
+    """
+
+    def __init__(
+        self, task: str, steps: int, seeds: int, device: str, records: Sequence[Record], target: float | None = None
+    ) -> None:
+        self.task, self.steps, self.seeds, self.device, self.records = task, steps, seeds, device, list(records)
+        self.given_target = target
+
+    @cached_property
+    def configurations(self) -> list[Configuration]:
+        """All of which every seed finished."""
+        grouped: dict[tuple[str, str, float], list[Record]] = {}
+        for record in self.records:
+            grouped.setdefault((record.optimizer, record.schedule, record.lr), []).append(record)
+        finished = [[r for r in records if r.status == FINISHED] for records in grouped.values()]
+        return [Configuration(records) for records in finished if len(records) == self.seeds]
+
+    @cached_property
+    def winners(self) -> dict[str, Configuration]:
+        """The best configuration of each optimizer, by its label."""
+        ranked = sorted(self.configurations, key=lambda c: -c.best)
+        return {c.optimizer: c for c in ranked}
+
+    @cached_property
+    def target(self) -> float | None:
+        """See the class; None if no run finished."""
+        if self.given_target is not None or not self.winners:
+            return self.given_target
+        start = max(c.curve[0] for c in self.winners.values())
+        lowest = [min(c.curve) for c in self.winners.values()]
+        return max(loss for loss in lowest if loss <= (start + min(lowest)) / 2)
+
+    @cached_property
+    def standings(self) -> list[Standing]:
+        """The optimizers, best first; last those that diverged with every setting."""
+        standings = [self.standing(optimizer) for optimizer in dict.fromkeys(r.optimizer for r in self.records)]
+        return sorted(standings, key=lambda s: float("inf") if s.best is None else s.best)
+
+    def standing(self, optimizer: str) -> Standing:
+        """Where an optimizer stands."""
+        own = [r for r in self.records if r.optimizer == optimizer]
+        diverged, pruned = (sum(r.status == status for r in own) for status in (DIVERGED, PRUNED))
+        winner = self.winners.get(optimizer)
+        if winner is None:
+            return Standing(optimizer, runs=len(own), diverged=diverged, pruned=pruned)
+        bests = [record.best for record in winner.records]
+        reached = next(
+            (i for i, loss in enumerate(winner.curve) if self.target is not None and loss <= self.target), None
+        )
+        tried = sorted({r.lr for r in own if r.schedule == winner.schedule})
+        ends = {tried[0]: "smallest", tried[-1]: "largest"} if len(tried) > 1 else {}
+        return Standing(
+            optimizer=optimizer,
+            schedule=winner.schedule,
+            lr=winner.lr,
+            best=winner.best,
+            spread=statistics.stdev(bests) if len(bests) > 1 else None,
+            final=winner.curve[-1],
+            steps_to_target=None if reached is None else winner.judged_at[reached],
+            seconds_to_target=None if reached is None else winner.seconds[reached],
+            step_seconds=statistics.median(s for r in winner.records for s in r.step_seconds),
+            whole_seconds=statistics.median(s for r in winner.records for s in r.whole_seconds),
+            state_bytes=winner.records[0].state_bytes,
+            edge=ends.get(winner.lr),
+            runs=len(own),
+            diverged=diverged,
+            pruned=pruned,
+        )
+
+    @property
+    def uneven_starts(self) -> list[int]:
+        """Seeds with which not all runs had one loss before the first step: the task has other randomness."""
+        starts: dict[int, set[float]] = {}
+        for record in self.records:
+            starts.setdefault(record.seed, set()).add(record.validation[0])
+        return sorted(seed for seed, losses in starts.items() if len(losses) > 1)
+
+    def figure(self) -> Figure:
+        """One picture: losses over steps, over time and over learning rates, and learning rates over steps."""
+        from .picture import draw
+
+        return draw(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "task": self.task,
+            "steps": self.steps,
+            "seeds": self.seeds,
+            "device": self.device,
+            "target": self.target,
+            "standings": [asdict(standing) for standing in self.standings],
+            "runs": [asdict(record) for record in self.records],
+        }
+
+    def __repr__(self) -> str:
+        notes = [f"{s.optimizer}: {note}" for s in self.standings for note in s.notes]
+        return "\n".join([table(HEADER, [cells(s) for s in self.standings]), *notes])
+
+
+def cells(s: Standing) -> list[str]:
+    """The cells of a row, under `HEADER`; a dash is what there is not."""
+    return [
+        s.optimizer,
+        s.schedule or "-",
+        "-" if s.lr is None else f"{s.lr:g}",
+        "-" if s.best is None else f"{s.best:.4g}" + ("" if s.spread is None else f" ± {s.spread:.1g}"),
+        "-" if s.steps_to_target is None else f"{s.steps_to_target} steps",
+        readable_seconds(s.seconds_to_target),
+        readable_seconds(s.step_seconds),
+        readable_seconds(s.whole_seconds),
+        readable_bytes(s.state_bytes),
+    ]
+
+
+def readable_seconds(seconds: float | None) -> str:
+    """Seconds with the unit that fits."""
+    if seconds is None:
+        return "-"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def readable_bytes(count: int | None) -> str:
+    """Bytes with the unit that fits."""
+    if count is None:
+        return "-"
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"

@@ -1,0 +1,33 @@
+"""The built-in tasks, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .charlm import charlm
+from .digits import digits
+from .names import RaceError, resolve
+from .task import MakeTask, Task
+
+TASKS: dict[str, MakeTask] = {"digits": digits, "charlm": charlm}
+
+
+def task_named(task: str | MakeTask) -> tuple[str, MakeTask]:
+    """A task's name, and the function that makes it."""
+    if not isinstance(task, str):
+        return getattr(task, "__qualname__", repr(task)), task
+    return task, resolve("task", task, TASKS)
+
+
+def made(name: str, make: MakeTask, seed: int) -> Task:
+    """The task for a seed.
+
+    Raises:
+        RaceError: what the function gives is no task.
+    """
+    task: Any = make(seed)
+    if not isinstance(task, Task):
+        raise RaceError(
+            f"The task {name!r} gave {type(task).__name__} for seed {seed}. Return a triton_optim.race.Task from it."
+        )
+    return task
