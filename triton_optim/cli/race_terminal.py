@@ -92,13 +92,10 @@ def print_results(console: Console, results: Results) -> None:
     for standing in results.standings:
         table.add_row(*cells(standing), style="dim" if standing.best is None else None)
     console.print(table)
+    say(console, "best loss: the lowest on validation, mean over seeds ± standard deviation")
     if results.target is not None:
-        chosen = (
-            "as asked"
-            if results.given_target is not None
-            else "the lowest to which the mean curves of all that learn come"
-        )
-        say(console, f"best loss: the lowest on validation, mean over seeds; target: {results.target:.4g}, {chosen}")
+        say(console, f"to target, time: of steps, without validation, until the mean curve is at {results.target:.4g},")
+        say(console, "which was asked" if results.given_target is not None else "the lowest that all who learn reach")
     for standing in results.standings:
         for note in standing.notes:
             say(console, f"{standing.optimizer}: {note}")

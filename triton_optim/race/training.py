@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..closure_driven import ClosureOptimizer
 from .records import DIVERGED, FINISHED, PRUNED, Record, Run
 from .schedules import Schedule
 from .task import Task, forever, moved
@@ -144,9 +145,10 @@ class Turn:
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` cannot be called without a closure, as L-BFGS's."""
+    """Whether `step` evaluates the loss itself, as L-BFGS's: our own kind of these, or one that requires a closure."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    required = closure is not None and closure.default is inspect.Parameter.empty
+    return required or isinstance(optimizer, ClosureOptimizer)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 REACH = 30  # how many times the usual learning rate, and which part of it, is tried
 STARTUP = 4  # trials before any is pruned
-ATTEMPTS = 20  # to make the tables of a new storage, which another process may be making too
+ATTEMPTS = 10  # to open a new storage, whose tables another process may be making
 HEARTBEAT, GRACE = 30, 90  # seconds; the trial of a process that died is given up after GRACE
 
 
@@ -57,7 +57,7 @@ class Search:
             study = optuna.create_study(
                 storage=self.storage,
                 study_name=f"{self.race.name} {contestant.label} {schedule} {digest([content, low, high])}",
-                pruner=optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=self.race.steps // 5),
+                pruner=optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=2),
                 load_if_exists=True,
             )
             if not study.trials and low <= contestant.usual_lr <= high:
@@ -81,17 +81,18 @@ class Search:
             nonlocal made
             # By the trial's number: neither another process nor a race that goes on tries the same rates again.
             study.sampler = optuna.samplers.TPESampler(seed=trial.number, n_startup_trials=STARTUP)
+            reported: set[int] = {0}
             run = Run(contestant, schedule, rounded(trial.suggest_float("lr", *ends, log=True)), 0)
 
             def judged(step: int, loss: float) -> bool:
-                trial.report(loss, step)
+                tenth = 10 * step // self.race.steps  # a report is a transaction, which may take 0.1 s
+                if tenth in reported:
+                    return False
+                reported.add(tenth)
+                trial.report(loss, tenth)
                 return trial.should_prune()
 
-            try:
-                record = self.race.perform(run, judged)
-            except KeyboardInterrupt:
-                study.tell(trial.number, state=states().FAIL)
-                raise
+            record = self.race.perform(run, judged)
             made += 1
             if record.status != FINISHED:
                 raise optuna.TrialPruned
@@ -135,6 +136,7 @@ def opened(url: str | None) -> Any:
         RaceError: there is none and none can be made.
     """
     import optuna
+    from sqlalchemy.exc import DBAPIError  # what Optuna keeps databases with
 
     if url is None:
         return optuna.storages.InMemoryStorage()
@@ -146,7 +148,7 @@ def opened(url: str | None) -> Any:
                     url, engine_kwargs=waits, heartbeat_interval=HEARTBEAT, grace_period=GRACE
                 )
         except Exception as error:
-            if attempt == ATTEMPTS - 1 or "already exists" not in str(error):
+            if attempt == ATTEMPTS - 1 or not isinstance(error, DBAPIError):
                 cause = str(error).splitlines()[0]
                 raise RaceError(
                     f"The storage {url} cannot be used: {type(error).__name__}: {cause}. "
@@ -158,11 +160,11 @@ def opened(url: str | None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's lines about each trial, and its warning that heartbeats are new."""
+    """Without Optuna's lines about trials, interrupted ones too, and its warning that heartbeats are new."""
     import optuna
 
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
