@@ -417,7 +417,7 @@ def start(folder: Path, *options: str, own: str = "own:slow") -> subprocess.Pope
 
 
 @needs_extras
-def test_an_interrupted_race_goes_on(folder: Path) -> None:
+def test_an_interrupted_race_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = start(folder)
     runs = folder / "kept" / "runs"
     while len(list(runs.glob("*.json"))) < 3:
@@ -431,10 +431,8 @@ def test_an_interrupted_race_goes_on(folder: Path) -> None:
     assert 3 <= len(files) < 12
     assert all(json.loads(path.read_text())["record"]["steps"] == 10 for path in files)
     written = {path: path.stat().st_mtime_ns for path in files}
-    second = start(folder)
-    out, error = second.communicate(timeout=120)
-    assert second.returncode == 0, error
-    assert out.count("kept from before") == len(files)
+    assert cli.main(["race", *command(folder, own="own:slow")]) == 0
+    assert capsys.readouterr().out.count("kept from before") == len(files)
     assert len(list(runs.iterdir())) == 12
     assert {path: path.stat().st_mtime_ns for path in files} == written
 
@@ -478,7 +476,7 @@ def test_two_processes_share_a_study(folder: Path) -> None:
     import optuna
 
     url = f"sqlite:///{folder / 'shared.db'}"
-    options = ["--tune", "5", "--storage", url, "--lrs", "0.001,1.5", "--schedules", "constant"]
+    options = ["--tune", "4", "--storage", url, "--lrs", "0.001,1.5", "--schedules", "constant"]
     processes = [start(folder, *options, "--out", str(folder / name), own="own:slow") for name in ("a", "b")]
     outs = []
     for process in processes:
@@ -490,10 +488,10 @@ def test_two_processes_share_a_study(folder: Path) -> None:
     for summary in studies:
         trials = optuna.load_study(study_name=summary.study_name, storage=url).trials
         done = [t for t in trials if t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)]
-        assert len(done) in (5, 6)  # both may begin the last at once
+        assert len(done) in (4, 5)  # both may begin the last at once
         assert len({t.params["lr"] for t in done}) == len(done)
     # Each made some of the trials, and both come to the same end.
-    assert all(len(list((folder / name / "runs").iterdir())) < 10 + 2 for name in ("a", "b"))
+    assert all(len(list((folder / name / "runs").iterdir())) < 8 + 2 for name in ("a", "b"))
     tables = [
         [line.split()[:5] for line in out.splitlines() if line.startswith((SGD, "own:Half")) and "±" in line]
         for out in outs
