@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import math
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -40,7 +44,7 @@ class Distance(torch.nn.Module):
 
 
 def bowl(seed):
-    return Task(Distance(), [None], lambda model, _: (model.x - 3).square().sum() / 2, [None], steps=10)
+    return Task(Distance(), [None], lambda model, _: (model.x - 3).square().sum() / 2, [None], steps=10, threads=1)
 
 
 def slow(seed):
@@ -48,7 +52,7 @@ def slow(seed):
     def loss(model, batch):
         time.sleep(0.01)
         return (model.x - 3).square().sum() / 2
-    return Task(Distance(), [None], loss, [None], steps=10)
+    return Task(Distance(), [None], loss, [None], steps=10, threads=1)
 
 
 class Half(torch.optim.Optimizer):
@@ -144,7 +148,7 @@ def noisy(seed: int) -> Task:
     def loss(model: torch.nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
 
-    return Task(model, loader, loss, [(x, x.sum(1, keepdim=True))], steps=20)
+    return Task(model, loader, loss, [(x, x.sum(1, keepdim=True))], steps=20, threads=1)
 
 
 def careless(params, lr):
@@ -251,7 +255,7 @@ def test_every_exported_optimizer_takes_part() -> None:
     def task(seed: int) -> Task:
         x = torch.randn(32, 4)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-        return Task(model, [x], lambda model, x: model(x).square().mean(), [x], steps=15, heads=["1"])
+        return Task(model, [x], lambda model, x: model(x).square().mean(), [x], steps=15, heads=["1"], threads=1)
 
     assert {"adamw", "lion", "muon", "adafactor", "lbfgs", "nonlinearcg", "sparseadam"} <= set(known_optimizers())
     everyone = [name for name in known_optimizers() if name != "sparseadam"]
@@ -273,7 +277,7 @@ def test_muons_groups_and_bytes() -> None:
     def task(seed: int) -> Task:
         x = torch.randn(32, 64)
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
-        return Task(model, [x], lambda model, x: model(x).square().mean(), [x], steps=4, heads=["1"])
+        return Task(model, [x], lambda model, x: model(x).square().mean(), [x], steps=4, heads=["1"], threads=1)
 
     contestants = ["muon(backend=eager)", "adamw(backend=eager)", "adamw(backend=eager,state_dtype=int8)", SGD]
     results = race(task, contestants, ["constant"], [1e-3], seeds=1)
@@ -497,6 +501,31 @@ def test_two_processes_share_a_study(folder: Path) -> None:
         for out in outs
     ]
     assert tables[0] == tables[1]
+
+
+def test_readmes_race(folder: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (text,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def parity" in block]
+    (folder / "readme_race.py").write_text(text)
+    results = runpy.run_path("readme_race.py")["results"]
+    assert len(results.records) == 12
+    assert results.standings[0].best < 0.05  # a coin would have log(2), 0.69
+
+
+@needs_extras
+def test_the_example_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    results = runpy.run_module("race_own", run_name="race_own")["main"]()
+    sys.modules.pop("data", None)
+    standings = {standing.optimizer: standing for standing in results.standings}
+    assert len(results.records) == 2 * 2 * 3 * 2
+    assert all(s.best < 0.6 * results.records[0].validation[0] for s in standings.values()), results
+    assert standings["adamw"].edge is None
+
+
+@pytest.mark.parametrize("name", ["contestants", "task"])
+def test_the_examples_in_docstrings(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"triton_optim.race.{name}")).failed == 0
 
 
 @needs_extras

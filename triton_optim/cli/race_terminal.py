@@ -94,7 +94,7 @@ def print_results(console: Console, results: Results) -> None:
     console.print(table)
     say(console, "best loss: the lowest on validation, mean over seeds ± standard deviation")
     if results.target is not None:
-        say(console, f"to target, time: of steps, without validation, until the mean curve is at {results.target:.4g},")
+        say(console, f"steps, time: of training without validation, until the mean curve is at {results.target:.4g},")
         say(console, "which was asked" if results.given_target is not None else "the lowest that all who learn reach")
     for standing in results.standings:
         for note in standing.notes:

@@ -20,8 +20,9 @@ from .task import Task
 # Where a search for the learning rate begins: between the best ones on digits and charlm. Others, and users' own, begin
 # at the default of their class.
 USUAL_LR = {
-    "lion": 3e-3,
-    **dict.fromkeys(("adam", "adamw", "nadam", "muon", "rmsprop"), 1.5e-2),
+    "lion": 5e-3,
+    "muon": 1e-2,
+    **dict.fromkeys(("adam", "adamw", "nadam", "rmsprop"), 1.5e-2),
     "adamax": 3e-2,
     **dict.fromkeys(("adafactor", "adagrad", "radam"), 0.1),
     **dict.fromkeys(("sgd", "asgd"), 0.3),

@@ -43,6 +43,8 @@ def draw(results: Results) -> Figure:
     by_time.set(xlabel="seconds of training", title="loss over time, without validation")
     by_lr.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="best validation loss", title="sensitivity")
     rates.set(yscale="log", xlabel="optimizer steps", ylabel="learning rate", title="learning rates of the best")
+    if results.winners:
+        rates.set_ylim(bottom=max(rate for w in results.winners.values() for rate in w.records[0].lrs) / 1000)
     for axes in (by_step, by_time, by_lr, rates):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,7 @@ from .records import DIVERGED, FINISHED, PRUNED, Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HEADER = ("optimizer", "schedule", "lr", "best loss", "to target", "time", "step()", "all of it", "state")
+HEADER = ("optimizer", "schedule", "lr", "best loss", "last", "steps", "time", "step()", "all of it", "state")
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,11 @@ class Results:
 
     @cached_property
     def winners(self) -> dict[str, Configuration]:
-        """The best configuration of each optimizer, by its label."""
-        ranked = sorted(self.configurations, key=lambda c: -c.best)
-        return {c.optimizer: c for c in ranked}
+        """The best configuration of each optimizer, by its label; the best optimizer first."""
+        winners: dict[str, Configuration] = {}
+        for c in sorted(self.configurations, key=lambda c: c.best):
+            winners.setdefault(c.optimizer, c)
+        return winners
 
     @cached_property
     def target(self) -> float | None:
@@ -191,7 +193,8 @@ def cells(s: Standing) -> list[str]:
         s.schedule or "-",
         "-" if s.lr is None else f"{s.lr:g}",
         "-" if s.best is None else f"{s.best:.4g}" + ("" if s.spread is None else f" ± {s.spread:.1g}"),
-        "-" if s.steps_to_target is None else f"{s.steps_to_target} steps",
+        "-" if s.final is None else f"{s.final:.4g}",
+        "-" if s.steps_to_target is None else f"{s.steps_to_target}",
         readable_seconds(s.seconds_to_target),
         readable_seconds(s.step_seconds),
         readable_seconds(s.whole_seconds),

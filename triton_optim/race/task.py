@@ -27,7 +27,7 @@ class Task:
         validation: the batches that judge: their mean loss counts, with the model in evaluation mode.
         steps: how many optimizer steps a run has, unless the race says otherwise.
         heads: names of the modules that make the output: Muon leaves them to AdamW, see ``muon_param_groups``.
-        threads: CPU threads to train with; None leaves torch's number.
+        threads: CPU threads to train with; None leaves torch's number. For small models 1 is fastest by far.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ class Task:
         ...     batches = list(zip(x.split(32), x.sum(1, keepdim=True).split(32)))
         ...     def loss(model, batch):
         ...         return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
-        ...     return Task(torch.nn.Linear(4, 1), batches[1:], loss, validation=batches[:1], steps=40)
+        ...     return Task(torch.nn.Linear(4, 1), batches[1:], loss, validation=batches[:1], steps=40, threads=1)
         >>> results = race(line, ["torch.optim:AdamW"], ["constant"], lrs=[1e-3, 1e-1], seeds=2)
         >>> results.standings[0].lr
         0.1
