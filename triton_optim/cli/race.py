@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             write_whole(args.json, json.dumps(record(args, results), indent=1, allow_nan=False) + "\n")
             say(console, f"Everything measured: {args.json}")
-    except RaceError as error:
+    except (RaceError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from ..race import Record, Results, Watcher
 from ..race.records import FINISHED, Run
 from ..race.results import HEADER, cells
-from .demo_terminal import open_console, say
+from .demo_terminal import PIPED_WIDTH, open_console, say
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
     from rich.progress import TaskID
 
 __all__ = ["Board", "open_console", "print_results", "say"]
+
+LEFT_OUT = ("last", "all of it")  # in a narrow terminal
 
 
 class Board(Watcher):
@@ -86,11 +88,13 @@ def print_results(console: Console, results: Results) -> None:
 
     say(console, f"\n{results.task}: {results.steps} steps, {results.seeds} seeds, on {results.device}", style="bold")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="", padding=(0, 1, 0, 0))
-    for index, heading in enumerate(HEADER):
-        justify: JustifyMethod = "right" if index > 1 else "left"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=index > 0)
+    shown = [i for i, heading in enumerate(HEADER) if console.width >= PIPED_WIDTH or heading not in LEFT_OUT]
+    for i in shown:
+        justify: JustifyMethod = "right" if i > 1 else "left"
+        table.add_column(HEADER[i], justify=justify, overflow="fold", no_wrap=i > 0, min_width=12 if i == 0 else None)
     for standing in results.standings:
-        table.add_row(*cells(standing), style="dim" if standing.best is None else None)
+        row = cells(standing)
+        table.add_row(*(row[i] for i in shown), style="dim" if standing.best is None else None)
     console.print(table)
     say(console, "best loss: the lowest on validation, mean over seeds ± standard deviation")
     if results.target is not None:

@@ -106,12 +106,13 @@ def contestant(given: str | OwnOptimizer | Contestant, shared: Mapping[str, Any]
     if not isinstance(given, str):
         return Contestant(getattr(given, "__name__", repr(given)), given, dict(shared or {}))
     name, _, inside = given.strip().partition("(")
-    build = resolve("optimizer", name.strip(), known_optimizers())
+    name = name.strip() if ":" in name else name.strip().lower()
+    build = resolve("optimizer", name, known_optimizers())
     options = read_options(given, f"({inside}" if inside else "()")
     lr = options.pop("lr", ())
     lrs = checked_lrs(given, lr if isinstance(lr, (tuple, list)) else (lr,))
     said = ", ".join(f"{key}={value}" for key, value in options.items())
-    label = name.strip() + (f"({said})" if said else "")
+    label = name + (f"({said})" if said else "")
     return Contestant(label, build, {**(shared or {}), **options}, lrs)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .contestants import Contestant, OwnOptimizer, contestant
-from .names import RaceError
+from .names import RaceError, cause_of
 from .records import PRUNED, Record, Run, Store, digest, source_of
 from .results import Results
 from .schedules import Schedule, schedule_named
@@ -87,12 +87,13 @@ def race(
     check_numbers(field, schedules, tune, seeds, steps, storage)
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise RaceError(f"The race cannot be kept in {out}: it is a file. Name a folder.")
+    default_steps = made_with_seed(name, make, 0).steps
     own = Race(
         name=name,
         make=make,
         contestants=field,
         schedules={given: schedule_named(given) for given in schedules},
-        steps=steps or made_with_seed(name, make, 0).steps,
+        steps=steps or default_steps,
         device=chosen_device(device),
         store=Store(None if out is None else Path(out)),
         watcher=watcher or Watcher(),
@@ -201,9 +202,8 @@ class Race:
             except RaceError:
                 raise
             except Exception as error:
-                cause = f"{type(error).__name__}: {error}".replace("\n", " ")
                 who = f"{run.contestant.label} with the schedule {run.schedule}"
-                raise RaceError(f"{who} cannot take a step on {self.name}: {cause}") from error
+                raise RaceError(f"{who} cannot take a step on {self.name}: {cause_of(error)}") from error
 
     def perform(self, run: Run, judged: Judged | None = None) -> Record:
         """The record of a run, which is made if it is not there; a pruned one is made again where nothing judges.

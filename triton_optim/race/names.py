@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -39,8 +40,8 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     Raises:
         RaceError: there is no such name or module, or the module cannot be imported.
     """
-    if name.lower() in known:
-        return known[name.lower()]
+    if name in known:
+        return known[name]
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise RaceError(
@@ -51,9 +52,8 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise RaceError(
-            f"The {kind} {name!r} is not there: importing {module_name!r} raised {cause}. "
+            f"The {kind} {name!r} is not there: importing {module_name!r} raised {cause_of(error)}. "
             f"Modules are looked for in {os.getcwd()} and among the installed ones."
         ) from error
     if not callable(found := getattr(module, attribute, None)):
@@ -63,3 +63,9 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
             f"It has {', '.join(sorted(callables)) or 'none'}."
         )
     return found
+
+
+def cause_of(error: Exception) -> str:
+    """What was raised, and where, in one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})".replace("\n", " ")

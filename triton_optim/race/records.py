@@ -36,6 +36,16 @@ class Run:
         return f"{self.contestant.label}, {self.schedule}, lr {self.lr:g}, seed {self.seed}"
 
 
+def versions() -> dict[str, str]:
+    """With what the numbers were made."""
+    return {
+        "torch": torch.__version__,
+        "triton-optim": triton_optim.__version__,
+        "python": platform.python_version(),
+        "machine": platform.node(),
+    }
+
+
 @dataclass(frozen=True)
 class Record:
     """What was measured in one run. Everything in it is a finite number: curves end before a loss that is not.
@@ -67,22 +77,12 @@ class Record:
     whole_seconds: list[float]
     state_bytes: int
     parameters: int
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
 
     @property
     def best(self) -> float:
         """The lowest validation loss."""
         return min(self.validation, default=float("inf"))
-
-
-def versions() -> dict[str, str]:
-    """With what the numbers were made."""
-    return {
-        "torch": torch.__version__,
-        "triton-optim": triton_optim.__version__,
-        "python": platform.python_version(),
-        "machine": platform.node(),
-    }
 
 
 def source_of(thing: Callable[..., Any]) -> str:

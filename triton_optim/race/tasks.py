@@ -6,7 +6,7 @@ from typing import Any
 
 from .charlm import charlm
 from .digits import digits
-from .names import RaceError, resolve
+from .names import RaceError, cause_of, resolve
 from .task import MakeTask, Task
 
 TASKS: dict[str, MakeTask] = {"digits": digits, "charlm": charlm}
@@ -23,9 +23,14 @@ def made(name: str, make: MakeTask, seed: int) -> Task:
     """The task for a seed.
 
     Raises:
-        RaceError: what the function gives is no task.
+        RaceError: the function raised something, or what it gives is no task.
     """
-    task: Any = make(seed)
+    try:
+        task: Any = make(seed)
+    except RaceError:
+        raise
+    except Exception as error:
+        raise RaceError(f"The task {name!r} cannot be made: it raised {cause_of(error)} for seed {seed}.") from error
     if not isinstance(task, Task):
         raise RaceError(
             f"The task {name!r} gave {type(task).__name__} for seed {seed}. Return a triton_optim.race.Task from it."

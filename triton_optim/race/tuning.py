@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .event import Race
 
 REACH = 30  # how many times the usual learning rate, and which part of it, is tried
-STARTUP = 4  # trials before any is pruned
+STARTUP = 4  # trials, of the usual learning rate and three across all, before the sampler chooses and any is pruned
 ATTEMPTS = 10  # to open a new storage, whose tables another process may be making
 HEARTBEAT, GRACE = 30, 90  # seconds; the trial of a process that died is given up after GRACE
 
@@ -60,8 +60,9 @@ class Search:
                 pruner=optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=2),
                 load_if_exists=True,
             )
-            if not study.trials and low <= contestant.usual_lr <= high:
-                study.enqueue_trial({"lr": contestant.usual_lr})
+            if not study.trials:
+                for lr in (contestant.usual_lr, *(low * (high / low) ** (n / 6) for n in (3, 5, 1))):
+                    study.enqueue_trial({"lr": min(max(lr, low), high)})
             made = self.search(study, contestant, schedule, (low, high))
             tried = [t for t in study.trials if t.state in (states().COMPLETE, states().PRUNED)]
         self.race.watcher.skipped(contestant.label, self.trials - made)
