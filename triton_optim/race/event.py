@@ -176,7 +176,8 @@ class Race:
 
         pairs = [(c, schedule) for c in self.contestants for schedule in self.schedules]
         self.watcher.planned({c.label: len(self.schedules) * (trials + seeds) for c in self.contestants})
-        self.check(Run(c, schedule, c.usual_lr, 0) for c, schedule in pairs)
+        usual = [Run(c, schedule, c.usual_lr, 0) for c, schedule in pairs]  # which is the first trial
+        self.check(run for run in usual if self.record(run) is None)
         search = Search(self, lrs, trials, storage)
         records, best = [], []
         for c, schedule in pairs:

@@ -207,8 +207,8 @@ def readable_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        return f"{three_digits(seconds * 1e6)} us"
+    return f"{three_digits(seconds * 1e3)} ms" if seconds < 1 else f"{three_digits(seconds)} s"
 
 
 def readable_bytes(count: int | None) -> str:
@@ -220,4 +220,9 @@ def readable_bytes(count: int | None) -> str:
         if size < 1024:
             break
         size, unit = size / 1024, larger
-    return f"{size:.4g} {unit}"
+    return f"{three_digits(size)} {unit}"
+
+
+def three_digits(number: float) -> str:
+    """Three digits of a number, and more of one above 1,000."""
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .event import Race
 
 REACH = 30  # how many times the usual learning rate, and which part of it, is tried
-STARTUP = 4  # trials, of the usual learning rate and three across all, before the sampler chooses and any is pruned
+STARTUP = 3  # trials, at the usual learning rate and near both ends, before the sampler chooses and any is pruned
 ATTEMPTS = 10  # to open a new storage, whose tables another process may be making
 HEARTBEAT, GRACE = 30, 90  # seconds; the trial of a process that died is given up after GRACE
 
@@ -51,17 +51,18 @@ class Search:
 
         low, high = self.ends(contestant)
         if low == high:
+            self.race.watcher.skipped(contestant.label, self.trials)
             return [], low
         content = self.race.search_content(contestant, schedule)
+        name = f"{self.race.name} {contestant.label} {schedule} {digest([content, low, high])}"
+        pruner = optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=2)
         with quiet():
-            study = optuna.create_study(
-                storage=self.storage,
-                study_name=f"{self.race.name} {contestant.label} {schedule} {digest([content, low, high])}",
-                pruner=optuna.pruners.MedianPruner(STARTUP, n_warmup_steps=2),
-                load_if_exists=True,
-            )
-            if not study.trials:
-                for lr in (contestant.usual_lr, *(low * (high / low) ** (n / 6) for n in (3, 5, 1))):
+            try:
+                study = optuna.create_study(storage=self.storage, study_name=name, pruner=pruner)
+            except optuna.exceptions.DuplicatedStudyError:
+                study = optuna.load_study(storage=self.storage, study_name=name, pruner=pruner)
+            else:
+                for lr in (contestant.usual_lr, *(low * (high / low) ** (n / 6) for n in (5, 1))):
                     study.enqueue_trial({"lr": min(max(lr, low), high)})
             made = self.search(study, contestant, schedule, (low, high))
             tried = [t for t in study.trials if t.state in (states().COMPLETE, states().PRUNED)]
