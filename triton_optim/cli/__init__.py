@@ -10,6 +10,7 @@ COMMANDS = {
     "doctor": "what is installed, and which backend every device and dtype would get, and why",
     "demo": "train a small network on real data with torch's AdamW and with ours, and compare",
     "memory": "what a model of a size would keep in memory, with which optimizer and options",
+    "bench": "how long a step takes on a model, beside torch's and others' optimizers, once their results agree",
     "audit": "compile every rule for GPUs that need not be here, and check registers, traffic and access width",
 }
 
