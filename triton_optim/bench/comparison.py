@@ -31,6 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 OTHERS = {"lr": 0.1}
 
+# Of optimizers that torch computes in another precision: its Muon iterates in bfloat16, 1.1 % off for random matrices.
+OPTIMIZER_SHARES = {"Muon": 2e-2}
+
 # Of the states of ours, as the peers' codes; bfloat16 is rounded stochastically.
 STATE_SHARES: dict[Any, float] = {"int8": CODES_OF_8_BITS, "int4": CODES_OF_4_BITS, torch.bfloat16: 0.05}
 
@@ -48,6 +51,7 @@ class Case:
         options: ``state_dtype`` and ``param_precision``.
         settings: hyperparameters; by default those of `SETTINGS`.
         cut: how the model was cut down, in words; empty if it was not.
+        label: of the optimizer with these settings; empty for its name.
     """
 
     optimizer: type[RuleOptimizer]
@@ -58,6 +62,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
     cut: str = ""
+    label: str = ""
 
     @property
     def hyperparameters(self) -> Mapping[str, Any]:
@@ -70,7 +75,7 @@ class Case:
         dtype = "" if self.dtype == torch.float32 else f", {short(self.dtype)}"
         chosen = {name: value for name, value in self.options.items() if value not in (None, OPTIONS[name])}
         codecs = "".join(f", {name}={short(value)}" for name, value in chosen.items())
-        return f"{self.optimizer.__name__}, {self.model} ({len(self.shapes)} tensors){dtype}{codecs}"
+        return f"{self.label or self.optimizer.__name__}, {self.model} ({len(self.shapes)} tensors){dtype}{codecs}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,11 @@ class Comparison:
     def disagreeing(self) -> list[str]:
         """The peers whose results are others than ours."""
         return [r.side for r in self.rows if r.difference and not r.difference.error and not r.difference.same]
+
+    def beside(self, peers: Sequence[str] | None = None) -> tuple[dict[str, Any], str] | None:
+        """Ours beside the fastest of the peers that were timed, or of these of them; None where there is none."""
+        timed = [r.side for r in self.rows if r.ratio is not None and (r.side in peers if peers else True)]
+        return self.measurement.compared("ours", timed) if timed and self.measurement else None
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -189,7 +199,8 @@ def our_names(backends: Sequence[str]) -> list[str]:
 def entrants(case: Case, peers: Sequence[str], backends: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
     """All sides that can be constructed, ours first, and the reasons of the others."""
     contenders, reasons = [], {}
-    share = STATE_SHARES.get(case.options.get("state_dtype"))
+    own_shares = [STATE_SHARES.get(case.options.get("state_dtype")), OPTIMIZER_SHARES.get(case.optimizer.__name__)]
+    share = max(filter(None, own_shares), default=None)
     for name, backend in zip(our_names(backends), backends, strict=True):
         params = list(parameters(case.shapes, case.device, case.dtype))
         try:

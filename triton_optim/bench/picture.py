@@ -34,7 +34,7 @@ def digest(times: Times, title: str) -> str:
 
 
 def save_bars(path: Path, times: Times, title: str) -> None:
-    """Draw the times in units of that of a case's first side, as bars, in the format that the suffix of `path` names."""
+    """Draw the times in units of that of a case's first side, in the format that the suffix of `path` names."""
     import matplotlib
 
     # The same data gives the same file.
@@ -48,6 +48,7 @@ def bars(times: Times, title: str) -> Figure:
     """The figure of `save_bars`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     sides = list(dict.fromkeys(side for case in times.values() for side in case))
     colours = {side: OURS if side.startswith("ours") else PEERS[i % len(PEERS)] for i, side in enumerate(sides)}
@@ -72,8 +73,10 @@ def bars(times: Times, title: str) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("times as long as ours; in figures, the time of a step")
     axes.set_title(title, fontsize="medium")
-    handles = [axes.barh([0], [0], color=colours[side]) for side in sides]
-    figure.legend(handles, sides, frameon=False, fontsize="small", ncols=min(4, len(sides)), loc="outside lower center")
+    handles = [Patch(color=colours[side], label=side) for side in sides]
+    figure.legend(
+        handles=handles, frameon=False, fontsize="small", ncols=min(4, len(sides)), loc="outside lower center"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
