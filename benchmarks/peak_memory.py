@@ -42,6 +42,7 @@ def memory_of(make: Callable[[], Optimizer], device: torch.device) -> Memory:
     optimizer = make()
     count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     peak = peak_on_cpu if device.type == "cpu" else peak_on_gpu
+    gc.collect()
     first, kept = peak(optimizer.step, device)
     optimizer.step()
     later, left = peak(optimizer.step, device)

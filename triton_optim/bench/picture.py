@@ -51,7 +51,7 @@ def bars(times: Times, title: str) -> Figure:
     from matplotlib.patches import Patch
 
     sides = list(dict.fromkeys(side for case in times.values() for side in case))
-    colours = {side: OURS if side.startswith("ours") else PEERS[i % len(PEERS)] for i, side in enumerate(sides)}
+    colours = {side: OURS if side.startswith("ours") else PEERS[(i - 1) % len(PEERS)] for i, side in enumerate(sides)}
     height = sum(len(case) + 1 for case in times.values())
     figure = Figure(figsize=(8, max(2.0, 0.6 + 0.17 * height)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: it would choose a window system and keep the figure for ever

@@ -56,7 +56,7 @@ def write_records(folder: Path, records: Sequence[Record], device: torch.device)
 
 def write_file(path: Path, question: str, records: Sequence[Record], device: torch.device, **more: Any) -> None:
     """One JSON file. It is never half written: the old one is replaced when the new one is whole."""
-    about = {"command": shlex.join(sys.argv), "source": source(), **provenance(device, DISTRIBUTIONS), **more}
+    about = {"command": command(), "source": source(), **provenance(device, DISTRIBUTIONS), **more}
     own = [asdict(record) | {"met": record.met} for record in records]
     text = json.dumps({"question": question, **about, "records": own}, indent=1) + "\n"
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -65,6 +65,13 @@ def write_file(path: Path, question: str, records: Sequence[Record], device: tor
 
 
 DISTRIBUTIONS = sorted({peer.distribution for peer in PEERS.values()} - {"torch"})
+
+
+def command() -> str:
+    """What was typed, without the folders of this machine."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def source() -> str | None:
