@@ -45,8 +45,8 @@ class Difference:
     """How far a contender's results are from those of the first one.
 
     Attributes:
-        share: mean absolute difference over mean absolute change, of the tensor where it is largest. Where the change of
-            a tensor is less than that of the whole model, the latter is taken.
+        share: mean absolute difference over mean absolute change, of the tensor where it is largest. Where a tensor's
+            change is less than that of the whole model, the latter is taken.
         allowed: what is still taken for the same.
         error: what its step raised; empty if nothing.
     """

@@ -94,12 +94,18 @@ def peer_optimizer(
     make = load("--against", name) if peer is None else peer_class(peer, optimizer)
     arguments = accepted(make, hyperparameters, options)
     try:
-        made = make(params, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = make(params, **arguments)
     except Exception as error:  # whatever another package raises
         raise Unavailable(first_line(error)) from error
     if not isinstance(made, Optimizer):
         raise Unavailable(f"{name} made a {type(made).__name__}, which is no torch.optim.Optimizer")
-    return made, torch.compile(made.step) if peer is not None and peer.compiled else made.step
+    if peer is None or not peer.compiled:
+        return made, made.step
+    # All of torch's optimizers compile one function: after eight of them it would be run as it is.
+    torch.compiler.reset()
+    return made, torch.compile(made.step)
 
 
 def peer_class(peer: Peer, optimizer: str) -> type[Optimizer]:

@@ -64,7 +64,12 @@ def bars(times: Times, title: str) -> Figure:
         for side, ms in case.items():
             axes.barh(place, ms / unit, height=0.9, color=colours[side])
             axes.annotate(
-                f"{ms:.3g} ms", (ms / unit, place), (2, 0), textcoords="offset points", va="center", fontsize=6
+                f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
+                (ms / unit, place),
+                (2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6,
             )
             place += 1
         place += 1
