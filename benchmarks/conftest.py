@@ -17,7 +17,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
-from harness import Measurement, Record, write_records  # noqa: E402
+
+from triton_optim.bench.measure import Measurement  # noqa: E402
+from triton_optim.bench.records import Record, write_records  # noqa: E402
 
 RECORDS = pytest.StashKey[list[Record]]()
 LONGEST_SECONDS = 3600  # a test waits for a quiet machine

@@ -14,11 +14,11 @@ torch_imported = time.perf_counter()
 import triton_optim  # noqa: E402
 
 imported = time.perf_counter()
-from models import parameters  # noqa: E402
+from triton_optim.bench.models import parameters, shapes  # noqa: E402
 
 
 def main(model: str, device: str) -> None:
-    params, others = (list(parameters(model, device)) for _ in range(2))
+    params, others = (list(parameters(shapes(model), device)) for _ in range(2))
     torchs = torch.optim.AdamW(others, weight_decay=0.1, fused=True)
     torchs.step()
     wait = torch.accelerator.synchronize if torch.device(device).type != "cpu" else lambda: None

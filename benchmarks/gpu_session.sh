@@ -32,6 +32,7 @@ benchmark() { # seconds, then what pytest is to run
 benchmark 110 benchmarks/test_gpu_step.py
 benchmark 70 benchmarks/test_host_time.py benchmarks/test_launches.py benchmarks/test_import.py
 benchmark 60 benchmarks/test_whole_step.py
+benchmark 60 benchmarks/test_models.py
 timeout 210 $python -m pytest -q --tb=short --show-capture=no --durations=15 2>&1 | tee "$OUT/tests.log" || status=1
 benchmark 110 benchmarks/test_cold_start.py -k 1000
 benchmark 70 benchmarks/test_cpu_step.py -k AdamW

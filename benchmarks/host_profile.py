@@ -26,10 +26,9 @@ HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
 
-from models import MODELS, parameters  # noqa: E402
-
 import triton_optim  # noqa: E402
 from triton_optim import triton_backend  # noqa: E402
+from triton_optim.bench.models import parameters, shapes  # noqa: E402
 
 PACKAGE = str(Path(triton_optim.__file__).parent)
 
@@ -46,7 +45,9 @@ def launches_replaced(by: Callable[..., None] = lambda *_: None) -> Iterator[Non
 
 
 def give_new_gradients(params: Sequence[torch.Tensor]) -> None:
-    """Gradients that are new objects at new addresses: the old ones live until all new ones do."""
+    """Gradients that are new objects at new addresses: the old ones live until all new ones do. Sharded parameters get
+    sharded ones.
+    """
     fresh = [torch.empty_like(p) for p in params]
     for p, g in zip(params, fresh, strict=True):
         p.grad = g
@@ -81,13 +82,13 @@ class Sampler:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="1000 x 1")
+    parser.add_argument("--model", default="1000x1")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--lines", type=int, default=25, help="how many lines to print")
     arguments = parser.parse_args()
 
     device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
-    params = list(parameters(arguments.model, device))
+    params = list(parameters(shapes(arguments.model), device))
     optimizer = triton_optim.AdamW(params, backend="triton")
     times = []
     with launches_replaced():

@@ -1,41 +1,198 @@
-"""Write README's table of numbers from the committed results: ``python benchmarks/report.py``."""
+"""Write what is shown of the committed results: ``python benchmarks/report.py``.
+
+README gets one line a question and what was missed; `benchmarks/RESULTS.md` every case; the pictures lie beside the
+results. A test compares all of them with the results.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from triton_optim.bench.picture import Times, digest, save_bars
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 START, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 
-def table() -> str:
-    """One line a measured case, and where it was measured."""
-    lines = ["| measured | result | target |", "|---|---|---|"]
-    places: list[str] = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        result = json.loads(path.read_text())
-        machine, versions = result["machine"], result["versions"]
-        place = (
-            f"{machine['processor']}, {machine['cores']} cores, {machine['device']}, torch {versions['torch']}, "
-            f"Triton {versions['triton']}, {result['date'][:10]}, commit {result['source']}"
-        )
-        places += [place] if place not in places else []
-        for record in result["records"]:
-            target = record.get("target")
-            met = {True: "met", False: "not met", None: ""}[record.get("met")]
-            lines.append(f"| {record['case']} | {record['text']} | {target or ''} {met} |")
-    source = "Medians of interleaved runs; the commands and every sample are in `benchmarks/results/`."
-    return "\n".join([*lines, "", source, *places])
+class Headline(NamedTuple):
+    """A line of README's table: what stands there, and the case that it shows."""
+
+    label: str
+    question: str
+    case: str
 
 
-def written(readme: str) -> str:
-    """`readme` with the table brought up to date."""
-    before, rest = readme.split(START)
+RESNET50 = "resnet50 (161 tensors)"
+HEADLINES = (
+    Headline("AdamW, ResNet-50", "cpu_step", f"AdamW, {RESNET50}"),
+    Headline("AdamW, 64M parameters in 16 tensors", "cpu_step", "AdamW, 64M16 (16 tensors)"),
+    Headline("AdamW, 1,000 tensors of 1,000", "cpu_step", "AdamW, 1000x1k (1000 tensors)"),
+    Headline("SGD, which torch's fused does as well, ResNet-50", "cpu_step", f"SGD, {RESNET50}"),
+    Headline("RMSprop, which torch has no fused kernel for, ResNet-50", "cpu_step", f"RMSprop, {RESNET50}"),
+    Headline("Muon, GPT-2's matrices", "matrix_step", "Muon, gpt2 (48 matrices)"),
+    Headline(
+        "AdamW, 64M, bf16 and bf16 states, rounded stochastically",
+        "codec_step",
+        "AdamW, 64M16 (16 tensors), bf16 stochastic, bf16 states",
+    ),
+    Headline("AdamW, 64M, int8 states", "codec_step", "AdamW, 64M16 (16 tensors), fp32, int8 states"),
+    Headline("Loss with int8 states beside float32's", "state_codecs", "AdamW, states in int8, character model of 1M"),
+    Headline("Clip, AdamW and average, ResNet-50", "whole_step", f"Clip, AdamW and average, {RESNET50}, cpu"),
+    Headline("Other packages, AdamW, ResNet-50", "peers", f"AdamW, {RESNET50}, cpu"),
+    Headline("Host time of a Triton step, 1,000 tensors", "host_time", "AdamW, 1000 tensors, new gradients: ms"),
+    Headline("The same, one-rank DTensor", "host_time", "AdamW, 1000 tensors, new gradients: one-rank DTensor"),
+    Headline("Kernels a Triton step launches", "launches", f"AdamW, {RESNET50}, 2 groups, 0 misaligned"),
+    Headline("Temporaries of a step, ResNet-50", "memory", f"AdamW, {RESNET50}, ours, cpu"),
+    Headline("First step, 1,000 tensors, cold", "cold_start", "AdamW, 1000x1k (1000 tensors), cpu, empty caches"),
+    Headline("Import", "import", "import"),
+    Headline(
+        "GPU: share of copy bandwidth, 1e9 parameters", "gpu_step", "AdamW, 100x10M (100 tensors), time over the floor"
+    ),
+)
+NOT_MEASURED = "not measured yet"
+
+
+@cache
+def results() -> dict[str, dict[str, Any]]:
+    """The committed results by question."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def machine(result: dict[str, Any]) -> str:
+    """With what it was measured."""
+    found, versions = result["machine"], result["versions"]
+    return (
+        f"{found['processor']}, {found['cores']} cores, {found['device']}, torch {versions['torch']}, "
+        f"Triton {versions['triton']}"
+    )
+
+
+def place(result: dict[str, Any]) -> str:
+    """With what it was measured, when, and of which commit."""
+    return f"{machine(result)}, {result['date'][:10]}, commit {result['source']}"
+
+
+def in_short(record: dict[str, Any]) -> str:
+    """Our time and its ratio to the fastest peer's, where the text has the times of all."""
+    times, _, ratio = record["text"].rpartition("; ")
+    return (
+        f"{times.partition(', ')[0]}; {ratio}"
+        if times.startswith("ours ") and "peer" in record["figures"]
+        else record["text"]
+    )
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """The target and whether it is met."""
+    met = {True: "met", False: "**not met**", None: ""}[record["met"]]
+    return f"{record['target']:g} {met}" if record["met"] is not None else ""
+
+
+def line(*cells: str) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def headlines() -> str:
+    """README's block: a table, the pictures, what was missed, and where it was measured."""
+    cases = {(question, r["case"]): r for question, result in results().items() for r in result["records"]}
+    lines = [line("measured", "result", "target"), "|---|---|---|"]
+    for label, question, case in HEADLINES:
+        record = cases.get((question, case))
+        lines.append(line(label, in_short(record), verdict(record)) if record else line(label, NOT_MEASURED, ""))
+    judged = [record for record in cases.values() if record["met"] is not None]
+    missed = [record for record in judged if not record["met"]]
+    lines += ["", f"{len(judged) - len(missed)} of {len(judged)} targets are met. Not met:", ""]
+    lines += [f"- {record['case']}: {record['text']}; target {record['target']:g}" for record in missed] or ["- none"]
+    lines += ["", *(f"![{title}](benchmarks/results/{name}.svg)" for name, (title, _) in pictures().items())]
+    places = dict.fromkeys(place(result) for result in results().values())
+    lines += [
+        "",
+        "Medians of interleaved runs, no ratio of results that differ. `benchmarks/RESULTS.md` has every case.",
+    ]
+    return "\n".join([*lines, "Measured on:", "", *(f"- {text}" for text in places)])
+
+
+def readme(text: str) -> str:
+    """README with its block brought up to date."""
+    before, rest = text.split(START)
     _, after = rest.split(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    return f"{before}{START}\n{headlines()}\n{END}{after}"
+
+
+def question_of(name: str) -> str:
+    """The first sentence of the module that measures it, which is the question."""
+    path = next(path for stem in (f"test_{name}", name) if (path := BENCHMARKS / f"{stem}.py").exists())
+    words = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(words.split("\n\n")[0].split())
+
+
+def all_results() -> str:
+    """`RESULTS.md`: a table for each question."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `benchmarks/report.py` from `benchmarks/results/`, which has every sample.",
+        "",
+    ]
+    for name, result in results().items():
+        lines += [f"## {name}", "", question_of(name), "", f"{place(result)}", "", f"`{result['command']}`", ""]
+        lines += [line("measured", "result", "target"), "|---|---|---|"]
+        lines += [line(record["case"], record["text"], verdict(record)) for record in result["records"]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def pictures() -> dict[str, tuple[str, Times]]:
+    """Title and times of each picture, by the name of its file."""
+    steps: dict[str, dict[str, float]] = {}
+    for record in results()["cpu_step"]["records"]:
+        figures = record["figures"]
+        if record["case"].endswith(RESNET50) and "peer" in figures:
+            label = f"{record['case'].removesuffix(f', {RESNET50}')} ({figures['peer']})"
+            steps[label] = {"ours": figures["ours ms"], "the fastest of torch's": figures[f"{figures['peer']} ms"]}
+    codecs: dict[str, dict[str, float]] = {}
+    for record in results()["codec_step"]["records"]:
+        figures = record["figures"]
+        if "ms" in figures:
+            own = {"ours": figures["ms"]}
+            fused = {f"torch-fused, {dtype}": figures[f"fused {dtype} ms"] for dtype in ("fp32", "bf16")}
+            codecs[record["case"].partition("tensors), ")[2]] = own | fused
+    processors = {name: results()[name]["machine"]["processor"] for name in ("cpu_step", "codec_step")}
+    return {
+        "cpu_step": (f"A step on ResNet-50, {processors['cpu_step']}", steps),
+        "codec_step": (f"AdamW on 64M parameters in each codec, {processors['codec_step']}", codecs),
+    }
+
+
+def out_of_step() -> list[str]:
+    """The files that do not show the committed results."""
+    texts = {ROOT / "README.md": readme((ROOT / "README.md").read_text()), BENCHMARKS / "RESULTS.md": all_results()}
+    stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for name, (title, times) in pictures().items():
+        path = RESULTS / f"{name}.svg"
+        if not path.exists() or digest(times, title) not in path.read_text():
+            stale.append(path.name)
+    return stale
+
+
+def main() -> None:
+    """Write what is out of step, and nothing else."""
+    stale = out_of_step()
+    for name, (title, times) in pictures().items():
+        if f"{name}.svg" in stale:
+            save_bars(RESULTS / f"{name}.svg", times, title)
+    (BENCHMARKS / "RESULTS.md").write_text(all_results())
+    path = ROOT / "README.md"
+    path.write_text(readme(path.read_text()))
+    print(f"written: {', '.join(stale) or 'nothing, all was in step'}")
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(written(path.read_text()))
+    main()

@@ -26,13 +26,13 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from harness import Record, write_records
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
 import triton_optim
+from triton_optim.bench.records import Record, write_records
 
 QUESTION = "state_codecs"
 RESULTS = Path(__file__).parent / "results"

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import measure_processes
-from models import MODELS
+
+from triton_optim.bench.measure import measure_processes
+from triton_optim.bench.models import shapes
 
 # Device and seconds to reach; with filled caches nothing was promised.
 DEVICES = [pytest.param("cpu", 8.0, id="cpu"), pytest.param("gpu", 1.5, id="gpu", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize(("kind", "target"), DEVICES)
-@pytest.mark.parametrize("model", ["1000 x 1k", "ResNet-50"])
+@pytest.mark.parametrize("model", ["1000x1k", "resnet50"])
 def test_first_step(
     model: str,
     kind: str,
@@ -43,10 +44,10 @@ def test_first_step(
     cold = measure_processes(lambda: first_step(next(folders)), patience, runs=3)
     warm = measure_processes(lambda: first_step(tmp_path / "0"), patience, runs=3)
     # The target is for a thousand tensors of one size: models of small and large ones compile two graphs.
-    limit_cold = target if model == "1000 x 1k" else None
+    limit_cold = target if model == "1000x1k" else None
     for caches, m, limit in (("empty", cold, limit_cold), ("filled", warm, None)):
         figures = {name: m.median(name) for name in m.rounds[0]}
-        case = f"AdamW, {model} ({len(MODELS[model])} tensors), {kind}, {caches} caches"
+        case = f"AdamW, {model} ({len(shapes(model))} tensors), {kind}, {caches} caches"
         text = f"{figures['first step s']:.2f} s, the second {1e3 * figures['second step s']:.1f} ms"
         answer(case, text, figures, value=figures["first step s"], target=limit, measurement=m)
     # The table shows the whole process, imports included, with filled caches.

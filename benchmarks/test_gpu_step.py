@@ -1,96 +1,147 @@
 """What share of the GPU's copy bandwidth does a step reach, and how long do 1,000 small tensors take?"""
 
 import gc
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from harness import Side, assert_agree, measure
-from models import MODELS, elements, parameters
 
 import triton_optim
+from triton_optim.bench.agreement import Contender, differences
+from triton_optim.bench.comparison import Case, entrants
+from triton_optim.bench.measure import Side, measure
+from triton_optim.bench.models import elements, shapes
+from triton_optim.bench.room import SHARE, bytes_per_parameter, free_bytes
 
-# Optimizer, its options, and torch's with its fastest implementations.
-OPTIMIZERS = {
-    "SGD": (triton_optim.SGD, {"lr": 1e-3}, torch.optim.SGD, ("fused", "foreach")),
-    "SGD-momentum": (triton_optim.SGD, {"lr": 1e-3, "momentum": 0.9}, torch.optim.SGD, ("fused", "foreach")),
+NAMES = ("SGD", "Lion", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
+NESTEROV = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+FUSED, PATHS = ("torch-fused",), ("torch-fused", "torch-foreach")
+# The optimizer, its settings and torch's paths, by label.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...]]] = {
+    **{name: (name, None, PATHS) for name in NAMES},
+    "SGD without momentum": ("SGD", {"lr": 0.1}, PATHS),
     # torch's foreach writes Nesterov's sum into the gradients, so that from step to step they grow.
-    "SGD-nesterov": (triton_optim.SGD, {"lr": 1e-3, "momentum": 0.9, "nesterov": True}, torch.optim.SGD, ("fused",)),
-    "Lion": (triton_optim.Lion, {"lr": 1e-4, "weight_decay": 0.1}, None, ()),
-    "Adam": (triton_optim.Adam, {"lr": 1e-3, "weight_decay": 0.1}, torch.optim.Adam, ("fused", "foreach")),
-    "AdamW": (triton_optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}, torch.optim.AdamW, ("fused", "foreach")),
-    "AdamW-amsgrad": (triton_optim.AdamW, {"lr": 1e-3, "amsgrad": True}, torch.optim.AdamW, ("fused", "foreach")),
+    "SGD nesterov": ("SGD", NESTEROV, FUSED),
+    "AdamW amsgrad": ("AdamW", {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True}, PATHS),
 }
-
-# A model, steps a run, and what to reach: time over that of the floor's bytes at copy speed, or milliseconds. Several
-# steps a run let the host run ahead, as it does in training: what is slower, device or host, is what is timed.
-BANDWIDTH = pytest.param("1e9", 5, 1 / 0.95, None, id="1e9")
-SMALL = pytest.param("1000 x 1024", 20, None, 0.25, id="1000 x 1024")
+BF16 = torch.bfloat16
+CODECS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bf16 storage": (BF16, {}),
+    "bf16 stochastic, bf16 states": (BF16, {"param_precision": "stochastic", "state_dtype": BF16}),
+    "bf16 kahan": (BF16, {"param_precision": "kahan"}),
+    "bf16 split24": (BF16, {"param_precision": "split24"}),
+    "bf16 split32": (BF16, {"param_precision": "split32"}),
+    "bf16 master": (BF16, {"param_precision": "master"}),
+    "fp32, int8 states": (torch.float32, {"state_dtype": "int8"}),
+    "bf16 stochastic, int8 states": (BF16, {"param_precision": "stochastic", "state_dtype": "int8"}),
+    "bf16 stochastic, int4 states": (BF16, {"param_precision": "stochastic", "state_dtype": "int4"}),
+}
+LARGE, SMALL = "100x10M", "1000x1024"
+# Time over that of the bytes of the floor at copy speed.
+TARGET, TARGET_OF_CODECS = 1 / 0.95, 1 / 0.90
+TARGET_OF_SMALL_MS = 0.25
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("model", "inner", "target", "target_ms"), [BANDWIDTH, SMALL])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_step(
-    name: str,
-    model: str,
-    inner: int,
-    target: float | None,
-    target_ms: float | None,
-    device: torch.device,
-    benchmark: Callable,
-    answer: Callable,
-    patience: float,
-) -> None:
-    ours, options, torchs, implementations = OPTIMIZERS[name]
-    count = elements(model)
-    skip_without_memory(4 * count, ours, options, len(implementations), device)
+@pytest.mark.parametrize("label", OPTIMIZERS)
+def test_share_of_bandwidth(label: str, device: torch.device, answer: Callable, patience: float) -> None:
+    name, settings, peers = OPTIMIZERS[label]
+    case = Case(getattr(triton_optim, name), LARGE, shapes(LARGE), device=device, settings=settings, label=label)
+    figures, text, m = step_figures(case, peers, patience, inner=5)
+    value = 1 / figures["ours share of copy bandwidth"]
+    answer(f"{case.name}, time over the floor", text, figures, value=value, target=TARGET, measurement=m)
 
-    optimizers = {how: torchs(list(parameters(model, device)), **options, **{how: True}) for how in implementations}
-    optimizers = {"ours": ours(list(parameters(model, device)), **options)} | optimizers
-    assert_agree(optimizers, steps=3)
-    (bucket,) = triton_optim.explain(optimizers["ours"])
-    assert (bucket.backend, bucket.launches) == ("triton", 1)
 
-    source = torch.randn(max(count, 1 << 28), device=device)
-    target_of_copy = torch.empty_like(source)
-    sides = [Side(how, optimizer.step) for how, optimizer in optimizers.items()]
-    m = measure(
-        [*sides, Side("copy", lambda: target_of_copy.copy_(source))], patience, device=device, inner=inner, rounds=5
-    )
+@pytest.mark.gpu
+@pytest.mark.parametrize("codec", CODECS)
+def test_codecs_share_of_bandwidth(codec: str, device: torch.device, answer: Callable, patience: float) -> None:
+    dtype, options = CODECS[codec]
+    case = Case(triton_optim.AdamW, LARGE, shapes(LARGE), dtype, device, options, label=f"AdamW {codec}")
+    figures, text, m = step_figures(case, FUSED, patience, inner=5)
+    value = 1 / figures["ours share of copy bandwidth"]
+    answer(f"{case.name}, time over the floor", text, figures, value=value, target=TARGET_OF_CODECS, measurement=m)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", OPTIMIZERS)
+def test_small_tensors(label: str, device: torch.device, answer: Callable, patience: float) -> None:
+    name, settings, peers = OPTIMIZERS[label]
+    case = Case(getattr(triton_optim, name), SMALL, shapes(SMALL), device=device, settings=settings, label=label)
+    figures, text, m = step_figures(case, peers, patience, inner=20)
+    value = figures["ours ms"]
+    answer(f"{case.name}, ms", text, figures, value=value, target=TARGET_OF_SMALL_MS, measurement=m)
+
+
+def step_figures(case: Case, peers: tuple[str, ...], patience: float, inner: int) -> tuple[dict, str, Any]:
+    """Device and wall time, kernels and share of the copy bandwidth of every side.
+
+    Several steps a run let the host run ahead, as it does in training: what is slower, device or host, is timed.
+    """
+    skip_without_memory(case, len(peers))
+    contenders, reasons = entrants(case, peers, ("triton",))
+    found = differences(contenders)
+    reasons |= {name: d.reason() for name, d in found.items() if not d.same}
+    contenders = [c for c in contenders if c.name not in reasons]
+    assert contenders, reasons
+    (bucket,) = triton_optim.explain(contenders[0].optimizer)
+    assert bucket.launches == 1
+
+    count = elements(case.shapes)
+    source = torch.randn(max(count, 1 << 28), device=case.device)
+    copied = torch.empty_like(source)
+    sides = [*(Side(c.name, c.step) for c in contenders), Side("copy", lambda: copied.copy_(source))]
+    m = measure(sides, patience, device=case.device, inner=inner, rounds=5)
 
     copy_speed = 2 * source.nbytes / m.median("copy")
     floor = bucket.bytes_per_parameter * count / copy_speed
-    ms = {how: 1e3 * m.median(how) for how in optimizers}
-    figures = {f"{how} ms": value for how, value in ms.items()}
-    figures |= {
+    figures: dict[str, Any] = {
         "copy TB/s": copy_speed / 1e12,
         "floor ms": 1e3 * floor,
-        "bytes per parameter": bucket.bytes_per_parameter,
+        "bytes a parameter": bucket.bytes_per_parameter,
+        "absent": reasons,
     }
-    figures |= {f"{how} share of copy bandwidth": floor / m.median(how) for how in optimizers}
-    text = ", ".join(f"{how} {ms[how]:.3f} ms" for how in optimizers)
-    if target_ms is None:  # the small model stays in the cache
-        text += f"; {floor / m.median('ours'):.1%} of copy bandwidth, which is {copy_speed / 1e12:.2f} TB/s"
-    value = m.median("ours") / floor if target_ms is None else ms["ours"]
-    case = f"{name}, {model} ({len(MODELS[model])} tensors)" + (", ms" if target_ms else ", time over the floor")
-    answer(case, text, figures, value=value, target=target or target_ms, measurement=m)
+    words = []
+    for c in contenders:
+        ms, kernels, alone = 1e3 * m.median(c.name), launched(c), 1e3 * wall_seconds(c)
+        share = floor / m.median(c.name)
+        figures |= {f"{c.name} ms": ms, f"{c.name} kernels": kernels, f"{c.name} wall ms, alone": alone}
+        figures[f"{c.name} share of copy bandwidth"] = share
+        words.append(f"{c.name} {ms:.3f} ms ({kernels} kernels, {alone:.3f} ms until the device is done)")
+    # A small model stays in the cache: its share of the bandwidth says nothing.
+    share = f"; {figures['ours share of copy bandwidth']:.1%} of copy bandwidth, {copy_speed / 1e12:.2f} TB/s"
+    absent = "".join(f"; {name}: {reason}" for name, reason in reasons.items())
+    return figures, ", ".join(words) + (share if case.model == LARGE else "") + absent, m
 
-    def step() -> None:
-        optimizers["ours"].step()
+
+def launched(contender: Contender) -> int:
+    """Kernels that a step starts on the device."""
+    torch.accelerator.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        contender.step()
         torch.accelerator.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
 
-    benchmark.pedantic(step, rounds=10, warmup_rounds=1)
+
+def wall_seconds(contender: Contender, steps: int = 20) -> float:
+    """The median time from the call of a step until the device has finished it, nothing else running."""
+    times = []
+    for _ in range(steps):
+        torch.accelerator.synchronize()
+        start = time.perf_counter()
+        contender.step()
+        torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[steps // 2]
 
 
-def skip_without_memory(role: int, ours: type, options: dict, peers: int, device: torch.device) -> None:
-    """Skip unless all sides fit into memory, given the bytes of one role: p, g or a state."""
-    tiny = ours([torch.nn.Parameter(torch.zeros(1, device=device))], **options)
-    roles = len(triton_optim.explain(tiny)[0].dtypes)
-    need = role * (roles * (1 + peers) + 3 + 2)  # foreach has up to three temporaries, the copy two buffers
+def skip_without_memory(case: Case, peers: int) -> None:
+    """Skip unless all sides fit into memory, and what is copied."""
     gc.collect()
-    module = torch.get_device_module(device)
-    module.empty_cache()
-    free = module.mem_get_info()[0]
+    torch.get_device_module(case.device).empty_cache()
+    each = bytes_per_parameter(case.optimizer, case.dtype, dict(case.options), 1, peers) + 8
+    need, free = each * elements(case.shapes), SHARE * free_bytes(case.device)
     if need > free:
-        pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory; {free / 2**30:.0f} are")
+        pytest.skip(f"needs {need / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} may be used")

@@ -1,41 +1,108 @@
-"""How long is the host busy with a Triton step, the launch itself left out?"""
+"""How long is the host busy with a Triton step, the launch itself left out, by number of tensors, plain and sharded?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import pytest
 import torch
-from harness import Side, assert_agree, measure
+import torch.distributed as dist
 from host_profile import give_new_gradients, launches_replaced
-from models import parameters
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import triton_optim
+from triton_optim.bench.agreement import Contender, assert_agree
+from triton_optim.bench.measure import Measurement, Side, measure
+from triton_optim.bench.models import parameters, shapes
 
-MODEL = "1000 x 1"
+COUNTS = (10, 100, 1_000, 10_000)
+CLAIMED = 1_000  # tensors that the targets are about
 TARGET_MS = 0.3
 # 0.3 ms was set where torch's step takes 3 ms: on another machine the same claim is a tenth of torch's.
 TARGET_RATIO = 0.1
+TARGET_SHARDED = 1.5  # times the plain figure
+PLAIN, SHARDED = "ours", "ours, sharded"
+TORCH, TORCH_SHARDED = "torch-fused", "torch-fused, sharded"
 
 
-def test_host_time(device: torch.device, benchmark: Callable, answer: Callable, patience: float) -> None:
-    ours = triton_optim.AdamW(list(parameters(MODEL, device)), lr=1e-3, weight_decay=0.1, backend="triton")
-    torchs = torch.optim.AdamW(list(parameters(MODEL, device)), lr=1e-3, weight_decay=0.1, fused=True)
-    assert_agree({"ours": ours, "torch fused": torchs}, steps=2)
+@pytest.fixture(scope="module")
+def one_rank(device: torch.device) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone, as where a model is sharded over one GPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh(device.type, (1,))
+    finally:
+        dist.destroy_process_group()
 
-    def side(name: str, optimizer: torch.optim.Optimizer) -> Side:
-        return Side(name, optimizer.step, partial(give_new_gradients, optimizer.param_groups[0]["params"]))
 
-    sides = [side("ours", ours), side("torch fused", torchs)]
+def plain(count: int, device: torch.device) -> list[torch.nn.Parameter]:
+    return list(parameters(shapes(f"{count}x1"), device))
+
+
+def sharded(count: int, device: torch.device, mesh: DeviceMesh) -> list[torch.nn.Parameter]:
+    params = []
+    for p in plain(count, device):
+        own = torch.nn.Parameter(DTensor.from_local(p.detach(), mesh, [Shard(0)], run_check=False))
+        own.grad = DTensor.from_local(p.grad, mesh, [Shard(0)], run_check=False)
+        params.append(own)
+    return params
+
+
+def contender(name: str, optimizer: torch.optim.Optimizer) -> Contender:
+    """With what lies in this process of its parameters, in the same memory."""
+    params = []
+    for p in optimizer.param_groups[0]["params"]:
+        own = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+        own.grad = p.grad.to_local() if isinstance(p, DTensor) else p.grad
+        params.append(own)
+    return Contender(name, optimizer, params, optimizer.step)
+
+
+def ours(name: str, params: list[torch.nn.Parameter]) -> Contender:
+    optimizer = triton_optim.AdamW(params, lr=0.1, weight_decay=0.1, backend="triton")
+    return contender(name, optimizer)
+
+
+def torchs(name: str, params: list[torch.nn.Parameter]) -> Contender:
+    return contender(name, torch.optim.AdamW(params, lr=0.1, weight_decay=0.1, fused=True))
+
+
+def prepared(contender: Contender) -> Side:
+    return Side(
+        contender.name, contender.step, partial(give_new_gradients, contender.optimizer.param_groups[0]["params"])
+    )
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_host_time(
+    count: int, one_rank: DeviceMesh, device: torch.device, benchmark: Callable, answer: Callable, patience: float
+) -> None:
+    own = [ours(PLAIN, plain(count, device)), ours(SHARDED, sharded(count, device, one_rank))]
+    others = [torchs(TORCH, plain(count, device)), torchs(TORCH_SHARDED, sharded(count, device, one_rank))]
+    assert_agree([own[0], others[0]])
+    assert_agree([own[1], others[1]])
+
     with launches_replaced():
         # Wall time even on a GPU: what the device does meanwhile is not waited for.
-        m = measure(sides, patience, rounds=20, turn=20)
-        benchmark.pedantic(ours.step, setup=sides[0].prepare, rounds=200)
+        turn = max(1, 20_000 // count)
+        m = measure([prepared(c) for c in [*own, *others]], patience, rounds=20 if count == CLAIMED else 5, turn=turn)
+        benchmark.pedantic(own[0].step, setup=prepared(own[0]).prepare, rounds=100)
+    claimed = count == CLAIMED
+    report(answer, count, m, claimed)
 
-    ms = {side.name: 1e3 * m.median(side.name) for side in sides}
-    low, high = m.ratio_range("ours", "torch fused")
-    ratio = m.ratio("ours", "torch fused")
+
+def report(answer: Callable, count: int, m: Measurement, claimed: bool) -> None:
+    """The time, its share of torch's, and what sharding costs."""
+    ms = {name: 1e3 * m.median(name) for name in (PLAIN, TORCH, SHARDED, TORCH_SHARDED)}
+    text = ", ".join(f"{name} {value:.3f} ms" for name, value in ms.items())
+    case = f"AdamW, {count} tensors, new gradients"
     figures = {f"{name} ms": value for name, value in ms.items()}
-    figures |= {"ratio": ratio, "lowest ratio": low, "highest ratio": high}
-    text = f"ours {ms['ours']:.3f} ms, torch fused {ms['torch fused']:.2f} ms"
-    answer("AdamW, 1000 tensors, new gradients: ms", text, figures, value=ms["ours"], target=TARGET_MS, measurement=m)
-    text = f"{ratio:.3f} x torch fused ({low:.3f} to {high:.3f} by round)"
-    answer("AdamW, 1000 tensors, new gradients: share of torch's", text, figures, value=ratio, target=TARGET_RATIO)
+    answer(f"{case}: ms", text, figures, value=ms[PLAIN], target=TARGET_MS if claimed else None, measurement=m)
+    ratios, words = m.compared(PLAIN, [TORCH])
+    target = TARGET_RATIO if claimed else None
+    answer(f"{case}: share of torch's", words, ratios, value=ratios["ratio"], target=target)
+    ratios, words = m.compared(SHARDED, [PLAIN])
+    _, torch_words = m.compared(TORCH_SHARDED, [TORCH])
+    text = f"sharded {words}; torch's {torch_words}"
+    target = TARGET_SHARDED if claimed else None
+    answer(f"{case}: one-rank DTensor", text, ratios, value=ratios["ratio"], target=target)

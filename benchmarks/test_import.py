@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from harness import measure_processes
+from triton_optim.bench.measure import measure_processes
 
 TARGET = 0.3
 SCRIPT = """

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from host_profile import launches_replaced
-from models import parameters
 
 import triton_optim
+from triton_optim.bench.models import parameters, shapes
 
 
 def misaligned(p: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -22,7 +22,7 @@ def misaligned(p: torch.nn.Parameter) -> torch.nn.Parameter:
 
 @pytest.mark.parametrize(("misplaced", "target"), [(0, 1), (1, 2)], ids=["aligned", "one misaligned tensor"])
 def test_launches(misplaced: int, target: int, device: torch.device, answer: Callable) -> None:
-    params = list(parameters("ResNet-50", device))
+    params = list(parameters(shapes("resnet50"), device))
     params[:misplaced] = map(misaligned, params[:misplaced])
     decayed, others = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 1e-4}]
@@ -39,7 +39,7 @@ def test_launches(misplaced: int, target: int, device: torch.device, answer: Cal
         launches.clear()
         optimizer.step()
     assert first == len(launches) == sum(bucket.launches for bucket in triton_optim.explain(optimizer))
-    case = f"AdamW, ResNet-50 (161 tensors), 2 groups, {misplaced} misaligned"
+    case = f"AdamW, resnet50 (161 tensors), 2 groups, {misplaced} misaligned"
     text = f"{len(launches)} launches a step, of {launches} programs"
     answer(case, text, {"launches": len(launches), "programs": launches}, value=len(launches), target=target)
     assert len(launches) == target

@@ -4,50 +4,44 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import Measurement, Side, assert_agree, measure
-from models import MODELS, parameters
 
 import triton_optim
+from triton_optim.bench.agreement import Contender, assert_agree
+from triton_optim.bench.comparison import Case, compare
+from triton_optim.bench.measure import Side, measure
+from triton_optim.bench.models import parameters, shapes
+
+# What is for Muon: the matrices of the layers, not the embeddings.
+GPT2_MATRICES = [shape for shape in shapes("gpt2") if len(shape) == 2][2:]
 
 
 def test_muon(device: torch.device, benchmark: Callable, answer: Callable, patience: float) -> None:
     """All of GPT-2 small, though its layers are alike: matrices of one shape may be taken together."""
-    model = "GPT-2 small"
-    options = {"lr": 1e-2, "weight_decay": 0.0}  # without decay the change is the orthogonal matrix alone
-    ours = triton_optim.Muon(list(parameters(model, device)), **options)
-    optimizers = {"ours": ours, "torch": torch.optim.Muon(list(parameters(model, device)), **options)}
-    # torch iterates in bfloat16: of random matrices its result is 1.1 % off that in float32.
-    assert_agree(optimizers, steps=1, share_of_update=2e-2)
+    contenders = []
+    for name, make in {"torch": torch.optim.Muon, "ours": triton_optim.Muon}.items():
+        params = list(parameters(GPT2_MATRICES, device))
+        optimizer = make(params, lr=1e-2, weight_decay=0.0)  # without decay the change is the orthogonal matrix alone
+        # torch iterates in bfloat16: of random matrices its result is 1.1 % off that in float32.
+        contenders.append(Contender(name, optimizer, params, optimizer.step, share=2e-2))
+    assert_agree(contenders)
 
     # On a CPU without bfloat16 instructions a step of torch's takes half a minute. The comparison was the warm-up.
-    m = measure(sides(optimizers), patience, device=device, rounds=3, warm_up=0)
-    figures, text = beside(optimizers, m)
-    case = f"Muon, {model} ({len(MODELS[model])} tensors)"
-    answer(case, text, figures, value=figures["ratio"], target=1.0, measurement=m)
-    benchmark.pedantic(ours.step, rounds=1)
+    m = measure([Side(c.name, c.step) for c in contenders], patience, device=device, rounds=3, warm_up=0)
+    ratios, words = m.compared("ours", ["torch"])
+    ms = {f"{c.name} ms": 1e3 * m.median(c.name) for c in contenders}
+    text = f"ours {ms['ours ms']:.2f} ms, torch {ms['torch ms']:.2f} ms; {words}"
+    case = f"Muon, gpt2 ({len(GPT2_MATRICES)} matrices)"
+    answer(case, text, ms | ratios, value=ratios["ratio"], target=1.0, measurement=m)
+    benchmark.pedantic(contenders[-1].step, rounds=1)
 
 
-@pytest.mark.parametrize("model", ["ResNet-50", "GPT-2 small"])
-def test_adafactor(model: str, device: torch.device, benchmark: Callable, answer: Callable, patience: float) -> None:
-    ours = triton_optim.Adafactor(list(parameters(model, device)), lr=1e-2)
-    optimizers = {"ours": ours}
-    for path, foreach in {"foreach": True, "for-loop": False}.items():
-        optimizers[path] = torch.optim.Adafactor(list(parameters(model, device)), lr=1e-2, foreach=foreach)
-    assert_agree(optimizers, steps=3)
-
-    m = measure(sides(optimizers), patience, device=device, rounds=5)
-    figures, text = beside(optimizers, m)
-    answer(f"Adafactor, {model} ({len(MODELS[model])} tensors)", text, figures, measurement=m)
-    benchmark.pedantic(ours.step, rounds=3)
-
-
-def sides(optimizers: dict[str, torch.optim.Optimizer]) -> list[Side]:
-    return [Side(name, optimizer.step) for name, optimizer in optimizers.items()]
-
-
-def beside(optimizers: dict[str, torch.optim.Optimizer], m: Measurement) -> tuple[dict, str]:
-    """Figures and words: everyone's time, and ours beside the fastest of the others."""
-    ms = {name: 1e3 * m.median(name) for name in optimizers}
-    compared, words = m.compared("ours", [name for name in optimizers if name != "ours"])
-    text = ", ".join(f"{name} {value:.2f} ms" for name, value in ms.items())
-    return {f"{name} ms": value for name, value in ms.items()} | compared, f"{text}; {words}"
+@pytest.mark.parametrize(("model", "parts"), [("resnet50", shapes("resnet50")), ("gpt2 matrices", GPT2_MATRICES)])
+def test_adafactor(
+    model: str, parts: list, device: torch.device, benchmark: Callable, answer: Callable, patience: float
+) -> None:
+    case = Case(triton_optim.Adafactor, model, parts, device=device)
+    found = compare(case, ["torch-foreach", "torch-for-loop"], patience=patience, rounds=5)
+    assert not found.disagreeing, found.text
+    ratios, words = found.beside()
+    answer(case.name, f"{found.text}; {words}", found.figures | ratios, measurement=found.measurement)
+    benchmark.pedantic(found.contenders[0].step, rounds=3)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import json
 import pkgutil
 import re
 import runpy
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -91,14 +93,34 @@ def test_the_users_own_optimizer(backend: str, device: torch.device, tmp_path: P
     assert torch.equal(restored.state[params[1]]["momentum"], optimizer.state[params[1]]["momentum"])
 
 
-def test_the_numbers_are_those_of_the_committed_results() -> None:
+def test_numbers_and_pictures_are_those_of_the_committed_results() -> None:
     report = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "report.py"))
-    assert report["written"](README) == README, "run python benchmarks/report.py"
+    assert report["out_of_step"]() == [], "run python benchmarks/report.py"
+
+
+@pytest.mark.parametrize("number", ["figures", "text"])
+def test_a_changed_result_puts_them_out_of_step(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("report", Path(__file__).parents[1] / "benchmarks" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    changed = tmp_path / "cpu_step.json"
+    found = json.loads(changed.read_text())
+    if number == "text":
+        found["records"][0]["text"] = "ours 1 ms; 0.5 x torch-fused"
+    else:
+        record = next(r for r in found["records"] if r["case"] == "Adam, resnet50 (161 tensors)")
+        record["figures"]["ours ms"] += 1
+    changed.write_text(json.dumps(found))
+    assert report.out_of_step() == (["README.md", "RESULTS.md"] if number == "text" else ["cpu_step.svg"])
 
 
 def modules() -> list[str]:
     names = ["triton_optim"]
-    for package in ("triton_optim", "triton_optim.kernels"):
+    for package in ("triton_optim", "triton_optim.bench", "triton_optim.kernels"):
         path = importlib.import_module(package).__path__
         names += [
             f"{package}.{m.name}" for m in pkgutil.iter_modules(path) if m.name not in ("__main__", "cli", "kernels")

@@ -15,6 +15,7 @@ import torch
 
 import triton_optim
 
+from ..provenance import device_name, provenance
 from . import demo_record, demo_training, interpreter_check
 from .demo_terminal import open_console, print_dispatch, print_step_times, print_trainings, progress_bar, say
 from .demo_training import TRAININGS, Training, largest_difference, ratios_to_fused
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with demo_training.one_thread():
         record = {
             "command": command_line(args),
-            **demo_record.provenance(device),
+            **provenance(device, ("scikit-learn",)),
             "settings": {
                 "epochs": args.epochs,
                 "seed": args.seed,
@@ -131,7 +132,7 @@ def measure(console: Console, device: torch.device, args: argparse.Namespace) ->
     say(
         console,
         f"triton-optim demo: {len(digits.train_labels)} handwritten digits to learn, "
-        f"{len(digits.test_labels)} to test, on {demo_record.device_name(device)}, one CPU thread",
+        f"{len(digits.test_labels)} to test, on {device_name(device)}, one CPU thread",
     )
     steps = args.epochs * demo_training.steps_per_epoch(digits)
     trainings: dict[str, Training] = {}

@@ -1,15 +1,9 @@
-"""What `triton-optim demo` leaves behind: the plot of the loss curves, and where the numbers come from."""
+"""The picture that `triton-optim demo` leaves behind: the loss curves."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,44 +62,3 @@ def plot_formats() -> list[str]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     return sorted(FigureCanvasAgg.get_supported_filetypes())
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and date, for a number to be worth something later."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "triton", "triton-optim", "scikit-learn")},
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "device": device_name(device),
-        },
-    }
-
-
-def installed_version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def processor_name() -> str:
-    """`platform.processor()` is empty on most Linux systems, where /proc/cpuinfo has the name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -7,23 +7,16 @@ takes to see what else the machine did meanwhile. The ratio of two sides is that
 from __future__ import annotations
 
 import gc
-import json
 import os
 import random
-import resource
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from triton_optim.cli.demo_record import provenance
 
 ROUND_SECONDS = 0.6  # /proc/stat counts in ticks of 10 ms: shorter, and their rounding looks like load
 FOREIGN_LIMIT = 0.05  # of all cores
@@ -65,8 +58,8 @@ def _busy_seconds() -> float | None:
 
 def _own_seconds() -> float:
     """CPU time of this process and of its children that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
 
 
 class Patience:
@@ -122,16 +115,17 @@ class Measurement:
         figures = {"peer": peer, "ratio": ratio, "lowest ratio": low, "highest ratio": high}
         return figures, f"{ratio:.3f} x {peer} ({low:.3f} to {high:.3f} by round)"
 
-    def take(self, times: dict[str, list[float]], foreign: float | None, limit: Patience) -> None:
-        """Keep a round unless it was disturbed and there is time to repeat it."""
+    def take(self, times: dict[str, list[float]], foreign: float | None, limit: Patience) -> bool:
+        """Keep a round unless it was disturbed and there is time to repeat it. Returns whether it was kept."""
         if not is_quiet(foreign):
             if limit.left():
                 self.repeated += 1
-                return
+                return False
             self.disturbed += 1
         self.rounds.append(times)
         if foreign is not None:
             self.foreign.append(foreign)
+        return True
 
     def quality(self) -> str:
         """How far to trust it, in words."""
@@ -150,6 +144,7 @@ def measure(
     turn: int = 1,
     inner: int = 1,
     warm_up: int = 2,
+    advance: Callable[[], None] = lambda: None,
 ) -> Measurement:
     """Time the sides in turns.
 
@@ -162,6 +157,7 @@ def measure(
             after a backward pass; with more its own data stays there.
         inner: calls a run. On a GPU several in a row let the host run ahead, so that the device alone is timed.
         warm_up: passes before the first round.
+        advance: called after every round that was kept.
     """
     clock = _event_seconds if torch.device(device).type != "cpu" else _wall_seconds
     shuffle = random.Random(0).shuffle
@@ -189,12 +185,14 @@ def measure(
         gc.disable()
         try:
             load = Load()
+            one_pass(times)
             while time.perf_counter() - load.start < ROUND_SECONDS:
                 one_pass(times)
             foreign = load.since_start()
         finally:
             gc.enable()
-        result.take(times, foreign, limit)
+        if result.take(times, foreign, limit):
+            advance()
     return result
 
 
@@ -211,7 +209,7 @@ def measure_processes(run: Callable[[], Mapping[str, float]], patience: float, r
 
 def _wall_seconds(run: Callable[[], Any], inner: int, _: torch.device | str) -> float:
     start = time.perf_counter()
-    for _ in range(inner):
+    for _call in range(inner):
         run()
     return (time.perf_counter() - start) / inner
 
@@ -225,71 +223,5 @@ def _event_seconds(run: Callable[[], Any], inner: int, device: torch.device | st
         run()
     end.record()
     module.synchronize()
-    return start.elapsed_time(end) / 1e3 / inner
-
-
-def assert_agree(
-    optimizers: Mapping[str, torch.optim.Optimizer], steps: int, share_of_update: float | None = None
-) -> None:
-    """Step them all, from equal parameters and gradients, and compare with the last: no ratio of different results.
-
-    With `share_of_update`, a tensor's difference (its norm) may be that share of its whole change: for sides that
-    compute in different precisions.
-    """
-    all_params = [[p for group in o.param_groups for p in group["params"]] for o in optimizers.values()]
-    start = [p.detach().clone() for p in all_params[-1]]
-    for optimizer in optimizers.values():
-        for _ in range(steps):
-            optimizer.step()
-    *others, expected = all_params
-    for params in others:
-        if share_of_update is None:
-            torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-6)
-            continue
-        for p, q, before in zip(params, expected, start, strict=True):
-            share = ((p - q).norm() / (q - before).norm()).item()
-            assert share <= share_of_update, f"the sides' {tuple(p.shape)} differ by {share:.1%} of the update"
-
-
-@dataclass
-class Record:
-    """One answer: what was measured, what was claimed of it, and every sample."""
-
-    question: str
-    case: str
-    text: str  # the answer in words
-    figures: dict[str, Any]
-    value: float | None = None  # what the target is about
-    target: float | None = None
-    measurement: Measurement | None = None
-
-    @property
-    def met(self) -> bool | None:
-        return None if self.value is None or self.target is None else self.value <= self.target
-
-    def line(self) -> str:
-        verdict = "" if self.met is None else f"; target <= {self.target:g}: {'met' if self.met else 'NOT MET'}"
-        quality = f" [{self.measurement.quality()}]" if self.measurement else ""
-        return f"{self.case}: {self.text}{verdict}{quality}"
-
-
-def write_records(folder: Path, records: Sequence[Record], device: torch.device) -> list[Path]:
-    """One JSON file a question, each with what is needed to run it again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"command": shlex.join(sys.argv), "source": _git_description(), **provenance(device)}
-    paths = []
-    for question in dict.fromkeys(record.question for record in records):
-        own = [asdict(record) | {"met": record.met} for record in records if record.question == question]
-        path = folder / f"{question}.json"
-        path.write_text(json.dumps({"question": question, **about, "records": own}, indent=1) + "\n")
-        paths.append(path)
-    return paths
-
-
-def _git_description() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    here = Path(__file__).parent
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / inner

@@ -1,0 +1,85 @@
+"""What a measurement leaves behind: answers, every sample, and where and with what they were measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..provenance import provenance
+from .measure import Measurement
+from .peers import PEERS
+
+
+@dataclass
+class Record:
+    """One answer: what was measured, what was claimed of it, and every sample."""
+
+    question: str
+    case: str
+    text: str  # the answer in words
+    figures: dict[str, Any]
+    value: float | None = None  # what the target is about
+    target: float | None = None
+    measurement: Measurement | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None where there is none."""
+        return None if self.value is None or self.target is None else self.value <= self.target
+
+    def line(self) -> str:
+        """The answer on one line."""
+        verdict = "" if self.met is None else f"; target <= {self.target:g}: {'met' if self.met else 'NOT MET'}"
+        quality = f" [{self.measurement.quality()}]" if self.measurement else ""
+        return f"{self.case}: {self.text}{verdict}{quality}"
+
+
+def write_records(folder: Path, records: Sequence[Record], device: torch.device) -> list[Path]:
+    """One JSON file a question, each with what is needed to run it again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for question in dict.fromkeys(record.question for record in records):
+        path = folder / f"{question}.json"
+        write_file(path, question, [record for record in records if record.question == question], device)
+        paths.append(path)
+    return paths
+
+
+def write_file(path: Path, question: str, records: Sequence[Record], device: torch.device, **more: Any) -> None:
+    """One JSON file. It is never half written: the old one is replaced when the new one is whole."""
+    about = {"command": command(), "source": source(), **provenance(device, DISTRIBUTIONS), **more}
+    own = [asdict(record) | {"met": record.met} for record in records]
+    text = json.dumps({"question": question, **about, "records": own}, indent=1) + "\n"
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+DISTRIBUTIONS = sorted({peer.distribution for peer in PEERS.values()} - {"torch"})
+
+
+def command() -> str:
+    """What was typed, without the folders of this machine."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
+
+
+def source() -> str | None:
+    """The commit of this package, with ``-dirty`` where files differ from it; None outside of its own checkout."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__).parent
+    try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
+        return subprocess.run(describe, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,202 @@
+"""`triton-optim bench`: how long a step takes on a model of your choice, beside what you use now."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bench.comparison import Case, Comparison, compare
+from ..bench.models import NAMED, elements, shapes
+from ..bench.own import load, own_shapes
+from ..bench.peers import PEERS, Unavailable, check_peer
+from ..bench.records import Record, write_file
+from ..bench.room import SHARE, bytes_per_parameter, cut, fitting_models, free_bytes
+from ..codecs import PARAM_PRECISIONS
+from ..dispatch import BACKENDS
+from ..memory import gibibytes
+from ..optimizer import RuleOptimizer
+from .bench_terminal import open_console, print_comparison, progress_bar, say
+from .memory import DTYPES, STATES, optimizers
+
+EXTRAS = ("rich", "matplotlib")
+ALL_DTYPES = {**DTYPES, "float64": torch.float64}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    own, peers = "mymodule:make_model", "torch-fused,torch-foreach,optimi"
+    models = f"{', '.join(NAMED)}, COUNTxSIZE such as 500x20k, or {own} (default: resnet50)"
+    against = f"{', '.join(PEERS)}, or mymodule:MyOptimizer (default: {peers})"
+    wait = "to wait for other programs and repeat what they disturbed, for each case (default: 5)"
+    add = parser.add_argument
+    add("--optimizer", default="adamw,lion", metavar="NAMES", help="such as adamw,lion (default), or mymodule:MyRule")
+    add("--model", default="resnet50", metavar="NAMES", help=models)
+    add("--dtype", default="float32", metavar="NAMES", help=f"{', '.join(ALL_DTYPES)} (default: float32)")
+    add("--backend", default="auto", metavar="NAMES", help=f"auto (default), {', '.join(BACKENDS)}")
+    add("--against", default=peers, metavar="NAMES", help=against)
+    add("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
+    add("--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)")
+    add("--device", help="where (default: the GPU if there is one, else the CPU)")
+    add("--rounds", type=int, default=5, help="of 0.6 s or more, in which all sides take turns (default: 5)")
+    add("--patience", type=float, default=5.0, metavar="SECONDS", help=wait)
+    add("--json", type=Path, metavar="FILE", help="write every sample to FILE, after each case")
+    add("--plot", type=Path, metavar="FILE", help="draw the times to FILE: .png, .svg or .pdf")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table for each case; 1 if results disagree or if it cannot start, 130 if interrupted."""
+    try:
+        check_options(args)
+        device = usable_device(args.device)
+        peers, backends = args.against.split(",") if args.against else [], args.backend.split(",")
+        cases = [*chosen_cases(args, device, peers, backends)]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    console = open_console()
+    finished: list[Comparison] = []
+    records: list[Record] = []
+    status = 0
+    try:
+        with progress_bar(console) as progress:
+            task = progress.add_task("", total=len(cases) * args.rounds)
+            for number, case in enumerate(cases):
+                progress.update(task, description=case.name, completed=number * args.rounds)
+                try:
+                    comparison = compare(
+                        case,
+                        peers,
+                        backends,
+                        patience=args.patience,
+                        rounds=args.rounds,
+                        inner=1 if device.type == "cpu" else 10,
+                        advance=lambda: progress.advance(task),
+                    )
+                except Unavailable as reason:
+                    say(console, f"\n{case.name}: not measured: {reason}", style="bold")
+                    records.append(Record("bench", case.name, f"not measured: {reason}", {}))
+                else:
+                    print_comparison(console, comparison)
+                    status = 1 if comparison.disagreeing else status
+                    finished.append(comparison)
+                    records.append(comparison.record("bench"))
+                save(args, records, device, interrupted=number + 1 < len(cases))
+    except KeyboardInterrupt:
+        say(console, f"\nInterrupted: {len(records)} of {len(cases)} cases were finished.", style="bold red")
+        save(args, records, device, interrupted=True)
+        status = 130
+    if args.plot is not None and finished:
+        from ..bench.picture import save_bars, times_of
+
+        save_bars(args.plot, times_of(finished), "Time of optimizer.step()")
+        say(console, f"\nPicture: {args.plot}")
+    if args.json is not None:
+        say(console, f"Every sample: {args.json}")
+    return status
+
+
+def save(args: argparse.Namespace, records: list[Record], device: torch.device, interrupted: bool) -> None:
+    """Write what is finished."""
+    if args.json is not None:
+        write_file(args.json, "bench", records, device, interrupted=interrupted)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Find whatever would stop the command halfway.
+
+    Raises:
+        ValueError: an extra is missing, or an option has no usable value.
+    """
+    missing = [name for name in EXTRAS if find_spec(name) is None and (name != "matplotlib" or args.plot is not None)]
+    if missing:
+        raise ValueError(
+            f"triton-optim bench needs {', '.join(missing)}: not installed in {sys.prefix}. "
+            'Install the extra: pip install -e ".[bench]"'
+        )
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds} measures nothing. Give 1 or more (5 is the default).")
+    if not args.patience >= 0:
+        raise ValueError(f"--patience {args.patience} is no time. Give seconds, 0 or more (5 is the default).")
+    for option, path in (("--plot", args.plot), ("--json", args.json)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} {path}: the folder {path.parent} does not exist. Create it first.")
+    if args.plot is not None:
+        from ..bench.picture import plot_formats
+
+        if args.plot.suffix[1:].lower() not in plot_formats():
+            raise ValueError(f"--plot {args.plot}: the suffix names no image format. Use .png, .pdf or .svg.")
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        device = torch.device(name) if name else accelerator or torch.device("cpu")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts that it has CUDA
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"--device {name} cannot be used: {cause}. Leave it out to choose automatically.") from None
+    return device
+
+
+def chosen_cases(
+    args: argparse.Namespace, device: torch.device, peers: list[str], backends: list[str]
+) -> Iterator[Case]:
+    """The cases of all names given, each of a model that fits.
+
+    Raises:
+        ValueError: a name is unknown, with those that are known; or a user's model does not fit.
+    """
+    for peer in peers:
+        check_peer(peer)
+    options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
+    kinds = [optimizer_class(name) for name in args.optimizer.split(",")]
+    dtypes = [known("--dtype", name, ALL_DTYPES) for name in args.dtype.split(",")]
+    for backend in backends:
+        known("--backend", backend, {name: name for name in ("auto", *BACKENDS)})
+    models = {name: own_shapes(name) if ":" in name else shapes(name) for name in args.model.split(",")}
+    free = free_bytes(device)
+    for (name, whole), dtype, kind in product(models.items(), dtypes, kinds):
+        each = bytes_per_parameter(kind, dtype, options, len(backends), len(peers))
+        limit = int(SHARE * free / each)
+        kept = cut(whole, limit)
+        text = ""
+        if len(kept) < len(whole):
+            need = (
+                f"{name} of {elements(whole):,} {str(dtype).removeprefix('torch.')} parameters needs "
+                f"{gibibytes(int(each * elements(whole)))} GiB for {len(backends) + len(peers)} sides, and "
+                f"{gibibytes(int(SHARE * free))} may be used"
+            )
+            if ":" in name or not kept:
+                fewer = SHARE * free / bytes_per_parameter(kind, dtype, options, 1, 1)
+                raise ValueError(
+                    f"{need}. What fits: {limit:,} parameters, or {int(fewer):,} with one peer in --against and one "
+                    f"backend; of the named models {', '.join(fitting_models(limit)) or 'none'}."
+                )
+            text = f"cut down to {len(kept)} of its {len(whole)} tensors, {elements(kept):,} parameters: {need}"
+        yield Case(kind, name, kept, dtype, device, options, cut=text)
+
+
+def optimizer_class(name: str) -> type[RuleOptimizer]:
+    """The class that `name` means: one of the package's, or a user's own as ``module:name``."""
+    if ":" not in name:
+        found: type[RuleOptimizer] = known("--optimizer", name.lower(), optimizers())
+        return found
+    own: Any = load("--optimizer", name)
+    if not (isinstance(own, type) and issubclass(own, RuleOptimizer)):
+        raise ValueError(f"--optimizer {name} is no subclass of triton_optim.RuleOptimizer. Give it to --against.")
+    return own
+
+
+def known(option: str, name: str, names: dict[str, Any]) -> Any:
+    """What a name means; an unknown one lists the known ones."""
+    if name not in names:
+        raise ValueError(f"{option} {name}: there is none. Choose from {', '.join(names)}.")
+    return names[name]
