@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..provenance import provenance
 from ..race import RaceError, Results, race
 from ..race.contestants import checked_lrs, known_optimizers, read_options, split_names
 from ..race.names import require
@@ -140,6 +141,6 @@ def record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
                 words += [f"--{option}", str(one)]
     return {
         "command": shlex.join(words),
-        **demo_record.provenance(torch.device(results.device)),
+        **provenance(torch.device(results.device)),
         **results.as_dict(),
     }
