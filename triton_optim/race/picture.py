@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = ("-", "--", ":", "-.")
+MARKED = 12  # learning rates that have marks of their own
 
 
 def draw(results: Results) -> Figure:
@@ -41,7 +42,7 @@ def draw(results: Results) -> Figure:
     draw_learning_rates(by_lr, results, colours)
     by_step.set(xlabel="optimizer steps", title=f"loss; bands: lowest to highest of {results.seeds} seeds")
     by_time.set(xlabel="seconds of training", title="loss over time, without validation")
-    by_lr.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="best validation loss", title="sensitivity")
+    by_lr.set(yscale="log", xlabel="learning rate", ylabel="best validation loss", title="sensitivity")
     rates.set(yscale="log", xlabel="optimizer steps", ylabel="learning rate", title="learning rates of the best")
     if results.winners:
         rates.set_ylim(bottom=max(rate for w in results.winners.values() for rate in w.records[0].lrs) / 1000)
@@ -71,6 +72,11 @@ def draw_learning_rates(axes: Axes, results: Results, colours: dict[str, str]) -
                 (c.lr, c.best) for c in results.configurations if (c.optimizer, c.schedule) == (optimizer, schedule)
             )
             axes.plot([lr for lr, _ in found], [best for _, best in found], styles[schedule], color=colour)
+    tried = sorted({record.lr for record in results.records})
+    axes.set_xscale("log")  # first, as it sets marks of its own
+    if len(tried) <= MARKED:
+        axes.set_xticks(tried, [f"{lr:g}" for lr in tried], rotation=45)
+        axes.set_xticks([], minor=True)
     top = max((record.validation[0] for record in results.records), default=1.0)
     for record in results.records:
         marker, height = ".", record.best
