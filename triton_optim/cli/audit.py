@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the audit; 0 if all is well, 1 if a case misses its bounds or the audit cannot start."""
     try:
         cases = chosen_cases(args)
-        from .. import audit
+        from .. import audit, audit_bounds
 
         measured = []
         for m in audit.audit(cases):
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     except (AuditError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    found = [audit.problems(m) for m in measured]
+    found = [audit_bounds.problems(m) for m in measured]
     print(table(HEADER, [row(m) for m in measured]))
     print(f"\n{LEGEND}\n")
     if args.json is not None:
@@ -115,7 +115,7 @@ def record(measured: list[Measurement], found: list[list[str]]) -> dict[str, obj
     """What ``--json`` writes."""
     import triton
 
-    from ..audit import bound_of
+    from ..audit_bounds import bound_of
 
     return {
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
