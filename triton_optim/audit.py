@@ -224,8 +224,8 @@ def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measu
             f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '1')} puts an interpreter in the place of Triton's "
             "compiler, so there is nothing to audit. Run it without: env -u TRITON_INTERPRET triton-optim audit"
         )
-    processes = min(processes or os.cpu_count() or 1, 8, len(cases))
     batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
+    processes = min(processes or os.cpu_count() or 1, 8, len(batches))
     if processes < 2:
         measured = map(measure_cases, batches)
         yield from chain.from_iterable(measured)
