@@ -39,6 +39,8 @@ def every_step() -> dict[str, tuple[type, torch.dtype, dict[str, Any]]]:
     steps["AdamW, float32, states int8"] = (adamw, f32, {"state_dtype": "int8"})
     steps["AdamW, clipped and averaged"] = (adamw, f32, WHOLE)
     steps["AdamW, clipped and averaged, bfloat16 int8"] = (adamw, BF16, WHOLE | {"state_dtype": "int8"})
+    steps["AdamW, amp, clipped and averaged"] = (adamw, f32, WHOLE | {"amp": "fused"})
+    steps["AdamW, capturable"] = (adamw, f32, {"capturable": True})
     steps["Muon, clipped and averaged"] = (triton_optim.Muon, f32, WHOLE)
     return steps
 
@@ -59,6 +61,8 @@ def two_steps(backend: str, cls: type, dtype: torch.dtype, options: dict[str, An
     shapes = [shape for shape in SHAPES if cls is not triton_optim.Muon or len(shape) == 2]
     params = [torch.nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in shapes]
     optimizer = cls(params, **options, backend=backend)
+    if "amp" in options:
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
     for factor in (1.0, 0.5):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -70,7 +74,8 @@ def two_steps(backend: str, cls: type, dtype: torch.dtype, options: dict[str, An
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every launch, by what it is compiled for; none is made."""
-    import_module("triton_optim.triton_norm")
+    for name in ("triton_norm", "triton_rows"):
+        import_module(f"triton_optim.{name}")
     seen: list[str] = []
     for name, module in list(sys.modules.items()):
         if name.startswith("triton_optim.") and hasattr(module, "launch"):

@@ -66,12 +66,11 @@ DTYPES = {
     "fp32 int8": Kept(torch.float32, torch.float32, torch.float32, state_dtype="int8"),
     "fp32 whole": Kept(torch.float32, torch.float32, torch.float32, whole=True),
 }
-# What a rule is compiled as. How values are kept is made beside the rule, in the same way for every one, and so are
-# misaligned addresses: two rules stand for all, each with signed and unsigned states, the second with the most. Two
-# targets stand for all where two more would say the same again.
-OF_EVERY_RULE = ("fp32", "bf16", "bf16 stochastic")
-EXAMPLE, LARGEST = "adamw", "adamw_amsgrad"
-EXAMPLE_TARGETS = ("sm_90", "gfx942")
+# What every rule is compiled as, and for which targets: two or one stand for all where more would say the same again.
+OF_EVERY_RULE = {"fp32": tuple(TARGETS), "bf16": ("sm_90",), "bf16 stochastic": ("sm_90", "gfx942")}
+# How values are kept is made beside the rule, in the same way for every one, and so are misaligned addresses: two rules
+# stand for all, each with signed and unsigned states, the second with the most.
+IN_EVERY_WAY = {"adamw": tuple(TARGETS), "adamw_amsgrad": ("sm_90", "gfx942")}
 BATCH = 24  # cases that a process reads together
 MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
 
@@ -196,10 +195,9 @@ def every_case(rules: Sequence[str] | None = None) -> list[Case]:
         rules: their names, each in every set for every target; None is every rule, of which some stand for others.
     """
 
-    def targets_of(rule: str, dtypes: str | None) -> Sequence[str]:
-        if rules is not None or rule == EXAMPLE or dtypes == "fp32":
-            return tuple(TARGETS)
-        return EXAMPLE_TARGETS if dtypes in OF_EVERY_RULE or rule == LARGEST else ()
+    def targets_of(rule: str, dtypes: str | None) -> list[str]:
+        every = rules is not None
+        return [a for a in TARGETS if every or a in (*IN_EVERY_WAY.get(rule, ()), *OF_EVERY_RULE.get(dtypes or "", ()))]
 
     cases = []
     for rule in every_rule():
