@@ -51,6 +51,10 @@ TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 BACKENDS = [pytest.param("eager"), pytest.param("compiled"), pytest.param("triton", marks=TRITON)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-costs", action="store_true", help="write the tables of tests/costs anew")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """An argument `backend` is each of them, unless the test says which."""
     marks = metafunc.definition.iter_markers("parametrize")
@@ -72,6 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+
+
+@pytest.fixture
+def write_costs(request: pytest.FixtureRequest) -> bool:
+    """Whether tables are written, and not compared; see costs.py."""
+    return bool(request.config.getoption("--write-costs"))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import costs
 import pytest
 import torch
 
@@ -22,20 +23,16 @@ import triton_optim
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing else to audit", allow_module_level=True)
 
+import triton
 from triton_optim.kernels import multi_tensor
 
 from triton_optim import audit, triton_backend, triton_launch
-from triton_optim.audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
-from triton_optim.audit_compile import wrapping_offsets
 from triton_optim.cli import audit as command
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
-OF_EVERY_RULE = {"fp32", "bf16", "bf16 stochastic"}
-# What is made beside a rule is so for every one alike: four stand for all.
 OF_STATES = {"bf16 int8", "bf16 int4", "fp32 int8"}
 CODED = {"bf16 kahan", "bf16 split24", "bf16 split32", "bf16 master"} | OF_STATES
-OF_FOUR = CODED | {"fp16", "fp64", "bf16+fp32", "fp32 whole"}
-FOUR = ("adamw", "adamw_amsgrad", "lion", "sgd")
+ALL = CODED | {"fp32", "bf16", "bf16 stochastic", "fp16", "fp64", "bf16+fp32", "fp32 whole"}
 Row = dict[str, Any]
 
 
@@ -76,17 +73,24 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
         if getattr(getattr(triton_optim, name), "variants", ()) and name != "RuleOptimizer"
     }
     assert {name for row in rows for name in row["optimizers"]} == optimizers
-    expected = {
-        (rule, dtypes, arch)
-        for rule in rules
-        for dtypes in OF_EVERY_RULE | (OF_FOUR if rule in FOUR else set())
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-        # without states, another set's
-        if dtypes not in OF_STATES | {"bf16+fp32"} or rule not in ("adafactor", "muon", "sgd")
-    }
+    # What is made beside a rule is so for every one alike: two stand for all.
+    nvidia, two = {"sm_80", "sm_90", "sm_100"}, {"sm_90", "gfx942"}
+    expected = {(rule, "fp32", arch) for rule in rules for arch in nvidia | two}
+    expected |= {(rule, "bf16", "sm_90") for rule in rules}
+    expected |= {(rule, "bf16 stochastic", arch) for rule in rules for arch in two}
+    expected |= {("adamw", dtypes, arch) for dtypes in ALL for arch in nvidia | two}
+    expected |= {("adamw_amsgrad", dtypes, arch) for dtypes in ALL for arch in two}
     assert {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]} == expected
     misaligned = {(row["rule"], row["arch"]) for row in rows if not row["aligned"]}
-    assert misaligned == {(r, a) for r, _, a in expected if r in FOUR}
+    assert misaligned == {(rule, arch) for rule, dtypes, arch in expected if dtypes == "fp64"}
+
+
+def test_a_rule_that_is_named_is_compiled_in_every_way() -> None:
+    cases = audit.every_case(["sgd"])
+    assert {(case.dtypes, case.arch) for case in cases if case.aligned} == {
+        (dtypes, arch) for dtypes in ALL - OF_STATES - {"bf16+fp32"} for arch in audit.TARGETS
+    }  # without states, some sets are others
+    assert {case.arch for case in cases if not case.aligned} == set(audit.TARGETS)
 
 
 def test_nothing_spills(rows: list[Row]) -> None:
@@ -178,6 +182,16 @@ def test_the_audit_finds_no_problem(rows: list[Row]) -> None:
     assert not failing(rows, lambda row: row["problems"] == [], "problems")
 
 
+COSTS = ("registers", "spills", "shared_bytes", "loaded", "stored", "narrowest_bits", "widest_bits", "instructions")
+
+
+def test_costs_are_the_committed_ones(rows: list[Row], write_costs: bool) -> None:
+    def name(row: Row) -> str:
+        return ", ".join((row["rule"], row["dtypes"] + (" misaligned" if not row["aligned"] else ""), row["arch"]))
+
+    costs.compare("kernels", {name(row): {f: row[f] for f in COSTS} for row in rows}, write_costs, triton.__version__)
+
+
 def test_the_backend_launches_what_is_audited(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     launched: list[dict[str, Any]] = []
     monkeypatch.setattr(triton_backend, "launch", lambda *given: launched.append(given[-1]))
@@ -219,18 +233,19 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     script = """
         import dataclasses, json, pathlib, sys
         from importlib.util import module_from_spec, spec_from_file_location
-        from triton_optim import audit
+        from triton_optim import audit, audit_bounds
 
         adam = next(rule for rule in audit.every_rule() if rule.name == "adam")
-        found = {}
+        built = {}
         for path in pathlib.Path(sys.argv[1]).glob("*.py"):
             spec = spec_from_file_location("triton_optim.kernels.mutated", path)
             kernel = module_from_spec(spec)
             spec.loader.exec_module(kernel)
-            found[path.stem] = audit.problems(audit.measure(adam, "fp32", "sm_90", kernel=kernel))
-        misaligned = audit.measure(adam, "fp32", "sm_90", aligned=False)
-        found["misaligned"] = audit.problems(misaligned)
-        found["misaligned for aligned"] = audit.problems(dataclasses.replace(misaligned, aligned=True))
+            built[path.stem] = audit.build(adam, "fp32", "sm_90", kernel=kernel)
+        built["misaligned"] = audit.build(adam, "fp32", "sm_90", aligned=False)
+        measured = dict(zip(built, audit.read(list(built.values()))))
+        measured["misaligned for aligned"] = dataclasses.replace(measured["misaligned"], aligned=True)
+        found = {name: audit_bounds.problems(m) for name, m in measured.items()}
         print(json.dumps(found))
     """
     words = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
@@ -251,154 +266,28 @@ def test_the_audit_catches_a_lost_alignment(findings: dict[str, list[str]]) -> N
     assert findings["misaligned for aligned"] == ["accesses of 32 bits, under 128"]
 
 
-@pytest.mark.parametrize(
-    ("offset", "wraps"),
-    [
-        ("%b = arith.extsi %a : i32 to i64\n%c = arith.muli %b, %k : i64", False),
-        ("%b = arith.muli %a, %k : i32\n%c = arith.extsi %b : i32 to i64", True),
-        ("%b = arith.muli %a, %k : i32\n%c = tt.splat %b : i32 -> tensor<8xi32>", True),
-        ("%c = tt.make_range {end = 8 : i32, start = 0 : i32} : tensor<8xi32>", False),
-    ],
-)
-def test_offsets_that_wrap_are_seen_in_the_ir(offset: str, wraps: bool) -> None:
-    lines = ["%a = tt.load %chunks : !tt.ptr<i32>", *offset.split("\n"), "%p = tt.int_to_ptr %x : i64 -> !tt.ptr<f32>"]
-    ttir = "\n".join(["tt.func @f(%chunks: !tt.ptr<i32>) {", *lines, "%q = tt.addptr %p, %c : !tt.ptr<f32>, i64"])
-    assert wrapping_offsets(ttir) == (["%c"] if wraps else [])
-
-
-SASS = """
-        /*0000*/                   LDG.E.64 R10, desc[UR14][R2.64] ;
-        /*0010*/              @!P0 EXIT ;
-        /*0020*/                   LDG.E R7, desc[UR14][R2.64] ;
-        /*0030*/              @!P0 BRA `(.L_x_0) ;
-        /*0040*/                   IADD3 R9, P1, R2, 0x400, RZ ;
-        /*0050*/                   ISETP.GT.U32.AND P0, PT, R9, R10, PT ;
-        /*0060*/              @!P6 LDG.E R26, desc[UR14][R6.64+0x4] ;
-        /*0070*/                   FMUL R26, R26, R31 ;
-        /*0080*/                   FMUL R26, R26, R31 ;
-        /*0090*/                   FMUL R26, R26, R31 ;
-        /*00a0*/                   FMUL R26, R26, R31 ;
-        /*00b0*/               @P5 EXIT ;
-        /*00c0*/                   STG.E desc[UR14][R6.64], R26 ;
-        /*00d0*/                   EXIT ;
-.L_x_0:
-        /*00e0*/                   LDG.E.128 R12, desc[UR14][R40.64] ;
-        /*00f0*/               @P0 BRA P1, `(.L_x_1) ;
-        /*0100*/                   CALL.REL.NOINC `($slow) ;
-.L_x_1:
-        /*0110*/                   FMUL R0, R0, R31 ;
-        /*0120*/                   STG.E.U16 desc[UR14][R36.64], R4 ;
-        /*0130*/                   EXIT ;
-$slow:
-        /*0140*/                   STL [R1], R4 ;
-        /*0150*/                   RET.REL.NODEC R18 `(kernel) ;
-"""
-
-
-def test_the_full_chunk_branch_in_sass() -> None:
-    """The tables' loads before the test and the masked side are left out; a slow path that comes back is not."""
-    blocks = sass_blocks(SASS)
-    branch = full_chunk_branch(blocks)
-    assert [(x.opcode, x.loaded, x.stored) for x in branch.accesses] == [("LDG.E.128", 16, 0), ("STG.E.U16", 0, 2)]
-    assert [x.opcode for x in branch.instructions] == [
-        "LDG.E.128",
-        "BRA",
-        "CALL.REL.NOINC",
-        "FMUL",
-        "STG.E.U16",
-        "EXIT",
-    ]
-    assert [x.opcode for block in blocks for x in block.instructions if x.local] == ["STL"]
-
-
-def test_a_full_chunk_branch_under_a_predicate() -> None:
-    """Triton 3.6's ptxas does not branch to a short one."""
-    text = """
-        /*0000*/                   LDG.E.64 R10, desc[UR14][R2.64] ;
-        /*0010*/                   ISETP.GT.AND.EX P0, PT, R5, R13, PT, P0 ;
-        /*0020*/              @!P0 LDG.E.128 R4, desc[UR4][R4.64] ;
-        /*0030*/                   LDG.E R27, desc[UR4][R24.64+0x4] ;
-        /*0040*/              @!P0 FMUL R29, R20.reuse, R4 ;
-        /*0050*/              @!P0 STG.E.128 desc[UR4][R18.64], R8 ;
-        /*0060*/              @!P0 EXIT ;
-        /*0070*/              @!P1 LDG.E R9, desc[UR4][R4.64] ;
-        /*0080*/                   FMUL R9, R9, R4 ;
-        /*0090*/                   FMUL R9, R9, R4 ;
-        /*00a0*/              @!P1 STG.E desc[UR4][R2.64], R9 ;
-        /*00b0*/                   EXIT ;
-"""
-    branch = full_chunk_branch(sass_blocks(text))
-    assert [x.opcode for x in branch.instructions] == ["LDG.E.128", "FMUL", "STG.E.128", "EXIT"]
-    assert not any(x.guarded for x in branch.accesses)
-
-
-def test_the_full_chunk_branch_in_amdgcn() -> None:
-    """Here the masked side also follows the full one in the text, where a flag skips it."""
-    text = """kernel:
-\ts_load_dword s0, s[0:1], 0x0 ; a table
-\ts_cbranch_scc1 .LBB0_3
-; %bb.1:
-\ts_cbranch_vccnz .LBB0_2
-; %bb.4:
-\tbuffer_load_dwordx4 v[6:9], v0, s[0:3], 0 offen
-\tbuffer_store_dwordx2 v[6:7], v0, s[0:3], 0 offen
-.LBB0_2:                                ; %Flow
-\ts_cbranch_scc1 .LBB0_3
-; %bb.5:
-\tv_cndmask_b32_e32 v36, v1, v0, vcc
-\tbuffer_load_dword v0, v36, s[0:3], 0 offen
-\tv_mov_b32_e32 v1, v0
-\tbuffer_store_dword v1, v36, s[0:3], 0 offen
-.LBB0_3:
-\ts_endpgm
-.Lfunc_end0:
-"""
-    branch = full_chunk_branch(amdgcn_blocks(text))
-    assert [(x.opcode, x.moved) for x in branch.accesses] == [("buffer_load_dwordx4", 16), ("buffer_store_dwordx2", 8)]
-
-
-def test_a_kernel_without_a_masked_side_is_refused() -> None:
-    one_side = SASS.replace("STG.E desc", "NOP desc")
-    with pytest.raises(ValueError, match="stores lie on 0 sides of a test"):
-        full_chunk_branch(sass_blocks(one_side.replace("STG.E.U16", "NOP")))
-    with pytest.raises(ValueError, match="stores lie on 1 sides of a test"):
-        full_chunk_branch(sass_blocks(one_side))
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
 
 
 @pytest.mark.parametrize(
-    ("opcode", "loaded", "stored", "local"),
+    ("option", "given", "message"),
     [
-        ("buffer_load_dwordx4", 16, 0, False),
-        ("buffer_store_short", 0, 2, False),
-        ("global_load_ushort", 2, 0, False),
-        ("global_load_short_d16_hi", 2, 0, False),
-        ("global_store_b128", 0, 16, False),
-        ("global_load_d16_b16", 2, 0, False),
-        ("scratch_store_dword", 0, 0, True),
+        ("--rule", "adm", "--rule adm: the audit knows no 'adm'. Choose from "),
+        ("--arch", "sm_90,sm90", "--arch sm_90,sm90: the audit knows no 'sm90'. Choose from sm_80, "),
+        ("--json", "/nowhere/a.json", "--json /nowhere/a.json: the folder /nowhere does not exist. Create it"),
     ],
 )
-def test_the_width_of_an_access_in_amdgcn(opcode: str, loaded: int, stored: int, local: bool) -> None:
-    access = amdgcn_blocks(f"kernel:\n\t{opcode} v0\n\ts_endpgm\n")[0].instructions[0]
-    assert (access.loaded, access.stored, access.local) == (loaded, stored, local)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rule": "adm"}, "--rule adm: the audit knows no 'adm'. Choose from "),
-        ({"arch": "sm_90,sm90"}, "--arch sm_90,sm90: the audit knows no 'sm90'. Choose from sm_80, "),
-        ({"json": Path("/nowhere/a.json")}, "--json /nowhere/a.json: the folder /nowhere does not exist. Create it"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"rule": None, "arch": None, "json": None} | options
-    assert command.run(argparse.Namespace(**given)) == 1
+def test_bad_options(option: str, given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(arguments(option, given)) == 1
     assert capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="a GPU is here, so this process compiles its kernels")
 def test_under_the_interpreter_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run(argparse.Namespace(rule=None, arch=None, json=None)) == 1
+    assert command.run(arguments()) == 1
     message = capsys.readouterr().err
     assert message.startswith("TRITON_INTERPRET=1 puts an interpreter in the place of Triton's compiler")
     assert "env -u TRITON_INTERPRET" in message

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import costs
 import pytest
 from conftest import HAS_TRITON
 
@@ -40,3 +41,14 @@ def test_whole_chunks_are_read_once_without_a_mask_and_128_bits_at_a_time(compil
 
 def test_trap_1_offsets_are_int64(compiled: list[dict[str, Any]]) -> None:
     assert [row for row in compiled if row.get("wrapping")] == []
+
+
+def test_costs_are_the_committed_ones(compiled: list[dict[str, Any]], write_costs: bool) -> None:
+    import triton
+
+    fields = ("registers", "spilled", "stack", "bytes")
+    found = {
+        ", ".join(filter(None, (row["kernel"], row.get("dtype"), row["arch"]))): {f: row[f] for f in fields if f in row}
+        for row in compiled
+    }
+    costs.compare("norm", found, write_costs, triton.__version__)

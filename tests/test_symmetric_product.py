@@ -319,9 +319,9 @@ def compiled() -> list[dict[str, Any]]:
 
 
 TENSOR_CORES = {
-    "sm_80": {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"},
+    "sm_80": {"bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32"},
     "sm_90": {"bf16": "HGMMA.64x128x16.F32.BF16", "fp16": "HGMMA.64x128x16.F32", "tf32": "HGMMA.64x128x8.F32.TF32"},
-    "sm_100": {"bf16": "UTCHMMA", "fp16": "UTCHMMA", "tf32": "UTCHMMA"},
+    "sm_100": {"bf16": "UTCHMMA", "tf32": "UTCHMMA"},
     "gfx942": {"bf16": "v_mfma_f32_32x32x8_bf16", "fp16": "v_mfma_f32_32x32x8_f16", "fp32": "v_mfma_f32_32x32x2_f32"},
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from triton.runtime import JITFunction
 import triton_optim
 
 from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
-from .audit_compile import assembly, code_bytes, compile_kernel, ptx_functions, resources, wrapping_offsets
+from .audit_compile import code_bytes, compile_kernel, listings, ptx_functions, resources, wrapping_offsets
 from .codecs import AVERAGE, STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
 from .kernels import multi_tensor
 from .optimizer import RuleOptimizer
@@ -65,52 +66,13 @@ DTYPES = {
     "fp32 int8": Kept(torch.float32, torch.float32, torch.float32, state_dtype="int8"),
     "fp32 whole": Kept(torch.float32, torch.float32, torch.float32, whole=True),
 }
-# The others are made beside the rule, in the same way for every one, and so are misaligned addresses: a few rules stand
-# for all, with no states and with one to three, signed and unsigned.
-OF_EVERY_RULE = ("fp32", "bf16", "bf16 stochastic")
-EXAMPLES = ("adamw", "adamw_amsgrad", "lion", "sgd")
+# What every rule is compiled as, and for which targets: two or one stand for all where more would say the same again.
+OF_EVERY_RULE = {"fp32": tuple(TARGETS), "bf16": ("sm_90",), "bf16 stochastic": ("sm_90", "gfx942")}
+# How values are kept is made beside the rule, in the same way for every one, and so are misaligned addresses: two rules
+# stand for all, each with signed and unsigned states, the second with the most.
+IN_EVERY_WAY = {"adamw": tuple(TARGETS), "adamw_amsgrad": ("sm_90", "gfx942")}
+BATCH = 24  # cases that a process reads together
 MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
-
-
-class Bound(NamedTuple):
-    """What a compilation may come to: registers a thread at most, bits an access of the full-chunk branch at least."""
-
-    registers: int = 64
-    narrowest_bits: int = 128
-
-
-# What misses the bounds of all other cases, by backend and dtypes.
-BOUNDS = {
-    # Each thread has 4 elements: one access of 128 bits a float32 role, and of 64 a bfloat16 role. With 8 elements, all
-    # would be of 128, but the float32 stores would go through shared memory, in up to 88 registers.
-    ("cuda", "bf16+fp32"): Bound(narrowest_bits=64),
-    ("hip", "bf16+fp32"): Bound(narrowest_bits=64),
-    # Rules of two means and a root take up to 78 at 8 elements a thread. 80 leave 24 warps an SM, which keep 60 KB of
-    # loads in flight; memory needs 26 KB (4.3 TB/s for 0.8 us over 132 SMs).
-    ("cuda", "bf16"): Bound(registers=80),
-    ("cuda", "fp16"): Bound(registers=80),
-    # The bits of 8 elements are in flight with them: up to 101 for amsgrad. 104 leave 16 warps an SM, 40 KB of loads.
-    ("cuda", "bf16 stochastic"): Bound(registers=104),
-    ("hip", "bf16 stochastic"): Bound(registers=80),
-    # 8 elements a thread: bytes beside them come 64 bits at a time, and half bytes 32.
-    ("cuda", "bf16 kahan"): Bound(registers=104),
-    ("cuda", "bf16 split24"): Bound(registers=104, narrowest_bits=64),
-    ("cuda", "bf16 split32"): Bound(registers=104, narrowest_bits=64),
-    ("cuda", "bf16 master"): Bound(narrowest_bits=64),
-    ("cuda", "bf16 int8"): Bound(registers=104, narrowest_bits=64),
-    ("cuda", "bf16 int4"): Bound(registers=104, narrowest_bits=32),
-    ("cuda", "fp32 int8"): Bound(registers=104, narrowest_bits=64),
-    ("hip", "bf16 kahan"): Bound(registers=80),
-    ("hip", "bf16 split24"): Bound(registers=80, narrowest_bits=64),
-    ("hip", "bf16 split32"): Bound(registers=80, narrowest_bits=64),
-    ("hip", "bf16 master"): Bound(narrowest_bits=64),
-    ("hip", "bf16 int8"): Bound(registers=96, narrowest_bits=64),
-    ("hip", "bf16 int4"): Bound(registers=96, narrowest_bits=32),
-    ("hip", "fp32 int8"): Bound(registers=96, narrowest_bits=64),
-    # Triton 3.6 takes 66 for amsgrad, 3.9 65 for nadam; up to 72 leave 7 of 8 waves.
-    ("hip", "bf16"): Bound(registers=72),
-    ("hip", "fp16"): Bound(registers=72),
-}
 
 
 class AuditedRule(NamedTuple):
@@ -227,22 +189,25 @@ def role_codecs(rule: AuditedRule, dtypes: str) -> tuple[Codec, ...]:
 
 
 def every_case(rules: Sequence[str] | None = None) -> list[Case]:
-    """Rules in sets of dtypes for every target, and once for misaligned addresses.
+    """Rules in sets of dtypes for targets, and for misaligned addresses.
 
     Args:
-        rules: their names; None is every rule, of which only some stand for what is made beside them all.
+        rules: their names, each in every set for every target; None is every rule, of which some stand for others.
     """
+
+    def targets_of(rule: str, dtypes: str | None) -> list[str]:
+        every = rules is not None
+        return [a for a in TARGETS if every or a in (*IN_EVERY_WAY.get(rule, ()), *OF_EVERY_RULE.get(dtypes or "", ()))]
+
     cases = []
     for rule in every_rule():
         if rules is not None and rule.name not in rules:
             continue
         different: dict[Any, str] = {}  # without states, two of the sets are the same
         for dtypes, kept in DTYPES.items():
-            if rules is not None or dtypes in OF_EVERY_RULE or rule.name in EXAMPLES:
-                different.setdefault((role_codecs(rule, dtypes), kept.gradient), dtypes)
-        cases += [Case(rule.name, dtypes, arch, True) for dtypes in different.values() for arch in TARGETS]
-        if rules is not None or rule.name in EXAMPLES:
-            cases += [Case(rule.name, MISALIGNED, arch, False) for arch in TARGETS]
+            different.setdefault((role_codecs(rule, dtypes), kept.gradient), dtypes)
+        cases += [Case(rule.name, d, arch, True) for d in different.values() for arch in targets_of(rule.name, d)]
+        cases += [Case(rule.name, MISALIGNED, arch, False) for arch in targets_of(rule.name, None)]
     return cases
 
 
@@ -257,38 +222,60 @@ def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measu
             f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '1')} puts an interpreter in the place of Triton's "
             "compiler, so there is nothing to audit. Run it without: env -u TRITON_INTERPRET triton-optim audit"
         )
-    processes = min(processes or os.cpu_count() or 1, 8, len(cases))
+    batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
+    processes = min(processes or os.cpu_count() or 1, 8, len(batches))
     if processes < 2:
-        yield from map(measure_case, cases)
+        measured = map(measure_cases, batches)
+        yield from chain.from_iterable(measured)
         return
     # Not forked: torch may have threads by now.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(measure_case, cases, chunksize=2)
+        yield from chain.from_iterable(pool.map(measure_cases, batches))
 
 
-def measure_case(case: Case) -> Measurement:
-    """Compile and measure one case."""
-    rule = next(rule for rule in every_rule() if rule.name == case.rule)
-    return measure(rule, case.dtypes, case.arch, case.aligned)
+def measure_cases(cases: Sequence[Case]) -> list[Measurement]:
+    """Compile and measure some."""
+    rules = {rule.name: rule for rule in every_rule()}
+    return read([build(rules[case.rule], case.dtypes, case.arch, case.aligned) for case in cases])
 
 
-def measure(
-    rule: AuditedRule, dtypes: str, arch: str, aligned: bool = True, kernel: ModuleType = multi_tensor
-) -> Measurement:
-    """Compile `rule` for ``TARGETS[arch]``, stored as ``DTYPES[dtypes]``, and measure it.
+class Built(NamedTuple):
+    """A compiled case that is not yet read: what :func:`build` was given, and what it made."""
+
+    rule: AuditedRule
+    case: Case
+    kernel: ModuleType
+    kept: dict[str, Any]
+    compiled: Any
+
+
+def build(rule: AuditedRule, dtypes: str, arch: str, aligned: bool = True, kernel: ModuleType = multi_tensor) -> Built:
+    """Compile `rule` for ``TARGETS[arch]``, stored as ``DTYPES[dtypes]``.
 
     Args:
         aligned: whether every address is a multiple of 16.
         kernel: the module of the multi-tensor kernel.
+    """
+    target, (parameter, gradient, *_), whole = TARGETS[arch], DTYPES[dtypes], DTYPES[dtypes].whole
+    kept = kept_as(role_codecs(rule, dtypes), gradient, target.warp_size, kernel, whole) | {"SIGNAL": whole}
+    compiled = compile_kernel(kernel, rule.rule, rule.scalars, parameter, kept, target, aligned)
+    return Built(rule, Case(rule.name, dtypes, arch, aligned), kernel, kept, compiled)
+
+
+def read(built: Sequence[Built]) -> list[Measurement]:
+    """Measure what was compiled.
 
     Raises:
         ValueError: the full-chunk branch cannot be found in what was compiled.
     """
+    return [_measurement(one, text) for one, text in zip(built, listings([one.compiled for one in built]), strict=True)]
+
+
+def _measurement(built: Built, listing: str) -> Measurement:
+    rule, (_, dtypes, arch, aligned), kernel, kept, compiled = built
     target, codecs, gradient = TARGETS[arch], role_codecs(rule, dtypes), DTYPES[dtypes].gradient
     whole = DTYPES[dtypes].whole
-    kept = kept_as(codecs, gradient, target.warp_size, kernel, whole) | {"SIGNAL": whole}
-    compiled = compile_kernel(kernel, rule.rule, rule.scalars, DTYPES[dtypes].parameter, kept, target, aligned)
-    blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(assembly(compiled))
+    blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(listing)
     instructions = [x for block in blocks for x in block.instructions]
     branch = full_chunk_branch(blocks)
     # A scale is read by each thread of its block, at one address, and written by one. Nothing else is as narrow.
@@ -334,28 +321,3 @@ def measure(
         fp_fusion=kept.get("enable_fp_fusion"),
         ptx_functions=ptx_functions(compiled),
     )
-
-
-def bound_of(m: Measurement) -> Bound:
-    """What `m` may come to. Misaligned accesses are as narrow as an element."""
-    bound = BOUNDS.get((TARGETS[m.arch].backend, m.dtypes), Bound())
-    return (
-        bound if m.aligned else bound._replace(narrowest_bits=8 * min(dtype.itemsize for dtype in DTYPES[m.dtypes][:3]))
-    )
-
-
-def problems(m: Measurement) -> list[str]:
-    """What is wrong with `m`, in a phrase each."""
-    registers, bits = bound_of(m)
-    good = {
-        f"{m.spills} spills, {m.stack_bytes} bytes of stack": m.spills == m.stack_bytes == 0,
-        f"{m.registers} registers, over {registers}": m.registers <= registers,
-        f"accesses of {m.narrowest_bits} bits, under {bits}": m.narrowest_bits >= bits,
-        f"accesses of {m.widest_bits} bits to misaligned elements of {bits}": m.aligned or m.widest_bits <= bits,
-        f"{m.masked_accesses} masked accesses in the full-chunk branch": m.masked_accesses == 0,
-        f"{m.loaded:g} bytes an element loaded for a floor of {m.floor_loaded}": m.loaded == m.floor_loaded,
-        f"{m.stored:g} bytes an element stored for a floor of {m.floor_stored}": m.stored == m.floor_stored,
-        f"offsets of 32 bits: {', '.join(m.wrapping_offsets)}": not m.wrapping_offsets,
-        "contraction to fused multiply-adds left to Triton's default": m.fp_fusion is not None,
-    }
-    return [problem for problem, passed in good.items() if not passed]

@@ -175,18 +175,16 @@ def _runs(listing: list[_Code | str]) -> tuple[list[list[_Code]], dict[str, int]
     return runs, labels
 
 
-_SASS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_SASS = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def sass_blocks(text: str) -> list[Block]:
-    """Basic blocks of what ``nvdisasm -c`` prints."""
+    """Basic blocks of what nvdisasm prints for raw instructions: branches go to addresses."""
     listing: list[_Code | str] = []
     for row in text.splitlines():
         if match := _SASS.match(row):
-            listing.append(_sass_code(match[2], match[3].strip(), match[1]))
-        elif label := re.match(r"(\.L_\w+):", row):
-            listing.append(label[1])
+            listing += [str(int(match[1], 16)), _sass_code(match[3], match[4].strip(), match[2])]
     return _blocks(listing)
 
 
@@ -203,10 +201,11 @@ def _sass_code(opcode: str, operands: str, guard: str | None) -> _Code:
     if name in ("BRX", "JMP", "JMX", "JMXU", "BRXU"):
         raise ValueError(f"{opcode} {operands} goes to a computed address, which the audit cannot follow")
     ends = name in ("BRA", "EXIT", "RET")
-    target = re.search(r"\((\.L_\w+)\)", operands) if name == "BRA" else None
+    target = re.search(r"\b0x([0-9a-f]+)$", operands) if name == "BRA" else None
     # A branch may carry its condition before it or, as its first operand, after it.
-    conditional = guard is not None or (target is not None and not operands.startswith("`"))
-    return _Code(instruction, operands, guard, target[1] if target else None, not ends or conditional, ends)
+    conditional = guard is not None or (target is not None and not operands.startswith("0x"))
+    label = str(int(target[1], 16)) if target else None
+    return _Code(instruction, operands, guard, label, not ends or conditional, ends)
 
 
 # Older targets say ushort and dwordx4, newer ones u16 and b128.

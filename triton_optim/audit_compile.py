@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .triton_backend import TRITON_DTYPES
+
+_INSTRUCTION = 16  # bytes, on NVIDIA
 
 
 class Resources(NamedTuple):
@@ -70,18 +74,49 @@ def compile_kernel(
     return triton.compile(source, target=target, options={name: kept[name] for name in launched if name in kept})
 
 
-def assembly(compiled: Any) -> str:
-    """SASS, as nvdisasm prints it, or amdgcn."""
-    if "cubin" not in compiled.asm:
-        return str(compiled.asm["amdgcn"])
-    # Without data-flow analysis, which serves the branch stack of old GPUs and takes a third of the tool's time.
-    return _run_on_cubin("nvdisasm", ["-c", "-ndf"], compiled)
+def listings(kernels: Sequence[Any]) -> list[str]:
+    """SASS, as nvdisasm prints it for raw instructions, or amdgcn, of each of the kernels.
+
+    nvdisasm takes as long to start as to read a hundred kernels: those of one architecture are read together.
+    """
+    texts = [kernel.asm.get("amdgcn", "") for kernel in kernels]
+    of_architecture: dict[str, list[int]] = {}
+    for i, kernel in enumerate(kernels):
+        if "cubin" in kernel.asm:
+            of_architecture.setdefault(_architecture(kernel), []).append(i)
+    for architecture, own in of_architecture.items():
+        code = [_code(kernels[i].asm["cubin"]) for i in own]
+        # Without data-flow analysis, which serves the branch stack of old GPUs and takes a third of the tool's time.
+        printed = _run_on("nvdisasm", ["-ndf", "-b", architecture], b"".join(code))
+        rows = [row for row in printed.splitlines(keepends=True) if row.lstrip().startswith("/*")]
+        for i, own_code in zip(own, code, strict=True):
+            count = len(own_code) // _INSTRUCTION
+            texts[i] = "".join(rows[:count])
+            rows = rows[count:]
+    return texts
+
+
+def _architecture(compiled: Any) -> str:
+    """As nvdisasm has it: SM90a."""
+    match = re.search(r"^\.target sm_(\w+)", compiled.asm["ptx"], re.MULTILINE)
+    assert match is not None
+    return f"SM{match[1]}"
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions: the one section of code in an ELF file of 64 bits."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    start = sections[names][4]
+    (code,) = (cubin[at : at + n] for name, _, _, _, at, n in sections if cubin.startswith(b".text.", start + name))
+    return code
 
 
 def resources(compiled: Any) -> Resources:
     """Registers and memory, from the metadata of the binary."""
     if "cubin" in compiled.asm:
-        usage = _run_on_cubin("cuobjdump", ["--dump-resource-usage"], compiled)
+        usage = _run_on("cuobjdump", ["--dump-resource-usage"], compiled.asm["cubin"])
         registers, stack, local = (_number(rf"\b{word}:(\d+)", usage) for word in ("REG", "STACK", "LOCAL"))
         return Resources(registers, None, 0, stack + local, compiled.metadata.shared)
     text = compiled.asm["amdgcn"]
@@ -91,9 +126,9 @@ def resources(compiled: Any) -> Resources:
 
 
 def code_bytes(compiled: Any, instructions: int) -> int:
-    """The size of the kernel. `instructions`: how many it has; on NVIDIA each takes 16 bytes."""
+    """The size of the kernel. `instructions`: how many it has; on NVIDIA all are as long."""
     if "cubin" in compiled.asm:
-        return 16 * instructions
+        return _INSTRUCTION * instructions
     return _number(r"; codeLenInByte = (\d+)", compiled.asm["amdgcn"])
 
 
@@ -102,9 +137,9 @@ def ptx_functions(compiled: Any) -> list[str]:
     return sorted(set(re.findall(r"\b(?:div|r?sqrt|rcp|ex2|lg2|sin|cos|tanh)\.\w[.\w]*", compiled.asm.get("ptx", ""))))
 
 
-def _run_on_cubin(tool: str, arguments: list[str], compiled: Any) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+def _run_on(tool: str, arguments: list[str], binary: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
         file.flush()
         path = getattr(triton.knobs.nvidia, tool).path
         return subprocess.run([path, *arguments, file.name], capture_output=True, text=True, check=True).stdout

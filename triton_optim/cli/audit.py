@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..gpus import GPUS
 from ..table import table
 
 if TYPE_CHECKING:
     from ..audit import Case, Measurement
 
+MODEL, RULES, KEPT = "llama3_8b", "adamw", "fp32,bf16 stochastic,bf16 int8"  # that are predicted by default
 HEADER = ("rule", "dtypes", "arch", "regs", "spills", "loaded/floor", "stored/floor", "bits", "instr", "code")
 LEGEND = """\
 regs    registers a thread; on gfx942, vector registers
@@ -28,31 +30,45 @@ loaded, stored, bits, instr
 code    bytes of the whole kernel"""
 
 
-class AuditError(Exception):
-    """The audit cannot start; the message is one line of value, cause and fix."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     parser.add_argument("--arch", metavar="NAMES", help="architectures, such as sm_90,gfx942 (default: all)")
-    parser.add_argument("--rule", metavar="NAMES", help="rules, such as adam,lion (default: all)")
+    parser.add_argument(
+        "--rule", metavar="NAMES", help=f"rules, such as adam,lion (default: all; with --predict {RULES})"
+    )
+    add = parser.add_argument
+    models = f"with --predict: such as gpt2,1000x1k (default: {MODEL})"
+    add("--predict", metavar="GPUS", help=f"how long a step would take on {','.join(GPUS)} (names, or all)")
+    add("--model", default=MODEL, metavar="NAMES", help=models)
+    add("--kept", default=KEPT, metavar="SETS", help=f"with --predict: sets of dtypes (default: {KEPT})")
+    add("--results", type=Path, default=default_results(), metavar="DIR", help="with --predict: what was measured")
+
+
+def default_results() -> Path:
+    """The results of the checkout that this package lies in."""
+    return Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the audit; 0 if all is well, 1 if a case misses its bounds or the audit cannot start."""
     try:
+        check_options(args)
+        if args.predict is not None:
+            from . import audit_predict
+
+            return audit_predict.run(args)
         cases = chosen_cases(args)
-        from .. import audit
+        from .. import audit, audit_bounds
 
         measured = []
         for m in audit.audit(cases):
             measured.append(m)
             show_progress(len(measured), len(cases))
-    except (AuditError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
-    found = [audit.problems(m) for m in measured]
+    found = [audit_bounds.problems(m) for m in measured]
     print(table(HEADER, [row(m) for m in measured]))
     print(f"\n{LEGEND}\n")
     if args.json is not None:
@@ -67,16 +83,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Find what would stop the command halfway.
+
+    Raises:
+        ValueError: Triton is missing, or a folder that is written to.
+    """
+    if find_spec("triton") is None:
+        raise ValueError(f"triton-optim audit needs triton: not installed in {sys.prefix}. pip install triton (Linux)")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist. Create it first.")
+
+
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the options leave.
 
     Raises:
-        AuditError: Triton is missing, or an option names what is not there.
+        ValueError: an option names what is not there.
     """
-    if find_spec("triton") is None:
-        raise AuditError(f"triton-optim audit needs triton: not installed in {sys.prefix}. pip install triton (Linux)")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise AuditError(f"--json {args.json}: the folder {args.json.parent} does not exist. Create it first.")
     from .. import audit
 
     rules = chosen("--rule", args.rule, [rule.name for rule in audit.every_rule()])
@@ -89,7 +113,7 @@ def chosen(option: str, given: str | None, known: list[str]) -> list[str]:
     names = known if given is None else [name.strip() for name in given.split(",")]
     for name in names:
         if name not in known:
-            raise AuditError(f"{option} {given}: the audit knows no {name!r}. Choose from {', '.join(known)}.")
+            raise ValueError(f"{option} {given}: the audit knows no {name!r}. Choose from {', '.join(known)}.")
     return names
 
 
@@ -115,7 +139,7 @@ def record(measured: list[Measurement], found: list[list[str]]) -> dict[str, obj
     """What ``--json`` writes."""
     import triton
 
-    from ..audit import bound_of
+    from ..audit_bounds import bound_of
 
     return {
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
