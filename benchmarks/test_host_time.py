@@ -86,7 +86,7 @@ def test_host_time(
     contenders = sides(count)
     with launches_replaced():
         # Wall time even on a GPU: what the device does meanwhile is not waited for.
-        # Several steps in a row, so that their own data is in the caches; new sharded gradients take longer than a step.
+        # Several steps in a row, so that their own data is in the caches; new sharded gradients take longer than these.
         turn = min(20, max(1, 5_000 // count))
         m = measure([prepared(c) for c in contenders], patience, rounds=10, turn=turn, warm_up=1)
         benchmark.pedantic(contenders[0].step, setup=prepared(contenders[0]).prepare, rounds=100)

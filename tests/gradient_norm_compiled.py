@@ -1,5 +1,6 @@
-"""Compiles the kernels of the norm pass as launches would, for GPUs that need not be there, and prints what came out as
-JSON: run by test_gradient_norm.py in a process of its own, as the interpreter takes the compiler's place in this one.
+"""Compiles the kernels around the update, of the norm and of the rows, as launches would, for GPUs that need not be
+there, and prints what came out as JSON: run by test_gradient_norm.py in a process of its own, as the interpreter takes
+the compiler's place in this one.
 """
 
 import json
@@ -9,6 +10,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 from triton_optim.kernels import gradient_norm as kernels
+from triton_optim.kernels import rows as of_rows
 from triton_optim.kernels.multi_tensor import BLOCK
 
 from triton_optim.audit import TARGETS
@@ -19,6 +21,7 @@ NORM = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "partials": "*
         "power": "*fp64"}  # fmt: skip
 SIGNAL = {"partials": "*fp64", "count": "i32", "max_norm": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32",
           "signal": "*fp64"}  # fmt: skip
+ROWS = {"code": "*i32", "memory": "*i64", "signal": "*fp64", "rows": "*fp32", "keys": "*i32"}
 
 
 def compiled(kernel, arguments, constants, options, target):
@@ -61,6 +64,11 @@ def main() -> None:
         need = resources(compiled(kernels.step_signal, SIGNAL, constants, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
         rows.append({"kernel": "step_signal", "arch": arch, **figures})
+        constants = {"WIDTH": 10, "SLOTS": 64, "RANDOM": True, "SKIPS": True}
+        options = {"num_warps": 1, "enable_fp_fusion": True}
+        need = resources(compiled(of_rows.form_rows, ROWS, constants, options, target))
+        figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
+        rows.append({"kernel": "form_rows", "arch": arch, **figures})
     print(json.dumps(rows))
 
 
