@@ -26,7 +26,6 @@ class Measured(NamedTuple):
     device: str
     case: str
     ms: float
-    state_bytes: float | None  # a parameter, where the file says
     date: str
     file: str
 
@@ -103,20 +102,21 @@ def measured_steps(folder: Path) -> list[Measured]:
         for record in content.get("records", []) if device != "cpu" else []:
             figures = record["figures"]
             if "ours ms" in figures:
-                states = figures.get("ours bytes of state a parameter")
-                found.append(Measured(device, record["case"], figures["ours ms"], states, content["date"], path.name))
+                found.append(Measured(device, record["case"], figures["ours ms"], content["date"], path.name))
     return found
 
 
-_CASE = re.compile(r"(?P<label>[^,]+), (?P<model>[^,]+) \((?P<tensors>\d+) tensors\)(?P<rest>.*)")
+_CASE = re.compile(r"(?P<label>.+), (?P<model>[^,]+) \((?P<tensors>\d+) tensors\)(?P<rest>.*)")
 _QUANTITIES = {"", "ms", "time over the floor"}  # that benchmarks/ appends
+_CODEC = re.compile(r" (bf16|fp32)\b.*")  # which benchmarks/ puts into the label, too
+# The bench gives SGD momentum.
+_RULES = {"sgd": "sgd_momentum", "sgd_without_momentum": "sgd"}
 
 
 def is_this(step: Measured, rule: AuditedRule, dtypes: str, model: str) -> bool:
     """Whether it is a step of that rule: its case says ``AdamW, gpt2 (148 tensors), bfloat16, state_dtype=int8``.
 
-    A model that was cut down for want of memory has fewer tensors, and is another. So is an optimizer whose options,
-    which the case does not say, give it other states.
+    A model that was cut down for want of memory has fewer tensors, and is another.
     """
     kept, match = DTYPES[dtypes], _CASE.fullmatch(step.case)
     if match is None or kept.whole:
@@ -127,13 +127,9 @@ def is_this(step: Measured, rule: AuditedRule, dtypes: str, model: str) -> bool:
         "" if of_state is None else f"state_dtype={short(of_state)}",
         "" if kept.param_precision == "storage" else f"param_precision={kept.param_precision}",
     }
-    name = re.sub(r"\W", "_", match["label"]).lower()
-    states = sum(codec.nbytes for codec in role_codecs(rule, dtypes)) - kept.parameter.itemsize
-    return (
-        (name, match["model"], int(match["tensors"])) == (rule.name, model, len(shapes(model)))
-        and {word.strip() for word in match["rest"].split(",")} - _QUANTITIES == words - {""}
-        and (step.state_bytes is None or abs(step.state_bytes - states) < 0.1 * max(states, 1))
-    )
+    name = re.sub(r"\W", "_", _CODEC.sub("", match["label"])).lower()
+    same = (_RULES.get(name, name), match["model"], int(match["tensors"])) == (rule.name, model, len(shapes(model)))
+    return same and {word.strip() for word in match["rest"].split(",")} - _QUANTITIES == words - {""}
 
 
 def short(dtype: Any) -> str:
