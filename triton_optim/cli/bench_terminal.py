@@ -14,7 +14,7 @@ __all__ = ["open_console", "print_comparison", "progress_bar", "say"]
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """The sides of a case with the bytes of state that they keep, why others were not timed, and how far to trust it."""
+    """The sides of a case with the bytes of state they keep, why others were not timed, and how far to trust it."""
     case = comparison.case
     say(console, f"\n{case.name}", style="bold")
     table = new_table("side", "a step", "ours takes", "by round", "bytes/param", "differs by")
