@@ -44,7 +44,7 @@ HEADLINES = (
     Headline("AdamW, 64M, int8 states", "codec_step", "AdamW, 64M16 (16 tensors), fp32, int8 states"),
     Headline("Loss with int8 states beside float32's", "state_codecs", "AdamW, states in int8, character model of 1M"),
     Headline("Clip, AdamW and average, ResNet-50", "whole_step", f"Clip, AdamW and average, {RESNET50}, cpu"),
-    Headline("Other packages, AdamW, ResNet-50", "peers", f"AdamW, {RESNET50}, cpu"),
+    Headline("Other packages, AdamW, ResNet-50", "peers", f"AdamW, {RESNET50}"),
     Headline("Host time of a Triton step, 1,000 tensors", "host_time", "AdamW, 1000 tensors, new gradients: ms"),
     Headline("The same, one-rank DTensor", "host_time", "AdamW, 1000 tensors, new gradients: one-rank DTensor"),
     Headline("Kernels a Triton step launches", "launches", f"AdamW, {RESNET50}, 2 groups, 0 misaligned"),

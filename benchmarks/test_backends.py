@@ -24,5 +24,5 @@ def test_backends(
     best = max(own.values())
     text = f"{found.text}; the automatic choice takes {best:.3f} x the best pinned one; {words}"
     figures = found.figures | ratios | {"ours over the best pinned backend": best}
-    answer(f"{case.name}, {device.type}", text.rstrip("; "), figures, measurement=found.measurement)
+    answer(case.name, text.rstrip("; "), figures, measurement=found.measurement)
     benchmark.pedantic(found.contenders[0].step, rounds=3)

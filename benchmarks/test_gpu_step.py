@@ -58,7 +58,7 @@ def test_share_of_bandwidth(label: str, device: torch.device, answer: Callable, 
 @pytest.mark.parametrize("codec", CODECS)
 def test_codecs_share_of_bandwidth(codec: str, device: torch.device, answer: Callable, patience: float) -> None:
     dtype, options = CODECS[codec]
-    case = Case(triton_optim.AdamW, LARGE, shapes(LARGE), dtype, device, options, label=f"AdamW {codec}")
+    case = Case(triton_optim.AdamW, LARGE, shapes(LARGE), dtype, device, options)
     figures, text, m = step_figures(case, FUSED, patience, inner=5)
     value = 1 / figures["ours share of copy bandwidth"]
     answer(f"{case.name}, time over the floor", text, figures, value=value, target=TARGET_OF_CODECS, measurement=m)

@@ -27,5 +27,5 @@ def test_model(model: str, device: torch.device, benchmark: Callable, answer: Ca
     ratios, words = found.beside()
     text = "; ".join(filter(None, [found.text, words, share]))
     m, figures = found.measurement, found.figures | ratios
-    answer(f"{case.name}, {device.type}", text, figures, value=ratios["ratio"], target=target, measurement=m)
+    answer(case.name, text, figures, value=ratios["ratio"], target=target, measurement=m)
     benchmark.pedantic(found.contenders[0].step, rounds=3)

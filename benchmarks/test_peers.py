@@ -29,5 +29,5 @@ def test_peers(
     beside = found.beside()
     ratios, words = beside or ({}, "no peer has it")
     text = f"{found.text}; {words}"
-    answer(f"{case.name}, {device.type}", text, found.figures | ratios, measurement=found.measurement)
+    answer(case.name, text, found.figures | ratios, measurement=found.measurement)
     benchmark.pedantic(found.contenders[0].step, rounds=3)

@@ -14,10 +14,10 @@ __all__ = ["open_console", "print_comparison", "progress_bar", "say"]
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """The sides of a case, the reasons of those that were not timed, and how far to trust it."""
+    """The sides of a case with the bytes of state they keep, why others were not timed, and how far to trust it."""
     case = comparison.case
     say(console, f"\n{case.name}", style="bold")
-    table = new_table("side", "a step", "ours takes", "by round", "state/parameter", "differs by")
+    table = new_table("side", "a step", "ours takes", "by round", "bytes/param", "differs by")
     for row in comparison.rows:
         if row.seconds is not None:
             table.add_row(*cells(row, comparison.backends))
@@ -36,6 +36,6 @@ def cells(row: Row, backends: list[str]) -> list[str]:
     assert row.seconds is not None
     ratio = [f"{row.ratio[0]:.3f} x", f"{row.ratio[1]:.3f} to {row.ratio[2]:.3f}"] if row.ratio else ["", ""]
     name = f"{row.side} ({', '.join(backends)})" if row.side == "ours" else row.side
-    kept = "" if row.state_bytes is None else f"{row.state_bytes:.4g} bytes"
+    kept = "" if row.state_bytes is None else f"{row.state_bytes:.4g}"
     differs = f"{row.difference.share:.1e} (<= {row.difference.allowed:g})" if row.difference else ""
     return [name, readable_seconds(row.seconds), *ratio, kept, differs]
