@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .own import load
+from ..named import load
 
 
 class Unavailable(Exception):

@@ -14,13 +14,14 @@ import torch
 
 from ..bench.comparison import Case, Comparison, compare
 from ..bench.models import NAMED, elements, shapes
-from ..bench.own import load, own_shapes
+from ..bench.own import own_shapes
 from ..bench.peers import PEERS, Unavailable, check_peer
 from ..bench.records import Record, write_file
 from ..bench.room import SHARE, bytes_per_parameter, cut, fitting_models, free_bytes
 from ..codecs import PARAM_PRECISIONS
 from ..dispatch import BACKENDS
 from ..memory import gibibytes
+from ..named import load
 from ..optimizer import RuleOptimizer
 from .bench_terminal import open_console, print_comparison, progress_bar, say
 from .memory import DTYPES, STATES, optimizers

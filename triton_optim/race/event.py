@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ..named import cause_of
 from .contestants import Contestant, OwnOptimizer, contestant
-from .names import RaceError, cause_of
+from .names import RaceError
 from .records import PRUNED, Record, Run, Store, digest, source_of
 from .results import Results
 from .schedules import Schedule, schedule_named

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
+
+from ..named import load
 
 DISTRIBUTIONS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "optuna": "optuna"}
 
@@ -42,30 +41,11 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     """
     if name in known:
         return known[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise RaceError(
             f"There is no {kind} {name!r}. Choose from {', '.join(sorted(known))}, or name your own as mymodule:name."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RaceError(
-            f"The {kind} {name!r} is not there: importing {module_name!r} raised {cause_of(error)}. "
-            f"Modules are looked for in {os.getcwd()} and among the installed ones."
-        ) from error
-    if not callable(found := getattr(module, attribute, None)):
-        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RaceError(
-            f"The {kind} {name!r} is not there: {module_name} has no function or class {attribute!r}. "
-            f"It has {', '.join(sorted(callables)) or 'none'}."
-        )
-    return found
-
-
-def cause_of(error: Exception) -> str:
-    """What was raised, and where, in one line."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})".replace("\n", " ")
+        return load(f"The {kind}", name)
+    except ValueError as error:
+        raise RaceError(str(error)) from error

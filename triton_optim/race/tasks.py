@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..named import cause_of
 from .charlm import charlm
 from .digits import digits
-from .names import RaceError, cause_of, resolve
+from .names import RaceError, resolve
 from .task import MakeTask, Task
 
 TASKS: dict[str, MakeTask] = {"digits": digits, "charlm": charlm}
