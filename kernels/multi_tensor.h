@@ -3,6 +3,16 @@
 // Arithmetic is as written: nothing is contracted or reassociated, so that a result is that of the same operations in
 // torch, NaN, Inf and denormals included.
 
+// Each of N / 2 values with the one N / 2 further on, until one is left.
+template <int N, class T, class F>
+static inline void halve(T *x, F combine) {
+    if constexpr (N > 1) {
+#pragma omp simd
+        for (int i = 0; i < N / 2; ++i) x[i] = combine(x[i], x[i + N / 2]);
+        halve<N / 2>(x, combine);
+    }
+}
+
 // All of a block in one, by 16 lanes at first.
 template <int N, class T, class F>
 static inline T fold(const T *x, F combine) {
@@ -11,8 +21,7 @@ static inline T fold(const T *x, F combine) {
     for (int start = 16; start < N; start += 16)
 #pragma omp simd
         for (int i = 0; i < 16; ++i) lane[i] = combine(lane[i], x[start + i]);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = combine(lane[i], lane[i + half]);
+    halve<16>(lane, combine);
     return lane[0];
 }
 
@@ -37,45 +46,40 @@ static constexpr int64_t WRAP = (int64_t)1 << 32;
 // gradients: (tensors) addresses; 0 for none, and then nothing is done.
 // rows: (rows, WIDTH) the factor of the gradient, the scalars of the rule, the weight in the average.
 // keys: (tensors, 4) what the random bits depend on: the index of the first element, its lower and upper half; hashes.
-template <int ROLES, int GRADIENT, int COLUMNS, int WIDTH, int SHARING, class Update>
-static void run(const Part *about, Update update, STEP_PARAMETERS) {
+// BLOCK: elements that `update` is given at a time. WHOLE: in memory of a whole block, where there are fewer.
+template <const Part *ABOUT, int PARTS, int GRADIENT, int WIDTH, int BLOCK, bool WHOLE, class Update>
+static void run(Update update, STEP_PARAMETERS) {
     const auto portion = [&](int64_t work) {
         for (int64_t c = first[work]; c < first[work + 1]; ++c) {
             const int64_t *chunk = chunks + 3 * c, tensor = chunk[0];
             if (!gradients[tensor]) continue;
-            const int64_t *entry = tensors + tensor * COLUMNS;
+            const int64_t *entry = tensors + tensor * (1 + PARTS);
             const double *row = rows + entry[1] * WIDTH;
             const int32_t *key = keys + 4 * tensor;
-            for (int64_t start = chunk[1], stop; start < chunk[2]; start = stop) {
-                // An index of 32 bits, and another upper half where it wraps.
-                const int64_t index = ((int64_t)key[1] << 32 | (uint32_t)key[0]) + start;
-                stop = start + WRAP - index % WRAP < chunk[2] ? start + WRAP - index % WRAP : chunk[2];
-                char *parts[ROLES];
-                for (int i = 0; i < ROLES; ++i) {
-                    const int64_t address = i == GRADIENT ? gradients[tensor] : entry[2 + i - (i > GRADIENT)];
-                    parts[i] = (char *)address + start / about[i].each * about[i].bytes;
-                }
-                if (SHARING == 0) {
-                    update(parts, row, key, (int32_t)index, (int32_t)(index >> 32), stop - start);
-                    continue;
-                }
-                int64_t done = start;
-                for (; done + SHARING <= stop; done += SHARING) {
-                    const int64_t at = index + done - start;
-                    update(parts, row, key, (int32_t)at, (int32_t)(at >> 32), SHARING);
-                    for (int i = 0; i < ROLES; ++i) parts[i] += SHARING / about[i].each * about[i].bytes;
-                }
-                if (done < stop) {  // in memory of a whole block
-                    alignas(64) char whole[ROLES][SHARING ? SHARING * 8 : 1] = {};
-                    char *padded[ROLES];
-                    for (int i = 0; i < ROLES; ++i) {
-                        padded[i] = about[i].padded ? parts[i] : whole[i];
-                        if (!about[i].padded) memcpy(whole[i], parts[i], (stop - done) * about[i].bytes);
+            const int64_t index = (int64_t)key[1] << 32 | (uint32_t)key[0];
+            char *parts[PARTS];
+            for (int i = 0; i < PARTS; ++i) {
+                const int64_t address = i == GRADIENT ? gradients[tensor] : entry[2 + i - (i > GRADIENT)];
+                parts[i] = (char *)address + chunk[1] / ABOUT[i].each * ABOUT[i].bytes;
+            }
+            for (int64_t start = chunk[1], n; start < chunk[2]; start += n) {
+                // An index of 32 bits is enough, as no block goes on where it wraps.
+                const int64_t here = index + start;
+                n = chunk[2] - start < BLOCK ? chunk[2] - start : BLOCK;
+                if (!WHOLE && (uint32_t)here + n > WRAP) n = WRAP - (uint32_t)here;
+                alignas(64) char memory[WHOLE ? PARTS : 1][WHOLE ? BLOCK * 8 : 1];
+                char *own[PARTS];
+                for (int i = 0; i < PARTS; ++i) {
+                    own[i] = parts[i];
+                    if (WHOLE && n < BLOCK && !ABOUT[i].padded) {
+                        memset(memory[i], 0, sizeof memory[i]);
+                        memcpy(own[i] = memory[i], parts[i], n * ABOUT[i].bytes);
                     }
-                    const int64_t at = index + done - start;
-                    update(padded, row, key, (int32_t)at, (int32_t)(at >> 32), stop - done);
-                    for (int i = 0; i < ROLES; ++i)
-                        if (!about[i].padded && i != GRADIENT) memcpy(parts[i], whole[i], (stop - done) * about[i].bytes);
+                }
+                update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n);
+                for (int i = 0; i < PARTS; ++i) {
+                    if (own[i] != parts[i] && i != GRADIENT) memcpy(parts[i], own[i], n * ABOUT[i].bytes);
+                    parts[i] += WHOLE ? BLOCK / ABOUT[i].each * ABOUT[i].bytes : n * ABOUT[i].bytes;
                 }
             }
         }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
+    # Without being asked, GCC leaves half of the longest vectors of a processor unused, which clock it down a little.
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )
 
 
@@ -72,8 +75,6 @@ def processor() -> str:
             lines = iter(file.readline, "\n")
             return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU ")))
     except OSError:
-        import platform
-
         return f"{platform.machine()} {platform.processor()}"
 
 

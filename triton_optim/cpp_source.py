@@ -14,6 +14,7 @@ import torch
 
 from . import kernels
 from .codecs import Codec, plain
+from .cpp_chunks import CHUNK
 from .cpp_trace import BLOCK, DOUBLE, ELEMENT, FLOAT, INT, ONE, PAIR, Trace, UntranslatableError, Value
 from .kernels.average import lerp
 from .kernels.codecs import decode, encode, hashed
@@ -53,13 +54,13 @@ class Source:
         self.trace = Trace(self.compute)
         self.sharing = max(codec.sharing for codec in codecs)
         self.parts: list[list[Part]] = []
+        self.loaded: dict[Value, Part] = {}
         self.stores: list[tuple[Part, Value]] = []
         number = 0
         for codec in (codecs[0], plain(gradient), *codecs[1:]):
             own = zip(codec.dtypes, codec.each, strict=True)
             self.parts.append([Part(number + i, d, e, bool(codec.sharing)) for i, (d, e) in enumerate(own)])
             number += len(codec.dtypes)
-        self.columns = 1 + number  # without the gradient: the number of elements, the row, then the addresses
         self.width = 1 + len(scalars._fields) + averaged
         self._translate(rule)
         self._place()
@@ -101,7 +102,9 @@ class Source:
 
     def _load(self, part: Part) -> Value:
         item = {1: ("[i]", ELEMENT), 2: ("[i]", PAIR)}.get(part.each, ("[0]", BLOCK))
-        return self.trace.new(part.kind, item[1], part.reading.format(f"part{part.number}{item[0]}"), name="part")
+        value = self.trace.new(part.kind, item[1], part.reading.format(f"part{part.number}{item[0]}"), name="part")
+        self.loaded[value] = part
+        return value
 
     def _keep(self, parts: list[Part], codec: Codec, value: Value, bits: Value | None, role: int) -> tuple[Value, ...]:
         """Note the stores of a new value; what would be read again."""
@@ -143,6 +146,11 @@ class Source:
             for a in x.arguments:
                 if a in earliest:
                     last[a] = min(last.get(a, self.loop[x]), self.loop[x] - later(a, x))
+        self.written = {item: part for part, item in self.stores}
+        # Bytes of blocks are widened in a loop of their own, and made in one.
+        bytes_of = {x: part for x, part in {**self.loaded, **self.written}.items() if part.padded and x.shape != BLOCK}
+        self.narrow = {x: part for x, part in bytes_of.items() if x in self.loop}
+        self.block = self.sharing or CHUNK
         self.waiting = {
             a
             for x in self.loop
@@ -155,8 +163,8 @@ class Source:
     def expression(self, x: Value) -> str:
         if x.moves == "pick":
             return f"{x.arguments[0].name}_b[{x.code}]"
-        if x.moves == "weave":
-            return f"{x.name}_w[i]"
+        if x.moves == "weave" or x in self.narrow:
+            return f"{x.name}_b[i]"
         own = []
         for a in x.arguments:
             here = a.shape in (ONE, BLOCK) or (self.loop[a] == self.loop[x] and a.shape == x.shape)
@@ -164,62 +172,69 @@ class Source:
         return x.code.format(*own)
 
     def lines(self) -> Iterable[str]:
-        """The statements of a block, or of a chunk where there are no blocks."""
+        """The statements of a block."""
         live = [x for x in self.trace.values if x in self.loop]
         for part in (part for parts in self.parts for part in parts):
             const = "const " if part.number == self.parts[1][0].number else ""
             yield f"{const}{part.type} *part{part.number} = ({const}{part.type} *)parts[{part.number}];"
         for x in live:
-            if x in self.waiting:
-                size = self.sharing // (2 if x.shape == PAIR else 1)
-                yield f"alignas(64) {x.kind} {x.name}_b[{size}];"
-            if x.moves == "weave":
-                yield f"alignas(64) {x.kind} {x.name}_w[{self.sharing}];"
+            if x in self.waiting or x.moves == "weave" or x in self.narrow:
+                kind = self.narrow[x].kind if x in self.narrow else x.kind
+                yield f"alignas(64) {kind} {x.name}_b[{self.block // (2 if x.shape == PAIR else 1)}];"
         yield from self._statements(x for x in live if x.shape == ONE)
-        written = {item: part for part, item in self.stores}
         for number in range(max(self.loop.values()) + 1):
             own = [x for x in live if self.loop[x] == number]
-            yield from self._block_statements((x for x in own if x.shape == BLOCK and not x.moves), written)
+            yield from self._statements(x for x in own if x.shape == BLOCK and not x.moves)
             for shape, end in ((ELEMENT, self.sharing or "n"), (PAIR, self.sharing // 2)):
-                inner = [x for x in own if x.shape == shape]
-                if inner:
-                    yield "#pragma omp simd"
-                    yield f"for (int64_t i = 0; i < {end}; ++i) {{"
-                    yield from (f"    {line}" for line in self._loop_statements(inner, written))
-                    yield "}"
+                yield from self._loop([x for x in own if x.shape == shape], end)
             for x in (x for x in live if x.moves == "weave" and self.loop[x] == number + 1):
                 first, second = x.arguments
                 yield f"for (int64_t i = 0; i < {self.sharing // 2}; ++i) {{"
-                yield f"    {x.name}_w[2 * i] = {first.name}_b[i], {x.name}_w[2 * i + 1] = {second.name}_b[i];"
+                yield f"    {x.name}_b[2 * i] = {first.name}_b[i], {x.name}_b[2 * i + 1] = {second.name}_b[i];"
                 yield "}"
             for x in (x for x in own if x.moves == "fold"):
                 combined = x.code.format("a", "b")
                 fold = f"[]({x.kind} a, {x.kind} b) {{ return {combined}; }}"
                 yield f"const {x.kind} {x.name} = fold<{self.sharing}>({x.arguments[0].name}_b, {fold});"
 
+    def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
+        """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both
+        widths, as many elements would be taken at a time as a vector has bytes, of which the registers hold few values.
+        """
+        if not values:
+            return
+        head = f"for (int64_t i = 0; i < {end}; ++i)"
+        for x in values:
+            if x in self.narrow and x not in self.written:
+                yield "#pragma omp simd"
+                yield f"{head} {x.name}_b[i] = {x.code};"
+        yield "#pragma omp simd"
+        yield f"{head} {{"
+        for x in values:
+            if x in self.narrow and x in self.written:
+                yield f"    {x.name}_b[i] = {x.arguments[0].name};"
+                continue
+            yield from (f"    {line}" for line in self._statements([x]))
+            if x in self.waiting:
+                yield f"    {x.name}_b[i] = {x.name};"
+        yield "}"
+        for x in values:
+            if x in self.narrow and x in self.written:
+                yield "#pragma omp simd"
+                yield f"{head} part{self.written[x].number}[i] = {x.code.format(f'{x.name}_b[i]')};"
+
     def _statements(self, values: Iterable[Value]) -> Iterable[str]:
         for x in values:
             yield f"const {x.kind} {x.name} = {self.expression(x)};"
-
-    def _block_statements(self, values: Iterable[Value], written: dict[Value, Part]) -> Iterable[str]:
-        for x in values:
-            yield from self._statements([x])
-            if x in written:
-                yield f"part{written[x].number}[0] = {x.name};"
-
-    def _loop_statements(self, values: Iterable[Value], written: dict[Value, Part]) -> Iterable[str]:
-        for x in values:
-            yield from self._statements([x])
-            if x in self.waiting:
-                yield f"{x.name}_b[i] = {x.name};"
-            if x in written:
-                yield f"part{written[x].number}[i] = {x.name};"
+            if x in self.written:
+                yield f"part{self.written[x].number}[{'0' if x.shape == BLOCK else 'i'}] = {x.name};"
 
     def text(self) -> str:
         parts = [part for parts in self.parts for part in parts]
         table = ", ".join(f"{{sizeof({p.type}), {p.each}, {str(p.padded).lower()}}}" for p in parts)
         lines = "\n".join("    " + line for line in self.lines())
-        g = self.parts[1][0].number
+        whole = str(bool(self.sharing)).lower()
+        of_run = f"PARTS, {len(parts)}, {self.parts[1][0].number}, {self.width}, {self.block}, {whole}"
         return f"""
 static constexpr Part PARTS[] = {{{table}}};
 
@@ -228,9 +243,7 @@ static inline __attribute__((always_inline)) void update(
 {lines}
 }}
 
-extern "C" void step(STEP_PARAMETERS) {{
-    run<{len(parts)}, {g}, {self.columns}, {self.width}, {self.sharing}>(PARTS, update, STEP_ARGUMENTS);
-}}
+extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); }}
 """
 
 
