@@ -134,7 +134,7 @@ def is_whole(place: Path) -> bool:
     """Whether there is a library that ends with its digest."""
     try:
         content = place.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return False
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
