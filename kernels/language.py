@@ -147,6 +147,7 @@ else:
     bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
     evens, odds, interleave, largest = _evens, _odds, _interleave, _largest
 
+
 class Cpp(NamedTuple):
     """A word in C++.
 

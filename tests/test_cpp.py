@@ -418,7 +418,9 @@ BROKEN = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_compiler_that_builds_nothing(kind: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_builds_nothing(
+    kind: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script, reason = BROKEN[kind]
     compiler = fake_compiler(tmp_path, script)
     monkeypatch.setattr(cpp_build, "cxx_compiler", lambda: compiler)  # torch's compiler keeps its own

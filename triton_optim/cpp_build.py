@@ -152,4 +152,3 @@ def build(source: str, compiler: str, place: Path) -> None:
             made.replace(place)
     except OSError as error:
         raise BuildError(f"libraries cannot be kept in {place.parent} ({error}); set {CACHE_VARIABLE}") from error
-

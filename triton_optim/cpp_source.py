@@ -48,7 +48,9 @@ class Part:
 class Source:
     """The translation of an update; see :func:`source`."""
 
-    def __init__(self, rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> None:
+    def __init__(
+        self, rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool
+    ) -> None:
         self.scalars, self.codecs, self.averaged = scalars, codecs, averaged
         self.compute = DOUBLE if codecs[0].dtypes[0] == torch.float64 else FLOAT
         self.trace = Trace(self.compute)
@@ -80,7 +82,9 @@ class Source:
             raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(states)} states.")
         bits = None
         if any(codec.random for codec in codecs):
-            low, high, first, second = (trace.new(INT, ONE, code, name="key") for code in ("low", "high", "key[2]", "key[3]"))
+            low, high, first, second = (
+                trace.new(INT, ONE, code, name="key") for code in ("low", "high", "key[2]", "key[3]")
+            )
             index = trace.operation("{0} + {1}", (low, trace.new(INT, ELEMENT, "(int32_t)i", name="i")))
             bits = trace.call(hashed, index, high, first, second)
         written = [self.parts[0], *self.parts[2:]]
@@ -252,9 +256,7 @@ def later(a: Value, x: Value) -> bool:
     return a.moves == "fold" or x.moves in ("pick", "weave")
 
 
-def source(
-    rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool
-) -> str:
+def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> str:
     """The C++ source of an update.
 
     Args:

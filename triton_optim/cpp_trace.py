@@ -224,7 +224,9 @@ class Walk:
                 found = self.body(node.body if self.decided(node.test) else node.orelse)
                 if found is not None:
                     return found
-            elif not (isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))):
+            elif not (
+                isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            ):
                 self.refuse(node)
         return None
 
@@ -279,7 +281,9 @@ class Walk:
             numbers = all(isinstance(x, (Value, int, float)) for x in (left, right))
             if not sign or not numbers:
                 self.refuse(node)
-            if kind in _BITS and any(isinstance(x, float) or getattr(x, "kind", INT) in (FLOAT, DOUBLE) for x in (left, right)):
+            if kind in _BITS and any(
+                isinstance(x, float) or getattr(x, "kind", INT) in (FLOAT, DOUBLE) for x in (left, right)
+            ):
                 self.refuse(node, "bits of what is no integer")
             if kind is ast.Div and all(isinstance(x, int) or getattr(x, "kind", "") == INT for x in (left, right)):
                 left = self.trace.as_kind(left, FLOAT)
@@ -287,9 +291,12 @@ class Walk:
         if isinstance(node, ast.UnaryOp):
             x = self.value(node.operand)
             if not isinstance(x, Value):
-                return {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_, ast.Invert: operator.invert}[
-                    type(node.op)
-                ](x)
+                return {
+                    ast.USub: operator.neg,
+                    ast.UAdd: operator.pos,
+                    ast.Not: operator.not_,
+                    ast.Invert: operator.invert,
+                }[type(node.op)](x)
             if isinstance(node.op, ast.Invert) and x.kind in (INT, BOOL):
                 return self.trace.operation("~{0}" if x.kind == INT else "!{0}", (x,))
             if isinstance(node.op, ast.USub) and x.kind != BOOL:
