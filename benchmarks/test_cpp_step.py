@@ -1,5 +1,5 @@
-"""Is a step on a CPU at the limit of memory: how long is one of the C++ backend beside the fastest of torch's paths, and
-beside DeepSpeed's CPUAdam where that can be installed?
+"""Is a step on a CPU at the limit of memory: how long is one of the C++ backend beside the fastest of torch's paths,
+and beside DeepSpeed's CPUAdam where that can be installed?
 """
 
 import importlib

@@ -1,7 +1,8 @@
-"""The C++ backend: what a rule becomes, the bits of a step, and what happens where there is nothing to build it with."""
+"""The C++ backend: what a rule becomes, the bits of a step, and what happens where nothing can be built."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import stat
@@ -18,6 +19,7 @@ import torch
 from conftest import CPP
 from torch import Tensor
 from torch.nn import Parameter
+from triton_optim.kernels.language import abs, jit, sqrt, where
 
 import triton_optim
 from triton_optim import RuleOptimizer, cpp_build, cpp_chunks, cpp_norm
@@ -26,7 +28,6 @@ from triton_optim.cpp_source import source
 from triton_optim.cpp_trace import UntranslatableError
 from triton_optim.dispatch import cxx_compiler, this_machine
 from triton_optim.gradient_norm import Norm, eager_partial_norms, norm_from
-from triton_optim.kernels.language import abs, jit, sqrt, where
 
 pytestmark = CPP
 BF16 = torch.bfloat16
@@ -364,7 +365,7 @@ def test_chunks_hold_every_element_once() -> None:
     assert bounds[0] == 0
     assert bounds[-1] == len(chunks)
     sizes = (chunks.chunks[:, 2] - chunks.chunks[:, 1]).tolist()
-    portions = [sum(sizes[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    portions = [sum(sizes[a:b]) for a, b in itertools.pairwise(bounds)]
     assert all(0 < portion < 2 * cpp_chunks.CHUNK for portion in portions)
 
 

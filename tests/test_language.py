@@ -11,6 +11,7 @@ from conftest import CPP
 
 triton = pytest.importorskip("triton", reason="the Triton column needs Triton")
 import triton.language as tl
+
 import triton_optim
 from triton_optim import RuleOptimizer, cpp_backend, cpp_source
 from triton_optim.kernels.language import (

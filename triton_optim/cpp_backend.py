@@ -49,7 +49,7 @@ class CppBucket(Bucket):
     def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
         super().prepare(optimizer, key, members)
         group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        scalars = type(row_for(optimizer, group, 1).h)
+        scalars: Any = type(row_for(optimizer, group, 1).h)
         if optimizer.max_grad_norm is not None or optimizer.amp is not None:
             sums_of(EUCLIDEAN.kind, key.gradient)
         return step_of(key.variant.rule, scalars, key.codecs, key.gradient, key.variant.averaged)

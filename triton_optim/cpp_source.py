@@ -1,7 +1,8 @@
 """The C++ source of an update: a rule and how its roles are kept, as loops over the elements of a block or a chunk.
 
-What is kept with a scale a block takes several loops: one up to the new values, which wait in a buffer until the largest
-of the block is known, and one for the codes. A value is computed in the last loop that is early enough for its readers.
+What is kept with a scale a block takes several loops: one up to the new values, which wait in a buffer until the
+largest of the block is known, and one for the codes. A value is computed in the last loop that is early enough for its
+readers.
 """
 
 from __future__ import annotations

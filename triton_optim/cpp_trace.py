@@ -38,6 +38,12 @@ _OF_CONSTANTS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
+_UNARY: dict[type, Callable[[Any], Any]] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+    ast.Invert: operator.invert,
+}
 _COMPARISONS: dict[type, tuple[str, Callable[[Any, Any], Any]]] = {
     ast.Eq: ("==", operator.eq),
     ast.NotEq: ("!=", operator.ne),
@@ -151,6 +157,11 @@ def widest(values: Sequence[Value]) -> str:
     if {PAIR, ELEMENT} <= shapes:
         raise UntranslatableError("elements and pairs of elements have no operation in common")
     return next((shape for shape in (ELEMENT, PAIR, BLOCK) if shape in shapes), ONE)
+
+
+def kind_of(x: Any) -> str:
+    """The type of a value or constant."""
+    return x.kind if isinstance(x, Value) else DOUBLE if isinstance(x, float) else INT
 
 
 def literal(x: Any, kind: str) -> str:
@@ -275,28 +286,21 @@ class Walk:
             constant = not isinstance(left, Value) and not isinstance(right, Value)
             if kind in _OF_CONSTANTS and constant:
                 return _OF_CONSTANTS[kind](left, right)
-            sign, function = (_ARITHMETIC | _BITS).get(kind, ("", operator.add))
+            sign, of_constants = (_ARITHMETIC | _BITS).get(kind, ("", operator.add))
             if sign and (constant or (isinstance(left, tuple) and isinstance(right, tuple))):
-                return function(left, right)
+                return of_constants(left, right)
             numbers = all(isinstance(x, (Value, int, float)) for x in (left, right))
             if not sign or not numbers:
                 self.refuse(node)
-            if kind in _BITS and any(
-                isinstance(x, float) or getattr(x, "kind", INT) in (FLOAT, DOUBLE) for x in (left, right)
-            ):
+            if kind in _BITS and not all(kind_of(x) in (INT, BOOL) for x in (left, right)):
                 self.refuse(node, "bits of what is no integer")
-            if kind is ast.Div and all(isinstance(x, int) or getattr(x, "kind", "") == INT for x in (left, right)):
+            if kind is ast.Div and all(kind_of(x) == INT for x in (left, right)):
                 left = self.trace.as_kind(left, FLOAT)
             return self.trace.operation(f"{{0}} {sign} {{1}}", (left, right))
         if isinstance(node, ast.UnaryOp):
             x = self.value(node.operand)
             if not isinstance(x, Value):
-                return {
-                    ast.USub: operator.neg,
-                    ast.UAdd: operator.pos,
-                    ast.Not: operator.not_,
-                    ast.Invert: operator.invert,
-                }[type(node.op)](x)
+                return _UNARY[type(node.op)](x)
             if isinstance(node.op, ast.Invert) and x.kind in (INT, BOOL):
                 return self.trace.operation("~{0}" if x.kind == INT else "!{0}", (x,))
             if isinstance(node.op, ast.USub) and x.kind != BOOL:

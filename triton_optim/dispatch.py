@@ -142,7 +142,8 @@ def choose(request: Request, machine: Machine) -> Choice:
     Example:
         >>> import torch
         >>> from triton_optim.dispatch import Machine, Request, choose
-        >>> choose(Request("cuda", torch.float32), Machine(triton=True, interpreter=False, compiler=True, cpp=True)).backend
+        >>> everything = Machine(triton=True, interpreter=False, compiler=True, cpp=True)
+        >>> choose(Request("cuda", torch.float32), everything).backend
         'triton'
     """
     if request.pinned is not None:
