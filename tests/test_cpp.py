@@ -487,10 +487,10 @@ BUILDER = """
 """
 
 
-def test_many_processes_build_at_once(tmp_path: Path) -> None:
+def test_processes_build_at_once(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_OPTIM_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", textwrap.dedent(BUILDER)]
-    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in running:
         _, complaint = process.communicate(timeout=200)
         assert process.returncode == 0, complaint

@@ -28,6 +28,10 @@ _STORAGE = {
     torch.float16: ("uint16_t", "from_float16({0})", "to_float16({0})"),
     torch.int8: ("int8_t", "(int32_t){0}", "(int8_t){0}"),
 }
+# Elements that are taken at a time where there are blocks: some blocks, so that what one waits for is hidden behind the
+# others, and few enough that all that waits stays in the nearest cache.
+BATCH = 512
+
 _WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; else float
 
 
@@ -56,6 +60,7 @@ class Source:
         self.compute = DOUBLE if codecs[0].dtypes[0] == torch.float64 else FLOAT
         self.trace = Trace(self.compute)
         self.sharing = max(codec.sharing for codec in codecs)
+        self.first = f"b * {self.sharing} + " if self.sharing else ""  # the number of a block's first element
         self.parts: list[list[Part]] = []
         self.loaded: dict[Value, Part] = {}
         self.stores: list[tuple[Part, Value]] = []
@@ -86,7 +91,7 @@ class Source:
             low, high, first, second = (
                 trace.new(INT, ONE, code, name="key") for code in ("low", "high", "key[2]", "key[3]")
             )
-            index = trace.operation("{0} + {1}", (low, trace.new(INT, ELEMENT, "(int32_t)i", name="i")))
+            index = trace.operation("{0} + {1}", (low, trace.new(INT, ELEMENT, f"(int32_t)({self.first}i)", name="i")))
             bits = trace.call(hashed, index, high, first, second)
         written = [self.parts[0], *self.parts[2:]]
         for role, (codec, value) in enumerate(zip(codecs, new, strict=False)):
@@ -117,7 +122,7 @@ class Source:
         if value.shape == ONE:
             value = trace.new(value.kind, ELEMENT, "{0}", [value])
         if codec.sharing:
-            value = trace.new(value.kind, ELEMENT, "i < n ? {0} : 0", [value], "there")
+            value = trace.new(value.kind, ELEMENT, f"{self.first}i < n ? {{0}} : 0", [value], "there")
         kept = (value,)
         if codec.name != "plain":
             kept = self._codec(encode, trace.as_kind(value, FLOAT), bits, role, codec.name)
@@ -155,7 +160,7 @@ class Source:
         # Bytes of blocks are widened in a loop of their own, and made in one.
         bytes_of = {x: part for x, part in {**self.loaded, **self.written}.items() if part.padded and x.shape != BLOCK}
         self.narrow = {x: part for x, part in bytes_of.items() if x in self.loop}
-        self.block = self.sharing or CHUNK
+        self.block = BATCH if self.sharing else CHUNK
         self.waiting = {
             a
             for x in self.loop
@@ -177,30 +182,51 @@ class Source:
         return x.code.format(*own)
 
     def lines(self) -> Iterable[str]:
-        """The statements of a block."""
+        """The statements of a call: loops over its blocks, one for each number of a loop. What is made in one and read
+        in a later one waits in memory.
+        """
         live = [x for x in self.trace.values if x in self.loop]
-        for part in (part for parts in self.parts for part in parts):
-            const = "const " if part.number == self.parts[1][0].number else ""
-            yield f"{const}{part.type} *part{part.number} = ({const}{part.type} *)parts[{part.number}];"
-        for x in live:
-            if x in self.waiting or x.moves == "weave" or x in self.narrow:
-                kind = self.narrow[x].kind if x in self.narrow else x.kind
-                yield f"alignas(64) {kind} {x.name}_b[{self.block // (2 if x.shape == PAIR else 1)}];"
+        parts = [part for parts in self.parts for part in parts]
+        gradient = self.parts[1][0]
+        buffers = {x: self.narrow[x].kind if x in self.narrow else x.kind for x in live
+                   if x in self.waiting or x.moves == "weave" or x in self.narrow}  # fmt: skip
+        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing, BLOCK: 1}
+        # Of a block, read in a later loop than it is made in.
+        kept = {a for x in live for a in x.arguments if a.shape == BLOCK and self.loop[a] < self.loop[x]}
+        blocks = BATCH // (self.sharing or BATCH)
+        for x, kind in [*buffers.items(), *((x, x.kind) for x in live if x in kept)]:
+            yield f"alignas(64) {kind} {x.name}_a[{blocks * sizes[x.shape]}];"
         yield from self._statements(x for x in live if x.shape == ONE)
+        count = f"(n + {self.sharing - 1}) / {self.sharing}" if self.sharing else "1"
         for number in range(max(self.loop.values()) + 1):
+            yield f"for (int64_t b = 0; b < {count}; ++b) {{"
+            for part in parts:
+                const = "const " if part is gradient else ""
+                start = f" + b * {self.sharing // part.each}" if self.sharing else ""
+                yield f"    {const}{part.type} *part{part.number} = ({const}{part.type} *)parts[{part.number}]{start};"
+            for x, kind in buffers.items():
+                yield f"    {kind} *{x.name}_b = {x.name}_a + b * {sizes[x.shape]};"
             own = [x for x in live if self.loop[x] == number]
-            yield from self._statements(x for x in own if x.shape == BLOCK and not x.moves)
-            for shape, end in ((ELEMENT, self.sharing or "n"), (PAIR, self.sharing // 2)):
-                yield from self._loop([x for x in own if x.shape == shape], end)
-            for x in (x for x in live if x.moves == "weave" and self.loop[x] == number + 1):
-                first, second = x.arguments
-                yield f"for (int64_t i = 0; i < {self.sharing // 2}; ++i) {{"
-                yield f"    {x.name}_b[2 * i] = {first.name}_b[i], {x.name}_b[2 * i + 1] = {second.name}_b[i];"
-                yield "}"
-            for x in (x for x in own if x.moves == "fold"):
-                combined = x.code.format("a", "b")
-                fold = f"[]({x.kind} a, {x.kind} b) {{ return {combined}; }}"
-                yield f"const {x.kind} {x.name} = fold<{self.sharing}>({x.arguments[0].name}_b, {fold});"
+            read = {a for x in own for a in x.arguments}
+            for x in (x for x in live if x in kept and x in read and self.loop[x] < number):
+                yield f"    const {x.kind} {x.name} = {x.name}_a[b];"
+            yield from (f"    {line}" for line in self._of_block(live, own, number))
+            for x in (x for x in own if x in kept):
+                yield f"    {x.name}_a[b] = {x.name};"
+            yield "}"
+
+    def _of_block(self, live: list[Value], own: list[Value], number: int) -> Iterable[str]:
+        yield from self._statements(x for x in own if x.shape == BLOCK and not x.moves)
+        for shape, end in ((ELEMENT, self.sharing or "n"), (PAIR, self.sharing // 2)):
+            yield from self._loop([x for x in own if x.shape == shape], end)
+        for x in (x for x in live if x.moves == "weave" and self.loop[x] == number + 1):
+            first, second = x.arguments
+            yield f"for (int64_t i = 0; i < {self.sharing // 2}; ++i) {{"
+            yield f"    {x.name}_b[2 * i] = {first.name}_b[i], {x.name}_b[2 * i + 1] = {second.name}_b[i];"
+            yield "}"
+        for x in (x for x in own if x.moves == "fold"):
+            fold = f"[]({x.kind} a, {x.kind} b) {{ return {x.code.format('a', 'b')}; }}"
+            yield f"const {x.kind} {x.name} = fold<{self.sharing}>({x.arguments[0].name}_b, {fold});"
 
     def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
         """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both
