@@ -11,9 +11,6 @@ from conftest import CPP
 
 triton = pytest.importorskip("triton", reason="the Triton column needs Triton")
 import triton.language as tl
-
-import triton_optim
-from triton_optim import RuleOptimizer, cpp_backend, cpp_source
 from triton_optim.kernels.language import (
     PRIMITIVES,
     abs,
@@ -35,6 +32,9 @@ from triton_optim.kernels.language import (
     torch_form,
     where,
 )
+
+import triton_optim
+from triton_optim import RuleOptimizer, cpp_backend, cpp_source
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
 UNARY = ["abs", "exp", "floor", "log", "sign", "sqrt"]
