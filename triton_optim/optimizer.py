@@ -304,7 +304,10 @@ class RuleOptimizer(Optimizer):
 
     def started(self, group: dict[str, Any]) -> dict[str, float]:
         """What else than ``step`` is carried, as it is before the first step."""
-        return self.start_carried(plain_group(group)) | ({COUNT: 0.0} if averages(group) else {})
+        # Asked of every parameter: of an optimizer that carries nothing, no group is read for it.
+        nothing = type(self).start_carried is RuleOptimizer.start_carried
+        own = {} if nothing else self.start_carried(plain_group(group))
+        return own | ({COUNT: 0.0} if averages(group) else {})
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
