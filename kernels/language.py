@@ -1,8 +1,9 @@
 """The words a rule may use, in one table with a column a backend, and the step from a rule to its torch form.
 
 A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. Triton compiles it as it stands. With
-its globals bound to the torch column it is what ``torch.compile`` compiles and what runs eagerly. A rule may import
-the words below by name, or write ``import triton.language as tl`` and use ``tl.sqrt`` and the like.
+its globals bound to the torch column it is what ``torch.compile`` compiles and what runs eagerly; the C++ column is for
+the loop that is made of its syntax tree. A rule may import the words below by name, or write
+``import triton.language as tl`` and use ``tl.sqrt`` and the like.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import builtins
 import types
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -146,27 +147,50 @@ else:
     bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
     evens, odds, interleave, largest = _evens, _odds, _interleave, _largest
 
-PRIMITIVES: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "abs": (abs, torch.abs),
-    "bits_of": (bits_of, _bits_of),
-    "evens": (evens, _evens),
-    "exp": (exp, torch.exp),
-    "floor": (floor, torch.floor),
-    "interleave": (interleave, _interleave),
-    "largest": (largest, _largest),
-    "log": (log, torch.log),
-    "maximum": (maximum, torch.maximum),
-    "minimum": (minimum, torch.minimum),
-    "number_of": (number_of, _number_of),
-    "odds": (odds, _odds),
-    "sign": (sign, torch.sign),
-    "sqrt": (sqrt, torch.sqrt),
-    "to_float": (to_float, _to_float),
-    "to_int": (to_int, _to_int),
-    "where": (where, torch.where),
+
+class Cpp(NamedTuple):
+    """A word in C++.
+
+    Attributes:
+        code: an expression of the arguments {0}, {1} and so on; {f} is "f" for float and nothing for double, {type} the
+            type. Of words for rows: how two elements become one ("fold"), or which elements of the row are taken
+            ("pick"), or made of each pair ("weave").
+        arguments: how many.
+        takes, gives: the type of the arguments and of the result; where empty, floating-point, and the arguments'.
+        moves: of words for rows, the kind above.
+    """
+
+    code: str
+    arguments: int = 1
+    takes: str = ""
+    gives: str = ""
+    moves: str = ""
+
+
+_MAXIMUM = "{0} > {1} | {0} != {0} ? {0} : {1}"
+
+# Triton's word, torch's function, and the C++ expression.
+PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
+    "abs": (abs, torch.abs, Cpp("__builtin_fabs{f}({0})")),
+    "bits_of": (bits_of, _bits_of, Cpp("__builtin_bit_cast(int32_t, {0})", 1, "float", "int32_t")),
+    "evens": (evens, _evens, Cpp("2 * i", moves="pick")),
+    "exp": (exp, torch.exp, Cpp("__builtin_exp{f}({0})")),
+    "floor": (floor, torch.floor, Cpp("__builtin_floor{f}({0})")),
+    "interleave": (interleave, _interleave, Cpp("2 * i, 2 * i + 1", 2, moves="weave")),
+    "largest": (largest, _largest, Cpp(_MAXIMUM, moves="fold")),
+    "log": (log, torch.log, Cpp("__builtin_log{f}({0})")),
+    "maximum": (maximum, torch.maximum, Cpp(_MAXIMUM, 2)),
+    "minimum": (minimum, torch.minimum, Cpp("{0} < {1} | {0} != {0} ? {0} : {1}", 2)),
+    "number_of": (number_of, _number_of, Cpp("__builtin_bit_cast(float, {0})", 1, "int32_t", "float")),
+    "odds": (odds, _odds, Cpp("2 * i + 1", moves="pick")),
+    "sign": (sign, torch.sign, Cpp("({type})(({0} > 0) - ({0} < 0))")),
+    "sqrt": (sqrt, torch.sqrt, Cpp("__builtin_sqrt{f}({0})")),
+    "to_float": (to_float, _to_float, Cpp("(float){0}", 1, "", "float")),
+    "to_int": (to_int, _to_int, Cpp("(int32_t){0}", 1, "", "int32_t")),
+    "where": (where, torch.where, Cpp("{0} ? {1} : {2}", 3)),
 }
 
-_torch_column = types.SimpleNamespace(**{name: function for name, (_, function) in PRIMITIVES.items()})
+_torch_column = types.SimpleNamespace(**{name: function for name, (_, function, _) in PRIMITIVES.items()})
 
 
 def python_function(rule: Any) -> types.FunctionType:
@@ -219,7 +243,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _torch_value(value: Any) -> Any:
-    for triton_word, torch_word in PRIMITIVES.values():
+    for triton_word, torch_word, _ in PRIMITIVES.values():
         if value is triton_word:
             return torch_word
     if triton is None:

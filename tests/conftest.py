@@ -8,7 +8,10 @@ HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined, so before any import of it
 
+import atexit
 import importlib.util
+import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 
@@ -16,10 +19,16 @@ import pytest
 import references_matrix
 
 from triton_optim import compiled_backend, compiled_norm, newton_schulz
+from triton_optim.dispatch import this_machine
 
 # Hundreds of graphs are compiled here: with half the slots each takes half the time. The examples, the demo and the
 # benchmarks, in processes of their own, have them all.
 compiled_backend.SLOTS = 2
+
+# One folder of C++ libraries for all processes of a run.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TRITON_OPTIM_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_optim_tests_")
+    atexit.register(shutil.rmtree, os.environ["TRITON_OPTIM_CACHE_DIR"], ignore_errors=True)
 
 # Processes beside each other, each with a thread for every core, would wait for each other's.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -47,8 +56,16 @@ LONG = ("test_audit", "test_codecs", "test_symmetric_product", "test_training_st
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+CPP = pytest.mark.skipif(
+    HAS_GPU or not this_machine().cpp, reason="the C++ backend needs a CPU, a compiler and Linux; a GPU is tested here"
+)
 # Every backend, as pytest parameters; what cannot run here says why.
-BACKENDS = [pytest.param("eager"), pytest.param("compiled"), pytest.param("triton", marks=TRITON)]
+BACKENDS = [
+    pytest.param("eager"),
+    pytest.param("compiled"),
+    pytest.param("cpp", marks=CPP),
+    pytest.param("triton", marks=TRITON),
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import needs_loops
+from conftest import CPP, needs_loops
 from test_errors import explains
 from torch.nn import Parameter
 
@@ -21,7 +21,10 @@ SHAPES = [(17, 5), (40,), (3,)]
 SCALERS = {"torch's": torch.amp.GradScaler, "ours": triton_optim.GradScaler}
 each_scaler = pytest.mark.parametrize("scaler_class", list(SCALERS.values()), ids=list(SCALERS))
 # A step that skips is run by a kernel that not every interpreter can.
-each_backend = pytest.mark.parametrize("backend", ["eager", "compiled", pytest.param("triton", marks=needs_loops)])
+each_backend = pytest.mark.parametrize(
+    "backend",
+    ["eager", "compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=needs_loops)],
+)
 STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_decay": 0.9, "ema_dtype": BF16}
 
 

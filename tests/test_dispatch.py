@@ -10,11 +10,12 @@ import torch
 import triton_optim
 from triton_optim.dispatch import BACKENDS, Machine, Request, choose, unable
 
-EVERYTHING = Machine(triton=True, interpreter=False, compiler=True)
-NO_TRITON = Machine(triton=False, interpreter=False, compiler=True)
-NO_COMPILER = Machine(triton=True, interpreter=False, compiler=False)
-NOTHING = Machine(triton=False, interpreter=False, compiler=False)
-INTERPRETER = Machine(triton=True, interpreter=True, compiler=True)
+EVERYTHING = Machine(triton=True, interpreter=False, compiler=True, cpp=True)
+NO_TRITON = Machine(triton=False, interpreter=False, compiler=True, cpp=True)
+NO_COMPILER = Machine(triton=True, interpreter=False, compiler=False, cpp=False)
+NOTHING = Machine(triton=False, interpreter=False, compiler=False, cpp=False)
+INTERPRETER = Machine(triton=True, interpreter=True, compiler=True, cpp=True)
+NO_CPP = Machine(triton=True, interpreter=False, compiler=True, cpp=False)
 
 f32, bf16, c64 = torch.float32, torch.bfloat16, torch.complex64
 
@@ -27,10 +28,12 @@ f32, bf16, c64 = torch.float32, torch.bfloat16, torch.complex64
         (Request("xpu", bf16), EVERYTHING, "triton"),
         (Request("cuda", f32), NO_COMPILER, "triton"),
         (Request("cuda", f32), NO_TRITON, "eager"),
-        (Request("cpu", f32), EVERYTHING, "compiled"),
-        (Request("cpu", bf16), NO_TRITON, "compiled"),
+        (Request("cpu", f32), EVERYTHING, "cpp"),
+        (Request("cpu", f32), NO_CPP, "compiled"),
+        (Request("cpu", bf16), NO_TRITON, "cpp"),
+        (Request("cpu", torch.float8_e5m2), EVERYTHING, "compiled"),
         (Request("cpu", f32), NO_COMPILER, "eager"),
-        (Request("cpu", f32), INTERPRETER, "compiled"),
+        (Request("cpu", f32), INTERPRETER, "cpp"),
         (Request("mps", f32), NO_TRITON, "compiled"),
         (Request("mps", f32), NOTHING, "compiled"),
         (Request("privateuseone", f32), EVERYTHING, "eager"),
@@ -42,7 +45,8 @@ f32, bf16, c64 = torch.float32, torch.bfloat16, torch.complex64
         (Request("cuda", f32, layout="overlapping"), EVERYTHING, "eager"),
         (Request("cuda", f32, layout="strided"), EVERYTHING, "eager"),
         (Request("cuda", f32, fused=True), EVERYTHING, "triton"),
-        (Request("cpu", f32, fused=True), EVERYTHING, "compiled"),
+        (Request("cpu", f32, fused=True), EVERYTHING, "cpp"),
+        (Request("cpu", f32, fused=True), NO_CPP, "compiled"),
         (Request("cuda", f32, foreach=True), EVERYTHING, "compiled"),
         (Request("cpu", f32, foreach=True), EVERYTHING, "compiled"),
         (Request("cpu", f32, foreach=True), NO_COMPILER, "eager"),
@@ -56,6 +60,7 @@ f32, bf16, c64 = torch.float32, torch.bfloat16, torch.complex64
         (Request("cpu", f32, pinned="triton"), INTERPRETER, "triton"),
         (Request("cuda", f32, pinned="compiled"), EVERYTHING, "compiled"),
         (Request("cuda", c64, pinned="eager"), NOTHING, "eager"),
+        (Request("cpu", f32, pinned="cpp"), NO_TRITON, "cpp"),
     ],
 )
 def test_choices(request_: Request, machine: Machine, expected: str) -> None:
@@ -76,6 +81,11 @@ def test_choices(request_: Request, machine: Machine, expected: str) -> None:
         (Request("cpu", f32, pinned="compiled"), NO_COMPILER, "no C\\+\\+ compiler"),
         (Request("cuda", f32, pinned="compiled"), NO_TRITON, "not installed"),
         (Request("cpu", f32, layout="overlapping", pinned="compiled"), EVERYTHING, "overlap"),
+        (Request("cuda", f32, pinned="cpp"), EVERYTHING, "needs CPU tensors"),
+        (Request("cpu", f32, pinned="cpp"), NO_COMPILER, "no C\\+\\+ compiler"),
+        (Request("cpu", f32, pinned="cpp"), NO_CPP, "on Linux only"),
+        (Request("cpu", c64, pinned="cpp"), EVERYTHING, "pairs of reals"),
+        (Request("cpu", torch.float8_e5m2, pinned="cpp"), EVERYTHING, "no torch.float8_e5m2"),
     ],
 )
 def test_a_pinned_backend_never_falls_back(request_: Request, machine: Machine, cause: str) -> None:
@@ -89,7 +99,7 @@ def test_a_pinned_backend_never_falls_back(request_: Request, machine: Machine, 
 def test_every_choice_can_run() -> None:
     flags = [None, True, False]
     layouts = ["dense", "strided", "overlapping"]
-    machines = [Machine(*bits) for bits in itertools.product([True, False], repeat=3) if bits[0] or not bits[1]]
+    machines = [Machine(*bits) for bits in itertools.product([True, False], repeat=4) if bits[0] or not bits[1]]
     for machine, device, dtype, layout, fused, foreach in itertools.product(
         machines, ["cpu", "cuda", "xpu", "mps", "meta"], [f32, bf16, c64], layouts, flags, flags
     ):
@@ -120,7 +130,7 @@ def test_explain_before_and_after_the_first_step(backend: str, device: torch.dev
     text = str(after)
     assert backend in text
     assert "exp_avg_sq:float32" in text
-    if backend == "triton":
+    if backend in ("triton", "cpp"):
         assert bucket.launches == 1
         assert bucket.bytes_per_parameter == 28
 
@@ -152,7 +162,7 @@ def test_auto_falls_back_to_eager_when_compiling_fails(monkeypatch: pytest.Monke
     monkeypatch.setattr(compiled_backend, "graph_for", failing)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    optimizer = triton_optim.SGD([p], lr=0.5)
+    optimizer = triton_optim.SGD([p], lr=0.5, foreach=True)
     with pytest.warns(RuntimeWarning, match="no space left"):
         optimizer.step()
     assert p.tolist() == [0.5] * 3

@@ -36,7 +36,7 @@ def test_complex_parameters(case: Case, dtype: torch.dtype, device: torch.device
 @rows(*COMPLEX)
 def test_trap_8_complex_is_not_pinned_elsewhere(case: Case, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64, device=device))
-    for backend in ("compiled", "triton"):
+    for backend in ("compiled", "cpp", "triton"):
         with pytest.raises(RuntimeError, match="complex64"):
             case.ours([p], backend=backend)
 
@@ -101,7 +101,7 @@ for optimizer_class in ("AdamW", "Adam", "SGD"):
     torch.testing.assert_close(p, q)
     (bucket,) = triton_optim.explain(ours)
     assert bucket.backend == "eager" and "no C++ compiler" in bucket.reason, bucket
-for backend in ("triton", "compiled"):
+for backend in ("triton", "cpp", "compiled"):
     try:
         triton_optim.Lion([p], backend=backend)
     except RuntimeError as error:

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import TRITON
+from conftest import CPP, TRITON
 from side_by_side import assert_equal, assert_same, give_grads, ours, train, values
 from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
 from torch.nn import Parameter
@@ -236,7 +236,7 @@ def test_parameter_that_is_not_floating_point(case, dtype, device):
 def test_unknown_backend(case, unknown, device):
     with pytest.raises(ValueError, match="backend") as error:
         case.ours(case.parameters(device), backend=unknown)
-    explains(error, repr(unknown), "auto", "triton", "compiled", "eager")
+    explains(error, repr(unknown), "auto", "triton", "cpp", "compiled", "eager")
 
 
 @each_case
@@ -248,7 +248,7 @@ def test_backend_that_is_no_string(case, unknown, device):
 
 
 @each_case
-@pytest.mark.parametrize("pinned", ["compiled", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("pinned", ["compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=TRITON)])
 def test_pinned_backend_that_cannot_be_differentiable(case, pinned, device):
     """torch: `fused` with `differentiable` is a RuntimeError."""
     expected = raised_by(lambda: torch.optim.AdamW(leaf(), fused=True, differentiable=True))
@@ -261,7 +261,7 @@ def test_pinned_backend_that_cannot_be_differentiable(case, pinned, device):
 
 
 @rows(*COMPLEX)
-@pytest.mark.parametrize("pinned", ["compiled", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("pinned", ["compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=TRITON)])
 def test_pinned_backend_and_complex_parameters(case, pinned, device):
     params = case.parameters(device, torch.complex64)
     give_grads(case, 0, params)
@@ -285,7 +285,7 @@ WITHOUT_INTERPRETER_OR_COMPILER = """
     import triton_optim as to
 
     for name in {names}:
-        for backend in ("triton", "compiled", "auto"):
+        for backend in ("triton", "cpp", "compiled", "auto"):
             p = torch.nn.Parameter(torch.ones(2, 3))
             p.grad = torch.ones(2, 3)
             try:
@@ -311,7 +311,8 @@ def test_pinned_backend_that_this_machine_lacks(tmp_path):
     for name in (case.name for case in DENSE):
         triton = next(line for line in lines if line.startswith(f"{name} triton raised"))
         compiled = next(line for line in lines if line.startswith(f"{name} compiled raised"))
-        for message, parts in ((triton, ("cpu", "GPU")), (compiled, ("compiler",))):
+        cpp = next(line for line in lines if line.startswith(f"{name} cpp raised"))
+        for message, parts in ((triton, ("cpu", "GPU")), (cpp, ("compiler",)), (compiled, ("compiler",))):
             assert all(part in message for part in parts), message
             assert "leave backend out" in message.lower()
         assert f"{name} auto ran True" in lines

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import CPP
 
 triton = pytest.importorskip("triton", reason="the Triton column needs Triton")
 import triton.language as tl
-from triton_optim.kernels.language import PRIMITIVES, jit, maximum, sqrt, torch_form, where
+from triton_optim.kernels.language import (
+    PRIMITIVES,
+    abs,
+    bits_of,
+    evens,
+    exp,
+    interleave,
+    jit,
+    largest,
+    log,
+    maximum,
+    minimum,
+    number_of,
+    odds,
+    sign,
+    sqrt,
+    to_float,
+    to_int,
+    torch_form,
+    where,
+)
+
+import triton_optim
+from triton_optim import RuleOptimizer, cpp_backend, cpp_source
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
 UNARY = ["abs", "exp", "floor", "log", "sign", "sqrt"]
@@ -49,7 +74,7 @@ def test_every_word_is_tested() -> None:
 
 @pytest.mark.parametrize("word", UNARY)
 def test_unary_words_agree(word: str, device: torch.device) -> None:
-    in_triton, in_torch = PRIMITIVES[word]
+    in_triton, in_torch, _ = PRIMITIVES[word]
     x, _ = pairs(device)
     x = x[x.abs() != 1e-42] if word in ("log", "sqrt") else x  # a GPU's approximate forms flush denormals
     x = torch.cat([x, x.new_ones(128 - len(x))])
@@ -60,7 +85,7 @@ def test_unary_words_agree(word: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("word", BINARY)
 def test_binary_words_agree_and_keep_nan(word: str, device: torch.device) -> None:
-    in_triton, in_torch = PRIMITIVES[word]
+    in_triton, in_torch, _ = PRIMITIVES[word]
     x, y = pairs(device)
     out = torch.full_like(x, 7.0)
     _binary[(1,)](x, y, out, in_triton, 128)
@@ -69,7 +94,7 @@ def test_binary_words_agree_and_keep_nan(word: str, device: torch.device) -> Non
 
 
 def test_where_agrees(device: torch.device) -> None:
-    in_triton, in_torch = PRIMITIVES["where"]
+    in_triton, in_torch, _ = PRIMITIVES["where"]
     x, y = pairs(device)
     out = torch.full_like(x, 7.0)
     _where[(1,)](x, y, out, in_triton, 128)
@@ -142,6 +167,143 @@ def test_words_for_rows_agree(device: torch.device) -> None:
     expected = in_torch["largest"](x)
     assert torch.equal(most.isfinite(), expected.isfinite())  # of a row with a NaN, NaN or Inf
     assert torch.equal(most[expected.isfinite()], expected[expected.isfinite()])
+
+
+# The C++ column, in rules.
+
+
+class NoScalars(NamedTuple):
+    pass
+
+
+class OfRule(RuleOptimizer):
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {}, **options)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> NoScalars:
+        return NoScalars()
+
+
+@jit
+def _takes_abs(p, g, h):
+    return (abs(p),)
+
+
+@jit
+def _takes_exp(p, g, h):
+    return (exp(p),)
+
+
+@jit
+def _takes_floor(p, g, h):
+    return (tl.floor(p),)
+
+
+@jit
+def _takes_log(p, g, h):
+    return (log(p),)
+
+
+@jit
+def _takes_sign(p, g, h):
+    return (sign(p),)
+
+
+@jit
+def _takes_sqrt(p, g, h):
+    return (sqrt(p),)
+
+
+@jit
+def _takes_maximum(p, g, h):
+    return (maximum(p, g),)
+
+
+@jit
+def _takes_minimum(p, g, h):
+    return (minimum(p, g),)
+
+
+@jit
+def _takes_where(p, g, h):
+    return (where(p > g, p, g),)
+
+
+IN_RULES = {
+    "abs": _takes_abs, "exp": _takes_exp, "floor": _takes_floor, "log": _takes_log, "sign": _takes_sign,
+    "sqrt": _takes_sqrt, "maximum": _takes_maximum, "minimum": _takes_minimum, "where": _takes_where,
+}  # fmt: skip
+
+
+def in_cpp(rule: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    p = torch.nn.Parameter(x.clone())
+    p.grad = y.clone()
+    type("OfRule", (OfRule,), {"rule": rule})([p], backend="cpp").step()
+    return p.detach()
+
+
+@CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("word", IN_RULES)
+def test_words_agree_in_cpp(word: str, dtype: torch.dtype) -> None:
+    assert sorted(IN_RULES) == sorted([*UNARY, *BINARY, "where"])
+    x, y = (t.to(dtype) for t in pairs(torch.device("cpu")))
+    in_torch = PRIMITIVES[word][1]
+    expected = in_torch(x > y, x, y) if word == "where" else in_torch(x, y) if word in BINARY else in_torch(x)
+    # torch's own exponentials, logarithms and roots are those of a library that rounds otherwise.
+    rtol = {torch.float32: 3e-7, torch.float64: 5e-16}[dtype] if word in ("exp", "log", "sqrt") else 0
+    torch.testing.assert_close(in_cpp(IN_RULES[word], x, y), expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+@jit
+def _there_and_back(p, g, h):
+    return (number_of(bits_of(p) + 0) + to_float(to_int(g)),)
+
+
+@CPP
+def test_bits_and_conversions_agree_in_cpp() -> None:
+    x, _ = pairs(torch.device("cpu"))
+    y = torch.linspace(-70000.7, 70000.7, 128)
+    expected = x + y.trunc()
+    torch.testing.assert_close(in_cpp(_there_and_back, x, y), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@jit
+def _decode_rows(parts, CODEC):
+    value = parts[0]
+    if CODEC == "int4":
+        value = interleave(to_float(parts[0]) + 3.0, to_float(parts[0]) + 5.0)
+    return value
+
+
+@jit
+def _encode_rows(x, random, ROLE, CODEC):
+    parts = (x,)
+    if CODEC == "int4":
+        parts = (to_int(evens(x)) + 2 * to_int(odds(x)), largest(x))
+    return parts
+
+
+@CPP
+def test_words_for_rows_agree_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the codecs: pairs, and the largest of each block."""
+    monkeypatch.setattr(cpp_source, "decode", _decode_rows)
+    monkeypatch.setattr(cpp_source, "encode", _encode_rows)
+    monkeypatch.setattr(cpp_backend, "step_of", cpp_backend.step_of.__wrapped__)
+    p = torch.nn.Parameter(torch.zeros(4096 + 64))
+    p.grad = torch.zeros_like(p)
+    p.grad[0], p.grad[65], p.grad[130] = 8.0, math.nan, -math.inf
+    optimizer = triton_optim.Lion([p], betas=(0.5, 0.5), state_dtype="int4", backend="cpp")
+    optimizer.step()
+    # Half of 3 and 5, and half of the gradient.
+    x = (torch.tensor([1.5, 2.5]).repeat(len(p) // 2) + 0.5 * p.grad).view(-1, 64)
+    state = optimizer.state[p]
+    words = {name: PRIMITIVES[name][1] for name in ("evens", "odds", "largest", "to_int")}
+    expected = words["to_int"](words["evens"](x)) + 2 * words["to_int"](words["odds"](x))
+    assert torch.equal(state["exp_avg"].view(-1, 32)[[0, *range(3, 65)]], expected.to(torch.int8)[[0, *range(3, 65)]])
+    found, largest_of = state["exp_avg_scale"].float().view(-1, 1), words["largest"](x)
+    assert torch.equal(found.isfinite(), largest_of.isfinite())
+    assert torch.equal(found[found.isfinite()], largest_of[found.isfinite()])
 
 
 FACTOR = tl.constexpr(3.0)

@@ -352,7 +352,7 @@ def test_parameter_with_gaps_runs_eagerly(case, view, device):
     assert {bucket.reason: bucket.backend for bucket in to.explain(opt)}["the parameter is a view with gaps"] == "eager"
 
 
-@pytest.mark.parametrize("pinned", ["compiled", "triton"])
+@pytest.mark.parametrize("pinned", ["compiled", "cpp", "triton"])
 def test_parameter_with_gaps_is_refused_by_a_pinned_backend(pinned, device):
     with pytest.raises(RuntimeError, match="gaps"):
         to.AdamW([random_values((6, 5), 0, device)[:, 1:3].requires_grad_()], backend=pinned)
@@ -386,7 +386,7 @@ def test_parameters_that_share_storage_are_updated_in_turn(sharing, device):
     assert sharing != "neighbours" or {bucket.backend for bucket in to.explain(opt)} != {"eager"}
 
 
-@pytest.mark.parametrize("pinned", ["compiled", "triton"])
+@pytest.mark.parametrize("pinned", ["compiled", "cpp", "triton"])
 def test_sharing_parameters_are_refused_by_a_pinned_backend_and_nothing_changes(pinned, device):
     base = random_values((6,), 0, device)
     before = base.clone()
@@ -397,7 +397,7 @@ def test_sharing_parameters_are_refused_by_a_pinned_backend_and_nothing_changes(
     assert torch.equal(x, random_values((2,), 1, device))
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager", "compiled", "triton"])
+@pytest.mark.parametrize("choice", ["auto", "eager", "compiled", "cpp", "triton"])
 def test_expanded_parameter_is_refused_and_nothing_changes(choice, device):
     """As by torch: what its one stored value should become is undefined. It stands last: all is checked first."""
     first, expanded = Parameter(random_values((2,), 1, device)), Parameter(random_values((1,), 0, device).expand(3))

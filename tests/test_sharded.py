@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HAS_TRITON
+from conftest import CPP, HAS_TRITON
 from references import adamw
 from table import CASES, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
@@ -390,7 +390,7 @@ def serve(rank, path, tasks, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend_name", ["eager", "compiled"])
+@pytest.mark.parametrize("backend_name", ["eager", "compiled", pytest.param("cpp", marks=CPP)])
 def test_shards_are_rounded_with_the_bits_of_the_whole(backend_name, device):
     options = {"param_precision": "stochastic", "state_dtype": torch.bfloat16, "backend": backend_name}
     start, gradient = (values((5, 3), seed, device).to(torch.bfloat16) for seed in (0, 1))

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import TRITON
+from conftest import CPP, TRITON
 from side_by_side import assert_equal, assert_same, give_grads, ours, peer, train, values
 from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
 
@@ -340,6 +340,7 @@ RESUMED = [
         ("eager", DTYPE_PAIRS if case.on_every_backend else MIXED, ()),
         ("triton", HALVES + MIXED[:1] if case is ADAMW else MIXED if case.on_every_backend else [], TRITON),
         ("compiled", MIXED[:1] if case is ADAMW else [], ()),
+        ("cpp", MIXED if case is ADAMW else [], CPP),
     )
     for pair in pairs
 ]

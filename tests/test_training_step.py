@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRITON_LOOPS
+from conftest import CPP, TRITON_LOOPS
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,7 +36,7 @@ KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 # Clipping differs in the last bit of the coefficient; an update of a rounded value may then round the other way.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 5e-7, BF16: 2**-7, torch.float16: 2**-10}
-BACKENDS = ["eager", "compiled", *(["triton"] if TRITON_LOOPS else [])]
+BACKENDS = ["eager", "compiled", pytest.param("cpp", marks=CPP), *(["triton"] if TRITON_LOOPS else [])]
 SCALE = 1024.0
 
 # None: no scaler. "torch": torch's own, in its ordinary flow. "fused": the optimizer unscales, told of infinities by
@@ -114,7 +114,7 @@ pytestmark = pytest.mark.usefixtures("one_slot")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_combination_equals_its_passes(backend: str) -> None:
     # Without shrinking, which would take minutes: a combination is short as it is.
-    few = {"eager": 100, "triton": 30, "compiled": 12}[backend]  # compiled, most take two graphs
+    few = {"eager": 100, "triton": 30, "cpp": 60, "compiled": 12}[backend]  # compiled, most take two graphs
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
 
     @settings(max_examples=few, deadline=None, derandomize=True, phases=phases, database=None)

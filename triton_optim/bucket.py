@@ -75,6 +75,14 @@ class Piece(NamedTuple):
     first: int  # the index of the first in the whole parameter
 
 
+def addresses_of(tensors: list[Tensor | None]) -> list[int]:
+    """Where each tensor lies; 0 for None."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return [0 if t is None else t.data_ptr() for t in tensors]
+
+
 class Bucket(ABC):
     """Members that one backend updates together."""
 

@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Backend = Literal["triton", "compiled", "eager"]
-BACKENDS: tuple[Backend, ...] = ("triton", "compiled", "eager")
+Backend = Literal["triton", "cpp", "compiled", "eager"]
+BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "compiled", "eager")
 Layout = Literal["dense", "strided", "overlapping"]
 
 GPUS = ("cuda", "xpu")  # torch calls ROCm devices cuda
 COMPILED_DEVICES = ("cpu", "mps", *GPUS)
+CPP_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Machine(NamedTuple):
@@ -25,6 +26,7 @@ class Machine(NamedTuple):
     triton: bool
     interpreter: bool  # TRITON_INTERPRET=1: Triton kernels run on CPU tensors
     compiler: bool  # a C++ compiler, which torch.compile needs on a CPU
+    cpp: bool  # whether the C++ backend can be built here
 
 
 class Request(NamedTuple):
@@ -56,7 +58,9 @@ def this_machine() -> Machine:
     """
     triton = importlib.util.find_spec("triton") is not None
     interpreter = triton and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
-    return Machine(triton, interpreter, cxx_compiler() is not None)
+    compiler = cxx_compiler() is not None
+    # Elsewhere OpenMP is another library's, and takes other options.
+    return Machine(triton, interpreter, compiler, compiler and sys.platform == "linux")
 
 
 def cxx_compiler() -> str | None:
@@ -93,6 +97,14 @@ def unable(backend: Backend, request: Request, machine: Machine) -> str | None:
         if request.device not in GPUS and not (machine.interpreter and request.device == "cpu"):
             return f"it needs GPU tensors; these are on {request.device}"
         return None
+    if backend == "cpp":
+        if request.device != "cpu":
+            return f"it needs CPU tensors; these are on {request.device}"
+        if not machine.compiler:
+            return "no C++ compiler was found"
+        if not machine.cpp:
+            return "it is built on Linux only"
+        return None if request.dtype in CPP_DTYPES else f"C++ has no {request.dtype}"
     if request.device not in COMPILED_DEVICES:
         return f"torch.compile has no code generator for {request.device}"
     if request.device == "cpu" and not machine.compiler:
@@ -106,6 +118,8 @@ def remedy(request: Request) -> str:
     """What to do where a pinned backend is unable."""
     if only_eager(request):
         return 'Use backend="eager", or leave backend out to choose automatically.'
+    if request.pinned == "cpp" and request.device != "cpu":
+        return "Move the parameters to the CPU, or leave backend out to choose automatically."
     if request.pinned == "triton":
         return "Move the parameters to a GPU (pip install triton), or leave backend out to choose automatically."
     return "Install g++ or set CXX, or leave backend out to choose automatically."
@@ -115,7 +129,7 @@ def choose(request: Request, machine: Machine) -> Choice:
     """The backend for a bucket, and why.
 
     A pinned `backend` runs or raises; it never falls back. ``fused=True`` prefers the one-kernel backend of the device
-    (Triton on a GPU, compiled elsewhere) and ``foreach=True`` the compiled one; where these cannot run, the automatic
+    (Triton on a GPU, C++ on a CPU) and ``foreach=True`` the compiled one; where these cannot run, the automatic
     choice is made. One of them False and none True is eager, as torch's for-loop.
 
     Args:
@@ -128,7 +142,8 @@ def choose(request: Request, machine: Machine) -> Choice:
     Example:
         >>> import torch
         >>> from triton_optim.dispatch import Machine, Request, choose
-        >>> choose(Request("cuda", torch.float32), Machine(triton=True, interpreter=False, compiler=True)).backend
+        >>> everything = Machine(triton=True, interpreter=False, compiler=True, cpp=True)
+        >>> choose(Request("cuda", torch.float32), everything).backend
         'triton'
     """
     if request.pinned is not None:
@@ -142,13 +157,16 @@ def choose(request: Request, machine: Machine) -> Choice:
         return Choice("eager", reason)
     on_gpu = request.device in GPUS
     if request.fused or request.foreach:
-        wanted: Backend = "triton" if request.fused and on_gpu else "compiled"
+        one_kernel: Backend = "triton" if on_gpu else "cpp"
+        wanted = one_kernel if request.fused else "compiled"
         if unable(wanted, request, machine) is None:
             return Choice(wanted, f"asked for by {'fused' if request.fused else 'foreach'}=True")
     elif request.fused is False or request.foreach is False:
         return Choice("eager", "asked for by foreach=False or fused=False")
     if on_gpu and unable("triton", request, machine) is None:
         return Choice("triton", "one launch for all parameters on a GPU")
+    if unable("cpp", request, machine) is None:
+        return Choice("cpp", "one call for all parameters on a CPU")
     obstacle = unable("compiled", request, machine)
     if obstacle is None:
         return Choice("compiled", f"torch.compile is the fastest here on {request.device}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from .dispatch import Backend, Request, choose, this_machine
 from .layout import is_sharded, layout
 
-_MODULES = {"triton": "triton_norm", "compiled": "compiled_norm"}
+_MODULES = {"triton": "triton_norm", "cpp": "cpp_norm", "compiled": "compiled_norm"}
 
 
 class Norm(NamedTuple):

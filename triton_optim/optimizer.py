@@ -86,7 +86,7 @@ class RuleOptimizer(Optimizer):
         defaults: the hyperparameters of a group.
         maximize: ascend instead of descend.
         foreach: True prefers the compiled backend.
-        fused: True prefers the one-kernel backend of the device: Triton on a GPU, compiled elsewhere. ``foreach`` or
+        fused: True prefers the one-kernel backend of the device: Triton on a GPU, C++ on a CPU. ``foreach`` or
             ``fused`` False, with neither True, is eager.
         state_dtype: what the states are kept in: None for the parameter's dtype; ``torch.float32``;
             ``torch.bfloat16``, rounded stochastically; ``"int8"`` or ``"int4"``: codes that share a scale, 256 and 64
@@ -106,7 +106,7 @@ class RuleOptimizer(Optimizer):
         ema_dtype: what it is kept in: None for float32 (or the parameter's, where that is wider), ``torch.float32``,
             ``torch.bfloat16``, rounded stochastically.
         ema_warmup: let the decay rise to `ema_decay`: (1 + n) / (10 + n) after n steps.
-        backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"compiled"``, ``"eager"``.
+        backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"cpp"``, ``"compiled"``, ``"eager"``.
         amp: ``"fused"`` takes the factor of a ``torch.amp.GradScaler`` out of the gradients inside the update, and
             skips there the step whose gradients are not finite; the host waits for nothing where Triton runs the rule.
             `max_grad_norm` is then of the gradients without their factor, and ``unscale_`` is not needed. None leaves
@@ -304,7 +304,10 @@ class RuleOptimizer(Optimizer):
 
     def started(self, group: dict[str, Any]) -> dict[str, float]:
         """What else than ``step`` is carried, as it is before the first step."""
-        return self.start_carried(plain_group(group)) | ({COUNT: 0.0} if averages(group) else {})
+        # Asked of every parameter: of an optimizer that carries nothing, no group is read for it.
+        nothing = type(self).start_carried is RuleOptimizer.start_carried
+        own = {} if nothing else self.start_carried(plain_group(group))
+        return own | ({COUNT: 0.0} if averages(group) else {})
 
     def counted_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""

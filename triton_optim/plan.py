@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
+from .cpp_build import warn_once
 from .dispatch import Backend, Choice, Request, choose, this_machine
 from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _BUCKETS: dict[Backend, tuple[str, str]] = {
     "triton": ("triton_backend", "TritonBucket"),
+    "cpp": ("cpp_backend", "CppBucket"),
     "compiled": ("compiled_backend", "CompiledBucket"),
     "eager": ("eager_backend", "EagerBucket"),
 }
@@ -405,22 +407,40 @@ def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, li
 
 
 def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict[Key, list[Member]]:
-    """The buckets with all compiled that they need. One that was chosen automatically and fails runs eagerly."""
+    """The buckets with all compiled that they need. One that was chosen automatically and fails is run by the next best
+    backend, at last eagerly, which needs nothing.
+    """
     ready: dict[Key, list[Member]] = {}
-    for key, own in members.items():
-        try:
-            bucket_class(key).prepare(optimizer, key, own)
-        except Exception as error:
-            reason = f"the {key.choice.backend} backend failed to compile: {type(error).__name__}: {error}"
-            if optimizer.backend != "auto":
-                raise RuntimeError(
-                    f'backend="{optimizer.backend}" cannot run {type(optimizer).__name__}: {reason}. '
-                    "Leave backend out to fall back to eager."
-                ) from error
-            warnings.warn(f"{type(optimizer).__name__} runs eagerly: {reason}", RuntimeWarning, stacklevel=2)
-            key = key._replace(choice=Choice("eager", reason), aligned=False)
+    for wanted, own in members.items():
+        key = wanted
+        while key.choice.backend != "eager" or key is wanted:
+            try:
+                bucket_class(key).prepare(optimizer, key, own)
+                break
+            except Exception as error:
+                reason = f"the {key.choice.backend} backend failed to compile: {type(error).__name__}: {error}"
+                if optimizer.backend != "auto":
+                    raise RuntimeError(
+                        f'backend="{optimizer.backend}" cannot run {type(optimizer).__name__}: {reason}. '
+                        "Leave backend out to fall back to another."
+                    ) from error
+                choice = next_best(key)
+                key = key._replace(choice=Choice(choice.backend, reason), aligned=False)
+        if key.choice.backend != wanted.choice.backend:
+            if key.choice.backend == "eager":
+                message = f"{type(optimizer).__name__} runs eagerly: {key.choice.reason}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            else:
+                warn_once(f"{key.choice.reason}. The {key.choice.backend} backend runs the steps instead.")
         ready.setdefault(key, []).extend(own)
     return ready
+
+
+def next_best(key: Key) -> Choice:
+    """What runs a bucket where the backend that was chosen cannot be built."""
+    if key.choice.backend == "cpp":
+        return choose(Request(key.device.type, key.dtypes[0]), this_machine()._replace(cpp=False))
+    return Choice("eager", "")
 
 
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .bucket import Bucket, Key
+from .bucket import Bucket, Key, addresses_of
 from .codecs import Codec, plain
 from .dispatch import this_machine
 from .gradient_norm import Norm, Scaling
@@ -151,10 +151,7 @@ class TritonBucket(Bucket):
         return step_signal(partials, scaling, self.optimizer.on_device(device).max_norm)
 
     def accept(self, gradients: list[Tensor | None]) -> bool:
-        try:
-            pointers = list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
-        except TypeError:  # one is None
-            pointers = [0 if g is None else g.data_ptr() for g in gradients]
+        pointers = addresses_of(gradients)
         if pointers != self.pointers:
             staged = array("q", pointers)
             if self.key.aligned and bool((torch.frombuffer(staged, dtype=torch.int64) & 15).any()):

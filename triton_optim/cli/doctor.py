@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..cpp_build import folder
 from ..dispatch import BACKENDS, Machine, Request, choose, cxx_compiler, this_machine, unable
 from ..table import table
 
@@ -67,6 +68,7 @@ def diagnosis(machine: Machine) -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": present,
         "cxx_compiler": cxx_compiler(),
+        "cpp_libraries": str(folder()),
         "interpreter": machine.interpreter,
         "choices": choices,
     }
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     facts = [[name, value or "not installed"] for name, value in found["versions"].items()]
     facts += [["python", found["python"]], ["platform", found["platform"]]]
     facts += [[kind, what] for kind, what in found["devices"].items()]
-    facts += [["C++ compiler", found["cxx_compiler"] or "none found (torch.compile on a CPU needs one; or set CXX)"]]
+    missing = "none found (the C++ and compiled backends on a CPU need one; or set CXX)"
+    facts += [["C++ compiler", found["cxx_compiler"] or missing], ["C++ libraries", found["cpp_libraries"]]]
     facts += [["TRITON_INTERPRET", "on: Triton kernels run on CPU tensors" if found["interpreter"] else "off"]]
     print(table(["", "found"], facts))
     print()

@@ -1,0 +1,51 @@
+// The norm of all gradients: a sum for each chunk, in double, in an order that depends on nothing but its size, so that
+// the bits are the same on every run and for any number of threads.
+
+enum Kind { SUM, SQUARES, LARGEST };
+
+static inline double read(const double *x) { return *x; }
+static inline double read(const float *x) { return *x; }
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+static inline double read(const Bfloat16 *x) { return from_bfloat16(x->bits); }
+static inline double read(const Float16 *x) { return from_float16(x->bits); }
+
+static inline double combined(Kind kind, double a, double x) {
+    if (kind == LARGEST) return a > x | a != a ? a : x;
+    return a + (kind == SQUARES ? x * x : x);
+}
+
+// first, chunks, gradients: as of `run`. sums: (chunks, 2) what is found, and how many elements are not finite.
+template <Kind KIND, class T>
+static void norms(int64_t works, const int64_t *first, const int64_t *chunks, const int64_t *gradients, double *sums,
+                  int64_t threads) {
+#pragma omp parallel for schedule(dynamic) num_threads((int)threads) if (threads > 1)
+    for (int64_t work = 0; work < works; ++work) {
+        for (int64_t c = first[work]; c < first[work + 1]; ++c) {
+            const T *x = (const T *)gradients[chunks[3 * c]] + chunks[3 * c + 1];
+            const int64_t n = gradients[chunks[3 * c]] ? chunks[3 * c + 2] - chunks[3 * c + 1] : 0;
+            constexpr int LANES = 32;
+            double lane[LANES] = {}, faults[LANES] = {};
+            int64_t i = 0;
+            for (; i + LANES <= n; i += LANES)
+#pragma omp simd
+                for (int j = 0; j < LANES; ++j) {
+                    const double size = __builtin_fabs(read(x + i + j));
+                    lane[j] = combined(KIND, lane[j], size);
+                    faults[j] += size < __builtin_inf() ? 0.0 : 1.0;
+                }
+            for (; i < n; ++i) {
+                const double size = __builtin_fabs(read(x + i));
+                lane[i % LANES] = combined(KIND, lane[i % LANES], size);
+                faults[i % LANES] += size < __builtin_inf() ? 0.0 : 1.0;
+            }
+            for (int half = LANES / 2; half; half /= 2)
+                for (int j = 0; j < half; ++j) {
+                    lane[j] = KIND == LARGEST ? combined(LARGEST, lane[j], lane[j + half]) : lane[j] + lane[j + half];
+                    faults[j] += faults[j + half];
+                }
+            sums[2 * c] = lane[0];
+            sums[2 * c + 1] = faults[0];
+        }
+    }
+}

@@ -1,0 +1,93 @@
+// The one loop of every rule on a CPU: chunks of any number of tensors, by as many threads as the caller says.
+//
+// Arithmetic is as written: nothing is contracted or reassociated, so that a result is that of the same operations in
+// torch, NaN, Inf and denormals included.
+
+// Each of N / 2 values with the one N / 2 further on, until one is left.
+template <int N, class T, class F>
+static inline void halve(T *x, F combine) {
+    if constexpr (N > 1) {
+#pragma omp simd
+        for (int i = 0; i < N / 2; ++i) x[i] = combine(x[i], x[i + N / 2]);
+        halve<N / 2>(x, combine);
+    }
+}
+
+// All of a block in one, by 16 lanes at first.
+template <int N, class T, class F>
+static inline T fold(const T *x, F combine) {
+    alignas(64) T lane[16];
+    for (int i = 0; i < 16; ++i) lane[i] = x[i];
+    for (int start = 16; start < N; start += 16)
+#pragma omp simd
+        for (int i = 0; i < 16; ++i) lane[i] = combine(lane[i], x[start + i]);
+    halve<16>(lane, combine);
+    return lane[0];
+}
+
+// A tensor of a role: bytes of an item, the elements it stands for, and whether incomplete blocks have all items.
+struct Part {
+    int64_t bytes, each;
+    bool padded;
+};
+
+#define STEP_PARAMETERS                                                                                         \
+    int64_t works, const int64_t *first, const int64_t *chunks, const int64_t *tensors, const int64_t *gradients, \
+        const double *rows, const int32_t *keys, int64_t threads
+#define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, threads
+
+static constexpr int64_t WRAP = (int64_t)1 << 32;
+
+// Update all chunks.
+//
+// first: (works + 1) the number of each thread's portion's first chunk; portions are taken one after the other.
+// chunks: (chunks, 3) a tensor, and its elements from where to where; a chunk starts with a block.
+// tensors: (tensors, COLUMNS) the number of elements, the row of scalars, the address of each part but the gradient.
+// gradients: (tensors) addresses; 0 for none, and then nothing is done.
+// rows: (rows, WIDTH) the factor of the gradient, the scalars of the rule, the weight in the average.
+// keys: (tensors, 4) what the random bits depend on: the index of the first element, its lower and upper half; hashes.
+// BLOCK: elements that `update` is given at a time. WHOLE: in memory of a whole block, where there are fewer.
+template <const Part *ABOUT, int PARTS, int GRADIENT, int WIDTH, int BLOCK, bool WHOLE, class Update>
+static void run(Update update, STEP_PARAMETERS) {
+    const auto portion = [&](int64_t work) {
+        for (int64_t c = first[work]; c < first[work + 1]; ++c) {
+            const int64_t *chunk = chunks + 3 * c, tensor = chunk[0];
+            if (!gradients[tensor]) continue;
+            const int64_t *entry = tensors + tensor * (1 + PARTS);
+            const double *row = rows + entry[1] * WIDTH;
+            const int32_t *key = keys + 4 * tensor;
+            const int64_t index = (int64_t)key[1] << 32 | (uint32_t)key[0];
+            char *parts[PARTS];
+            for (int i = 0; i < PARTS; ++i) {
+                const int64_t address = i == GRADIENT ? gradients[tensor] : entry[2 + i - (i > GRADIENT)];
+                parts[i] = (char *)address + chunk[1] / ABOUT[i].each * ABOUT[i].bytes;
+            }
+            for (int64_t start = chunk[1], n; start < chunk[2]; start += n) {
+                // An index of 32 bits is enough, as no block goes on where it wraps.
+                const int64_t here = index + start;
+                n = chunk[2] - start < BLOCK ? chunk[2] - start : BLOCK;
+                if (!WHOLE && (uint32_t)here + n > WRAP) n = WRAP - (uint32_t)here;
+                alignas(64) char memory[WHOLE ? PARTS : 1][WHOLE ? BLOCK * 8 : 1];
+                char *own[PARTS];
+                for (int i = 0; i < PARTS; ++i) {
+                    own[i] = parts[i];
+                    if (WHOLE && n < BLOCK && !ABOUT[i].padded) {
+                        memset(memory[i], 0, sizeof memory[i]);
+                        memcpy(own[i] = memory[i], parts[i], n * ABOUT[i].bytes);
+                    }
+                }
+                update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n);
+                for (int i = 0; i < PARTS; ++i) {
+                    if (own[i] != parts[i] && i != GRADIENT) memcpy(parts[i], own[i], n * ABOUT[i].bytes);
+                    parts[i] += WHOLE ? BLOCK / ABOUT[i].each * ABOUT[i].bytes : n * ABOUT[i].bytes;
+                }
+            }
+        }
+    };
+    if (threads == 1) {  // and no other is woken
+        for (int64_t work = 0; work < works; ++work) portion(work);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads((int)threads)
+    for (int64_t work = 0; work < works; ++work) portion(work);
+}

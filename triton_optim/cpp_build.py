@@ -1,0 +1,156 @@
+"""C++ sources compiled into libraries, and kept on disk by what they are made of.
+
+torch's own builders take longer to import than a first step may take (0.3 and 2.5 s), so the compiler is started here.
+A library is written beside its place and renamed into it: processes that build the same one at once do not meet, and
+none that has one loaded sees it change. It ends with a digest of itself: a damaged one, which could crash the process
+that loads it, is built again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+from .dispatch import cxx_compiler
+
+CACHE_VARIABLE = "TRITON_OPTIM_CACHE_DIR"
+TIME_LIMIT = 60.0  # seconds; a library takes a fraction of one
+
+# Threads of OpenMP are torch's own: its library is loaded already, and is found by its name. The loops of a block, of
+# known length, are not unrolled: that took three times as long to compile.
+# Integers wrap, as they do in torch and Triton. Neither errno nor the processor's exception flags are read by anyone;
+# with them, no loop with a root or a comparison is made of vectors. Products and sums are not contracted: so that a
+# step is, bit for bit, the eager one but for its roots, and as the loops wait for memory there is nothing to be won.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--param=max-completely-peel-times=4",
+    "-march=native",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fwrapv",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    # Without being asked, GCC leaves half of the longest vectors of a processor unused, which clock it down a little.
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+)
+
+
+class BuildError(Exception):
+    """There is no library, and why."""
+
+
+# What failed in this process is not tried again: by compiler where it hung, else by what was to be built.
+_failed: dict[str, str] = {}
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn of what this process has not been warned of yet."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def folder() -> Path:
+    """Where libraries are kept: ``$TRITON_OPTIM_CACHE_DIR``, else a folder of the user's cache."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton_optim"
+
+
+@cache
+def processor() -> str:
+    """What code for this processor depends on."""
+    try:
+        with open("/proc/cpuinfo") as file:  # of its many processors the first is enough
+            lines = iter(file.readline, "\n")
+            return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU ")))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def run(command: list[str]) -> str:
+    """Run a compiler; what it prints.
+
+    Raises:
+        BuildError: it is missing, takes too long, or fails.
+    """
+    what = command[0]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIME_LIMIT, stdin=subprocess.DEVNULL, errors="replace"
+        )
+    except subprocess.TimeoutExpired as error:
+        _failed[what] = f"{what} did not end within {TIME_LIMIT:g} s"
+        raise BuildError(_failed[what]) from error
+    except OSError as error:
+        raise BuildError(f"{what} cannot be started ({error})") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise BuildError(f"{what} failed ({done.returncode}): {said[0] if said else 'it says nothing'}")
+    return done.stdout
+
+
+@cache
+def version(compiler: str) -> str:
+    """What a compiler says it is."""
+    return run([compiler, "--version"])
+
+
+def library(source: str) -> ctypes.CDLL:
+    """The library of a C++ source, built unless it is kept.
+
+    Raises:
+        BuildError: there is no compiler, it hangs or fails, or the library cannot be kept or loaded.
+    """
+    compiler = cxx_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found")
+    if compiler in _failed:
+        raise BuildError(_failed[compiler])
+    made_of = "\0".join((source, *FLAGS, compiler, version(compiler), processor(), sys.platform))
+    place = folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+    if str(place) in _failed:
+        raise BuildError(_failed[str(place)])
+    try:
+        if not is_whole(place):
+            build(source, compiler, place)
+        return ctypes.CDLL(str(place))
+    except (BuildError, OSError) as error:
+        _failed[str(place)] = str(error)
+        raise BuildError(str(error)) from error
+
+
+def is_whole(place: Path) -> bool:
+    """Whether there is a library that ends with its digest."""
+    try:
+        content = place.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def build(source: str, compiler: str, place: Path) -> None:
+    """Compile a source into a library."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as own:
+            text, made = Path(own, "kernel.cpp"), Path(own, "kernel.so")
+            text.write_text(source)
+            run([compiler, *FLAGS, str(text), "-o", str(made)])
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())
+            made.replace(place)
+    except OSError as error:
+        raise BuildError(f"libraries cannot be kept in {place.parent} ({error}); set {CACHE_VARIABLE}") from error
