@@ -20,6 +20,7 @@ from .members import CPU, Cohort, Member
 from .on_device import OnDevice
 from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
 from .rows import Row, one_kind, plain_group, row_for
+from .state import State
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer, Variant
@@ -225,6 +226,8 @@ class Bucket(ABC):
         self._note_states()
 
     def _note_states(self) -> None:
+        # A dict of a user's own counts nothing.
+        self._changes = State.changes if all(type(m.state) is State for m in self.members) else None
         self._state_dicts = [m.state for m in self.members]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
         ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
@@ -356,9 +359,12 @@ class Bucket(ABC):
         values = self._values()
         if list(map(Tensor.data_ptr, values)) != self.addresses:
             return False
-        found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
-        if not all(map(is_, found, self._state_known)):
-            return False
+        if self._changes is None or self._changes != State.changes:
+            changes = State.changes
+            found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
+            if not all(map(is_, found, self._state_known)):
+                return False
+            self._changes = None if self._changes is None else changes
         # Code that moves an optimizer to another device and back keeps the tensors and sets their `data`: all of them,
         # so the first and the last tell.
         if any(local(state).data_ptr() != address for state, address in self._state_ends):

@@ -10,6 +10,7 @@ from torch import Tensor
 from .averaging import count_so_far
 from .codecs import AVERAGE, CORRECTIONS, COUNT, keep_parameter, keep_state
 from .rows import counted_dtype, requires_grad
+from .state import State
 
 if TYPE_CHECKING:
     from .bucket import Key
@@ -25,7 +26,7 @@ class Member:
 
     def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
-        self.state: dict[str, Any] = optimizer.state.get(p, {})
+        self.state: dict[str, Any] = optimizer.state.get(p, State())
         own_group = optimizer.param_groups[group]
         if "step" in self.state:
             count = int(self.state["step"])

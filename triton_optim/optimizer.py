@@ -36,6 +36,7 @@ from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
 from .rows import counted_dtype, plain_group
+from .state import watch
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -180,6 +181,7 @@ class RuleOptimizer(Optimizer):
         self._handle = opaque.register(self)
         carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
         super().__init__(params, defaults | carried)
+        watch(self)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -639,6 +641,7 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        watch(self)
         self._forget()
         # A copy has none of these; who loads a state dict keeps them.
         absent = {"backend": "auto", "amp": None, "_max_grad_norm": None, "_swapped": False, "_release": None}
