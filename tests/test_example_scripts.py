@@ -129,7 +129,7 @@ def test_command_line_says_where_the_plot_goes(load, monkeypatch, tmp_path):
 
 
 def test_every_script_is_tested_and_in_the_table():
-    tested_elsewhere = {"own_optimizer", "compiled_step"}  # test_examples.py
+    tested_elsewhere = {"own_optimizer", "compiled_step", "race_own"}  # test_examples.py, test_race.py
     tests = Path(__file__).read_text()
     table = (EXAMPLES / "README.md").read_text()
     for script in EXAMPLES.glob("*.py"):

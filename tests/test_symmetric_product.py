@@ -290,11 +290,11 @@ def test_errors(case: str) -> None:
 
 def test_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1, 2, 3)
-    monkeypatch.setattr(dispatch, "this_machine", lambda: dispatch.Machine(False, False, False))
+    monkeypatch.setattr(dispatch, "this_machine", lambda: dispatch.Machine(False, False, False, False))
     with pytest.raises(RuntimeError, match=r"on cpu: Triton is not installed\. Leave backend out"):
         symmetric_product(x, backend="triton")
     assert (symmetric_product(x) == 3).all()
-    monkeypatch.setattr(dispatch, "this_machine", lambda: dispatch.Machine(True, False, False))
+    monkeypatch.setattr(dispatch, "this_machine", lambda: dispatch.Machine(True, False, False, False))
     with pytest.raises(RuntimeError, match=r"it needs GPU tensors; these are on cpu\. Leave backend out"):
         symmetric_product(x, backend="triton")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,15 +65,18 @@ class Codec(NamedTuple):
         return sum(dtype.itemsize / each for dtype, each in zip(self.dtypes, self.each, strict=True))
 
 
+@cache
 def plain(dtype: torch.dtype) -> Codec:
     """Values as they are, rounded to the nearest."""
     return Codec("plain", (dtype,))
 
 
+@cache
 def stochastic(dtype: torch.dtype) -> Codec:
     return Codec(f"stochastic {_name(dtype)}", (dtype,), random=True)
 
 
+@cache
 def codes(state_dtype: str, nonnegative: bool) -> Codec:
     """Codes in blocks, ``"int8"`` or ``"int4"``; without a sign for what has none."""
     each, scale = {"int8": (1, torch.float32), "int4": (2, torch.bfloat16)}[state_dtype]
@@ -80,6 +84,7 @@ def codes(state_dtype: str, nonnegative: bool) -> Codec:
     return Codec(name, (torch.int8, scale), (SCALE,), (each, BLOCKS[state_dtype]), random=state_dtype == "int4")
 
 
+@cache
 def corrected(precision: str, dtype: torch.dtype) -> Codec:
     """A bfloat16 or float16 parameter with what its rounding left."""
     if precision == "master":
@@ -150,6 +155,8 @@ def held_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
 
 def part_names(codec: Codec, name: str | None) -> list[str]:
     """What the parts beside the first are called among the states; `name` is None for a parameter's."""
+    if not codec.suffixes:  # most have none
+        return []
     return [suffix if name is None else f"{name}_{suffix}" for suffix in codec.suffixes]
 
 
