@@ -377,6 +377,8 @@ def test_same_on_every_backend(case: Case, name: str, backend: str, device: torc
         pytest.skip("centered needs exact states: tests below")
     if not (case.name in ("AdamW", "Lion", "Adagrad") or name in ("stochastic int8", "split24")):
         pytest.skip("the codecs are the same for every rule: two of them for all, all of them for three")
+    if backend == "compiled" and case.name != "AdamW" and name != "stochastic int8":
+        pytest.skip("each takes seconds to compile: AdamW has all of them, and every rule one")
     ends = [everything(*trained(case.ours, name, b, device, **case.settings)) for b in ("eager", backend)]
     different = 0
     for a, b in zip(*ends, strict=True):
