@@ -30,11 +30,11 @@ class Headline(NamedTuple):
 
 RESNET50 = "resnet50 (161 tensors)"
 HEADLINES = (
-    Headline("AdamW, ResNet-50", "cpu_step", f"AdamW, {RESNET50}"),
-    Headline("AdamW, 64M parameters in 16 tensors", "cpu_step", "AdamW, 64M16 (16 tensors)"),
-    Headline("AdamW, 1,000 tensors of 1,000", "cpu_step", "AdamW, 1000x1k (1000 tensors)"),
-    Headline("SGD, which torch's fused does as well, ResNet-50", "cpu_step", f"SGD, {RESNET50}"),
-    Headline("RMSprop, which torch has no fused kernel for, ResNet-50", "cpu_step", f"RMSprop, {RESNET50}"),
+    Headline("AdamW, ResNet-50", "cpp_step", f"AdamW, {RESNET50}"),
+    Headline("AdamW, 64M parameters in 16 tensors", "cpp_step", "AdamW, 64M16 (16 tensors)"),
+    Headline("AdamW, 1,000 tensors of 1,000", "cpp_step", "AdamW, 1000x1k (1000 tensors)"),
+    Headline("SGD, which torch's fused does as well, ResNet-50", "cpp_step", f"SGD, {RESNET50}"),
+    Headline("RMSprop, which torch has no fused kernel for, ResNet-50", "cpp_step", f"RMSprop, {RESNET50}"),
     Headline("Muon, GPT-2's matrices", "matrix_step", "Muon, gpt2 (48 matrices)"),
     Headline(
         "AdamW, 64M, bf16 and bf16 states, rounded stochastically",
@@ -152,7 +152,7 @@ def all_results() -> str:
 def pictures() -> dict[str, tuple[str, Times]]:
     """Title and times of each picture, by the name of its file."""
     steps: dict[str, dict[str, float]] = {}
-    for record in results()["cpu_step"]["records"]:
+    for record in results()["cpp_step"]["records"]:
         figures = record["figures"]
         if record["case"].endswith(RESNET50) and "peer" in figures:
             label = f"{record['case'].removesuffix(f', {RESNET50}')} ({figures['peer']})"
@@ -164,9 +164,9 @@ def pictures() -> dict[str, tuple[str, Times]]:
             own = {"ours": figures["ms"]}
             fused = {f"torch-fused, {dtype}": figures[f"fused {dtype} ms"] for dtype in ("fp32", "bf16")}
             codecs[record["case"].partition("tensors), ")[2]] = own | fused
-    processors = {name: results()[name]["machine"]["processor"] for name in ("cpu_step", "codec_step")}
+    processors = {name: results()[name]["machine"]["processor"] for name in ("cpp_step", "codec_step")}
     return {
-        "cpu_step": (f"A step on ResNet-50, {processors['cpu_step']}", steps),
+        "cpp_step": (f"A step on ResNet-50, {processors['cpp_step']}", steps),
         "codec_step": (f"AdamW on 64M parameters in each codec, {processors['codec_step']}", codecs),
     }
 

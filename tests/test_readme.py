@@ -115,7 +115,7 @@ def test_a_changed_result_puts_them_out_of_step(number: str, tmp_path: Path, mon
         record = next(r for r in found["records"] if r["case"] == "Adam, resnet50 (161 tensors)")
         record["figures"]["ours ms"] += 1
     changed.write_text(json.dumps(found))
-    assert report.out_of_step() == (["README.md", "RESULTS.md"] if number == "text" else ["cpu_step.svg"])
+    assert report.out_of_step() == (["README.md", "RESULTS.md"] if number == "text" else ["cpp_step.svg"])
 
 
 def modules() -> list[str]:
