@@ -27,7 +27,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
 
 import triton_optim  # noqa: E402
-from triton_optim import triton_backend  # noqa: E402
+from triton_optim import gather, triton_backend  # noqa: E402
 from triton_optim.bench.models import parameters, shapes  # noqa: E402
 
 PACKAGE = str(Path(triton_optim.__file__).parent)
@@ -77,7 +77,7 @@ class Sampler:
                 return
             frame = frame.f_back
         if frame is not None:
-            self.lines[frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname] += 1
+            self.lines[frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_qualname] += 1
 
 
 def main() -> None:
@@ -91,6 +91,7 @@ def main() -> None:
     params = list(parameters(shapes(arguments.model), device))
     optimizer = triton_optim.AdamW(params, backend="triton")
     times = []
+    gather.library.load()  # as if training had gone on for a while
     with launches_replaced():
         for _ in range(200):
             give_new_gradients(params)

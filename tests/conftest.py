@@ -18,12 +18,15 @@ from functools import cache
 import pytest
 import references_matrix
 
-from triton_optim import compiled_backend, compiled_norm, newton_schulz
+from triton_optim import compiled_backend, compiled_norm, gather, newton_schulz, plan
 from triton_optim.dispatch import this_machine
 
 # Hundreds of graphs are compiled here: with half the slots each takes half the time. The examples, the demo and the
 # benchmarks, in processes of their own, have them all.
 compiled_backend.SLOTS = 2
+
+# From the second step on gradients are gathered by C++, as in a training that has gone on for a while.
+plan.STEPS = plan.WORTHWHILE = 1
 
 # One folder of C++ libraries for all processes of a run.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -105,6 +108,22 @@ def write_costs(request: pytest.FixtureRequest) -> bool:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gathering() -> None:
+    """What gathers gradients, compiled; where it cannot be, Python looks at them in all tests."""
+    gather.library.load()
+    assert gather.library.loaded is not None or not this_machine().cpp, gather.library.obstacle
+
+
+@pytest.fixture(params=["gathered", "looked at"])
+def gradients_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what must be noticed of gradients: by C++, and by Python."""
+    if request.param == "looked at":
+        monkeypatch.setattr(gather.library, "loaded", None)
+    elif gather.library.loaded is None:
+        pytest.skip(f"nothing gathers gradients here: {gather.library.obstacle}")
 
 
 @pytest.fixture(scope="module")

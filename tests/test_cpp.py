@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import abs, jit, sqrt, where
 
 import triton_optim
-from triton_optim import RuleOptimizer, cpp_build, cpp_chunks, cpp_norm
+from triton_optim import RuleOptimizer, cpp_build, cpp_chunks, cpp_norm, once
 from triton_optim.codecs import codes, plain
 from triton_optim.cpp_source import source
 from triton_optim.cpp_trace import UntranslatableError
@@ -66,7 +66,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
     monkeypatch.setenv("TRITON_OPTIM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cpp_build, "_failed", {})
-    monkeypatch.setattr(cpp_build, "_said", set())
+    monkeypatch.setattr(once, "_said", set())
     forget()
     yield tmp_path / "cache"
     monkeypatch.undo()

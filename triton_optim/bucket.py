@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -14,8 +15,9 @@ from torch import Tensor
 from .averaging import average_of, value_of, weight
 from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
+from .gather import Gatherer, gatherer_of
 from .gradient_norm import EUCLIDEAN, Norm, Scaling, partial_norms, signal_from
-from .layout import in_layout_of, is_sharded, local, locals_of, places, same_layout, with_local
+from .layout import all_aligned, in_layout_of, is_sharded, local, locals_of, places, same_layout, with_local
 from .members import CPU, Cohort, Member
 from .on_device import OnDevice
 from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
@@ -76,12 +78,12 @@ class Piece(NamedTuple):
     first: int  # the index of the first in the whole parameter
 
 
-def addresses_of(tensors: list[Tensor | None]) -> list[int]:
+def addresses_of(tensors: list[Tensor | None]) -> array[int]:
     """Where each tensor lies; 0 for None."""
     try:
-        return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:  # one is None
-        return [0 if t is None else t.data_ptr() for t in tensors]
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors])
 
 
 class Bucket(ABC):
@@ -90,6 +92,7 @@ class Bucket(ABC):
     # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
     reads_signal: ClassVar[bool] = False
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
+    takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members
@@ -114,6 +117,8 @@ class Bucket(ABC):
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
         self._all = len(members) == len(optimizer._flat) and self._indices == list(range(len(members)))
         self._guards: Any = None
+        self._gatherer: Gatherer | None = None
+        self._gathered = False  # whether it found the gradients of this step
         self.place_states(values)
         self._form_cohorts([tuple(m.numbers.values()) for m in members])
 
@@ -332,6 +337,9 @@ class Bucket(ABC):
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""
+        if self._gathered and self._gatherer is not None:
+            self._gatherer.written()
+            return
         written = self._values()
         if not self.complete:
             written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
@@ -357,9 +365,39 @@ class Bucket(ABC):
     def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
         """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
         values = self._values()
-        if list(map(Tensor.data_ptr, values)) != self.addresses:
+        if list(map(Tensor.data_ptr, values)) != self.addresses or not self._states_fit():
             return False
-        if self._changes is None or self._changes != State.changes:
+        own = gradients if self._all and isinstance(gradients, list) else [gradients[i] for i in self._indices]
+        try:
+            ready = self._guards is not None and self._guards.check(*values, *own)
+        except TypeError:  # one is None
+            ready = False
+        self._gathered = False
+        self.complete = ready or all(g is not None for g in own)
+        return self._take(own) if ready else self._examine(values, own)
+
+    def gather(self) -> bool:
+        """Whether the bucket can run with the gradients that its parameters have now. It learns only where they lie.
+
+        False says that :meth:`fits` must look at them.
+        """
+        found = self._gatherer
+        self._gathered = (
+            found is not None
+            and self._states_fit()
+            and found.gather()
+            and self.accept_addresses(found.addresses, found.aligned)
+        )
+        self.complete = self._gathered
+        return self._gathered
+
+    def note_gradients(self) -> None:
+        """After a step with the gradients that the parameters have: make ready to gather those of the next."""
+        if self.takes_addresses and self.complete and not self.key.variant.prologue:
+            self._gatherer = gatherer_of(self._params, self.key.dtypes[1]) or self._gatherer
+
+    def _states_fit(self) -> bool:
+        if self._changes != State.changes:
             changes = State.changes
             found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
             if not all(map(is_, found, self._state_known)):
@@ -367,15 +405,7 @@ class Bucket(ABC):
             self._changes = None if self._changes is None else changes
         # Code that moves an optimizer to another device and back keeps the tensors and sets their `data`: all of them,
         # so the first and the last tell.
-        if any(local(state).data_ptr() != address for state, address in self._state_ends):
-            return False
-        own = gradients if self._all and isinstance(gradients, list) else [gradients[i] for i in self._indices]
-        try:
-            ready = self._guards is not None and self._guards.check(*values, *own)
-        except TypeError:  # one is None
-            ready = False
-        self.complete = ready or all(g is not None for g in own)
-        return self._take(own) if ready else self._examine(values, own)
+        return all(local(state).data_ptr() == address for state, address in self._state_ends)
 
     def _values(self) -> list[Tensor]:
         """The parameters, as they are here."""
@@ -433,4 +463,16 @@ class Bucket(ABC):
 
     def accept(self, gradients: list[Tensor | None]) -> bool:
         """Make ready for what the rule will take as gradients; a backend may still refuse them."""
-        return True
+        if not self.takes_addresses:
+            return True
+        addresses = addresses_of(gradients)
+        return self.accept_addresses(addresses, not self.key.aligned or all_aligned(addresses))
+
+    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
+        """The same, of a backend that takes addresses.
+
+        Args:
+            addresses: where they lie; 0 for none.
+            aligned: whether all are multiples of 16, if that matters.
+        """
+        raise NotImplementedError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Key, addresses_of
+from .bucket import Bucket, Key
 from .codecs import Codec
 from .cpp_build import library
 from .cpp_chunks import Chunks
@@ -35,13 +35,14 @@ def step_of(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.
 class CppBucket(Bucket):
     """Holds the loop's tables: chunks and tensors, made once; gradients and rows, refreshed."""
 
+    takes_addresses = True
+
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
         self.chunks = Chunks(self.numels)
         kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
         own = zip(self.numels, kept, strict=True)
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own])
-        self.pointers: list[int] = []
         self.gradient_table = array("q")
         self.call = self.prepare(optimizer, key, members)
 
@@ -58,10 +59,8 @@ class CppBucket(Bucket):
     def launches(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> int:
         return 1
 
-    def accept(self, gradients: list[Tensor | None]) -> bool:
-        pointers = addresses_of(gradients)
-        if pointers != self.pointers:
-            self.pointers, self.gradient_table = pointers, array("q", pointers)
+    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
+        self.gradient_table = addresses
         return True
 
     def partial_norms(self, norm: Norm) -> list[Tensor]:

@@ -15,7 +15,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -52,14 +51,6 @@ class BuildError(Exception):
 
 # What failed in this process is not tried again: by compiler where it hung, else by what was to be built.
 _failed: dict[str, str] = {}
-_said: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """Warn of what this process has not been warned of yet."""
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def folder() -> Path:
@@ -80,6 +71,16 @@ def processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
+# Compilers at work.
+_running: set[subprocess.Popen[str]] = set()
+
+
+def stop() -> None:
+    """End the compilers that other threads wait for."""
+    for compiler in list(_running):
+        compiler.kill()
+
+
 def run(command: list[str]) -> str:
     """Run a compiler; what it prints.
 
@@ -87,19 +88,27 @@ def run(command: list[str]) -> str:
         BuildError: it is missing, takes too long, or fails.
     """
     what = command[0]
+    to_us = subprocess.PIPE
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIME_LIMIT, stdin=subprocess.DEVNULL, errors="replace"
+        started = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=to_us, stderr=to_us, text=True, errors="replace"
         )
-    except subprocess.TimeoutExpired as error:
-        _failed[what] = f"{what} did not end within {TIME_LIMIT:g} s"
-        raise BuildError(_failed[what]) from error
     except OSError as error:
         raise BuildError(f"{what} cannot be started ({error})") from error
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise BuildError(f"{what} failed ({done.returncode}): {said[0] if said else 'it says nothing'}")
-    return done.stdout
+    _running.add(started)
+    try:
+        out, errors = started.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired as error:
+        started.kill()
+        started.communicate()
+        _failed[what] = f"{what} did not end within {TIME_LIMIT:g} s"
+        raise BuildError(_failed[what]) from error
+    finally:
+        _running.discard(started)
+    if started.returncode:
+        said = (errors or out).strip().splitlines()
+        raise BuildError(f"{what} failed ({started.returncode}): {said[0] if said else 'it says nothing'}")
+    return out
 
 
 @cache
@@ -108,8 +117,13 @@ def version(compiler: str) -> str:
     return run([compiler, "--version"])
 
 
-def library(source: str) -> ctypes.CDLL:
+def library(source: str, flags: tuple[str, ...] = FLAGS, kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
     """The library of a C++ source, built unless it is kept.
+
+    Args:
+        source: the text.
+        flags: the compiler's options.
+        kind: ``ctypes.PyDLL`` where calls must not let other threads run Python meanwhile.
 
     Raises:
         BuildError: there is no compiler, it hangs or fails, or the library cannot be kept or loaded.
@@ -119,14 +133,14 @@ def library(source: str) -> ctypes.CDLL:
         raise BuildError("no C++ compiler was found")
     if compiler in _failed:
         raise BuildError(_failed[compiler])
-    made_of = "\0".join((source, *FLAGS, compiler, version(compiler), processor(), sys.platform))
+    made_of = "\0".join((source, *flags, compiler, version(compiler), processor(), sys.platform))
     place = folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
     if str(place) in _failed:
         raise BuildError(_failed[str(place)])
     try:
         if not is_whole(place):
-            build(source, compiler, place)
-        return ctypes.CDLL(str(place))
+            build(source, flags, compiler, place)
+        return kind(str(place))
     except (BuildError, OSError) as error:
         _failed[str(place)] = str(error)
         raise BuildError(str(error)) from error
@@ -141,14 +155,14 @@ def is_whole(place: Path) -> bool:
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
-def build(source: str, compiler: str, place: Path) -> None:
+def build(source: str, flags: tuple[str, ...], compiler: str, place: Path) -> None:
     """Compile a source into a library."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as own:
             text, made = Path(own, "kernel.cpp"), Path(own, "kernel.so")
             text.write_text(source)
-            run([compiler, *FLAGS, str(text), "-o", str(made)])
+            run([compiler, str(text), *flags, "-o", str(made)])
             content = made.read_bytes()
             made.write_bytes(content + hashlib.sha256(content).digest())
             made.replace(place)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpp_build import BuildError, library, warn_once
+from .cpp_build import BuildError, library
 from .cpp_chunks import Chunks
 from .cpp_source import header
 from .gradient_norm import Norm, eager_partial_norms
+from .once import warn_once
 
 KINDS = {"1": "SUM", "2": "SQUARES", "inf": "LARGEST"}
 _TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}

@@ -8,7 +8,7 @@ readers.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ _WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; 
 
 def header(name: str) -> str:
     """The text of a C++ file among the kernels."""
-    return Path(kernels.__path__[0], name).read_text()
+    return files(kernels).joinpath(name).read_text()
 
 
 class Part:

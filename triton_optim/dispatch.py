@@ -171,3 +171,17 @@ def choose(request: Request, machine: Machine) -> Choice:
     if obstacle is None:
         return Choice("compiled", f"torch.compile is the fastest here on {request.device}")
     return Choice("eager", obstacle)
+
+
+def next_best(failed: Backend, request: Request, machine: Machine) -> Backend:
+    """What runs a bucket that was chosen automatically where what was chosen cannot be built.
+
+    Example:
+        >>> import torch
+        >>> from triton_optim.dispatch import Machine, Request, next_best
+        >>> machine = Machine(triton=True, interpreter=False, compiler=True, cpp=True)
+        >>> next_best("cpp", Request("cpu", torch.float32), machine)
+        'compiled'
+    """
+    # Of the others, each is the last that can be compiled for its device.
+    return choose(request, machine._replace(cpp=False)).backend if failed == "cpp" else "eager"

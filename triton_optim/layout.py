@@ -13,13 +13,13 @@ from torch.nn import Parameter
 
 from .dispatch import Layout
 
-_ORDINARY = (Tensor, Parameter)  # a DTensor that is a parameter has another type
+ORDINARY = (Tensor, Parameter)  # a DTensor that is a parameter has another type
 _LOCAL, _PLACEMENTS = attrgetter("_local_tensor"), attrgetter("_spec.placements")
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor. One can only exist once its module is imported, which costs a second."""
-    if type(tensor) in _ORDINARY:
+    if type(tensor) in ORDINARY:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -27,7 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of `tensor` on this process, outside autograd and DTensor dispatch; an ordinary tensor is its own."""
-    if type(tensor) in _ORDINARY:
+    if type(tensor) in ORDINARY:
         return tensor
     shard: Any = getattr(tensor, "_local_tensor", tensor)
     own: Tensor = shard.wait() if hasattr(shard, "wait") else shard

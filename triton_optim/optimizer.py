@@ -339,9 +339,9 @@ class RuleOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             opaque.traced_step(self)
             return loss
-        self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
-        gradients = [p.grad for p in self._flat]
         if self._release is not None:
+            self._take_flat()
+            gradients = [p.grad for p in self._flat]
             told = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
             if any(value is not None for value in told):
                 raise RuntimeError(
@@ -350,26 +350,47 @@ class RuleOptimizer(Optimizer):
                 )
             self._release.step(gradients)
         else:
-            self.update(gradients)
+            self.update()
         return loss
 
     # A scheduler wraps `step` to note that it was called, in a file that Dynamo refuses to trace. `update` notes
     # it instead, which leaves `torch.compile(optimizer.step, fullgraph=True)` whole.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def update(self, gradients: list[Tensor | None]) -> None:
-        """Apply one step with these gradients, one for each parameter in the order of the groups; None skips it."""
+    def update(self, given: list[Tensor | None] | None = None) -> None:
+        """Apply one step.
+
+        Args:
+            given: the gradients, one for each parameter in the order of the groups; None skips a parameter. Left out,
+                those that the parameters have.
+        """
         self._check_not_swapped()
         self._opt_called = True
+        plan = None if given is not None or self._repeats or self._capturing() else self._plan
+        if plan is not None and plan.gather():
+            with torch.no_grad():
+                self._run(plan)
+            return
+        if given is None:
+            self._take_flat()
+        gradients = [p.grad for p in self._flat] if given is None else given
         self._check_capture(gradients)
         recording = any(group.get("differentiable") for group in self.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in self._rounds(gradients):
                 self._update(own)
+        if given is None and self._plan is not None and not self._repeats:
+            self._plan.note_gradients()
+
+    def _take_flat(self) -> None:
+        self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
+
+    def _capturing(self) -> bool:
+        return any(capturing(p.device) for p in self._flat[:1])
 
     def _check_capture(self, gradients: list[Tensor | None]) -> None:
         """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""
-        if not any(capturing(p.device) for p in self._flat[:1]):
+        if not self._capturing():
             return
         name = type(self).__name__
         if not all(group.get("capturable") for group in self.param_groups):
@@ -471,14 +492,16 @@ class RuleOptimizer(Optimizer):
             plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
             if not plan.fits(gradients):
                 raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
-        scaling = self._scaling()
-        signal = plan.step(scaling)
-        self.skipped = None if signal is None else signal[1]
-        self.grad_norm = None if signal is None or self.max_grad_norm is None else signal[2]
+        self._run(plan)
         if any(capturing(bucket.key.device) for bucket in plan.buckets):
             self._captured.append(plan)  # a replay uses its memory
         if fresh and self.state and self._was_probed(gradients):
             plan.rewind()
+
+    def _run(self, plan: Plan) -> None:
+        signal = plan.step(self._scaling())
+        self.skipped = None if signal is None else signal[1]
+        self.grad_norm = None if signal is None or self.max_grad_norm is None else signal[2]
 
     def _scaling(self) -> Scaling | None:
         """What this step does with all gradients; None where that is nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
-from .cpp_build import warn_once
-from .dispatch import Backend, Choice, Request, choose, this_machine
+from .dispatch import Backend, Choice, Request, choose, next_best, this_machine
+from .gather import STEPS, WORTHWHILE, Objects, library, without_gradient
 from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
 from .members import Member
+from .once import warn_once
 from .prologue import check_states, run_prologues, warm_prologue
+from .state import State, States
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -264,8 +267,13 @@ class Plan:
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values()) if place is None else []
+        self._states: States | None = None  # in which they were found, at a count of changes
+        self._changes = -1
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
+        self._ids_without = array("q", [id(params[i]) for i in self._without])
+        self._groups = [Objects(list(group["params"])) for group in optimizer.param_groups] if place is None else []
+        self._looked = 0  # steps for which Python looked at all gradients
 
     def covers(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters it was made for."""
@@ -273,14 +281,50 @@ class Plan:
 
     def fits(self, gradients: Gradients) -> bool:
         """Whether the plan can run a step with these (local) gradients. The buckets keep them for it."""
-        states = self.optimizer.state
         return (
             all(gradients[i] is None for i in self._without)
-            and len(states) == len(self._state_dicts)
-            and all(map(is_, states.values(), self._state_dicts))
-            and options_of(self.optimizer) == self.options
+            and self._still_holds()
             and all(bucket.fits(gradients) for bucket in self.buckets)
         )
+
+    def gather(self) -> bool:
+        """Whether the plan can run a step with the gradients that the parameters have now, of which it needs to know
+        only where they lie. False where :meth:`fits` must look at them.
+        """
+        return (
+            library.loaded is not None
+            and self._are_still_those_of(self.optimizer.param_groups)
+            and self._still_holds()
+            and not (self.sharded and self.optimizer.scales_gradients)  # ranks speak of their norm
+            and without_gradient(self._ids_without)
+            and all(bucket.gather() for bucket in self.buckets)
+        )
+
+    def _are_still_those_of(self, groups: list[dict[str, Any]]) -> bool:
+        own = self._groups
+        return len(groups) == len(own) and all(o.are(group["params"]) for o, group in zip(own, groups, strict=True))
+
+    def note_gradients(self) -> None:
+        """After a step for which Python looked at the gradients that the parameters have: now and then, make ready to
+        gather those of the next.
+        """
+        self._looked += 1
+        if self._looked % STEPS == 0 and len(self.params) >= WORTHWHILE:
+            library.begin()
+            for bucket in self.buckets:
+                bucket.note_gradients()
+
+    def _still_holds(self) -> bool:
+        return self._states_are_there() and options_of(self.optimizer) == self.options
+
+    def _states_are_there(self) -> bool:
+        states, changes = self.optimizer.state, State.changes
+        if states is self._states and changes == self._changes:
+            return True
+        there = len(states) == len(self._state_dicts) and all(map(is_, states.values(), self._state_dicts))
+        if there and type(states) is States:  # another dict counts nothing
+            self._states, self._changes = states, changes
+        return there
 
     def step(self, scaling: Scaling | None = None) -> Tensor | None:
         """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run.
@@ -334,7 +378,7 @@ class Plan:
             found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
             partials = on_one_device(found, device)
         elif scaling.reads:
-            busy = (bucket for bucket in self.buckets if any(g is not None for g in bucket.gradients))
+            busy = (b for b in self.buckets if b.complete or any(g is not None for g in b.gradients))
             found = [part for bucket in busy for part in bucket.partial_norms(EUCLIDEAN)]
             partials = on_one_device(found, device)
         for bucket in self.buckets:
@@ -424,8 +468,8 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
                         f'backend="{optimizer.backend}" cannot run {type(optimizer).__name__}: {reason}. '
                         "Leave backend out to fall back to another."
                     ) from error
-                choice = next_best(key)
-                key = key._replace(choice=Choice(choice.backend, reason), aligned=False)
+                backend = next_best(key.choice.backend, Request(key.device.type, key.dtypes[0]), this_machine())
+                key = key._replace(choice=Choice(backend, reason), aligned=False)
         if key.choice.backend != wanted.choice.backend:
             if key.choice.backend == "eager":
                 message = f"{type(optimizer).__name__} runs eagerly: {key.choice.reason}"
@@ -434,13 +478,6 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
                 warn_once(f"{key.choice.reason}. The {key.choice.backend} backend runs the steps instead.")
         ready.setdefault(key, []).extend(own)
     return ready
-
-
-def next_best(key: Key) -> Choice:
-    """What runs a bucket where the backend that was chosen cannot be built."""
-    if key.choice.backend == "cpp":
-        return choose(Request(key.device.type, key.dtypes[0]), this_machine()._replace(cpp=False))
-    return Choice("eager", "")
 
 
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""A parameter's state as a dict that counts its changes, so that a step need not look at every value of every one."""
+"""An optimizer's states as dicts that count their changes, so that a step need not look at every value of every one."""
 
 from __future__ import annotations
 
@@ -21,27 +21,35 @@ class State(dict[str, Any]):
         1
     """
 
-    changes: ClassVar[int] = 0  # of all states there are
+    changes: ClassVar[int] = 0  # of all states there are, and of which parameters have which
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 
-def _counted(name: str) -> Callable[..., Any]:
-    method = getattr(dict, name)
+class States(defaultdict[Any, Any]):
+    """The state of each parameter, a defaultdict in all that it does, and saved and copied as one."""
 
-    def changing(self: State, *args: Any, **kwargs: Any) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+
+def _counted(kind: type, name: str) -> Callable[..., Any]:
+    method = getattr(kind, name)
+
+    def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         State.changes += 1
         return method(self, *args, **kwargs)
 
     return changing
 
 
-for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(State, _name, _counted(_name))
+for _kind in (State, States):
+    for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+        setattr(_kind, _name, _counted(_kind, _name))
 
 
 def watch(optimizer: RuleOptimizer) -> None:
     """Make the states of an optimizer, those to come too, such dicts."""
     states = {p: State(state) if type(state) is dict else state for p, state in optimizer.state.items()}
-    optimizer.state = defaultdict(State, states)
+    optimizer.state = States(State, states)

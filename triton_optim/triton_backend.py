@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .bucket import Bucket, Key, addresses_of
+from .bucket import Bucket, Key
 from .codecs import Codec, plain
 from .dispatch import this_machine
 from .gradient_norm import Norm, Scaling
@@ -100,6 +100,7 @@ class TritonBucket(Bucket):
     """Holds the kernel's tables on the device: chunks and tensors, made once; gradients and rows, refreshed."""
 
     reads_signal = True
+    takes_addresses = True
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
@@ -107,7 +108,7 @@ class TritonBucket(Bucket):
         addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
         own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
-        self.pointers: list[int] = []
+        self.pointers = array("q")
         self.numbers = self.chunks  # not read
         if key.random:
             first = torch.tensor([piece.first for piece in self.pieces])
@@ -150,19 +151,18 @@ class TritonBucket(Bucket):
 
         return step_signal(partials, scaling, self.optimizer.on_device(device).max_norm)
 
-    def accept(self, gradients: list[Tensor | None]) -> bool:
-        pointers = addresses_of(gradients)
-        if pointers != self.pointers:
-            staged = array("q", pointers)
-            if self.key.aligned and bool((torch.frombuffer(staged, dtype=torch.int64) & 15).any()):
+    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
+        if addresses != self.pointers:
+            staged = addresses[:]
+            if self.key.aligned and not aligned:
                 return False
             if capturing(self.key.device):
                 self._take_captured(staged)
             else:
                 self.gradient_table = to_device(staged, torch.int64, self.key.device)
                 if self.key.capturable and self._staging is None and self.key.device.type != "cpu":
-                    self._staging = torch.empty(len(pointers), dtype=torch.int64, pin_memory=True)
-            self.pointers = pointers
+                    self._staging = torch.empty(len(staged), dtype=torch.int64, pin_memory=True)
+            self.pointers = staged
         return True
 
     def _take_captured(self, staged: array[int]) -> None:

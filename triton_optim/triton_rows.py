@@ -120,19 +120,26 @@ def assembled(
     return Recording(h, code, sources, keeps)
 
 
-def numbers_of(optimizer: RuleOptimizer, group: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
-    """What the row of a cohort is formed of now."""
+def own_numbers(optimizer: RuleOptimizer) -> dict[str, Any]:
+    """The numbers of an optimizer of its own, which its scalars may be formed of, too."""
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name[0] != "_" and type(value) in (bool, int, float, str)
+    }
+
+
+def numbers_of(group: dict[str, Any], own: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
+    """What the row of a cohort is formed of now.
+
+    Args:
+        own: of own_numbers.
+    """
     read = held.names(cohort.group)
     for name, value in group.items():
         if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
             read[name] = (("own", name), value.dtype)
     fixed = {name: value for name, value in group.items() if name not in read and name not in ("params", "param_names")}
-    # An optimizer's own numbers may be used, too.
-    own = {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name[0] != "_" and type(value) in (bool, int, float, str)
-    }
     kept = {name: value.dtype for name, value in cohort.shared.items()}
     return Numbers(plain_group(fixed), own, cohort.unshared, read, kept)
 
@@ -175,9 +182,9 @@ class TritonRows:
         Returns:
             Rows of which the type of ``h`` is all that is known here.
         """
-        groups = self._optimizer.param_groups
+        groups, own = self._optimizer.param_groups, own_numbers(self._optimizer)
         numbers = [
-            numbers_of(self._optimizer, groups[c.group], c, held) if there else None
+            numbers_of(groups[c.group], own, c, held) if there else None
             for c, there in zip(cohorts, active, strict=True)
         ]
         if any(has_tensor(n.fixed) for n in numbers if n is not None):

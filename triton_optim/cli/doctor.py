@@ -14,6 +14,7 @@ import torch
 
 from ..cpp_build import folder
 from ..dispatch import BACKENDS, Machine, Request, choose, cxx_compiler, this_machine, unable
+from ..gather import library
 from ..table import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
@@ -45,6 +46,7 @@ def devices() -> dict[str, str]:
 
 def diagnosis(machine: Machine) -> dict[str, Any]:
     """All that the command tells."""
+    library.load()  # as a training would, once it has gone on for a while
     present = devices()
     kinds = [*present, *(kind for kind in ("cuda", "xpu", "mps") if kind not in present)]
     choices = []
@@ -69,6 +71,8 @@ def diagnosis(machine: Machine) -> dict[str, Any]:
         "devices": present,
         "cxx_compiler": cxx_compiler(),
         "cpp_libraries": str(folder()),
+        "gathers_gradients": library.loaded is not None,
+        "gathers_gradients_obstacle": library.obstacle,
         "interpreter": machine.interpreter,
         "choices": choices,
     }
@@ -82,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     facts += [[kind, what] for kind, what in found["devices"].items()]
     missing = "none found (the C++ and compiled backends on a CPU need one; or set CXX)"
     facts += [["C++ compiler", found["cxx_compiler"] or missing], ["C++ libraries", found["cpp_libraries"]]]
+    gathers = "in one C++ call" if found["gathers_gradients"] else f"one by one: {found['gathers_gradients_obstacle']}"
+    facts += [["gradients are found", gathers]]
     facts += [["TRITON_INTERPRET", "on: Triton kernels run on CPU tensors" if found["interpreter"] else "off"]]
     print(table(["", "found"], facts))
     print()

@@ -1,0 +1,158 @@
+// The addresses of the gradients of many parameters, gathered in one call that makes no Python object of any: to ask for
+// them one by one takes longer than all else that the host does in a step.
+//
+// Of a Python object, only words are read of which gather.py found out, in this process, what they hold.
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+namespace {
+
+using c10::TensorImpl;
+
+// Where in an object is what, in bytes.
+struct Words {
+    int64_t tensor;  // in a tensor's Python object: the tensor itself
+    int64_t object;  // in a tensor: its Python object
+    int64_t local;   // in a DTensor's Python object: its local part's
+    int64_t spec;    // in a DTensor's Python object: how it is sharded
+};
+
+char *word(const void *object, int64_t place) {
+    return *reinterpret_cast<char *const *>(static_cast<const char *>(object) + place);
+}
+
+char *type_of(const void *object) { return word(object, sizeof(void *)); }
+
+// A parameter as it was when it was noted.
+struct Known {
+    const char *object;
+    const char *spec;  // of a DTensor's gradient; null for an ordinary parameter
+    void *data;
+    c10::DispatchKeySet keys;
+    caffe2::TypeMeta dtype;
+    size_t rank, dims;  // its sizes and then its strides start there
+};
+
+struct Bucket {
+    Words words;
+    const char *plain_type;  // torch.Tensor
+    caffe2::TypeMeta gradient;
+    std::vector<Known> known;
+    std::vector<int64_t> dims;
+};
+
+// The keys that say how a tensor is kept, and not whether autograd follows it.
+c10::DispatchKeySet kept(c10::DispatchKeySet keys) { return keys - c10::autograd_dispatch_keyset_with_ADInplaceOrView; }
+
+TensorImpl *tensor_of(const Words &words, const void *object) {
+    return reinterpret_cast<TensorImpl *>(word(object, words.tensor));
+}
+
+// The tensor of a parameter's object, or of its local part, null where that is not an ordinary tensor.
+TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
+    if (sharded) {
+        object = word(object, bucket.words.local);
+        if (object == nullptr || type_of(object) != bucket.plain_type) return nullptr;
+    }
+    return tensor_of(bucket.words, object);
+}
+
+TensorImpl *gradient_of(const Bucket &bucket, const Known &known) {
+    const at::Tensor &gradient = tensor_of(bucket.words, known.object)->grad();
+    if (!gradient.defined()) return nullptr;
+    TensorImpl *whole = gradient.unsafeGetTensorImpl();
+    if (known.spec == nullptr) return whole;
+    const auto own = reinterpret_cast<uintptr_t>(word(whole, bucket.words.object)) & ~uintptr_t(1);  // a flag, once
+    const auto *object = reinterpret_cast<const char *>(own);
+    if (object == nullptr || type_of(object) != type_of(known.object)) return nullptr;
+    return word(object, bucket.words.spec) == known.spec ? values_of(bucket, object, true) : nullptr;
+}
+
+bool as_known(const Bucket &bucket, const Known &known, const TensorImpl *p) {
+    const int64_t *sizes = bucket.dims.data() + known.dims, *strides = sizes + known.rank;
+    return p->key_set() == known.keys && p->dtype() == known.dtype && p->sizes().equals({sizes, known.rank}) &&
+           p->strides().equals({strides, known.rank});
+}
+
+// Whether the elements of a gradient lie as the parameter's.
+bool alike(const TensorImpl *p, const TensorImpl *g) {
+    if (p->sizes() != g->sizes() || kept(p->key_set()) != kept(g->key_set())) return false;
+    const auto sizes = p->sizes(), ours = p->strides(), theirs = g->strides();
+    for (size_t i = 0; i < sizes.size(); ++i)
+        if (sizes[i] != 1 && ours[i] != theirs[i]) return false;
+    return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of Python's stable interface, so that its headers need not be installed.
+ssize_t PyList_Size(PyObject *);
+PyObject *PyList_GetItem(PyObject *, ssize_t);
+
+// Notes parameters. `specs` has a null for each that is an ordinary tensor; `like` is a tensor of the gradients' dtype.
+// Null where one of them is of a kind that Python must look at.
+void *note(const Words *words, int64_t n, const char *const *objects, const char *const *specs, const void *like) try {
+    auto bucket = std::make_unique<Bucket>();
+    bucket->words = *words;
+    bucket->plain_type = type_of(like);
+    bucket->gradient = tensor_of(*words, like)->dtype();
+    for (int64_t i = 0; i < n; ++i) {
+        TensorImpl *p = values_of(*bucket, objects[i], specs[i] != nullptr);
+        if (p == nullptr || p->is_inference() || p->is_python_dispatch() || p->layout() != c10::kStrided) return nullptr;
+        const size_t rank = p->dim(), dims = bucket->dims.size();
+        bucket->known.push_back({objects[i], specs[i], p->mutable_data(), p->key_set(), p->dtype(), rank, dims});
+        bucket->dims.insert(bucket->dims.end(), p->sizes().begin(), p->sizes().end());
+        bucket->dims.insert(bucket->dims.end(), p->strides().begin(), p->strides().end());
+    }
+    return bucket.release();
+} catch (...) {
+    return nullptr;
+}
+
+void forget(void *bucket) { delete static_cast<Bucket *>(bucket); }
+
+// Fills in where the gradients lie. Negative where Python must look: a parameter is not what it was, or a gradient is
+// missing, or not kept as its parameter. Else 1 where all addresses are multiples of 16, and 0 where one is not.
+int gather(const void *of, int64_t *addresses) try {
+    const Bucket &bucket = *static_cast<const Bucket *>(of);
+    int64_t all = 0;
+    for (const Known &known : bucket.known) {
+        TensorImpl *p = values_of(bucket, known.object, known.spec != nullptr);
+        if (p == nullptr || !as_known(bucket, known, p) || p->mutable_data() != known.data) return -1;
+        const TensorImpl *g = gradient_of(bucket, known);
+        if (g == nullptr || g->dtype() != bucket.gradient || !alike(p, g)) return -1;
+        *addresses = reinterpret_cast<int64_t>(g->data());
+        all |= *addresses++;
+    }
+    return all % 16 == 0;
+} catch (...) {
+    return -1;
+}
+
+int64_t tensor_size() { return sizeof(TensorImpl); }
+
+// Whether a list of Python's holds these objects. None of them is read: a thousand may lie outside of all caches.
+bool holds(PyObject *list, int64_t n, const PyObject *const *objects) {
+    if (PyList_Size(list) != n) return false;
+    for (int64_t i = 0; i < n; ++i)
+        if (PyList_GetItem(list, i) != objects[i]) return false;
+    return true;
+}
+
+// Whether none of these parameters has a gradient.
+bool without(const Words *words, int64_t n, const char *const *objects) {
+    for (int64_t i = 0; i < n; ++i)
+        if (tensor_of(*words, objects[i])->grad().defined()) return false;
+    return true;
+}
+
+// Tells autograd that the parameters were written.
+void written(const void *of) {
+    const Bucket &bucket = *static_cast<const Bucket *>(of);
+    for (const Known &known : bucket.known) values_of(bucket, known.object, known.spec != nullptr)->bump_version();
+}
+}

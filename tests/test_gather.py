@@ -1,0 +1,289 @@
+"""Gradients gathered in C++: whatever happens to parameters and gradients between steps is noticed, and what is usual
+takes no look of Python's.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import Parameter
+
+import triton_optim as to
+from triton_optim import cpp_build, gather
+from triton_optim.plan import Plan
+
+pytestmark = pytest.mark.skipif(not gather.this_machine().cpp, reason="what gathers is built on Linux with a compiler")
+SHAPES = [(3, 2, 1, 1), (4, 2, 3, 3), (7,), (), (5, 2)]
+STEPS = 6
+DISTURBED = 3  # the step before which something happens
+
+
+def made(device):
+    random = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=random).to(device)) for shape in SHAPES]
+
+
+def give_gradients(params, step):
+    random = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=random).to(p.device, getattr(p, "grad_dtype", None) or p.dtype)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The steps for which Python looked at the gradients: True where they could be used."""
+    found, fits = [], Plan.fits
+    monkeypatch.setattr(Plan, "fits", lambda self, g: found.append(fits(self, g)) or found[-1])
+    return found
+
+
+def move(opt, params):
+    params[1].data = params[1].data.clone()
+
+
+def reshape(opt, params):
+    params[4].data = params[4].data.view(2, 5)  # where it was
+    params[4].grad = params[4].grad.view(2, 5)
+
+
+def restride(opt, params):
+    params[1].data = params[1].data.to(memory_format=torch.channels_last)
+
+
+def widen(opt, params):
+    for p in params:
+        p.data = p.data.double()
+        p.grad = p.grad.double()
+
+
+def swap(opt, params):
+    # What autograd holds of a parameter, and its gradient, would be swapped too.
+    grad, params[2].grad = params[2].grad, None
+    torch.utils.swap_tensors(params[2], Parameter(params[2].detach() * 2))
+    params[2].grad = grad
+
+
+def replace(opt, params):
+    new = Parameter(params[2].detach() + 1)
+    new.grad = params[2].grad
+    opt.state[new] = opt.state.pop(params[2])
+    params[2] = opt.param_groups[0]["params"][2] = new
+
+
+def skip(opt, params):
+    params[0].grad = None
+
+
+def freeze(opt, params):
+    for p in params:
+        p.grad = None
+
+
+def transpose(opt, params):
+    params[4].grad = params[4].grad.t().contiguous().t()
+
+
+def negate(opt, params):
+    params[2].grad = torch.complex(torch.zeros_like(params[2]), params[2].grad).conj().imag
+    assert params[2].grad.is_neg()
+
+
+def narrow(opt, params):
+    for p in params:
+        g, p.grad = p.grad, None
+        p.grad_dtype = torch.bfloat16
+        p.grad = g.bfloat16()
+
+
+def make_sparse(opt, params):
+    params[4].grad = params[4].grad.to_sparse()
+
+
+def expand(opt, params):
+    params[4].grad = torch.ones((), device=params[4].device).expand(5, 2)
+
+
+def load_states(opt, params):
+    opt.load_state_dict(opt.state_dict())
+
+
+def replace_state(opt, params):
+    opt.state[params[1]]["exp_avg"] = torch.ones_like(params[1])
+
+
+def add_group(opt, params):
+    params.append(Parameter(torch.ones(3, device=params[0].device)))
+    params[-1].grad = torch.ones_like(params[-1])
+    opt.add_param_group({"params": [params[-1]], "lr": 0.5})
+
+
+def shift_gradient(opt, params):
+    params[2].grad = torch.cat((params[2].grad[:1], params[2].grad))[1:]  # at no multiple of 16
+
+
+def change_rate(opt, params):
+    opt.param_groups[0]["lr"] = 0.5
+
+
+DISTURBANCES = [move, reshape, restride, widen, swap, replace, skip, freeze, transpose, negate, narrow, make_sparse,
+                expand, load_states, replace_state, add_group, shift_gradient, change_rate]  # fmt: skip
+
+
+def run(disturb, backend, device, mark=lambda: None):
+    params = made(device)
+    # A state keeps its shape, and would not be that of a parameter that is reshaped.
+    kind = to.SGD if disturb is reshape else to.AdamW
+    opt = kind(params, lr=0.1, backend=backend)
+    for step in range(STEPS):
+        give_gradients(params, step)
+        if step == DISTURBED:
+            mark()
+            try:
+                disturb(opt, params)
+            except RuntimeError as error:
+                pytest.skip(f"torch does not do it: {error}")
+        try:
+            opt.step()
+        except RuntimeError as error:  # of a kind that is refused
+            return [str(error), *(p.detach() for p in params)]
+    return [t.detach() for p in params for t in (p, *opt.state.get(p, {}).values())]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda d: d.__name__)
+def test_what_happens_between_steps_is_noticed(disturb, backend, device, looks, monkeypatch):
+    if backend == "cpp" and device.type != "cpu":
+        pytest.skip("the C++ backend needs CPU tensors; a GPU is tested here")
+    before = []
+    gathered = run(disturb, backend, device, mark=lambda: before.append(list(looks)))
+    # Python has looked at the first step's, to plan it, and at none after it.
+    assert before == [[True]]
+    monkeypatch.setattr(gather.library, "loaded", None)
+    looked_at = run(disturb, backend, device)
+    assert len(gathered) == len(looked_at)
+    for ours, theirs in zip(gathered, looked_at, strict=True):
+        assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("disturb", [None, change_rate], ids=["nothing", "rate"])
+def test_usual_steps_take_no_look(disturb, device, looks):
+    run(disturb or (lambda opt, params: None), "auto", device)
+    assert looks == [True]
+
+
+def test_a_frozen_parameter_that_gets_a_gradient_is_noticed(device):
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1)
+    for step in range(STEPS):
+        give_gradients(params, step)
+        if step < DISTURBED:
+            params[2].grad = None
+        before = params[2].detach().clone()
+        opt.step()
+        assert torch.equal(params[2], before) == (step < DISTURBED)
+    assert opt.state[params[2]]["step"] == STEPS - DISTURBED
+
+
+def test_autograd_notices_the_writes(device):
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1)
+    for step in range(3):
+        give_gradients(params, step)
+        versions = [p._version for p in params]
+        opt.step()
+        assert [p._version for p in params] == [v + 1 for v in versions]
+
+
+def test_parameters_are_not_kept_alive(device):
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1)
+    for step in range(3):
+        give_gradients(params, step)
+        opt.step()
+    assert all(bucket._gatherer is not None for bucket in opt._plan.buckets)
+    gone = [weakref.ref(params[0]), weakref.ref(opt._plan.buckets[0]._gatherer)]
+    del params, opt
+    gc.collect()
+    assert [there() for there in gone] == [None, None]
+
+
+@pytest.fixture
+def mesh(device):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh(device.type, (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def give_sharded(params, step, placements):
+    random = torch.Generator().manual_seed(step)
+    for p in params:
+        own = torch.randn(p.shape, generator=random).to(p.device)
+        p.grad = DTensor.from_local(own, p.device_mesh, placements, run_check=False)
+
+
+@pytest.mark.parametrize("placements", [[Shard(0)], [Replicate()]], ids=str)
+def test_sharded_gradients_are_gathered(placements, mesh, device, looks):
+    """Each step's are new objects; of one kind of sharding, or of another."""
+    steps = []
+    for gathers in (True, False):
+        values = [p.detach() for p in made(device) if p.dim()]
+        params = [Parameter(DTensor.from_local(v.clone(), mesh, [Shard(0)], run_check=False)) for v in values]
+        opt = to.AdamW(params, lr=0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            if not gathers:
+                patch.setattr(gather.library, "loaded", None)
+            spec = params[0]._spec
+            for step in range(STEPS):
+                give_sharded(params, step, [Shard(0)] if step != DISTURBED else placements)
+                for p in params:  # as FSDP does
+                    if p.grad.placements == p.placements:
+                        p.grad = DTensor(p.grad._local_tensor, p._spec, requires_grad=False)
+                opt.step()
+            assert params[0]._spec is spec
+        steps.append([t.to_local() for p in params for t in (p.detach(), opt.state[p]["exp_avg"])])
+        if gathers:
+            assert looks == [True] if placements == [Shard(0)] else looks == [True, True]
+    assert all(map(torch.equal, *steps))
+
+
+def test_a_compiler_that_fails_is_not_in_the_way(device, monkeypatch):
+    library = gather.Library()
+    monkeypatch.setattr(gather, "flags", lambda: ("--no-such-option",))
+    library.begin()
+    library._thread.join()
+    assert library.loaded is None
+    assert "no-such-option" in library.obstacle
+    monkeypatch.setattr("triton_optim.plan.library", library)
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1)
+    for step in range(3):
+        give_gradients(params, step)
+        opt.step()
+    assert opt.state[params[0]]["step"] == 3
+
+
+def test_a_process_that_ends_meanwhile_leaves_nothing(tmp_path):
+    """It is compiled beside the training. A run that is over sooner ends at once, and nothing half done is kept."""
+    program = """
+        import time
+        from triton_optim import cpp_build, gather
+        cpp_build.version(gather.cpp_build.cxx_compiler())
+        gather.library.begin()
+        while not cpp_build._running:
+            time.sleep(0.001)
+    """
+    environment = {**os.environ, cpp_build.CACHE_VARIABLE: str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,212 @@
+"""Where the gradients of many parameters lie, found in one call: see kernels/gather.cpp.
+
+The call is compiled against torch's headers, which takes seconds, so that is done beside the training once it has gone
+on for a while, and kept on disk. Until then, and where it cannot be compiled, Python looks at every gradient.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import threading
+import weakref
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpp_build, kernels
+from .dispatch import this_machine
+from .layout import ORDINARY, is_sharded
+
+WORD = ctypes.sizeof(ctypes.c_void_p)
+
+# Compiling takes as long as thousands of steps of few parameters, and a short run would not see its end.
+WORTHWHILE = 32  # parameters
+STEPS = 16  # that a plan has run
+
+
+class Words(ctypes.Structure):
+    """Where in an object is what, in bytes: kernels/gather.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("tensor", "object", "local", "spec")]
+
+
+def place_of(value: int, start: int, length: int) -> int | None:
+    """Where in `length` bytes from `start` on this word stands, but for its lowest bit; None if nowhere."""
+    words = (ctypes.c_size_t * (length // WORD)).from_address(start)
+    return next((i * WORD for i, word in enumerate(words) if word & ~1 == value), None)
+
+
+@cache
+def plain_words() -> tuple[int, int] | None:
+    """Where a tensor's Python object has the tensor, and the tensor its object; None if it cannot be found out."""
+    made = torch.empty(0)
+    tensor = place_of(made._cdata, id(made), type(made).__basicsize__)
+    back = place_of(id(made), made._cdata, library.loaded.tensor_size())
+    return None if tensor is None or back is None else (tensor, back)
+
+
+def words_of(params: Sequence[Tensor]) -> Words | None:
+    """Where all is in these parameters; None if it cannot be found out."""
+    plain = plain_words()
+    sharded: Any = next(filter(is_sharded, params), None)
+    if plain is None or sharded is None:
+        return None if plain is None else Words(*plain, 0, 0)
+    length = type(sharded).__basicsize__
+    local = place_of(id(sharded._local_tensor), id(sharded), length)
+    spec = place_of(id(sharded._spec), id(sharded), length)
+    return None if local is None or spec is None else Words(*plain, local, spec)
+
+
+class Library:
+    """The compiled call, one for a process."""
+
+    def __init__(self) -> None:
+        self.loaded: Any = None
+        self.obstacle: str | None = None  # why there is none, once that is known
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Compile it, if that was not begun yet, beside what goes on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self.load, daemon=True, name="triton_optim.gather")
+            self._thread.start()
+            atexit.register(self._end)
+
+    def load(self) -> None:
+        """Compile it, or take it from disk."""
+        try:
+            if not this_machine().cpp:
+                raise cpp_build.BuildError("it is built on Linux only, and needs a C++ compiler")
+            # As a library loads what it needs by name, it finds the one that torch has loaded.
+            found = cpp_build.library(source(), flags(), ctypes.PyDLL)
+        except cpp_build.BuildError as error:
+            self.obstacle = str(error)
+            return
+        table, size = ctypes.c_void_p, ctypes.c_int64
+        for name, result, arguments in (
+            ("note", table, (table, size, table, table, table)),
+            ("forget", None, (table,)),
+            ("gather", ctypes.c_int, (table, table)),
+            ("holds", ctypes.c_bool, (ctypes.py_object, size, table)),
+            ("tensor_size", size, ()),
+            ("without", ctypes.c_bool, (table, size, table)),
+            ("written", None, (table,)),
+        ):
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+        self.loaded = found
+
+    def _end(self) -> None:
+        cpp_build.stop()
+        if self._thread is not None:
+            self._thread.join(1.0)
+
+
+library = Library()
+
+
+def source() -> str:
+    """The C++ source, for this torch."""
+    text = files(kernels).joinpath("gather.cpp").read_text()
+    return f"// torch {torch.__version__} {torch.version.git_version}\n{text}"
+
+
+def flags() -> tuple[str, ...]:
+    """The compiler's options."""
+    place = Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return ("-std=c++20", "-O2", "-DNDEBUG", "-shared", "-fPIC", abi, f"-I{place}/include", f"-L{place}/lib", "-lc10")
+
+
+class Gatherer:
+    """Finds where the gradients of a bucket's parameters lie.
+
+    Args:
+        bucket: what the library noted of the parameters, which outlive this.
+        count: how many they are.
+        specs: how their gradients are sharded; None of ordinary ones. They are held: another may not take their place.
+    """
+
+    def __init__(self, bucket: int, count: int, specs: Sequence[Any]) -> None:
+        self.addresses = array("q", bytes(WORD * count))
+        self.aligned = False  # whether all are multiples of 16
+        self._bucket, self._specs = bucket, specs
+        weakref.finalize(self, library.loaded.forget, bucket)
+
+    def gather(self) -> bool:
+        """Bring `addresses` up to date. False where Python must look: a parameter is not what it was, or a gradient is
+        missing, of another dtype, or lies in memory in another way than its parameter.
+        """
+        found = library.loaded.gather(self._bucket, self.addresses.buffer_info()[0])
+        self.aligned = found == 1
+        return found >= 0  # type: ignore[no-any-return]
+
+    def written(self) -> None:
+        """Tell autograd that the parameters were written."""
+        library.loaded.written(self._bucket)
+
+
+def gatherer_of(params: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None:
+    """What finds the gradients of these parameters in the steps to come; None where Python must look at them.
+
+    Args:
+        params: with gradients like those to come.
+        dtype: of the gradients.
+    """
+    if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
+        return None
+    specs = [spec_of(p) for p in params]
+    words, like = words_of(params), torch.empty(0, dtype=dtype)
+    if words is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
+        return None
+    objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
+    tables = (objects.buffer_info()[0], known.buffer_info()[0], id(like))
+    bucket = library.loaded.note(ctypes.addressof(words), len(params), *tables)
+    return None if bucket is None else Gatherer(bucket, len(params), specs)
+
+
+def spec_of(p: Any) -> Any:
+    """How the gradient of a parameter is sharded, if it is as the parameter; else None."""
+    g = p.grad
+    return g._spec if is_sharded(p) and is_sharded(g) and g.placements == p.placements else None
+
+
+class Objects:
+    """Objects by their identity: those of a list.
+
+    Example:
+        >>> from triton_optim.gather import Objects, library
+        >>> library.load()
+        >>> first, second = object(), object()
+        >>> Objects([first, second]).are([second, first])
+        False
+    """
+
+    def __init__(self, objects: list[Any]) -> None:
+        self._held = objects  # so that no other object can take their addresses
+        self._table = array("q", map(id, objects))
+
+    def are(self, objects: Any) -> bool:
+        """Whether this is a list of the same objects in the same order."""
+        own = self._table
+        return type(objects) is list and bool(library.loaded.holds(objects, len(own), own.buffer_info()[0]))
+
+
+def without_gradient(objects: array[int]) -> bool:
+    """Whether none of these parameters has a gradient.
+
+    Args:
+        objects: their `id`.
+    """
+    plain = plain_words()
+    if not objects or plain is None:
+        return not objects
+    words = Words(*plain, 0, 0)
+    return bool(library.loaded.without(ctypes.addressof(words), len(objects), objects.buffer_info()[0]))
