@@ -42,7 +42,7 @@ case $part in
         ;;
     tests)
         timeout 450 $python -m pytest -q --tb=short --show-capture=no --durations=15 2>&1 | tee -a "$log" || status=1
-        benchmark 100 benchmarks/test_cpu_step.py -k AdamW
+        benchmark 100 benchmarks/test_cpp_step.py -k AdamW
         ;;
 esac
 exit $status

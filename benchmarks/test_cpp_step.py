@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_cpu_step import OPTIMIZERS
+from test_compiled_step import OPTIMIZERS
 
 import triton_optim
 from triton_optim.bench.comparison import Case, compare

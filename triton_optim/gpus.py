@@ -1,4 +1,7 @@
-"""GPUs as :mod:`triton_optim.gpu_model` sees them: figures from datasheets, and what is assumed beside them."""
+"""GPUs as :mod:`triton_optim.gpu_model` sees them: figures of their datasheets, and what is assumed beside them.
+
+No datasheet was opened here: their figures were compared with what third parties list of them.
+"""
 
 from __future__ import annotations
 

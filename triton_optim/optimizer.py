@@ -216,6 +216,8 @@ class RuleOptimizer(Optimizer):
                 done to them is then recorded, and one launch does it again in every step: arithmetic, comparisons,
                 ``torch.where``, ``minimum``, ``maximum``, ``clamp``, ``sqrt``, ``exp``, ``log``, ``abs``, ``floor``. Of
                 all else each operation is a launch.
+                It is recorded anew only where a hyperparameter that is no number, or a number among the optimizer's own
+                attributes, has changed: nothing else that it reads may change.
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without state and 2 ever after.
 

@@ -31,9 +31,10 @@ step     the longest of memory, issue and latency, and the ends; limit is the la
 ASSUMED = f"""\
 Assumed: {1e6 * MEMORY_LATENCY:g} us for a load from busy memory, {1e6 * CACHE_LATENCY:g} us from a cache, of which
 {TABLE_READS} wait for each other before a program asks for elements; {1e6 * LAUNCH:g} us from one launch to the next;
-boost clocks; nothing found in a cache; a norm by its bytes alone. Left out: units narrower than the issue rate (roots,
-divisions, float64), and the host's time. Where memory is the limit, expect it to be as good as the assumed share of
-bandwidth, and elsewhere too short. No GPU has confirmed it yet."""
+boost clocks, and other figures of datasheets as third parties list them; nothing found in a cache; a norm by its bytes
+alone. Left out: units narrower than the issue rate (roots, divisions, float64), and the host's time. Where memory is
+the limit, expect it to be as good as the assumed share of bandwidth, and elsewhere too short. No GPU has confirmed it
+yet."""
 
 
 def run(args: argparse.Namespace) -> int:
