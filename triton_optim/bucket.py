@@ -117,6 +117,7 @@ class Bucket(ABC):
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
         self._all = len(members) == len(optimizer._flat) and self._indices == list(range(len(members)))
         self._guards: Any = None
+        self._examined = False  # whether gradients were found fit before
         self._gatherer: Gatherer | None = None
         self._gathered = False  # whether it found the gradients of this step
         self.place_states(values)
@@ -447,13 +448,15 @@ class Bucket(ABC):
             if plain is not g:
                 laid_out[i] = plain
                 as_they_are = False
-        if as_they_are and TensorGuards is not None:
+        # A plan of one step, or one whose gradients are soon gathered, needs no guards.
+        if as_they_are and self._examined and TensorGuards is not None:
             examples: list[Any] = [*values, *own]
             self._guards = TensorGuards(
                 *examples,
                 dynamic_dims_sizes=[list(t.shape) for t in examples],
                 dynamic_dims_strides=[list(t.stride()) for t in examples],
             )
+        self._examined = True
         return self._take(laid_out)
 
     def _take(self, gradients: list[Tensor | None]) -> bool:

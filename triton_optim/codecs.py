@@ -219,7 +219,7 @@ def new_parts(codec: Codec, value: Tensor, first: Tensor | None = None) -> list[
         write(codec, parts, own)
         return parts
     if codec.name == "plain" and first is None:
-        return [value.to(codec.dtypes[0])]
+        return [value if value.dtype == codec.dtypes[0] else value.to(codec.dtypes[0])]
     parts = [torch.empty_like(value, dtype=dtype, memory_format=torch.preserve_format) for dtype in codec.dtypes]
     if first is not None:
         parts[0] = first

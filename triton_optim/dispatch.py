@@ -125,6 +125,7 @@ def remedy(request: Request) -> str:
     return "Install g++ or set CXX, or leave backend out to choose automatically."
 
 
+@cache
 def choose(request: Request, machine: Machine) -> Choice:
     """The backend for a bucket, and why.
 

@@ -44,8 +44,12 @@ class Member:
             follows = own_group.get("differentiable") and requires_grad(held)
             self.numbers[name] = held if follows else float(held)
 
-    def start(self, optimizer: RuleOptimizer, key: Key) -> None:
-        """Make the states that are not there yet, and ``step`` and its like tensors where they belong."""
+    def start(self, optimizer: RuleOptimizer, key: Key, begun: dict[Any, Tensor]) -> None:
+        """Make the states that are not there yet, and ``step`` and its like tensors where they belong.
+
+        Args:
+            begun: tensors of numbers, for all members of a plan: a cohort will give each its own.
+        """
         group = optimizer.param_groups[self.group]
         counted = optimizer.counted_names(group)
         param, *kept = key.codecs
@@ -59,8 +63,13 @@ class Member:
             if name == "step" and not optimizer.step_is_tensor:
                 self.state[name] = self.numbers[name]
                 continue
-            value = torch.as_tensor(self.state.get(name, self.numbers[name]), dtype=counted_dtype())
-            self.state[name] = value.to(device).reshape(())
+            held = self.state.get(name, self.numbers[name])
+            if isinstance(held, Tensor):
+                self.state[name] = held.to(device, counted_dtype()).reshape(())
+            else:
+                if (held, device) not in begun:
+                    begun[held, device] = torch.tensor(held, dtype=counted_dtype(), device=device)
+                self.state[name] = begun[held, device]
         keep_parameter(self.state, self.p, param)
         for name, codec in zip(key.variant.state_names, kept, strict=True):
             if self.state.get(name) is None:

@@ -261,8 +261,9 @@ class Plan:
         # In the order of the parameters, not of the buckets: who gathers sharded states goes through them in their
         # order on every rank, and buckets differ between ranks.
         started = sorted(((m, key) for key, own in ready.items() for m in own), key=lambda pair: pair[0].index)
+        begun: dict[Any, Tensor] = {}
         for m, key in started:
-            m.start(optimizer, key)
+            m.start(optimizer, key, begun)
         self.buckets = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
