@@ -59,10 +59,8 @@ TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
     return tensor_of(bucket.words, object);
 }
 
-TensorImpl *gradient_of(const Bucket &bucket, const Known &known) {
-    const at::Tensor &gradient = tensor_of(bucket.words, known.object)->grad();
-    if (!gradient.defined()) return nullptr;
-    TensorImpl *whole = gradient.unsafeGetTensorImpl();
+// The tensor of a gradient, or of its local part, null where it is not sharded as it was.
+TensorImpl *gradient_of(const Bucket &bucket, const Known &known, TensorImpl *whole) {
     if (known.spec == nullptr) return whole;
     const auto own = reinterpret_cast<uintptr_t>(word(whole, bucket.words.object)) & ~uintptr_t(1);  // a flag, once
     const auto *object = reinterpret_cast<const char *>(own);
@@ -115,20 +113,26 @@ void *note(const Words *words, int64_t n, const char *const *objects, const char
 
 void forget(void *bucket) { delete static_cast<Bucket *>(bucket); }
 
-// Fills in where the gradients lie. Negative where Python must look: a parameter is not what it was, or a gradient is
-// missing, or not kept as its parameter. Else 1 where all addresses are multiples of 16, and 0 where one is not.
+// Fills in where the gradients lie, 0 for none. Negative where Python must look: a parameter is not what it was, or a
+// gradient is not kept as its parameter. Else the sum of 1, if all addresses are multiples of 16, and 2, if none is 0.
 int gather(const void *of, int64_t *addresses) try {
     const Bucket &bucket = *static_cast<const Bucket *>(of);
     int64_t all = 0;
+    bool complete = true;
     for (const Known &known : bucket.known) {
         TensorImpl *p = values_of(bucket, known.object, known.spec != nullptr);
         if (p == nullptr || !as_known(bucket, known, p) || p->mutable_data() != known.data) return -1;
-        const TensorImpl *g = gradient_of(bucket, known);
+        const at::Tensor &gradient = tensor_of(bucket.words, known.object)->grad();
+        if (!gradient.defined()) {
+            *addresses++ = complete = false;
+            continue;
+        }
+        const TensorImpl *g = gradient_of(bucket, known, gradient.unsafeGetTensorImpl());
         if (g == nullptr || g->dtype() != bucket.gradient || !alike(p, g)) return -1;
         *addresses = reinterpret_cast<int64_t>(g->data());
         all |= *addresses++;
     }
-    return all % 16 == 0;
+    return (all % 16 == 0) + 2 * complete;
 } catch (...) {
     return -1;
 }
@@ -150,9 +154,11 @@ bool without(const Words *words, int64_t n, const char *const *objects) {
     return true;
 }
 
-// Tells autograd that the parameters were written.
+// Tells autograd that the parameters that have gradients were written.
 void written(const void *of) {
     const Bucket &bucket = *static_cast<const Bucket *>(of);
-    for (const Known &known : bucket.known) values_of(bucket, known.object, known.spec != nullptr)->bump_version();
+    for (const Known &known : bucket.known)
+        if (tensor_of(bucket.words, known.object)->grad().defined())
+            values_of(bucket, known.object, known.spec != nullptr)->bump_version();
 }
 }

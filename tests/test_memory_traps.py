@@ -40,6 +40,10 @@ def lazy_zeros(elements, dtype):
     return torch.frombuffer(memory, dtype=dtype)
 
 
+# What must be noticed is noticed by C++, where gradients are gathered, and by Python.
+BOTH_WAYS = pytest.mark.usefixtures("gradients_are")
+
+
 @needs_triton
 @pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled for a GPU here, and the next test runs them")
 def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
@@ -163,6 +167,7 @@ def sgd(params, backend):
     return to.SGD(params, lr=1.0, momentum=0.5, backend=backend)
 
 
+@BOTH_WAYS
 def test_trap_3_data_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
@@ -174,6 +179,7 @@ def test_trap_3_data_replaced_by_its_transpose(backend, device):
     assert p.tolist() == [[-1.5, -12.0], [-3.5, -6.0]]
 
 
+@BOTH_WAYS
 def test_trap_3_same_address_other_size(backend, device):
     base = torch.zeros(4, device=device)
     p = Parameter(base)
@@ -190,6 +196,7 @@ def test_trap_3_same_address_other_size(backend, device):
     assert base.tolist() == [-3, -3, -2, -2]
 
 
+@BOTH_WAYS
 def test_trap_3_gradient_left_from_another_size_is_refused(backend, device):
     base = torch.zeros(4, device=device)
     p = Parameter(base)
@@ -203,6 +210,7 @@ def test_trap_3_gradient_left_from_another_size_is_refused(backend, device):
     assert not base.any()
 
 
+@BOTH_WAYS
 def test_trap_3_same_address_other_dtype(backend, device):
     """1.0 in float16 is 0.0078125 in bfloat16."""
     p = Parameter(torch.ones(4, dtype=torch.float16, device=device))
@@ -215,6 +223,7 @@ def test_trap_3_same_address_other_dtype(backend, device):
     assert p.tolist() == [0.00390625] * 4
 
 
+@BOTH_WAYS
 def test_trap_3_storage_freed_and_made_anew(backend, device):
     """As training does that frees parameters between their uses."""
     p = Parameter(torch.zeros(1000, device=device))
@@ -230,6 +239,7 @@ def test_trap_3_storage_freed_and_made_anew(backend, device):
     assert all((other == 5).all() for other in others)
 
 
+@BOTH_WAYS
 def test_trap_3_gradient_at_the_same_address_in_another_layout(backend, device):
     p, buffer = Parameter(torch.zeros(2, 2, device=device)), torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
     opt = to.SGD([p], lr=1.0, backend=backend)
@@ -238,6 +248,7 @@ def test_trap_3_gradient_at_the_same_address_in_another_layout(backend, device):
     assert p.tolist() == [[-3, -7], [-8, -12]]
 
 
+@BOTH_WAYS
 def test_trap_3_gradients_freed_and_others_at_their_addresses(backend, device):
     """Each step's gradients are freed before the next ones are made, of another size and order."""
     params = [Parameter(torch.zeros(n, device=device)) for n in (100, 200, 100, 200)]
@@ -256,6 +267,7 @@ def test_trap_3_gradients_freed_and_others_at_their_addresses(backend, device):
 
 
 @pytest.mark.parametrize("place", [0, 2], ids=["first", "last"])  # what moves one state moves these too
+@BOTH_WAYS
 def test_trap_3_data_of_a_state_replaced(place, backend, device):
     """As code does that keeps states on another device between steps. The old memory must not be written."""
     params = [Parameter(torch.zeros(4, device=device)) for _ in range(3)]
@@ -272,6 +284,7 @@ def test_trap_3_data_of_a_state_replaced(place, backend, device):
     assert torch.equal(old, before)
 
 
+@BOTH_WAYS
 def test_trap_3_state_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
@@ -283,6 +296,7 @@ def test_trap_3_state_replaced_by_its_transpose(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")  # Inductor's, when it compiles
+@BOTH_WAYS
 def test_trap_3_state_replaced_at_the_same_address_in_another_dtype(backend, device):
     p = Parameter(torch.zeros(4, dtype=torch.float16, device=device))
     opt = sgd([p], backend)

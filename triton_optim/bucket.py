@@ -252,7 +252,7 @@ class Bucket(ABC):
         if self.complete:
             active = [True] * len(self.cohorts)
         else:
-            present = [g is not None for g in self.gradients]
+            present = self.present()
             if any(len({present[i] for i in cohort.places}) == 2 for cohort in self.cohorts):
                 numbers = self._numbers()
                 self._form_cohorts([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
@@ -389,12 +389,18 @@ class Bucket(ABC):
             and found.gather()
             and self.accept_addresses(found.addresses, found.aligned)
         )
-        self.complete = self._gathered
+        self.complete = found is not None and found.complete
         return self._gathered
+
+    def present(self) -> list[bool]:
+        """Of each member, whether it has a gradient in this step."""
+        if self._gathered and self._gatherer is not None:
+            return [address != 0 for address in self._gatherer.addresses]
+        return [g is not None for g in self.gradients]
 
     def note_gradients(self) -> None:
         """After a step with the gradients that the parameters have: make ready to gather those of the next."""
-        if self.takes_addresses and self.complete and not self.key.variant.prologue:
+        if self.takes_addresses and not self.key.variant.prologue:
             self._gatherer = gatherer_of(self._params, self.key.dtypes[1]) or self._gatherer
 
     def _states_fit(self) -> bool:

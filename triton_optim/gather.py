@@ -137,15 +137,16 @@ class Gatherer:
     def __init__(self, bucket: int, count: int, specs: Sequence[Any]) -> None:
         self.addresses = array("q", bytes(WORD * count))
         self.aligned = False  # whether all are multiples of 16
+        self.complete = False  # whether none is 0
         self._bucket, self._specs = bucket, specs
         weakref.finalize(self, library.loaded.forget, bucket)
 
     def gather(self) -> bool:
-        """Bring `addresses` up to date. False where Python must look: a parameter is not what it was, or a gradient is
-        missing, of another dtype, or lies in memory in another way than its parameter.
+        """Bring `addresses` up to date, 0 where there is no gradient. False where Python must look: a parameter is not
+        what it was, or a gradient is of another dtype, or lies in memory in another way than its parameter.
         """
         found = library.loaded.gather(self._bucket, self.addresses.buffer_info()[0])
-        self.aligned = found == 1
+        self.aligned, self.complete = bool(found & 1), bool(found & 2)
         return found >= 0  # type: ignore[no-any-return]
 
     def written(self) -> None:
@@ -157,7 +158,7 @@ def gatherer_of(params: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None
     """What finds the gradients of these parameters in the steps to come; None where Python must look at them.
 
     Args:
-        params: with gradients like those to come.
+        params: sharded ones with gradients like those to come.
         dtype: of the gradients.
     """
     if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):

@@ -379,7 +379,7 @@ class Plan:
             found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
             partials = on_one_device(found, device)
         elif scaling.reads:
-            busy = (b for b in self.buckets if b.complete or any(g is not None for g in b.gradients))
+            busy = (bucket for bucket in self.buckets if bucket.complete or any(bucket.present()))
             found = [part for bucket in busy for part in bucket.partial_norms(EUCLIDEAN)]
             partials = on_one_device(found, device)
         for bucket in self.buckets:
