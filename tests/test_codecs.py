@@ -45,9 +45,6 @@ RULES = [case for case in CASES if case.elementwise and not case.sparse]
 kept = pytest.mark.parametrize("name", KEPT)
 
 
-pytestmark = pytest.mark.usefixtures("one_slot")
-
-
 def trained(
     cls: Any, name: str, backend: str, device: torch.device, steps: range = range(3), **options: Any
 ) -> tuple[list[Parameter], triton_optim.RuleOptimizer]:
