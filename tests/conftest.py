@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 import references_matrix
@@ -21,9 +22,9 @@ import references_matrix
 from triton_optim import compiled_backend, compiled_norm, gather, newton_schulz, plan
 from triton_optim.dispatch import this_machine
 
-# Hundreds of graphs are compiled here: with half the slots each takes half the time. The examples, the demo and the
-# benchmarks, in processes of their own, have them all.
-compiled_backend.SLOTS = 2
+# Hundreds of graphs are compiled here: with one slot each takes half the time. See `two_slots` for several; the
+# examples, the demo and the benchmarks, in processes of their own, have them all.
+compiled_backend.SLOTS = 1
 
 # From the second step on gradients are gathered by C++, as in a training that has gone on for a while.
 plan.STEPS = plan.WORTHWHILE = 1
@@ -58,6 +59,27 @@ torch.optim._muon._zeropower_via_newtonschulz = iteration
 LONG = ("test_audit", "test_codecs", "test_symmetric_product", "test_training_step")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def patch_once() -> None:
+    """Spare half of the interpreter's time: Triton patches its language anew for each function that a kernel calls."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patched(function: Any) -> Any:
+        words = [m.load for m in function.__globals__.values() if m is tl or m is tl.core]
+        if any(map(tl.core.is_builtin, [*words, tl.tensor.__add__])):  # what is patched already is no builtin any more
+            return patch(function)
+        return getattr(interpreter, "_LangPatchScope", list)()  # nothing to undo
+
+    interpreter._patch_lang = patched
+
+
+if HAS_TRITON and not HAS_GPU:
+    patch_once()
+
 TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 CPP = pytest.mark.skipif(
     HAS_GPU or not this_machine().cpp, reason="the C++ backend needs a CPU, a compiler and Linux; a GPU is tested here"
@@ -127,10 +149,10 @@ def gradients_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def one_slot() -> Iterator[None]:
-    """For files that compile dozens of graphs: with a slot each takes half the time."""
+def two_slots() -> Iterator[None]:
+    """For files in which the tensors of a call might be taken for each other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 1)
+        patch.setattr(compiled_backend, "SLOTS", 2)
         for module, name in ((compiled_backend, "graph_for"), (compiled_backend, "codes_graph_for"),
                              (compiled_norm, "graph_for")):  # fmt: skip
             patch.setattr(module, name, cache(getattr(module, name).__wrapped__))

@@ -28,9 +28,6 @@ each_backend = pytest.mark.parametrize(
 STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_decay": 0.9, "ema_dtype": BF16}
 
 
-pytestmark = pytest.mark.usefixtures("one_slot")
-
-
 def parameters(device: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
     random = torch.Generator().manual_seed(seed)
     return [Parameter(torch.randn(shape, generator=random).to(device, dtype)) for shape in SHAPES]

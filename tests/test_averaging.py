@@ -30,9 +30,6 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_slot")
-
-
 def model(device: Any, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> torch.nn.ParameterList:
     random = torch.Generator().manual_seed(0)
     params = torch.nn.ParameterList(Parameter(torch.randn(s, generator=random).to(device, dtype)) for s in shapes)

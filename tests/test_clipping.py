@@ -26,9 +26,6 @@ LARGE = 20_001  # enough for a graph, and not a whole number of its rows
 COMPILED = [(1.0, torch.float32), (2.0, torch.float32), (math.inf, torch.float32), (2.0, torch.bfloat16)]
 
 
-pytestmark = pytest.mark.usefixtures("one_slot")
-
-
 def random(shape: Any, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0) -> Tensor:
     parts = torch.complex128 if dtype.is_complex else torch.float64
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=parts).to(device, dtype)

@@ -25,9 +25,6 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_slot")
-
-
 class Model(torch.nn.Module):
     """Two layers that share a parameter, one that is not always used, and one that never is."""
 

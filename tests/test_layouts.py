@@ -16,6 +16,8 @@ from torch.nn import Parameter
 
 import triton_optim as to
 
+pytestmark = pytest.mark.usefixtures("two_slots")
+
 LR = 0.1  # an element that gets another one's gradient is then off by more than any dtype rounds
 # Of others, what becomes of an element depends on its row, its column or the whole matrix.
 ELEMENTWISE = [case for case in CASES if case.elementwise and not case.sparse]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BACKENDS
 from side_by_side import assert_same, ours, peer, side_by_side, train, values
-from table import CASES, each_case, each_case_and_backend, rows_and_backends
+from table import CASES, each_case_and_backend, rows_and_backends
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -61,21 +61,26 @@ SCHEDULERS = {
     ),
     "SWALR": lambda o: SWALR(o, swa_lr=[0.05, 0.03], anneal_epochs=5),
 }
-each_scheduler = pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 STEPS = 12
 # A scheduler's arithmetic is the same Python on both sides, and what it changes reaches the kernels by one path. So
-# other backends than eager run the two that move most: lr from 0, and lr and betas or momentum together.
+# other backends than eager run the two that move most: lr from 0, and lr and betas or momentum together. All
+# schedulers drive every optimizer once; what else is done with them is done with all of them for three.
 MOVING = ("LambdaLR from zero", "OneCycleLR")
-DRIVEN = {
-    "argnames": ("case", "scheduler", "backend"),
-    "argvalues": [
-        pytest.param(case, scheduler, *backend.values, marks=backend.marks)
-        for case in CASES
-        for scheduler in SCHEDULERS
-        for backend in BACKENDS
-        if backend.values[0] == "eager" or (case.on_every_backend and scheduler in MOVING)
-    ],
-}
+
+
+def driven(every):
+    """Optimizers, schedulers and backends; with `every` all optimizers with all schedulers."""
+    return {
+        "argnames": ("case", "scheduler", "backend"),
+        "argvalues": [
+            pytest.param(case, scheduler, *backend.values, marks=backend.marks)
+            for case in CASES
+            for scheduler in SCHEDULERS
+            for backend in BACKENDS
+            if (case.on_every_backend and scheduler in MOVING)
+            or (backend.values[0] == "eager" and (every or case.on_every_backend or scheduler in MOVING))
+        ],
+    }
 
 
 def groups(params):
@@ -111,7 +116,7 @@ def test_every_scheduler_of_torch_is_here():
     assert public - {"LRScheduler"} <= {name.split()[0] for name in SCHEDULERS}
 
 
-@pytest.mark.parametrize(**DRIVEN)
+@pytest.mark.parametrize(**driven(every=True))
 def test_scheduler_drives_ours_as_it_drives_torchs(case, scheduler, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, groups(params), backend), peer(case, groups(theirs))
@@ -123,7 +128,7 @@ def test_scheduler_drives_ours_as_it_drives_torchs(case, scheduler, backend, dev
     assert_same(case, opt, torchs)
 
 
-@pytest.mark.parametrize(**DRIVEN)
+@pytest.mark.parametrize(**driven(every=False))
 def test_scheduler_writes_into_a_tensor_lr(case, scheduler, backend, device):
     """Schedulers fill a tensor lr in place, so a number read from it once goes stale."""
     lrs = [torch.tensor(0.01), torch.tensor(0.03)]
@@ -137,8 +142,11 @@ def test_scheduler_writes_into_a_tensor_lr(case, scheduler, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case
-@each_scheduler
+@pytest.mark.parametrize(
+    ("case", "scheduler"),
+    [(c, s) for c in CASES for s in SCHEDULERS if c.on_every_backend or s in MOVING],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_scheduler_and_optimizer_resume_in_mid_schedule(case, scheduler, device):
     params, fresh = case.parameters(device), case.parameters(device)
     opt, other = ours(case, groups(params), "eager"), ours(case, groups(fresh), "eager")

@@ -14,6 +14,8 @@ import triton_optim
 from triton_optim.codecs import stochastic, write
 from triton_optim.random_bits import bits_of_elements, row_key, tensor_keys
 
+pytestmark = pytest.mark.usefixtures("two_slots")
+
 HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(37, 5), (3,), (), (40, 33), (0, 2)]
 # Rules that keep their states themselves, and take dense gradients.
@@ -125,6 +127,8 @@ STOCHASTIC = {"param_precision": "stochastic", "state_dtype": torch.bfloat16}
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")  # Inductor's, when it compiles
 def test_same_bits_on_every_backend(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """In those elements, too, in which two backends' arithmetic agrees: all but a few in thousands."""
+    if backend == "compiled" and case.name != "AdamW":
+        pytest.skip("each takes seconds to compile, and the bits are the same for every rule; see test_codecs.py")
     ends = [everything(*trained(case, b, dtype, device, **STOCHASTIC)) for b in ("eager", backend)]
     different = sum(int((a != b).sum()) for a, b in zip(*ends, strict=True))
     assert different <= 0.002 * sum(a.numel() for a in ends[0])

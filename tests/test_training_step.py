@@ -108,9 +108,6 @@ class Plainly:
         self.averages += 1
 
 
-pytestmark = pytest.mark.usefixtures("one_slot")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_combination_equals_its_passes(backend: str) -> None:
     # Without shrinking, which would take minutes: a combination is short as it is.
