@@ -146,9 +146,8 @@ def code_of_value(x, CODEC):
         power = ((bits_of(x) >> 1) + 0x1FC00000) & 0x7F800000
         k = (x * number_of(0x7F000000 - power) + 2.0 * number_of(power)) * (1.0 / 3.0)
     else:
-        exponent = (((bits_of(x) >> 23) - 127) * 171) >> 9  # a third of x's, rounded down
-        power = (exponent + 127) << 23
-        k = (x * number_of((127 - 2 * exponent) << 23) + 6.0 * number_of(power)) * (1.0 / 7.0)
+        power = (((bits_of(x) >> 23) * 171 + 43307) >> 9) << 23  # of a third of x's exponent, rounded down
+        k = (x * number_of(-0x41800000 - (power << 1)) + 6.0 * number_of(power)) * (1.0 / 7.0)
     return where(x < 1.0, x, k)
 
 
@@ -176,8 +175,8 @@ def scale_of(x, CODEC):
 
 @jit
 def codes_of(x, scale, part, CODEC):
-    """The codes of a block's values, int32: rounded down after `part` of a step was added."""
-    k = floor(code_of_value(abs(x) * (1.0 / (scale + 2e-38)), CODEC) + part)  # a subnormal scale is 0 to some
+    """The codes of a block's values, int32: rounded down, as the last step does, after `part` of a step was added."""
+    k = code_of_value(abs(x) * (1.0 / (scale + 2e-38)), CODEC) + part  # a subnormal scale is 0 to some
     if CODEC == "int4" or CODEC == "uint4":
         k = where(k < largest_code(CODEC), k, largest_code(CODEC))
     signless = CODEC == "uint8" or CODEC == "uint4"

@@ -25,27 +25,20 @@ static void norms(int64_t works, const int64_t *first, const int64_t *chunks, co
             const T *x = (const T *)gradients[chunks[3 * c]] + chunks[3 * c + 1];
             const int64_t n = gradients[chunks[3 * c]] ? chunks[3 * c + 2] - chunks[3 * c + 1] : 0;
             constexpr int LANES = 32;
-            double lane[LANES] = {}, faults[LANES] = {};
+            double lane[LANES] = {}, faults = 0;
             int64_t i = 0;
             for (; i + LANES <= n; i += LANES)
 #pragma omp simd
-                for (int j = 0; j < LANES; ++j) {
-                    const double size = __builtin_fabs(read(x + i + j));
-                    lane[j] = combined(KIND, lane[j], size);
-                    faults[j] += size < __builtin_inf() ? 0.0 : 1.0;
-                }
-            for (; i < n; ++i) {
-                const double size = __builtin_fabs(read(x + i));
-                lane[i % LANES] = combined(KIND, lane[i % LANES], size);
-                faults[i % LANES] += size < __builtin_inf() ? 0.0 : 1.0;
-            }
+                for (int j = 0; j < LANES; ++j) lane[j] = combined(KIND, lane[j], __builtin_fabs(read(x + i + j)));
+            for (; i < n; ++i) lane[i % LANES] = combined(KIND, lane[i % LANES], __builtin_fabs(read(x + i)));
             for (int half = LANES / 2; half; half /= 2)
-                for (int j = 0; j < half; ++j) {
+                for (int j = 0; j < half; ++j)
                     lane[j] = KIND == LARGEST ? combined(LARGEST, lane[j], lane[j + half]) : lane[j] + lane[j + half];
-                    faults[j] += faults[j + half];
-                }
+            // What is not finite makes its sum so: else there is nothing to count.
+            if (!(lane[0] < __builtin_inf()))
+                for (i = 0; i < n; ++i) faults += __builtin_fabs(read(x + i)) < __builtin_inf() ? 0.0 : 1.0;
             sums[2 * c] = lane[0];
-            sums[2 * c + 1] = faults[0];
+            sums[2 * c + 1] = faults;
         }
     }
 }

@@ -3,26 +3,24 @@
 // Arithmetic is as written: nothing is contracted or reassociated, so that a result is that of the same operations in
 // torch, NaN, Inf and denormals included.
 
-// Each of N / 2 values with the one N / 2 further on, until one is left.
-template <int N, class T, class F>
-static inline void halve(T *x, F combine) {
-    if constexpr (N > 1) {
-#pragma omp simd
-        for (int i = 0; i < N / 2; ++i) x[i] = combine(x[i], x[i + N / 2]);
-        halve<N / 2>(x, combine);
-    }
-}
-
-// All of a block in one, by 16 lanes at first.
+// All of a block in one.
 template <int N, class T, class F>
 static inline T fold(const T *x, F combine) {
-    alignas(64) T lane[16];
-    for (int i = 0; i < 16; ++i) lane[i] = x[i];
-    for (int start = 16; start < N; start += 16)
-#pragma omp simd
-        for (int i = 0; i < 16; ++i) lane[i] = combine(lane[i], x[start + i]);
-    halve<16>(lane, combine);
-    return lane[0];
+    T found = x[0];
+    for (int i = 1; i < N; ++i) found = combine(found, x[i]);
+    return found;
+}
+
+// The largest of a block's absolute values, NaN if there is one: as integers they have the same order, NaN last.
+template <int N>
+static inline float largest_size(const float *x) {
+    int32_t found = 0;
+#pragma omp simd reduction(max : found)
+    for (int i = 0; i < N; ++i) {
+        const int32_t size = __builtin_bit_cast(int32_t, x[i]) & 0x7FFFFFFF;
+        found = size > found ? size : found;
+    }
+    return __builtin_bit_cast(float, found);
 }
 
 // A tensor of a role: bytes of an item, the elements it stands for, and whether incomplete blocks have all items.

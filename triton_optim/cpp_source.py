@@ -16,7 +16,7 @@ import torch
 from . import kernels
 from .codecs import Codec, plain
 from .cpp_chunks import CHUNK
-from .cpp_trace import BLOCK, DOUBLE, ELEMENT, FLOAT, INT, ONE, PAIR, Trace, UntranslatableError, Value
+from .cpp_trace import BLOCK, DOUBLE, ELEMENT, FLOAT, INT, ONE, PAIR, SIZES, Trace, UntranslatableError, Value
 from .kernels.average import lerp
 from .kernels.codecs import decode, encode, hashed
 
@@ -122,7 +122,7 @@ class Source:
         if value.shape == ONE:
             value = trace.new(value.kind, ELEMENT, "{0}", [value])
         if codec.sharing:
-            value = trace.new(value.kind, ELEMENT, f"{self.first}i < n ? {{0}} : 0", [value], "there")
+            value = trace.new(value.kind, ELEMENT, "{0}", [value], "there", "end")
         kept = (value,)
         if codec.name != "plain":
             kept = self._codec(encode, trace.as_kind(value, FLOAT), bits, role, codec.name)
@@ -165,7 +165,8 @@ class Source:
             a
             for x in self.loop
             for a in x.arguments
-            if a.shape in (PAIR, ELEMENT) and (x.moves or self.loop[a] != self.loop[x] or a.shape != x.shape)
+            if a.shape in (PAIR, ELEMENT)
+            and (x.moves not in ("", "end") or self.loop[a] != self.loop[x] or a.shape != x.shape)
         }
 
     # The text.
@@ -224,9 +225,12 @@ class Source:
             yield f"for (int64_t i = 0; i < {self.sharing // 2}; ++i) {{"
             yield f"    {x.name}_b[2 * i] = {first.name}_b[i], {x.name}_b[2 * i + 1] = {second.name}_b[i];"
             yield "}"
+        for x in (x for x in own if x.moves == "end"):
+            yield f"for (int64_t i = n - b * {self.sharing}; i < {self.sharing}; ++i) {x.name}_b[i] = 0;"
         for x in (x for x in own if x.moves == "fold"):
-            fold = f"[]({x.kind} a, {x.kind} b) {{ return {x.code.format('a', 'b')}; }}"
-            yield f"const {x.kind} {x.name} = fold<{self.sharing}>({x.arguments[0].name}_b, {fold});"
+            buffer = f"{x.arguments[0].name}_b"
+            fold = f"fold<{self.sharing}>({buffer}, []({x.kind} a, {x.kind} b) {{ return {x.code.format('a', 'b')}; }})"
+            yield f"const {x.kind} {x.name} = {f'largest_size<{self.sharing}>({buffer})' if x.code == SIZES else fold};"
 
     def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
         """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both
@@ -280,7 +284,7 @@ extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); 
 
 def later(a: Value, x: Value) -> bool:
     """Whether `x` is computed in a later loop than its argument `a`, which all elements of the block are for."""
-    return a.moves == "fold" or x.moves in ("pick", "weave")
+    return a.moves in ("fold", "end") or x.moves in ("pick", "weave")
 
 
 def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> str:

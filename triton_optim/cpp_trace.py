@@ -19,6 +19,7 @@ from .kernels.language import PRIMITIVES, Cpp, python_function, tl
 
 ONE, BLOCK, PAIR, ELEMENT = "one", "block", "pair", "element"  # the shapes
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "int32_t", "bool"
+SIZES = "sizes"  # in place of code: the largest of absolute values, which a fold finds without their waiting anywhere
 
 _ARITHMETIC: dict[type, tuple[str, Callable[[Any, Any], Any]]] = {
     ast.Add: ("+", operator.add),
@@ -65,7 +66,8 @@ class Value:
         kind: its C++ type.
         shape: one of the shapes above.
         code: the expression, with {0} and so on for the arguments.
-        moves: how the arguments' elements become this one's: "" each its own, else "fold", "pick" or "weave".
+        moves: how the arguments' elements become this one's: "" each its own, else "fold", "pick" or "weave"; "end" each
+            its own, and 0 where an incomplete block has none.
         name: unique among the values of a trace; of a constant, which is not among them, its digits.
     """
 
@@ -125,6 +127,8 @@ class Trace:
             arguments = [self.as_kind(x, x.kind if isinstance(x, Value) else FLOAT) for x in self.common(*xs)]
             if any(x.shape != (PAIR if word.moves == "weave" else ELEMENT) for x in arguments):
                 raise UntranslatableError(f"{name} is for whole rows")
+            if name == "largest" and arguments[0].code == "__builtin_fabsf({0})":
+                return self.new(FLOAT, BLOCK, SIZES, arguments[0].arguments, name, word.moves)
             shape = {"fold": BLOCK, "pick": PAIR, "weave": ELEMENT}[word.moves]
             return self.new(arguments[0].kind, shape, word.code, arguments, name, word.moves)
         if name == "where":
