@@ -20,7 +20,7 @@ from triton_optim import cpp_build, gather
 from triton_optim.plan import Plan
 
 pytestmark = pytest.mark.skipif(not gather.this_machine().cpp, reason="what gathers is built on Linux with a compiler")
-SHAPES = [(3, 2, 1, 1), (4, 2, 3, 3), (7,), (), (5, 2)]
+SHAPES = [(3, 2, 1, 1), (4, 2, 3, 3), (7,), (), (5, 2), (3, 3)]
 STEPS = 6
 DISTURBED = 3  # the step before which something happens
 
@@ -51,6 +51,16 @@ def move(opt, params):
 def reshape(opt, params):
     params[4].data = params[4].data.view(2, 5)  # where it was
     params[4].grad = params[4].grad.view(2, 5)
+
+
+def shrink(opt, params):
+    params[2].data = params[2].data[:5]  # where it was, with the stride it had
+    params[2].grad = params[2].grad[:5]
+
+
+def turn(opt, params):
+    params[5].data = params[5].data.t()  # where it was, of the same shape
+    params[5].grad = params[5].grad.t()
 
 
 def restride(opt, params):
@@ -88,6 +98,10 @@ def skip_all(opt, params):
 
 def transpose(opt, params):
     params[4].grad = params[4].grad.t().contiguous().t()
+
+
+def cut(opt, params):
+    params[2].grad.data = params[2].grad.data[:5]
 
 
 def negate(opt, params):
@@ -132,14 +146,14 @@ def change_rate(opt, params):
     opt.param_groups[0]["lr"] = 0.5
 
 
-DISTURBANCES = [move, reshape, restride, widen, swap, replace, skip, skip_all, transpose, negate, narrow, make_sparse,
-                expand, load_states, replace_state, add_group, shift_gradient, change_rate]  # fmt: skip
+DISTURBANCES = [move, reshape, shrink, turn, restride, widen, swap, replace, skip, skip_all, transpose, cut, negate,
+                narrow, make_sparse, expand, load_states, replace_state, add_group, shift_gradient, change_rate]  # fmt: skip
 
 
 def run(disturb, backend, device, mark=lambda: None):
     params = made(device)
     # A state keeps its shape, and would not be that of a parameter that is reshaped.
-    kind = to.SGD if disturb is reshape else to.AdamW
+    kind = to.SGD if disturb in (reshape, shrink) else to.AdamW
     opt = kind(params, lr=0.1, backend=backend)
     for step in range(STEPS):
         give_gradients(params, step)

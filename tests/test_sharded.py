@@ -7,6 +7,7 @@ communication runs on two processes over gloo, which are started once for the mo
 import contextlib
 import copy
 import datetime
+import math
 import os
 import queue
 import time
@@ -560,6 +561,24 @@ def partial_gradients(mesh, backend):
 def test_partial_gradients_are_summed(ranks, backend):
     for results in ranks.run(partial_gradients, backend):
         assert results == [[[-33.0] * 2] * 3] * 2
+
+
+def infinite_norms(mesh):
+    """The largest magnitude, with a NaN on the first rank, on the second, on none."""
+    norms = []
+    for bad in (0, 1, None):
+        own = torch.full((2,), 1.0 + mesh.get_local_rank())
+        if bad == mesh.get_local_rank():
+            own[1] = math.nan
+        p = Parameter(DTensor.from_local(torch.zeros_like(own), mesh, [Shard(0)], run_check=False))
+        p.grad = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+        norms.append(to.clip_grad_norm_([p], 1e9, math.inf).item())
+    return norms
+
+
+def test_a_nan_on_one_rank_is_in_the_largest_magnitude(ranks):
+    for norms in ranks.run(infinite_norms):
+        np.testing.assert_array_equal(norms, [math.nan, math.nan, 2.0])
 
 
 def checkpoint(mesh, backend, folder, full):

@@ -66,8 +66,8 @@ class Value:
         kind: its C++ type.
         shape: one of the shapes above.
         code: the expression, with {0} and so on for the arguments.
-        moves: how the arguments' elements become this one's: "" each its own, else "fold", "pick" or "weave"; "end" each
-            its own, and 0 where an incomplete block has none.
+        moves: how the arguments' elements become this one's: "" each its own, else "fold", "pick" or "weave"; "end"
+            each its own, and 0 where an incomplete block has none.
         name: unique among the values of a trace; of a constant, which is not among them, its digits.
     """
 

@@ -124,11 +124,15 @@ def over_shards(params: Sequence[Tensor], gradients: Sequence[Tensor], norm: Nor
             continue
         largest = norm.kind == "inf"
         row = torch.stack((rows[:, 0].amax() if largest else rows[:, 0].sum(), rows[:, 1].sum()))
+        if largest:  # MAX may lose a NaN, which goes beside it
+            row = torch.stack((row[0].nan_to_num(0.0, math.inf), row[1], row[0].isnan().to(row.dtype)))
         mesh, placements = where
         for dim, placement in enumerate(placements):
             if placement.is_shard():
                 operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
                 torch.distributed.all_reduce(row, operation, group=mesh.get_group(dim))
+        if largest:
+            row = torch.stack((row[0].masked_fill(row[2] != 0, math.nan), row[1]))
         found.append(row.view(1, 2))
     return found
 
