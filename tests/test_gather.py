@@ -17,9 +17,10 @@ from torch.nn import Parameter
 
 import triton_optim as to
 from triton_optim import cpp_build, gather
+from triton_optim.dispatch import this_machine
 from triton_optim.plan import Plan
 
-pytestmark = pytest.mark.skipif(not gather.this_machine().cpp, reason="what gathers is built on Linux with a compiler")
+pytestmark = pytest.mark.skipif(not this_machine().cpp, reason="what gathers is built on Linux with a compiler")
 SHAPES = [(3, 2, 1, 1), (4, 2, 3, 3), (7,), (), (5, 2), (3, 3)]
 STEPS = 6
 DISTURBED = 3  # the step before which something happens
@@ -54,6 +55,7 @@ def reshape(opt, params):
 
 
 def shrink(opt, params):
+    params[2].whole = params[2].data
     params[2].data = params[2].data[:5]  # where it was, with the stride it had
     params[2].grad = params[2].grad[:5]
 
@@ -83,7 +85,6 @@ def swap(opt, params):
 def replace(opt, params):
     new = Parameter(params[2].detach() + 1)
     new.grad = params[2].grad
-    opt.state[new] = opt.state.pop(params[2])
     params[2] = opt.param_groups[0]["params"][2] = new
 
 
@@ -105,8 +106,13 @@ def cut(opt, params):
 
 
 def negate(opt, params):
-    params[2].grad = torch.complex(torch.zeros_like(params[2]), params[2].grad).conj().imag
+    params[2].grad = torch._neg_view(params[2].grad)
     assert params[2].grad.is_neg()
+
+
+def negate_strided(opt, params):
+    params[4].grad = torch.complex(torch.zeros_like(params[4]), params[4].grad).conj().imag
+    assert params[4].grad.is_neg()
 
 
 def narrow(opt, params):
@@ -147,13 +153,14 @@ def change_rate(opt, params):
 
 
 DISTURBANCES = [move, reshape, shrink, turn, restride, widen, swap, replace, skip, skip_all, transpose, cut, negate,
-                narrow, make_sparse, expand, load_states, replace_state, add_group, shift_gradient, change_rate]  # fmt: skip
+                negate_strided, narrow, make_sparse, expand, load_states, replace_state, add_group, shift_gradient,
+                change_rate]  # fmt: skip
 
 
 def run(disturb, backend, device, mark=lambda: None):
     params = made(device)
-    # A state keeps its shape, and would not be that of a parameter that is reshaped.
-    kind = to.SGD if disturb in (reshape, shrink) else to.AdamW
+    # A state keeps its shape, and would not be that of a parameter that is reshaped; without one, none tells of others.
+    kind = to.SGD if disturb in (reshape, shrink, replace) else to.AdamW
     opt = kind(params, lr=0.1, backend=backend)
     for step in range(STEPS):
         give_gradients(params, step)
@@ -167,7 +174,7 @@ def run(disturb, backend, device, mark=lambda: None):
             opt.step()
         except RuntimeError as error:  # of a kind that is refused
             return [str(error), *(p.detach() for p in params)]
-    return [t.detach() for p in params for t in (p, *opt.state.get(p, {}).values())]
+    return [t.detach() for p in params for t in (p, getattr(p, "whole", p), *opt.state.get(p, {}).values())]
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
@@ -190,6 +197,13 @@ def test_what_happens_between_steps_is_noticed(disturb, backend, device, looks, 
 def test_usual_steps_take_no_look(disturb, device, looks):
     run(disturb or (lambda opt, params: None), "auto", device)
     assert looks == [True]
+
+
+@pytest.mark.skipif(not this_machine().triton, reason="Triton is not installed")
+def test_a_gradient_at_an_odd_address_is_looked_at(device, looks):
+    """Accesses of 128 bits would miss it."""
+    run(shift_gradient, "triton", device)
+    assert looks == [True, False, True]
 
 
 def test_a_frozen_parameter_that_gets_a_gradient_is_noticed(device):
