@@ -183,7 +183,7 @@ def test_small_updates_are_lost_to_the_nearest_and_kept_on_average(
     steps = 40 if backend == "triton" and device.type == "cpu" else 200  # the interpreter is slow
     ends = {}
     for precision in ("storage", "stochastic"):
-        p = Parameter(torch.ones(4096, dtype=dtype, device=device))
+        p = Parameter(torch.ones(1024, dtype=dtype, device=device))
         p.grad = torch.ones_like(p)
         optimizer = triton_optim.SGD([p], lr=2.0**-13, param_precision=precision, backend=backend)
         for _ in range(steps):
