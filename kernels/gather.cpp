@@ -13,6 +13,7 @@ using c10::TensorImpl;
 
 // Where in an object is what, in bytes.
 struct Words {
+    int64_t type;    // in a Python object: its class
     int64_t tensor;  // in a tensor's Python object: the tensor itself
     int64_t object;  // in a tensor: its Python object
     int64_t local;   // in a DTensor's Python object: its local part's
@@ -22,8 +23,6 @@ struct Words {
 char *word(const void *object, int64_t place) {
     return *reinterpret_cast<char *const *>(static_cast<const char *>(object) + place);
 }
-
-char *type_of(const void *object) { return word(object, sizeof(void *)); }
 
 // A parameter as it was when it was noted.
 struct Known {
@@ -54,7 +53,7 @@ TensorImpl *tensor_of(const Words &words, const void *object) {
 TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
     if (sharded) {
         object = word(object, bucket.words.local);
-        if (object == nullptr || type_of(object) != bucket.plain_type) return nullptr;
+        if (object == nullptr || word(object, bucket.words.type) != bucket.plain_type) return nullptr;
     }
     return tensor_of(bucket.words, object);
 }
@@ -64,7 +63,7 @@ TensorImpl *gradient_of(const Bucket &bucket, const Known &known, TensorImpl *wh
     if (known.spec == nullptr) return whole;
     const auto own = reinterpret_cast<uintptr_t>(word(whole, bucket.words.object)) & ~uintptr_t(1);  // a flag, once
     const auto *object = reinterpret_cast<const char *>(own);
-    if (object == nullptr || type_of(object) != type_of(known.object)) return nullptr;
+    if (object == nullptr || word(object, bucket.words.type) != word(known.object, bucket.words.type)) return nullptr;
     return word(object, bucket.words.spec) == known.spec ? values_of(bucket, object, true) : nullptr;
 }
 
@@ -96,7 +95,7 @@ PyObject *PyList_GetItem(PyObject *, ssize_t);
 void *note(const Words *words, int64_t n, const char *const *objects, const char *const *specs, const void *like) try {
     auto bucket = std::make_unique<Bucket>();
     bucket->words = *words;
-    bucket->plain_type = type_of(like);
+    bucket->plain_type = word(like, words->type);
     bucket->gradient = tensor_of(*words, like)->dtype();
     for (int64_t i = 0; i < n; ++i) {
         TensorImpl *p = values_of(*bucket, objects[i], specs[i] != nullptr);

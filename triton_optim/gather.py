@@ -34,7 +34,7 @@ STEPS = 16  # that a plan has run
 class Words(ctypes.Structure):
     """Where in an object is what, in bytes: kernels/gather.cpp."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("tensor", "object", "local", "spec")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("type", "tensor", "object", "local", "spec")]
 
 
 def place_of(value: int, start: int, length: int) -> int | None:
@@ -44,12 +44,13 @@ def place_of(value: int, start: int, length: int) -> int | None:
 
 
 @cache
-def plain_words() -> tuple[int, int] | None:
-    """Where a tensor's Python object has the tensor, and the tensor its object; None if it cannot be found out."""
+def plain_words() -> tuple[int, int, int] | None:
+    """Where a Python tensor has its class and the tensor, and the tensor the Python one; None if that is not found."""
     made = torch.empty(0)
-    tensor = place_of(made._cdata, id(made), type(made).__basicsize__)
+    length = type(made).__basicsize__
+    kind, tensor = place_of(id(type(made)), id(made), length), place_of(made._cdata, id(made), length)
     back = place_of(id(made), made._cdata, library.loaded.tensor_size())
-    return None if tensor is None or back is None else (tensor, back)
+    return None if kind is None or tensor is None or back is None else (kind, tensor, back)
 
 
 def words_of(params: Sequence[Tensor]) -> Words | None:
