@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import gather
 from ..explain import explain
 from ..optimizer import OPTIONS, RuleOptimizer
 from .agreement import Contender, Difference, differences
@@ -148,6 +149,15 @@ class Comparison:
         return Record(question, self.case.name, text, self.figures, measurement=self.measurement)
 
 
+def settle(contenders: Sequence[Contender]) -> None:
+    """Bring steps to where they are in a training that has gone on for a while, and nothing is compiled beside it."""
+    gather.library.load()
+    for c in contenders:
+        if len(c.params) >= gather.WORTHWHILE:
+            for _ in range(gather.STEPS):
+                c.step()
+
+
 def compare(
     case: Case,
     peers: Sequence[str],
@@ -179,6 +189,7 @@ def compare(
     contenders = [c for c in contenders if c.name not in reasons]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages
+        settle([c for c in contenders if isinstance(c.optimizer, RuleOptimizer)])
         sides = [Side(c.name, c.step) for c in contenders]
         m = measure(sides, patience, device=case.device, rounds=rounds, inner=inner, advance=advance)
 
