@@ -1,9 +1,10 @@
-// The addresses of the gradients of many parameters, gathered in one call that makes no Python object of any: to ask for
-// them one by one takes longer than all else that the host does in a step.
+// The addresses of the gradients of many parameters, gathered in one call that makes no Python object of any: to ask
+// for them one by one takes longer than all else that the host does in a step.
 //
 // Of a Python object, only words are read of which gather.py found out, in this process, what they hold.
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -58,13 +59,63 @@ TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
     return tensor_of(bucket.words, object);
 }
 
-// The tensor of a gradient, or of its local part, null where it is not sharded as it was.
-TensorImpl *gradient_of(const Bucket &bucket, const Known &known, TensorImpl *whole) {
-    if (known.spec == nullptr) return whole;
-    const auto own = reinterpret_cast<uintptr_t>(word(whole, bucket.words.object)) & ~uintptr_t(1);  // a flag, once
-    const auto *object = reinterpret_cast<const char *>(own);
-    if (object == nullptr || word(object, bucket.words.type) != word(known.object, bucket.words.type)) return nullptr;
-    return word(object, bucket.words.spec) == known.spec ? values_of(bucket, object, true) : nullptr;
+// A tensor's Python object.
+const char *object_of(const Words &words, const TensorImpl *tensor) {
+    return reinterpret_cast<const char *>(reinterpret_cast<uintptr_t>(word(tensor, words.object)) & ~uintptr_t(1));
+}
+
+// A parameter's values and its gradient, of sharded ones the local parts; null where Python must look.
+struct Pair {
+    TensorImpl *p, *g;
+    bool missing;  // there is no gradient
+};
+
+constexpr int64_t BATCH = 16;
+
+void ask_for(const void *place, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(place) + i);
+}
+
+// Each place tells where the next one lies, and after a backward pass none is in a cache. For the places of one tensor
+// after the other the processor would wait again and again: it is asked for those of a batch side by side.
+void find(const Bucket &bucket, const Known *known, int64_t n, Pair *pairs) {
+    const Words &words = bucket.words;
+    const auto ask_for_tensor = [](const TensorImpl *t) { ask_for(t, sizeof(TensorImpl)); };
+    const auto ask_for_storage = [](const TensorImpl *t) {
+        if (t != nullptr) ask_for(t->unsafe_storage().unsafeGetStorageImpl(), 64);
+    };
+    const char *objects[BATCH];
+    for (int64_t i = 0; i < n; ++i) ask_for(known[i].object, 128);
+    for (int64_t i = 0; i < n; ++i) {
+        ask_for_tensor(tensor_of(words, known[i].object));
+        if (known[i].spec != nullptr) ask_for(word(known[i].object, words.local), 64);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        ask_for_tensor(pairs[i].p = values_of(bucket, known[i].object, known[i].spec != nullptr));
+        ask_for(tensor_of(words, known[i].object)->autograd_meta(), 128);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const at::Tensor &gradient = tensor_of(words, known[i].object)->grad();
+        pairs[i].missing = !gradient.defined();
+        pairs[i].g = pairs[i].missing ? nullptr : gradient.unsafeGetTensorImpl();
+        ask_for_tensor(pairs[i].g);
+        ask_for_storage(pairs[i].p);
+    }
+    const auto sharded = [&](int64_t i) { return known[i].spec != nullptr && pairs[i].g != nullptr; };
+    for (int64_t i = 0; i < n; ++i)
+        if (sharded(i)) ask_for(objects[i] = object_of(words, pairs[i].g), 128);
+    for (int64_t i = 0; i < n; ++i)
+        if (sharded(i)) {
+            const auto is_a = [&](const char *object) { return word(object, words.type); };
+            const bool alike = objects[i] != nullptr && is_a(objects[i]) == is_a(known[i].object);
+            if (alike && word(objects[i], words.spec) == known[i].spec)
+                ask_for(word(objects[i], words.local), 64);
+            else
+                pairs[i].g = nullptr;
+        }
+    for (int64_t i = 0; i < n; ++i)
+        if (sharded(i)) ask_for_tensor(pairs[i].g = values_of(bucket, objects[i], true));
+    for (int64_t i = 0; i < n; ++i) ask_for_storage(pairs[i].g);
 }
 
 bool as_known(const Bucket &bucket, const Known &known, const TensorImpl *p) {
@@ -118,18 +169,24 @@ int gather(const void *of, int64_t *addresses) try {
     const Bucket &bucket = *static_cast<const Bucket *>(of);
     int64_t all = 0;
     bool complete = true;
-    for (const Known &known : bucket.known) {
-        TensorImpl *p = values_of(bucket, known.object, known.spec != nullptr);
-        if (p == nullptr || !as_known(bucket, known, p) || p->mutable_data() != known.data) return -1;
-        const at::Tensor &gradient = tensor_of(bucket.words, known.object)->grad();
-        if (!gradient.defined()) {
-            *addresses++ = complete = false;
-            continue;
+    const int64_t count = bucket.known.size();
+    for (int64_t start = 0; start < count; start += BATCH) {
+        const Known *known = bucket.known.data() + start;
+        const int64_t n = std::min(BATCH, count - start);
+        Pair pairs[BATCH];
+        find(bucket, known, n, pairs);
+        for (int64_t i = 0; i < n; ++i) {
+            const auto [p, g, missing] = pairs[i];
+            if (p == nullptr || !as_known(bucket, known[i], p) || p->mutable_data() != known[i].data) return -1;
+            int64_t address = 0;
+            if (!missing) {
+                if (g == nullptr || g->dtype() != bucket.gradient || !alike(p, g)) return -1;
+                address = reinterpret_cast<int64_t>(g->data());
+            }
+            *addresses++ = address;
+            all |= address;
+            complete &= !missing;
         }
-        const TensorImpl *g = gradient_of(bucket, known, gradient.unsafeGetTensorImpl());
-        if (g == nullptr || g->dtype() != bucket.gradient || !alike(p, g)) return -1;
-        *addresses = reinterpret_cast<int64_t>(g->data());
-        all |= *addresses++;
     }
     return (all % 16 == 0) + 2 * complete;
 } catch (...) {
