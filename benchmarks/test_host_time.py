@@ -15,7 +15,6 @@ from triton_optim import gather
 from triton_optim.bench.agreement import Contender, assert_agree
 from triton_optim.bench.measure import Measurement, Side, measure
 from triton_optim.bench.models import parameters, shapes
-from triton_optim.plan import STEPS
 
 COUNTS = (10, 100, 1_000, 10_000)
 CLAIMED = 1_000  # tensors that the targets are about
@@ -91,7 +90,7 @@ def test_host_time(
         # Wall time even on a GPU: what the device does meanwhile is not waited for.
         # Several steps in a row, so that their own data is in the caches; new sharded gradients take longer than these.
         turn = min(20, max(1, 5_000 // count))
-        warm_up = 1 + STEPS // turn
+        warm_up = 1 + gather.STEPS // turn
         m = measure([prepared(c) for c in contenders], patience, rounds=10, turn=turn, warm_up=warm_up)
         benchmark.pedantic(contenders[0].step, setup=prepared(contenders[0]).prepare, rounds=100)
     report(answer, count, m, claimed=count == CLAIMED)

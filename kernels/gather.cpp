@@ -59,7 +59,7 @@ TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
     return tensor_of(bucket.words, object);
 }
 
-// A tensor's Python object.
+// A tensor's Python object. The pointer's lowest bit is a flag in some releases of torch.
 const char *object_of(const Words &words, const TensorImpl *tensor) {
     return reinterpret_cast<const char *>(reinterpret_cast<uintptr_t>(word(tensor, words.object)) & ~uintptr_t(1));
 }

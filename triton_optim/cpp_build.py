@@ -12,9 +12,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +42,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
-    # What an element waits for, roots above all, is started before what need not wait: 5 to 9 % of a step.
+    # What an element waits for, roots above all, is started before what need not wait.
     "-fschedule-insns",
     "-fsched-pressure",
     # Without being asked, GCC leaves half of the longest vectors of a processor unused, which clock it down a little.
@@ -81,33 +83,52 @@ _running: set[subprocess.Popen[str]] = set()
 def stop() -> None:
     """End the compilers that other threads wait for."""
     for compiler in list(_running):
-        compiler.kill()
+        end(compiler)
 
 
-def run(command: list[str]) -> str:
+def end(compiler: subprocess.Popen[str]) -> None:
+    """End a compiler that has not ended, with the programs that it has started."""
+    with suppress(ProcessLookupError):  # the thread that waits for it may have seen its end by now
+        if compiler.poll() is None:
+            os.killpg(compiler.pid, signal.SIGKILL)
+
+
+def run(command: list[str], temporary: str | None = None) -> str:
     """Run a compiler; what it prints.
+
+    Args:
+        command: the compiler and its arguments.
+        temporary: the folder for its temporary files, which it leaves if it is killed; None for the system's.
 
     Raises:
         BuildError: it is missing, takes too long, or fails.
     """
-    what = command[0]
-    to_us = subprocess.PIPE
+    what, pipe = command[0], subprocess.PIPE
+    own = None if temporary is None else {**os.environ, "TMPDIR": temporary}
     try:
+        # A session of its own: what ends it ends the programs that it starts, and they do not see Ctrl-C.
         started = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=to_us, stderr=to_us, text=True, errors="replace"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+            env=own,
+            start_new_session=True,
         )
     except OSError as error:
         raise BuildError(f"{what} cannot be started ({error})") from error
     _running.add(started)
-    try:
-        out, errors = started.communicate(timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired as error:
-        started.kill()
-        started.communicate()
-        _failed[what] = f"{what} did not end within {TIME_LIMIT:g} s"
-        raise BuildError(_failed[what]) from error
-    finally:
-        _running.discard(started)
+    with started:
+        try:
+            out, errors = started.communicate(timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired as error:
+            _failed[what] = f"{what} did not end within {TIME_LIMIT:g} s"
+            raise BuildError(_failed[what]) from error
+        finally:
+            _running.discard(started)
+            end(started)
     if started.returncode:
         said = (errors or out).strip().splitlines()
         raise BuildError(f"{what} failed ({started.returncode}): {said[0] if said else 'it says nothing'}")
@@ -165,7 +186,7 @@ def build(source: str, flags: tuple[str, ...], compiler: str, place: Path) -> No
         with tempfile.TemporaryDirectory(dir=place.parent) as own:
             text, made = Path(own, "kernel.cpp"), Path(own, "kernel.so")
             text.write_text(source)
-            run([compiler, str(text), *flags, "-o", str(made)])
+            run([compiler, str(text), *flags, "-o", str(made)], own)
             content = made.read_bytes()
             made.write_bytes(content + hashlib.sha256(content).digest())
             made.replace(place)

@@ -38,7 +38,9 @@ class Words(ctypes.Structure):
 
 
 def place_of(value: int, start: int, length: int) -> int | None:
-    """Where in `length` bytes from `start` on this word stands, but for its lowest bit; None if nowhere."""
+    """Where in `length` bytes from `start` on this word stands; None if nowhere. Its lowest bit is not looked at: in a
+    tensor's pointer to its Python object some releases of torch keep a flag there.
+    """
     words = (ctypes.c_size_t * (length // WORD)).from_address(start)
     return next((i * WORD for i, word in enumerate(words) if word & ~1 == value), None)
 
@@ -200,15 +202,10 @@ class Objects:
         own = self._table
         return type(objects) is list and bool(library.loaded.holds(objects, len(own), own.buffer_info()[0]))
 
-
-def without_gradient(objects: array[int]) -> bool:
-    """Whether none of these parameters has a gradient.
-
-    Args:
-        objects: their `id`.
-    """
-    plain = plain_words()
-    if not objects or plain is None:
-        return not objects
-    words = Words(*plain, 0, 0)
-    return bool(library.loaded.without(ctypes.addressof(words), len(objects), objects.buffer_info()[0]))
+    def have_no_gradients(self) -> bool:
+        """Whether these are tensors none of which has a gradient."""
+        own, plain = self._table, plain_words()
+        if not own or plain is None:
+            return not own
+        words = Words(*plain, 0, 0)
+        return bool(library.loaded.without(ctypes.addressof(words), len(own), own.buffer_info()[0]))

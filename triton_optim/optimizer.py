@@ -591,7 +591,7 @@ class RuleOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Take note of the parameters anew; the next step makes its plan."""
-        self._flat = [p for group in self.param_groups for p in group["params"]]
+        self._take_flat()
         self._repeats = len(set(map(id, self._flat))) < len(self._flat)
         self._plan = None
         self._plans_of_one = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -21,7 +20,7 @@ from torch import Tensor
 from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
 from .dispatch import Backend, Choice, Request, choose, next_best, this_machine
-from .gather import STEPS, WORTHWHILE, Objects, library, without_gradient
+from .gather import STEPS, WORTHWHILE, Objects, library
 from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
 from .members import Member
@@ -272,7 +271,7 @@ class Plan:
         self._changes = -1
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
-        self._ids_without = array("q", [id(params[i]) for i in self._without])
+        self._idle = Objects([params[i] for i in self._without])
         self._groups = [Objects(list(group["params"])) for group in optimizer.param_groups] if place is None else []
         self._looked = 0  # steps for which Python looked at all gradients
 
@@ -297,7 +296,7 @@ class Plan:
             and self._are_still_those_of(self.optimizer.param_groups)
             and self._still_holds()
             and not (self.sharded and self.optimizer.scales_gradients)  # ranks speak of their norm
-            and without_gradient(self._ids_without)
+            and self._idle.have_no_gradients()
             and all(bucket.gather() for bucket in self.buckets)
         )
 
