@@ -22,6 +22,7 @@ CASES: list[tuple[str, str, torch.dtype, float]] = [
     *((name, "resnet50", torch.float32, MEDIUM) for name in FUSED),
     *((name, "64M16", torch.float32, LARGE) for name in FUSED),
     ("AdamW", "64M16", torch.bfloat16, SIXTEEN_BITS),
+    ("AdamW", "64M16", torch.float16, LARGE),
     *((label, "resnet50", torch.float32, NOT_FUSED) for label in OPTIMIZERS if label not in
       (*FUSED, "Adam", "SGD nesterov", "Lion")),
 ]  # fmt: skip

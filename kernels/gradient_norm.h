@@ -10,6 +10,16 @@ struct Float16 { uint16_t bits; };
 static inline double read(const Bfloat16 *x) { return from_bfloat16(x->bits); }
 static inline double read(const Float16 *x) { return from_float16(x->bits); }
 
+// Elements as they are best read one by one.
+template <class T> struct Place { const T *x; };
+template <int N> struct Row { float x[N]; };
+template <int N, class T> static inline Place<T> in_a_row(const T *x) { return {x}; }
+template <int N> static inline Row<N> in_a_row(const Float16 *x) {
+    Row<N> row;
+    from_float16(&x->bits, row.x, N);
+    return row;
+}
+
 static inline double combined(Kind kind, double a, double x) {
     if (kind == LARGEST) return a > x | a != a ? a : x;
     return a + (kind == SQUARES ? x * x : x);
@@ -27,9 +37,11 @@ static void norms(int64_t works, const int64_t *first, const int64_t *chunks, co
             constexpr int LANES = 32;
             double lane[LANES] = {}, faults = 0;
             int64_t i = 0;
-            for (; i + LANES <= n; i += LANES)
+            for (; i + LANES <= n; i += LANES) {
+                const auto row = in_a_row<LANES>(x + i);
 #pragma omp simd
-                for (int j = 0; j < LANES; ++j) lane[j] = combined(KIND, lane[j], __builtin_fabs(read(x + i + j)));
+                for (int j = 0; j < LANES; ++j) lane[j] = combined(KIND, lane[j], __builtin_fabs(read(row.x + j)));
+            }
             for (; i < n; ++i) lane[i % LANES] = combined(KIND, lane[i % LANES], __builtin_fabs(read(x + i)));
             for (int half = LANES / 2; half; half /= 2)
                 for (int j = 0; j < half; ++j)

@@ -275,32 +275,41 @@ def every_bit(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
+# Many elements are converted by the processor, where it can, and the few after them by arithmetic.
+as_many = pytest.mark.parametrize("length", [2**20, 15], ids=["by the processor", "by arithmetic"])
+
+
+@as_many
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_every_number_of_16_bits_is_read_and_made(dtype: torch.dtype) -> None:
+def test_every_number_of_16_bits_is_read_and_made(dtype: torch.dtype, length: int) -> None:
     """Subnormal ones, infinities and NaN too: a step without a learning rate."""
     values = every_bit(dtype)
-    p = Parameter(values.clone())
-    p.grad = torch.zeros_like(values)
-    triton_optim.Lion([p], lr=0.0, weight_decay=0.0, backend="cpp").step()
-    assert torch.equal(p.detach().isnan(), values.isnan())
+    params = [Parameter(own.clone()) for own in values.split(length)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    triton_optim.Lion(params, lr=0.0, weight_decay=0.0, backend="cpp").step()
+    found = torch.cat([p.detach() for p in params])
+    assert torch.equal(found.isnan(), values.isnan())
     known = ~values.isnan()
-    assert torch.equal(p.detach()[known].view(torch.int16), values[known].view(torch.int16))
+    assert torch.equal(found[known].view(torch.int16), values[known].view(torch.int16))
 
 
+@as_many
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_rounding_is_to_the_nearest_even(dtype: torch.dtype) -> None:
+def test_rounding_is_to_the_nearest_even(dtype: torch.dtype, length: int) -> None:
     """What lies between two neighbours, and half-way: the state takes the float32 gradient as it is."""
     wide = every_bit(dtype).float()
     wide = wide[wide.isfinite()]
     eps = torch.finfo(dtype).eps
     g = torch.cat([wide * factor for factor in (1, 1 + eps / 2, 1 + eps / 4, 1 + 3 * eps / 4, 1 - eps / 2)])
     g = torch.cat([g, torch.tensor([1e-45, -1e-40, 3e-8, 65519.9, 65520.0, -1e38, math.inf, -math.inf])])
-    p = Parameter(torch.zeros(len(g)))
-    p.grad = g
-    optimizer = triton_optim.SGD([p], lr=0.0, momentum=1.0, backend="cpp")
-    optimizer.state[p]["momentum_buffer"] = torch.zeros(len(g), dtype=dtype)
+    params = [Parameter(torch.zeros(len(own))) for own in g.split(length)]
+    optimizer = triton_optim.SGD(params, lr=0.0, momentum=1.0, backend="cpp")
+    for p, own in zip(params, g.split(length), strict=True):
+        p.grad = own.clone()
+        optimizer.state[p]["momentum_buffer"] = torch.zeros(len(own), dtype=dtype)
     optimizer.step()
-    found = optimizer.state[p]["momentum_buffer"]
+    found = torch.cat([optimizer.state[p]["momentum_buffer"] for p in params])
     assert found.dtype == dtype
     assert torch.equal(found.view(torch.int16), (g + 0.0).to(dtype).view(torch.int16))
 

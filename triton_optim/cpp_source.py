@@ -28,8 +28,10 @@ _STORAGE = {
     torch.float16: ("uint16_t", "from_float16({0})", "to_float16({0})"),
     torch.int8: ("int8_t", "(int32_t){0}", "(int8_t){0}"),
 }
-# Elements that are taken at a time where there are blocks: some blocks, so that what one waits for is hidden behind the
-# others, and few enough that all that waits stays in the nearest cache.
+# Read and made by functions for elements in a row, which are named as those for one.
+_IN_A_ROW = {torch.float16: ("from_float16", "to_float16")}
+# Elements that are taken at a time where some wait in buffers. Of blocks it is some, so that what one waits for is
+# hidden behind the others, and few enough that all that waits stays in the nearest cache.
 BATCH = 512
 
 _WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; else float
@@ -48,6 +50,7 @@ class Part:
         self.padded = padded  # there is an item for each element of an incomplete block
         self.kind = _WIDE.get(dtype, FLOAT)
         self.type, self.reading, self.making = _STORAGE[dtype]
+        self.in_a_row = _IN_A_ROW.get(dtype)
 
 
 class Source:
@@ -157,10 +160,16 @@ class Source:
                 if a in earliest:
                     last[a] = min(last.get(a, self.loop[x]), self.loop[x] - later(a, x))
         self.written = {item: part for part, item in self.stores}
-        # Bytes of blocks are widened in a loop of their own, and made in one.
-        bytes_of = {x: part for x, part in {**self.loaded, **self.written}.items() if part.padded and x.shape != BLOCK}
-        self.narrow = {x: part for x, part in bytes_of.items() if x in self.loop}
-        self.block = BATCH if self.sharing else CHUNK
+        # Bytes of blocks are widened in a loop of their own, and made in one. So is what is made in a row, unless it is
+        # read again: what waits is not what is kept.
+        read = {a for x in self.loop for a in x.arguments}
+        self.narrow = {
+            x: part
+            for x, part in {**self.loaded, **self.written}.items()
+            if x in self.loop and x.shape != BLOCK
+            if part.padded or (part.in_a_row and not (x in self.written and x in read))
+        }
+        self.block = BATCH if self.sharing or self.narrow else CHUNK
         self.waiting = {
             a
             for x in self.loop
@@ -191,7 +200,7 @@ class Source:
         gradient = self.parts[1][0]
         buffers = {x: self.narrow[x].kind if x in self.narrow else x.kind for x in live
                    if x in self.waiting or x.moves == "weave" or x in self.narrow}  # fmt: skip
-        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing, BLOCK: 1}
+        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing or BATCH, BLOCK: 1}
         # Of a block, read in a later loop than it is made in.
         kept = {a for x in live for a in x.arguments if a.shape == BLOCK and self.loop[a] < self.loop[x]}
         blocks = BATCH // (self.sharing or BATCH)
@@ -241,8 +250,7 @@ class Source:
         head = f"for (int64_t i = 0; i < {end}; ++i)"
         for x in values:
             if x in self.narrow and x not in self.written:
-                yield "#pragma omp simd"
-                yield f"{head} {x.name}_b[i] = {x.code};"
+                yield from self._converted(head, end, x, self.narrow[x])
         yield "#pragma omp simd"
         yield f"{head} {{"
         for x in values:
@@ -255,8 +263,18 @@ class Source:
         yield "}"
         for x in values:
             if x in self.narrow and x in self.written:
-                yield "#pragma omp simd"
-                yield f"{head} part{self.written[x].number}[i] = {x.code.format(f'{x.name}_b[i]')};"
+                yield from self._converted(head, end, x, self.narrow[x])
+
+    def _converted(self, head: str, end: int | str, x: Value, part: Part) -> Iterable[str]:
+        """What is kept, read into a buffer, or made of one."""
+        kept, buffer = f"part{part.number}", f"{x.name}_b"
+        made = x in self.written
+        if part.in_a_row:
+            read, make = part.in_a_row
+            yield f"{make}({buffer}, {kept}, {end});" if made else f"{read}({kept}, {buffer}, {end});"
+        else:
+            yield "#pragma omp simd"
+            yield f"{head} {kept}[i] = {x.code.format(f'{buffer}[i]')};" if made else f"{head} {buffer}[i] = {x.code};"
 
     def _statements(self, values: Iterable[Value]) -> Iterable[str]:
         for x in values:
