@@ -382,8 +382,8 @@ def test_split24_is_right_on_average(backend: str, device: torch.device) -> None
 @rows(*(case for case in RULES if case.on_every_backend))
 @kept
 def test_same_on_every_backend(case: Case, name: str, backend: str, device: torch.device) -> None:
-    """But for the elements in which two backends' arithmetic differs in the last bit: a few codes in thousands. Of float32
-    parameters more: torch's roots are MKL's, of which on some processors every fifth is not the nearest number.
+    """But for the elements in which two backends' arithmetic differs in the last bit, fewer than one in a hundred:
+    torch's roots are MKL's, of which on some processors every fifth is not the nearest number.
     """
     if backend == "eager":
         pytest.skip("the others are compared with it")
@@ -394,12 +394,12 @@ def test_same_on_every_backend(case: Case, name: str, backend: str, device: torc
     if backend == "compiled" and case.name != "AdamW" and name != "stochastic int8":
         pytest.skip("each takes seconds to compile: AdamW has all of them, and every rule one")
     ends = [everything(*trained(case.ours, name, b, device, **case.settings)) for b in ("eager", backend)]
-    for share, counts in ((0.004, lambda a: a.dtype != torch.float32), (0.02, lambda a: a.dtype == torch.float32)):
-        pairs = [(a, b) for a, b in zip(*ends, strict=True) if counts(a)]
-        assert sum(int((a != b).sum()) for a, b in pairs) <= share * sum(a.numel() for a, _ in pairs)
+    different = 0
     for a, b in zip(*ends, strict=True):
+        different += int((a != b).sum())
         if a.is_floating_point():
             torch.testing.assert_close(a, b, rtol=0.02, atol=1e-3)
+    assert different <= 0.01 * sum(a.numel() for a in ends[0])
 
 
 @kept
