@@ -14,7 +14,7 @@ https://arxiv.org/abs/2110.02861, where a code that doubles means ten times the 
 a table nor a logarithm. What is not 0 is never kept as 0 in the codes of a second moment: its root is divided by.
 """
 
-from .language import abs, bits_of, evens, floor, interleave, jit, largest, number_of, odds, to_float, to_int, where
+from .language import abs, absmax, bits_of, evens, floor, interleave, jit, number_of, odds, to_float, to_int, where
 
 BLOCKS = {"int8": 256, "int4": 64}  # elements that share a scale
 
@@ -165,7 +165,7 @@ def largest_code(CODEC):
 @jit
 def scale_of(x, CODEC):
     """What a unit of each block is; NaN where a value of the block is not finite, and then all of it is read as NaN."""
-    size = largest(abs(x))
+    size = absmax(x)
     scale = size * (1.0 / units(CODEC)) + (size - size)
     if CODEC == "int4" or CODEC == "uint4":
         # bfloat16, rounded up, so that the largest has a code; but what is a few ulp above one was that one.

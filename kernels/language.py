@@ -40,9 +40,9 @@ def _to_float(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float32)
 
 
-def _largest(x: torch.Tensor) -> torch.Tensor:
-    """Of each row, which stays a dimension; of one with a NaN, NaN or Inf."""
-    return x.amax(-1, keepdim=True)
+def _absmax(x: torch.Tensor) -> torch.Tensor:
+    """The largest |x| of each row of float32 numbers, which stays a dimension; of one with a NaN, NaN or Inf."""
+    return x.abs().amax(-1, keepdim=True)
 
 
 def _evens(x: torch.Tensor) -> torch.Tensor:
@@ -71,6 +71,11 @@ if triton is not None:
         return tl.abs(x)
 
     @jit
+    def absmax(x):
+        size = tl.abs(x)
+        return tl.max(tl.where(size == size, size, float("inf")), axis=1, keep_dims=True)  # which drops NaN
+
+    @jit
     def bits_of(x):
         return x.to(tl.int32, bitcast=True)
 
@@ -93,10 +98,6 @@ if triton is not None:
     @jit
     def interleave(x, y):
         return tl.interleave(x, y)
-
-    @jit
-    def largest(x):
-        return tl.max(tl.where(x == x, x, float("inf")), axis=1, keep_dims=True)  # which drops NaN
 
     @jit
     def log(x):
@@ -145,7 +146,7 @@ else:
     abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
     maximum, minimum, where = torch.maximum, torch.minimum, torch.where
     bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
-    evens, odds, interleave, largest = _evens, _odds, _interleave, _largest
+    absmax, evens, odds, interleave = _absmax, _evens, _odds, _interleave
 
 
 class Cpp(NamedTuple):
@@ -153,8 +154,8 @@ class Cpp(NamedTuple):
 
     Attributes:
         code: an expression of the arguments {0}, {1} and so on; {f} is "f" for float and nothing for double, {type} the
-            type. Of words for rows: how two elements become one ("fold"), or which elements of the row are taken
-            ("pick"), or made of each pair ("weave").
+            type. Of words for rows: the function that makes one number of a row ("fold"), or which elements of the row
+            are taken ("pick"), or made of each pair ("weave").
         arguments: how many.
         takes, gives: the type of the arguments and of the result; where empty, floating-point, and the arguments'.
         moves: of words for rows, the kind above.
@@ -167,19 +168,17 @@ class Cpp(NamedTuple):
     moves: str = ""
 
 
-_MAXIMUM = "{0} > {1} | {0} != {0} ? {0} : {1}"
-
 # Triton's word, torch's function, and the C++ expression.
 PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "abs": (abs, torch.abs, Cpp("__builtin_fabs{f}({0})")),
+    "absmax": (absmax, _absmax, Cpp("absmax", 1, "float", "float", moves="fold")),
     "bits_of": (bits_of, _bits_of, Cpp("__builtin_bit_cast(int32_t, {0})", 1, "float", "int32_t")),
     "evens": (evens, _evens, Cpp("2 * i", moves="pick")),
     "exp": (exp, torch.exp, Cpp("__builtin_exp{f}({0})")),
     "floor": (floor, torch.floor, Cpp("__builtin_floor{f}({0})")),
     "interleave": (interleave, _interleave, Cpp("2 * i, 2 * i + 1", 2, moves="weave")),
-    "largest": (largest, _largest, Cpp(_MAXIMUM, moves="fold")),
     "log": (log, torch.log, Cpp("__builtin_log{f}({0})")),
-    "maximum": (maximum, torch.maximum, Cpp(_MAXIMUM, 2)),
+    "maximum": (maximum, torch.maximum, Cpp("{0} > {1} | {0} != {0} ? {0} : {1}", 2)),
     "minimum": (minimum, torch.minimum, Cpp("{0} < {1} | {0} != {0} ? {0} : {1}", 2)),
     "number_of": (number_of, _number_of, Cpp("__builtin_bit_cast(float, {0})", 1, "int32_t", "float")),
     "odds": (odds, _odds, Cpp("2 * i + 1", moves="pick")),

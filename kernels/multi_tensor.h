@@ -3,17 +3,9 @@
 // Arithmetic is as written: nothing is contracted or reassociated, so that a result is that of the same operations in
 // torch, NaN, Inf and denormals included.
 
-// All of a block in one.
-template <int N, class T, class F>
-static inline T fold(const T *x, F combine) {
-    T found = x[0];
-    for (int i = 1; i < N; ++i) found = combine(found, x[i]);
-    return found;
-}
-
 // The largest of a block's absolute values, NaN if there is one: as integers they have the same order, NaN last.
 template <int N>
-static inline float largest_size(const float *x) {
+static inline float absmax(const float *x) {
     int32_t found = 0;
 #pragma omp simd reduction(max : found)
     for (int i = 0; i < N; ++i) {

@@ -520,4 +520,4 @@ def test_clipping_alone_falls_back_too(fresh: Path, tmp_path: Path, monkeypatch:
 def test_codes_of_blocks_wait_for_their_scale() -> None:
     """The largest of a block is found between two loops."""
     text = source(many_forms, Scalars, (F32, codes("int8", False)), torch.float32, False)
-    assert "largest_size<256>(" in text
+    assert "absmax<256>(" in text

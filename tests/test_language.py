@@ -14,12 +14,12 @@ import triton.language as tl
 from triton_optim.kernels.language import (
     PRIMITIVES,
     abs,
+    absmax,
     bits_of,
     evens,
     exp,
     interleave,
     jit,
-    largest,
     log,
     maximum,
     minimum,
@@ -68,7 +68,7 @@ def pairs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_word_is_tested() -> None:
-    own = ["where", "bits_of", "number_of", "to_float", "to_int", "largest", "evens", "odds", "interleave"]
+    own = ["where", "bits_of", "number_of", "to_float", "to_int", "absmax", "evens", "odds", "interleave"]
     assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, *own])
 
 
@@ -156,7 +156,7 @@ def _row_words(
 def test_words_for_rows_agree(device: torch.device) -> None:
     x = torch.arange(8 * 16, dtype=torch.float32, device=device).sin().view(8, 16)
     x[1, 5], x[2, 0], x[3, 15] = math.nan, math.inf, -math.inf
-    names = ("largest", "evens", "odds", "interleave")
+    names = ("absmax", "evens", "odds", "interleave")
     most, even, odd, back = (x.new_zeros(8, n) for n in (1, 8, 8, 16))
     _row_words[(1,)](x, most, even, odd, back, *(PRIMITIVES[name][0] for name in names), 8, 16)
     in_torch = {name: PRIMITIVES[name][1] for name in names}
@@ -164,7 +164,7 @@ def test_words_for_rows_agree(device: torch.device) -> None:
     torch.testing.assert_close(odd, in_torch["odds"](x), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(back, x, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(in_torch["interleave"](x[:, ::2], x[:, 1::2]), x, rtol=0, atol=0, equal_nan=True)
-    expected = in_torch["largest"](x)
+    expected = in_torch["absmax"](x)
     assert torch.equal(most.isfinite(), expected.isfinite())  # of a row with a NaN, NaN or Inf
     assert torch.equal(most[expected.isfinite()], expected[expected.isfinite()])
 
@@ -280,7 +280,7 @@ def _decode_rows(parts, CODEC):
 def _encode_rows(x, random, ROLE, CODEC):
     parts = (x,)
     if CODEC == "int4":
-        parts = (to_int(evens(x)) + 2 * to_int(odds(x)), largest(x))
+        parts = (to_int(evens(x)) + 2 * to_int(odds(x)), absmax(x))
     return parts
 
 
@@ -298,10 +298,10 @@ def test_words_for_rows_agree_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     # Half of 3 and 5, and half of the gradient.
     x = (torch.tensor([1.5, 2.5]).repeat(len(p) // 2) + 0.5 * p.grad).view(-1, 64)
     state = optimizer.state[p]
-    words = {name: PRIMITIVES[name][1] for name in ("evens", "odds", "largest", "to_int")}
+    words = {name: PRIMITIVES[name][1] for name in ("evens", "odds", "absmax", "to_int")}
     expected = words["to_int"](words["evens"](x)) + 2 * words["to_int"](words["odds"](x))
     assert torch.equal(state["exp_avg"].view(-1, 32)[[0, *range(3, 65)]], expected.to(torch.int8)[[0, *range(3, 65)]])
-    found, largest_of = state["exp_avg_scale"].float().view(-1, 1), words["largest"](x)
+    found, largest_of = state["exp_avg_scale"].float().view(-1, 1), words["absmax"](x)
     assert torch.equal(found.isfinite(), largest_of.isfinite())
     assert torch.equal(found[found.isfinite()], largest_of[found.isfinite()])
 

@@ -16,7 +16,7 @@ import torch
 from . import kernels
 from .codecs import Codec, plain
 from .cpp_chunks import CHUNK
-from .cpp_trace import BLOCK, DOUBLE, ELEMENT, FLOAT, INT, ONE, PAIR, SIZES, Trace, UntranslatableError, Value
+from .cpp_trace import BLOCK, DOUBLE, ELEMENT, FLOAT, INT, ONE, PAIR, Trace, UntranslatableError, Value
 from .kernels.average import lerp
 from .kernels.codecs import decode, encode, hashed
 
@@ -237,9 +237,7 @@ class Source:
         for x in (x for x in own if x.moves == "end"):
             yield f"for (int64_t i = n - b * {self.sharing}; i < {self.sharing}; ++i) {x.name}_b[i] = 0;"
         for x in (x for x in own if x.moves == "fold"):
-            buffer = f"{x.arguments[0].name}_b"
-            fold = f"fold<{self.sharing}>({buffer}, []({x.kind} a, {x.kind} b) {{ return {x.code.format('a', 'b')}; }})"
-            yield f"const {x.kind} {x.name} = {f'largest_size<{self.sharing}>({buffer})' if x.code == SIZES else fold};"
+            yield f"const {x.kind} {x.name} = {x.code}<{self.sharing}>({x.arguments[0].name}_b);"
 
     def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
         """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both

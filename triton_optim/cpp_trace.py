@@ -19,7 +19,6 @@ from .kernels.language import PRIMITIVES, Cpp, python_function, tl
 
 ONE, BLOCK, PAIR, ELEMENT = "one", "block", "pair", "element"  # the shapes
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "int32_t", "bool"
-SIZES = "sizes"  # in place of code: the largest of absolute values, which a fold finds without their waiting anywhere
 
 _ARITHMETIC: dict[type, tuple[str, Callable[[Any, Any], Any]]] = {
     ast.Add: ("+", operator.add),
@@ -124,11 +123,9 @@ class Trace:
     def word(self, name: str, word: Cpp, xs: Sequence[Any]) -> Value:
         """A word of the language."""
         if word.moves:
-            arguments = [self.as_kind(x, x.kind if isinstance(x, Value) else FLOAT) for x in self.common(*xs)]
+            arguments = [self.as_kind(x, word.takes or kind_of(x)) for x in self.common(*xs)]
             if any(x.shape != (PAIR if word.moves == "weave" else ELEMENT) for x in arguments):
                 raise UntranslatableError(f"{name} is for whole rows")
-            if name == "largest" and arguments[0].code == "__builtin_fabsf({0})":
-                return self.new(FLOAT, BLOCK, SIZES, arguments[0].arguments, name, word.moves)
             shape = {"fold": BLOCK, "pick": PAIR, "weave": ELEMENT}[word.moves]
             return self.new(arguments[0].kind, shape, word.code, arguments, name, word.moves)
         if name == "where":
