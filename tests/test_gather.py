@@ -346,3 +346,13 @@ def test_a_process_that_ends_meanwhile_leaves_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert list(kept.iterdir()) == []
     assert list(temporary.iterdir()) == []  # nor by the compiler itself
+
+
+def test_few_parameters_are_gathered_where_others_had_it_compiled(device, looks, monkeypatch):
+    monkeypatch.setattr("triton_optim.plan.WORTHWHILE", len(SHAPES) + 1)
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1)
+    for step in range(3):
+        give_gradients(params, step)
+        opt.step()
+    assert looks == [True]

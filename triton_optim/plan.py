@@ -309,8 +309,9 @@ class Plan:
         gather those of the next.
         """
         self._looked += 1
-        if self._looked % STEPS == 0 and len(self.params) >= WORTHWHILE:
-            library.begin()
+        if self._looked % STEPS == 0:
+            if len(self.params) >= WORTHWHILE:
+                library.begin()
             for bucket in self.buckets:
                 bucket.note_gradients()
 

@@ -108,7 +108,10 @@ class TritonBucket(Bucket):
         addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
         own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
-        self.pointers = array("q")
+        # Where the gradients lie, in memory that is kept: for a new array malloc would first merge all small chunks
+        # that were freed since the last, the old gradients among them, which takes longer than to find new ones.
+        self.pointers = array("q", bytes(8 * len(members)))
+        self.gradient_table = to_device(self.pointers, torch.int64, key.device)
         self.numbers = self.chunks  # not read
         if key.random:
             first = torch.tensor([piece.first for piece in self.pieces])
@@ -153,23 +156,22 @@ class TritonBucket(Bucket):
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:
-            staged = addresses[:]
             if self.key.aligned and not aligned:
                 return False
+            self.pointers[:] = addresses
             if capturing(self.key.device):
-                self._take_captured(staged)
+                self._take_captured()
             else:
-                self.gradient_table = to_device(staged, torch.int64, self.key.device)
+                self.gradient_table = to_device(self.pointers, torch.int64, self.key.device)
                 if self.key.capturable and self._staging is None and self.key.device.type != "cpu":
-                    self._staging = torch.empty(len(staged), dtype=torch.int64, pin_memory=True)
-            self.pointers = staged
+                    self._staging = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
         return True
 
-    def _take_captured(self, staged: array[int]) -> None:
+    def _take_captured(self) -> None:
         """Let the graph copy the addresses from memory that outlives it."""
         if self._staging is None:
             raise RuntimeError("no step was made before the one that is captured. Make a few first, on a side stream.")
-        self._staging.copy_(torch.frombuffer(staged, dtype=torch.int64))
+        self._staging.copy_(torch.frombuffer(self.pointers, dtype=torch.int64))
         self.gradient_table = torch.empty_like(self._staging, device=self.key.device)
         self.gradient_table.copy_(self._staging, non_blocking=True)
         self._captured += [self._staging, self.gradient_table]
