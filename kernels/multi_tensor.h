@@ -26,6 +26,13 @@ struct Part {
         const double *rows, const int32_t *keys, int64_t threads
 #define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, threads
 
+// Portions that a thread takes at a time: memory is read on and on, as its prefetching expects, and still each thread
+// takes eight times or more, so that none waits long for another.
+static inline int taken_together(int64_t works, int64_t threads) {
+    const int64_t most = works / (8 * threads);
+    return most < 1 ? 1 : most > 16 ? 16 : (int)most;
+}
+
 static constexpr int64_t WRAP = (int64_t)1 << 32;
 
 // Update all chunks.
@@ -78,6 +85,6 @@ static void run(Update update, STEP_PARAMETERS) {
         for (int64_t work = 0; work < works; ++work) portion(work);
         return;
     }
-#pragma omp parallel for schedule(dynamic) num_threads((int)threads)
+#pragma omp parallel for schedule(dynamic, taken_together(works, threads)) num_threads((int)threads)
     for (int64_t work = 0; work < works; ++work) portion(work);
 }

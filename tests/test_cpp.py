@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -484,6 +485,33 @@ def test_a_folder_that_cannot_be_written(fresh: Path, tmp_path: Path, monkeypatc
     assert p.tolist() == [0.5] * 5
     with pytest.raises(RuntimeError, match="cannot be kept"):
         one_step(backend="cpp")
+
+
+def test_ctrl_c_ends_the_compiler_and_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    compiler = fake_compiler(tmp_path, f"sleep 100 & echo $! > {started}; wait")
+
+    def interrupted(self: Any, **_: Any) -> None:
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cpp_build.run([compiler])
+    place = Path("/proc", started.read_text().strip(), "stat")
+
+    def goes_on() -> bool:
+        try:
+            return place.read_text().split()[2] != "Z"  # whoever inherited it may not have taken note of its end
+        except OSError:
+            return False
+
+    for _ in range(500):
+        if not goes_on():
+            break
+        time.sleep(0.01)
+    assert not goes_on()
 
 
 BUILDER = """

@@ -30,9 +30,9 @@ _STORAGE = {
 }
 # Read and made by functions for elements in a row, which are named as those for one.
 _IN_A_ROW = {torch.float16: ("from_float16", "to_float16")}
-# Elements that are taken at a time where some wait in buffers. Of blocks it is some, so that what one waits for is
-# hidden behind the others, and few enough that all that waits stays in the nearest cache.
-BATCH = 512
+# Elements that are taken at a time where some wait in buffers, which are to stay in the nearest cache. Of blocks it is
+# more than one, so that what one waits for is hidden behind the other.
+BATCH, BLOCKS = 256, 2
 
 _WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; else float
 
@@ -63,6 +63,7 @@ class Source:
         self.compute = DOUBLE if codecs[0].dtypes[0] == torch.float64 else FLOAT
         self.trace = Trace(self.compute)
         self.sharing = max(codec.sharing for codec in codecs)
+        self.batch = max(BATCH, BLOCKS * self.sharing)
         self.first = f"b * {self.sharing} + " if self.sharing else ""  # the number of a block's first element
         self.parts: list[list[Part]] = []
         self.loaded: dict[Value, Part] = {}
@@ -169,7 +170,7 @@ class Source:
             if x in self.loop and x.shape != BLOCK
             if part.padded or (part.in_a_row and not (x in self.written and x in read))
         }
-        self.block = BATCH if self.sharing or self.narrow else CHUNK
+        self.block = self.batch if self.sharing or self.narrow else CHUNK
         self.waiting = {
             a
             for x in self.loop
@@ -200,10 +201,10 @@ class Source:
         gradient = self.parts[1][0]
         buffers = {x: self.narrow[x].kind if x in self.narrow else x.kind for x in live
                    if x in self.waiting or x.moves == "weave" or x in self.narrow}  # fmt: skip
-        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing or BATCH, BLOCK: 1}
+        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing or self.batch, BLOCK: 1}
         # Of a block, read in a later loop than it is made in.
         kept = {a for x in live for a in x.arguments if a.shape == BLOCK and self.loop[a] < self.loop[x]}
-        blocks = BATCH // (self.sharing or BATCH)
+        blocks = self.batch // (self.sharing or self.batch)
         for x, kind in [*buffers.items(), *((x, x.kind) for x in live if x in kept)]:
             yield f"alignas(64) {kind} {x.name}_a[{blocks * sizes[x.shape]}];"
         yield from self._statements(x for x in live if x.shape == ONE)
