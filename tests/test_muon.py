@@ -51,7 +51,7 @@ def test_a_shape_and_its_transpose_are_one_batch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "iterate", iterate)
     newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
     assert sorted(batches) == [(1, 1, 7), (1, 1, 9), (1, 5, 5), (4, 4, 6)]
-    monkeypatch.setattr(module, "LARGEST_BATCH", 50)  # two matrices of 24
+    monkeypatch.setattr(module, "LARGEST_ON_CPU", 50)  # two matrices of 24
     batches.clear()
     newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
     assert batches.count((2, 4, 6)) == 2

@@ -33,7 +33,7 @@ class Muon(RuleOptimizer):
     :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}`.
 
     Matrices of one shape, or its transpose, are iterated together. That is done in bfloat16 on GPUs, where a symmetric
-    product computes one half of itself, and on CPUs with units for it; elsewhere in float32 (float64 parameters:
+    product computes one half of itself, and on CPUs with instructions for it; elsewhere in float32 (float64 parameters:
     float64). torch iterates in bfloat16 everywhere, so the two agree to its precision.
 
     A parameter group with ``"use_muon": False`` is updated by AdamW, in the group's ``lr``, ``betas``, ``eps`` and

@@ -12,8 +12,8 @@ from torch import Tensor
 from .dispatch import GPUS
 from .symmetric_product import symmetric_product
 
-# Elements iterated at once: an iteration holds several batches of this size.
-LARGEST_BATCH = 1 << 26
+# Elements iterated at once: an iteration holds several batches of this size. A CPU's are to stay in its caches.
+LARGEST_BATCH, LARGEST_ON_CPU = 1 << 26, 1 << 19
 
 
 def newton_schulz(
@@ -53,8 +53,9 @@ def newton_schulz(
     for i, m in enumerate(matrices):
         alike.setdefault((m.device, iterated_in(m), min(m.shape), max(m.shape)), []).append(i)
     results: dict[int, Tensor] = {}
-    for (_, dtype, rows, columns), places in alike.items():
-        at_once = max(1, LARGEST_BATCH // max(rows * columns, 1))
+    for (device, dtype, rows, columns), places in alike.items():
+        largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
+        at_once = max(1, largest // max(rows * columns, 1))
         for start in range(0, len(places), at_once):
             own = places[start : start + at_once]
             wide = [matrices[i].mT if matrices[i].shape[0] > rows else matrices[i] for i in own]
@@ -66,8 +67,8 @@ def newton_schulz(
 
 
 def iterated_in(matrix: Tensor) -> torch.dtype:
-    """bfloat16, which the iteration bears, where the device multiplies it many times faster; without units for it, a
-    CPU is several times slower.
+    """bfloat16, which the iteration bears, where the device multiplies it many times faster; without instructions for
+    it, a CPU is several times slower.
     """
     if matrix.device.type in GPUS:
         return torch.bfloat16
@@ -78,9 +79,9 @@ def iterated_in(matrix: Tensor) -> torch.dtype:
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has tiles for it (AMX)."""
-    found = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return found is not None and bool(found())
+    """Whether this CPU has instructions for it (AVX512_BF16), or tiles (AMX)."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of which a release of torch may lack one
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
