@@ -6,19 +6,11 @@ enum Kind { SUM, SQUARES, LARGEST };
 static inline double read(const double *x) { return *x; }
 static inline double read(const float *x) { return *x; }
 struct Bfloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
 static inline double read(const Bfloat16 *x) { return from_bfloat16(x->bits); }
-static inline double read(const Float16 *x) { return from_float16(x->bits); }
 
 // Elements as they are best read one by one.
 template <class T> struct Place { const T *x; };
-template <int N> struct Row { float x[N]; };
 template <int N, class T> static inline Place<T> in_a_row(const T *x) { return {x}; }
-template <int N> static inline Row<N> in_a_row(const Float16 *x) {
-    Row<N> row;
-    from_float16(&x->bits, row.x, N);
-    return row;
-}
 
 static inline double combined(Kind kind, double a, double x) {
     if (kind == LARGEST) return a > x | a != a ? a : x;

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cpp_build import BuildError, library
 from .cpp_chunks import Chunks
-from .cpp_source import header
+from .cpp_source import header, storage
 from .gradient_norm import Norm, eager_partial_norms
 from .once import warn_once
 
@@ -30,7 +30,7 @@ extern "C" void sums(int64_t works, const int64_t *first, const int64_t *chunks,
     norms<{KINDS[kind]}, {_TYPES[dtype]}>(works, first, chunks, gradients, out, threads);
 }}
 """
-    sums = library(header("storage.h") + header("gradient_norm.h") + text).sums
+    sums = library(storage([dtype]) + header("gradient_norm.h") + text).sums
     sums.argtypes, sums.restype = [c_int64, *[c_void_p] * 4, c_int64], None
     return sums
 

@@ -7,7 +7,7 @@ readers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from importlib.resources import files
 from typing import Any
 
@@ -40,6 +40,11 @@ _WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; 
 def header(name: str) -> str:
     """The text of a C++ file among the kernels."""
     return files(kernels).joinpath(name).read_text()
+
+
+def storage(dtypes: Container[torch.dtype]) -> str:
+    """The C++ text of what reads and makes numbers of these dtypes."""
+    return header("storage.h") + (header("float16.h") if torch.float16 in dtypes else "")
 
 
 class Part:
@@ -315,7 +320,9 @@ def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.d
     Raises:
         UntranslatableError: the rule uses what C++ has no word for.
     """
-    return header("storage.h") + header("multi_tensor.h") + Source(rule, scalars, codecs, gradient, averaged).text()
+    own = Source(rule, scalars, codecs, gradient, averaged)
+    dtypes = {part.dtype for parts in own.parts for part in parts}
+    return storage(dtypes) + header("multi_tensor.h") + own.text()
 
 
-__all__ = ["UntranslatableError", "header", "source"]
+__all__ = ["UntranslatableError", "header", "source", "storage"]
