@@ -23,7 +23,7 @@ static inline uint16_t to_float16(float x) {
     return (uint16_t)((magnitude == magnitude ? finite : 0x7E00) | (bits >> 31 << 15));
 }
 
-// Elements in a row. GCC 12 makes no vectors of the processor's own conversions, and without them they take longer than
+// Elements in a row. GCC 12 makes no vectors of the processor's own conversions, and without them they take as long as
 // all the rest of a step.
 static inline void from_float16(const uint16_t *from, float *to, int64_t n) {
     int64_t i = 0;

@@ -26,8 +26,8 @@ struct Part {
         const double *rows, const int32_t *keys, int64_t threads
 #define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, threads
 
-// Portions that a thread takes at a time: memory is read on and on, as its prefetching expects, and still each thread
-// takes eight times or more, so that none waits long for another.
+// Portions that a thread takes at a time: those that follow each other are read faster than those between another
+// thread's. Each thread takes eight times or more, so that none waits long for another.
 static inline int taken_together(int64_t works, int64_t threads) {
     const int64_t most = works / (8 * threads);
     return most < 1 ? 1 : most > 16 ? 16 : (int)most;

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
+from triton_optim.kernels.language import PRIMITIVES, torch_form
 
 import triton_optim
 from triton_optim.cli import memory as command
@@ -379,11 +381,29 @@ def test_split24_is_right_on_average(backend: str, device: torch.device) -> None
 # In optimizers.
 
 
+@cache
+def trained_with_nearest_roots(
+    cls: Any, name: str, device: torch.device, options: tuple[tuple[str, Any], ...]
+) -> tuple[list[Parameter], triton_optim.RuleOptimizer]:
+    """Eagerly. torch's own roots are MKL's, of which on some processors every fifth is not the nearest number."""
+    in_triton, _, in_cpp = PRIMITIVES["sqrt"]
+
+    def nearest_root(x: Tensor) -> Tensor:
+        return torch.from_numpy(np.sqrt(x.cpu().numpy())).to(x.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRIMITIVES, "sqrt", (in_triton, nearest_root, in_cpp))
+        torch_form.cache_clear()
+        found = trained_once.__wrapped__(cls, name, "eager", device, options)
+    torch_form.cache_clear()
+    return found
+
+
 @rows(*(case for case in RULES if case.on_every_backend))
 @kept
 def test_same_on_every_backend(case: Case, name: str, backend: str, device: torch.device) -> None:
-    """But for the elements in which two backends' arithmetic differs in the last bit, fewer than one in a hundred:
-    torch's roots are MKL's, of which on some processors every fifth is not the nearest number.
+    """As eagerly with roots that are the nearest numbers: bit for bit on a CPU. Kernels on a GPU round divisions and
+    roots in their own way: a few elements in thousands differ.
     """
     if backend == "eager":
         pytest.skip("the others are compared with it")
@@ -393,13 +413,15 @@ def test_same_on_every_backend(case: Case, name: str, backend: str, device: torc
         pytest.skip("the codecs are the same for every rule: two of them for all, all of them for three")
     if backend == "compiled" and case.name != "AdamW" and name != "stochastic int8":
         pytest.skip("each takes seconds to compile: AdamW has all of them, and every rule one")
-    ends = [everything(*trained(case.ours, name, b, device, **case.settings)) for b in ("eager", backend)]
+    options = tuple(case.settings.items())
+    ends = [everything(*trained_with_nearest_roots(case.ours, name, device, options)),
+            everything(*trained(case.ours, name, backend, device, **case.settings))]  # fmt: skip
     different = 0
     for a, b in zip(*ends, strict=True):
         different += int((a != b).sum())
         if a.is_floating_point():
             torch.testing.assert_close(a, b, rtol=0.02, atol=1e-3)
-    assert different <= 0.01 * sum(a.numel() for a in ends[0])
+    assert different <= (0.0 if device.type == "cpu" else 0.004) * sum(a.numel() for a in ends[0])
 
 
 @kept

@@ -127,7 +127,7 @@ class Trace:
             if any(x.shape != (PAIR if word.moves == "weave" else ELEMENT) for x in arguments):
                 raise UntranslatableError(f"{name} is for whole rows")
             shape = {"fold": BLOCK, "pick": PAIR, "weave": ELEMENT}[word.moves]
-            return self.new(arguments[0].kind, shape, word.code, arguments, name, word.moves)
+            return self.new(word.gives or arguments[0].kind, shape, word.code, arguments, name, word.moves)
         if name == "where":
             condition = self.as_kind(xs[0], BOOL)
             arguments = self.common(*xs[1:])
