@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -20,6 +20,9 @@ COMPILED_DEVICES = ("cpu", "mps", *GPUS)
 CPP_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+stub_driver: Any = None  # of stub_driver.install
+
+
 class Machine(NamedTuple):
     """What is installed here."""
 
@@ -27,6 +30,12 @@ class Machine(NamedTuple):
     interpreter: bool  # TRITON_INTERPRET=1: Triton kernels run on CPU tensors
     compiler: bool  # a C++ compiler, which torch.compile needs on a CPU
     cpp: bool  # whether the C++ backend can be built here
+    stub: bool = False  # a stub driver is active: Triton compiles for a GPU, and launches nothing, on CPU tensors
+
+    @property
+    def triton_devices(self) -> tuple[str, ...]:
+        """Where the tensors may be that Triton's kernels are launched on."""
+        return (*GPUS, "cpu") if self.interpreter or self.stub else GPUS
 
 
 class Request(NamedTuple):
@@ -60,7 +69,7 @@ def this_machine() -> Machine:
     interpreter = triton and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
     compiler = cxx_compiler() is not None
     # Elsewhere OpenMP is another library's, and takes other options.
-    return Machine(triton, interpreter, compiler, compiler and sys.platform == "linux")
+    return Machine(triton, interpreter, compiler, compiler and sys.platform == "linux", stub_driver is not None)
 
 
 def cxx_compiler() -> str | None:
@@ -94,7 +103,7 @@ def unable(backend: Backend, request: Request, machine: Machine) -> str | None:
     if backend == "triton":
         if not machine.triton:
             return "Triton is not installed"
-        if request.device not in GPUS and not (machine.interpreter and request.device == "cpu"):
+        if request.device not in machine.triton_devices:
             return f"it needs GPU tensors; these are on {request.device}"
         return None
     if backend == "cpp":

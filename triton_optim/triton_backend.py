@@ -85,7 +85,8 @@ def constants_of(key: Key, scalars: Any, signal: bool) -> dict[str, Any]:
     """
     return {
         "RULE": key.variant.rule,
-        "SCALARS": scalars,
+        # In a constexpr: of a NamedTuple class itself Triton 3.6 to 3.9 make no cache key.
+        "SCALARS": tl.constexpr(scalars),
         "FIELDS": scalars._fields,
         "SIGNAL": signal,
         "COMPUTE": TRITON_DTYPES[key.compute],
