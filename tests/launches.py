@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_optim import RuleOptimizer, stub_driver
+from triton_optim import RuleOptimizer, stub_driver, triton_norm, triton_signal
 from triton_optim.kernels import gradient_norm, multi_tensor, rows, symmetric_product
 from triton_optim.stub_driver import Launched
 
@@ -63,6 +66,18 @@ class Seen(NamedTuple):
         memory = (ctypes.c_char * (prod(shape) * dtype.itemsize)).from_address(address(self.values[name]))
         return torch.frombuffer(memory, dtype=dtype).clone().view(shape)
 
+    def has(self, name: str) -> bool:
+        """Whether the kernel has an argument of this name and reads it, or writes it. Others are any table."""
+        options = {key: self.constant(key) for key in ("RANDOM", "SIGNAL", "KIND") if key in self.values}
+        unread = {"numbers", "keys"} if not options.get("RANDOM", True) else set()
+        if options.get("SIGNAL") in (False, "none"):
+            unread.add("signal")
+        if options.get("SIGNAL") in ("none", "read"):
+            unread |= {"partials", "max_norm"}
+        if options.get("KIND") == "none":
+            unread |= {"partials", "max_norm"}
+        return name in self.values and name not in unread
+
     @property
     def columns(self) -> int:
         """Of the table of tensors: the number of elements, the row, and the addresses."""
@@ -79,7 +94,11 @@ class Seen(NamedTuple):
         last = int(self.tables["tensors"][:, 1].max())
         assert 0 <= last < count
         width = 1 + len(self.constant("FIELDS")) + self.constant("AVERAGED")
-        self.tables["rows"] = self.read("rows", last + 1, width)
+        if isinstance(self.values["rows"], tuple):  # the only row, by value
+            assert last == 0
+            self.tables["rows"] = torch.tensor([self.values["rows"]], dtype=torch.float32)
+        else:
+            self.tables["rows"] = self.read("rows", last + 1, width)
         if self.constant("RANDOM"):
             self.tables["numbers"] = self.read("numbers", count, 3)
 
@@ -89,27 +108,38 @@ class Recorder:
 
     Attributes:
         launched: every launch.
-        compiled: of every kernel that Triton did not have in memory, its hash.
-        files: of each hash the files that were compiled.
+        compiled: the name and hash of every kernel that Triton did not have in memory.
+        files: by hash, what it was compiled to.
     """
 
     def __init__(self) -> None:
         self.launched: list[Seen] = []
-        self.compiled: list[str] = []
+        self.compiled: list[tuple[str, str]] = []
         self.files: dict[str, dict[str, str]] = {}
 
-    def install(self, target: str) -> None:
+    @contextmanager
+    def listening(self, target: str) -> Iterator[Recorder]:
+        """Be told of what is compiled and launched, for this target."""
+        knobs, before = triton.knobs.compilation, triton.knobs.compilation.listener
+        knobs.listener = self.on_compile
         stub_driver.install(target, self.on_launch)
+        try:
+            yield self
+        finally:
+            knobs.listener = before
+            stub_driver.install()
 
     def on_launch(self, launch: Launched) -> None:
         seen = Seen(launch, launch.values(), {})
         if launch.name == "multi_tensor":
             seen.read_tables()
+        if seen.has("max_norm"):
+            seen.tables["max_norm"] = seen.read("max_norm", 1)
         self.launched.append(seen)
 
     def on_compile(self, *, metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any) -> None:
         """For triton.knobs.compilation.listener."""
-        self.compiled.append(metadata["hash"])
+        self.compiled.append((metadata["name"], metadata["hash"]))
         self.files[metadata["hash"]] = metadata_group
 
     def taken(self) -> list[Seen]:
@@ -125,9 +155,11 @@ class Recorder:
 
 
 def forget_kernels() -> None:
-    """Let Triton forget the kernels that it has in memory."""
+    """Let Triton, and what starts its kernels, forget those in memory."""
     for kernel in KERNELS.values():
         kernel.device_caches.clear()
+    triton_norm.norm_launcher.cache_clear()
+    triton_signal.signal_launcher.cache_clear()
 
 
 class Spy:
@@ -148,8 +180,6 @@ class Spy:
 
 def check_step(step: list[Seen], optimizer: RuleOptimizer, spy: Spy) -> None:
     """Fail unless these launches are a step of all parameters."""
-    for seen in step:
-        check_arguments(seen)
     updates = [seen for seen in step if seen.launch.name == "multi_tensor"]
     own = {
         p.data_ptr(): (p, number)
@@ -163,21 +193,32 @@ def check_step(step: list[Seen], optimizer: RuleOptimizer, spy: Spy) -> None:
         updated += check_update(update, optimizer, own, None if formed else spy)
     assert sorted(updated) == sorted(own)
     # Where a prologue makes other gradients, the norm is taken of the first ones, by tables of its own.
-    if len(updates) == 1 and not any(optimizer.running_variant(g).prologue for g in optimizer.param_groups):
-        check_what_is_shared(step)
-    check_signal(step, optimizer)
+    if not any(optimizer.running_variant(g).prologue for g in optimizer.param_groups):
+        check_signal(step, optimizer)
+        if len(updates) == 1:
+            check_what_is_shared(step)
 
 
-def check_arguments(seen: Seen) -> None:
-    """The kernel is given what it declares, in its order, and tensors of the types that it was compiled for."""
+def check_arguments(seen: Seen, ir: str) -> None:
+    """The kernel is given what it declares, in its order, of the types and multiples that it was compiled for.
+
+    Args:
+        ir: the kernel in Triton's IR.
+    """
     launch, kernel = seen.launch, KERNELS[seen.launch.name]
     assert list(launch.signature) == kernel.arg_names
-    assert len(launch.arguments) == len(kernel.arg_names)
     assert launch.grid[0] > 0
     assert launch.grid[1:] == (1, 1)
-    for name, value in seen.values.items():
-        if isinstance(value, Tensor):
-            assert launch.signature[name] == f"*{NAMES[value.dtype]}", name
+    multiples = re.findall(r"%(\w+): !tt\.ptr<\w+> \{tt\.divisibility = 16", ir)
+    if launch.name != "symmetric_product":  # whose accesses are as wide as sizes and strides allow
+        assert ir.count("tt.divisibility = 16") == len(multiples), "an integer was compiled for"
+    for name, kind in launch.signature.items():
+        value = seen.values[name]
+        if kind == "i32":
+            assert -(2**31) <= value < 2**31, name
+        elif kind in POINTED:
+            assert address(value) % (16 if name in multiples else POINTED[kind].itemsize) == 0, name
+            assert not isinstance(value, Tensor) or value.dtype == POINTED[kind], name
 
 
 def check_update(
@@ -232,7 +273,8 @@ def check_update(
 def check_what_is_shared(step: list[Seen]) -> None:
     """In a step of one bucket, what has one name in several launches is one piece of memory."""
     for name in ("chunks", "tensors", "gradients", "partials", "signal", "rows", "keys"):
-        places = {address(seen.values[name]) for seen in step if name in seen.values}
+        readers = [seen for seen in step if seen.has(name) and seen.launch.signature[name] in POINTED]
+        places = {address(seen.values[name]) for seen in readers}
         assert len(places) <= 1, name
     for seen in step:
         if seen.launch.name == "partial_norms":
@@ -240,17 +282,34 @@ def check_what_is_shared(step: list[Seen]) -> None:
             programs = update.launch.grid[0]
             assert (seen.values["count"], seen.values["columns"]) == (programs, update.columns)
             assert seen.launch.grid[0] == ceil(programs / gradient_norm.CHUNKS)
-            (signal,) = (other for other in step if "partials" in other.values and other is not seen)
-            assert signal.values["count"] == seen.launch.grid[0]
+            (forms,) = (other for other in step if other.has("partials") and other is not seen)
+            assert forms.values["count"] == seen.launch.grid[0]
 
 
 def check_signal(step: list[Seen], optimizer: RuleOptimizer) -> None:
     """What is read of the scaler and of the norm."""
-    for seen in step:
-        if "grad_scale" in seen.values:
-            assert seen.constant("SCALED") == (optimizer.amp is not None)
-            assert seen.launch.grid == (1, 1, 1)
-            if seen.constant("SCALED"):
-                assert address(seen.values["grad_scale"]) == optimizer.grad_scale.data_ptr()
-            if seen.constant("FOUND"):
-                assert address(seen.values["found_inf"]) == optimizer.found_inf.data_ptr()
+    forms = [seen for seen in step if "grad_scale" in seen.values and seen.values.get("SIGNAL", "form") == "form"]
+    assert len(forms) == optimizer.scales_gradients
+    for seen in forms:
+        assert seen.constant("SCALED") == seen.constant("FOUND") == (optimizer.amp is not None)
+        if optimizer.amp is not None:
+            assert address(seen.values["grad_scale"]) == optimizer.grad_scale.data_ptr()
+            assert address(seen.values["found_inf"]) == optimizer.found_inf.data_ptr()
+        if optimizer.max_grad_norm is not None:
+            assert seen.constant("KIND") == "2"
+            assert seen.tables["max_norm"].item() == optimizer.max_grad_norm
+
+
+def compiled_for(module: Any) -> dict[str, str]:
+    """Of each optimizer class of a module, its kernel for sm_90 in Triton's IR."""
+    found = {}
+    for name, cls in vars(module).items():
+        if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.__module__ == module.__name__:
+            recorder = Recorder()
+            with recorder.listening("sm_90"):
+                p = torch.nn.Parameter(torch.zeros(8))
+                p.grad = torch.zeros(8)
+                cls([p], backend="triton").step()
+                (seen,) = recorder.launched
+                found[name] = recorder.text(seen, "ttir")
+    return found
