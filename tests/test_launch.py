@@ -1,4 +1,4 @@
-"""Every step through Triton's own launch, for a GPU that is not there; see child_process.py and launches.py."""
+"""Every step through Triton's own launch, for a GPU that is not there; see child_process.py and stub_launches.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import costs
 import pytest
 import torch
-from launches import (
+from stub_launches import (
     BLOCK,
     Recorder,
     Seen,
@@ -282,7 +282,7 @@ def test_edited_rules_are_compiled_anew_in_a_process(
 
 def test_edited_rules_are_compiled_anew_by_the_next_process(tmp_path: Path) -> None:
     """Though it finds what the last one compiled on disk."""
-    code = "import json, edited_rules, launches; print(json.dumps(launches.compiled_for(edited_rules)))"
+    code = "import json, edited_rules, stub_launches; print(json.dumps(stub_launches.compiled_for(edited_rules)))"
     folders = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
         "PYTHONPATH": folders,
