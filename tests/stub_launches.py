@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton_optim.kernels import gradient_norm, multi_tensor, rows, symmetric_product
 
 from triton_optim import RuleOptimizer, stub_driver, triton_norm, triton_signal
-from triton_optim.kernels import gradient_norm, multi_tensor, rows, symmetric_product
 from triton_optim.stub_driver import Launched
 
 BLOCK = multi_tensor.BLOCK
@@ -242,7 +242,7 @@ def check_update(
         found.append(addresses[0])
         assert numel == p.numel()
         covered = chunks[chunks[:, 0] == number, 1]
-        assert covered.sort().values.equal(torch.arange(ceil(numel / BLOCK), dtype=torch.int32)), "elements are left out"
+        assert covered.sort().values.equal(torch.arange(ceil(numel / BLOCK), dtype=torch.int32)), "elements left out"
         variant = optimizer.running_variant(optimizer.param_groups[group])
         state = optimizer.state.get(p, {})
         parts = [p, *(state[name] for name in CORRECTIONS if name in state)]

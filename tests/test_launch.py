@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import costs
 import pytest
 import torch
+from steps import BF16, F32, Step, every_step, two_steps
 from stub_launches import (
     BLOCK,
     Recorder,
@@ -26,11 +27,10 @@ from stub_launches import (
     compiled_for,
     forget_kernels,
 )
-from steps import BF16, F32, WHOLE, Step, every_step, two_steps
+from triton_optim.kernels import gradient_norm, symmetric_product
 
 from triton_optim import SGD, AdamW, RuleOptimizer, stub_driver, triton_backend
 from triton_optim.gradient_norm import Norm, partial_norms
-from triton_optim.kernels import gradient_norm, symmetric_product
 from triton_optim.symmetric_product import symmetric_product as product_of
 from triton_optim.triton_launch import Launcher
 
