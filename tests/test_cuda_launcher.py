@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
 import torch
 from launches import replace_launches
 from steps import BF16, F32, WHOLE, Step
@@ -127,7 +131,7 @@ def packed(
     active.get_current_device = lambda: 9  # no other test's
     active.get_device_capability = lambda device: (9, 0)
     active.get_current_stream = lambda device: STREAM
-    forget_kernels()
+    unload_kernels()
     driver.set_active(active)
     monkeypatch.setattr(dispatch, "stub_driver", active)
     dispatch.this_machine.cache_clear()
@@ -135,7 +139,14 @@ def packed(
     if request.param == "JITFunction.run":
         launch = by_triton
     yield launches
+    unload_kernels()
     stub_driver.install()
+
+
+def unload_kernels() -> None:
+    """Each driver unloads its own."""
+    forget_kernels()
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", STEPS)
