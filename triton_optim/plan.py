@@ -326,11 +326,10 @@ class Plan:
 
     def _options_hold(self) -> bool:
         optimizer, seen = self.optimizer, self._seen
-        groups = optimizer.param_groups
+        optimizer.read_groups()
         now: list[Any] = [optimizer.amp, optimizer.scales_gradients]
-        for i, group in enumerate(groups):
-            optimizer.values_of(i)
-            now += [optimizer._group_values[i].changes, optimizer.variant(group)]
+        for values, group in zip(optimizer.group_values, optimizer.param_groups, strict=True):
+            now += [values.changes, optimizer.variant(group)]
         if now != seen:
             if options_of(optimizer) != self.options:
                 return False
@@ -387,7 +386,7 @@ class Plan:
 
     def _signal(self, scaling: Scaling) -> Signal:
         """What the step does with all gradients."""
-        device = next((bucket.key.device for bucket in self.buckets), torch.device("cpu"))
+        device = self.buckets[0].key.device if self.buckets else torch.device("cpu")
         partials = None
         if scaling.reads and self.sharded:
             pairs = [
@@ -400,8 +399,10 @@ class Plan:
             found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
             partials = on_one_device(found, device)
         elif scaling.reads:
-            busy = (bucket for bucket in self.buckets if bucket.complete or any(bucket.present()))
-            found = [part for bucket in busy for part in bucket.partial_norms(EUCLIDEAN)]
+            found = []
+            for bucket in self.buckets:
+                if bucket.complete or any(bucket.present()):
+                    found += bucket.partial_norms(EUCLIDEAN)
             partials = on_one_device(found, device)
         for bucket in self.buckets:
             if bucket.takes_signal:
@@ -426,7 +427,7 @@ class PlanOfOne(Plan):
 
     def fits(self, gradients: Gradients) -> bool:
         return (
-            options_of(self.optimizer) == self.options
+            self._options_hold()
             and all(self.optimizer.state.get(m.p, m.state) is m.state for b in self.buckets for m in b.members)
             and all(bucket.fits(gradients) for bucket in self.buckets)
         )

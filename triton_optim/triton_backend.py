@@ -136,6 +136,7 @@ class TritonBucket(Bucket):
             self.numbers = tensor_numbers(first, numbers).to(key.device)
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
+        self._norm_passes: dict[Norm, Any] = {}
         self._rows_on_device = TritonRows(optimizer, key)
         # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
         self._staging: Tensor | None = None
@@ -169,9 +170,9 @@ class TritonBucket(Bucket):
             launcher.compile()
 
     def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
-        if self.key.capturable:
-            return TritonSignal(partials, scaling, self.optimizer.on_device(device).max_norm)
-        return TritonSignal(partials, scaling, limit_on(device, scaling.max_norm))
+        captured = self.key.capturable
+        limit = self.optimizer.on_device(device).max_norm if captured else limit_on(device, scaling.max_norm)
+        return TritonSignal(partials, scaling, limit)
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:
@@ -207,13 +208,12 @@ class TritonBucket(Bucket):
     def partial_norms(self, norm: Norm) -> list[Tensor]:
         if self.key.variant.prologue:  # the gradients are not in the table yet
             return super().partial_norms(norm)
-        from .triton_norm import launch_partial_norms
+        if norm not in self._norm_passes:
+            from .triton_norm import NormPass
 
-        return [
-            launch_partial_norms(
-                self.chunks, self.tensors, self.gradient_table, self.key.gradient, self.key.aligned, norm
-            )
-        ]
+            tables = (self.chunks, self.tensors)
+            self._norm_passes[norm] = NormPass(*tables, self.key.gradient, self.key.aligned, norm)
+        return [self._norm_passes[norm](self.gradient_table)]
 
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:
