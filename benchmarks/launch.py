@@ -57,8 +57,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             records.append(run(triton, Path(folder)))
         print(records[-1].line(), flush=True)
-    if arguments.results:
-        write_records(arguments.results, records, torch.device("cpu"))
+        if arguments.results:
+            write_records(arguments.results, records, torch.device("cpu"))
     sys.exit(any(record.value for record in records))
 
 

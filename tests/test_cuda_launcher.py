@@ -95,6 +95,7 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = folder / "libcuda.so.1"
     source = Path(__file__).with_name("fake_cuda.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", path], check=True)
+    (folder / "libcuda.so").symlink_to(path)  # what Triton 3.4 links
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_LIBCUDA_PATH", str(folder))
         yield ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
