@@ -9,13 +9,9 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from .dispatch import this_machine
+from .dispatch import LaunchError, this_machine
 
 _NUMBERS = {int, float, tuple}
-
-
-class LaunchError(RuntimeError):
-    """A kernel could not be compiled, loaded or started. Nothing of it ran."""
 
 
 class Launcher:
