@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import opaque
+from . import compile_ahead, opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
 from .bucket import Key
 from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
@@ -654,7 +654,8 @@ class RuleOptimizer(Optimizer):
         check_averaging(self, group)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
-            choose(request_for(self, group, p), this_machine())
+            if choose(request_for(self, group, p), this_machine()).backend == "triton":
+                compile_ahead.begin()
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""
