@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import struct
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,22 +42,35 @@ def parameters(signature: Iterable[Any], arguments: Iterable[Any]) -> Iterator[i
             raise NotImplementedError(f"the machine takes no argument of type {kind}")
 
 
-def live_spans() -> list[Span]:
-    """The memory of every CPU tensor that is alive."""
-    spans = set()
+class LiveTensors:
+    """The CPU tensors that are alive.
 
-    def add(t: torch.Tensor) -> None:
-        if t.device.type == "cpu" and t.layout == torch.strided and t.numel():
-            last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            start = t.data_ptr()
-            spans.add(Span(start, start + (last + 1) * t.element_size(), f"{str(t.dtype)[6:]} {tuple(t.shape)}"))
+    The garbage collector knows them. It is told to leave alone what there is at the start, or else a look through all
+    objects would take longer than the launch.
+    """
 
-    for value in gc.get_objects():
-        if issubclass(type(value), torch.Tensor):
-            add(value)
-            if value.is_leaf and value.grad is not None:  # it may have no Python object yet
-                add(value.grad)
-    return list(spans)
+    _older: ClassVar[list[weakref.ref[torch.Tensor]]] = []  # which the collector no longer knows
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._older += map(weakref.ref, found_tensors())
+        gc.freeze()
+
+    def spans(self) -> list[Span]:
+        """Their memory."""
+        known = [*found_tensors(), *(t for t in (r() for r in self._older) if t is not None)]
+        known += [t.grad for t in known if t.is_leaf and t.grad is not None]  # which may have no Python object yet
+        return list({span_of(t) for t in known if t.layout == torch.strided and t.device.type == "cpu" and t.numel()})
+
+
+def found_tensors() -> list[torch.Tensor]:
+    return [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+
+
+def span_of(t: torch.Tensor) -> Span:
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    start = t.data_ptr()
+    return Span(start, start + (last + 1) * t.element_size(), f"{str(t.dtype)[6:]} {tuple(t.shape)}")
 
 
 class Executor:
@@ -76,6 +90,7 @@ class Executor:
         self.spans: list[Span] = []
         self.edit: Callable[[str], str] = lambda ptx: ptx
         self.seed: int | None = None
+        self._tensors = LiveTensors()
 
     def __call__(self, launch: Launched) -> None:
         programs, *others = launch.grid
@@ -85,7 +100,7 @@ class Executor:
         kernel = parse(self.edit(launch.ptx))
         arguments = list(parameters(launch.signature.values(), launch.arguments))
         arguments += [0] * (len(kernel.parameters) - len(arguments))  # scratch memory, of which there is none
-        spans = self.spans + live_spans()
+        spans = self.spans + self._tensors.spans()
 
         def run(poison: int) -> Machine:
             memory = GlobalMemory(spans)

@@ -200,7 +200,7 @@ class Machine:
         return bits.view(dtype)
 
     def write(self, operand: Operand, value: Array) -> None:
-        """Bring a value to a register, of the threads that execute this. Narrower integers are extended by their sign."""
+        """Bring a value to a register, of the threads that execute this. A narrower integer is extended by its sign."""
         if operand.kind == "sink":
             return
         name = operand.name

@@ -145,10 +145,9 @@ class _Body:
         """Whether a line is a label or declares numbered registers."""
         if match := re.fullmatch(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>;", row):
             self.registers |= {f"%{match[2]}{i}": REGISTER_BYTES[match[1]] for i in range(int(match[3]))}
-        elif match := re.fullmatch(r"(\$?\w+):", row):
-            if match[1] in self._targets:
-                self.blocks.append([])
-                self.labels[match[1]] = len(self.blocks) - 1
+        elif (match := re.fullmatch(r"(\$?\w+):", row)) and match[1] in self._targets:
+            self.blocks.append([])
+            self.labels[match[1]] = len(self.blocks) - 1
         return match is not None
 
     def _add(self, statement: str, line: str) -> None:
