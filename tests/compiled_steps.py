@@ -89,9 +89,7 @@ class Training(NamedTuple):
         return torch.empty(numel + self.offset, dtype=self.dtype)[self.offset :].copy_(value)
 
     def eagerly(self) -> dict[str, Tensor]:
-        """Each result is rounded once. torch's own number / tensor is the number times the reciprocal, rounded twice."""
-        with nearest_roots(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensor, "__rtruediv__", lambda x, number: torch.full_like(x, number) / x)
+        with rounded_once():
             return self.run("eager")
 
     def exactly(self) -> dict[str, Tensor]:
@@ -119,6 +117,16 @@ def errors(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, flo
         if name in exact and x.is_floating_point():
             sums.setdefault(name.split(".")[1], []).append((x.double() - exact[name].double()).flatten())
     return {role: float(torch.cat(parts).square().mean().sqrt()) for role, parts in sums.items()}
+
+
+@contextmanager
+def rounded_once() -> Iterator[None]:
+    """Eager steps in which each result is the nearest number. torch divides a number by a tensor by multiplying it with
+    the reciprocal, which rounds twice.
+    """
+    with nearest_roots(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "__rtruediv__", lambda x, number: torch.full_like(x, number) / x)
+        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,14 +88,13 @@ def function(m: Machine, one: Instruction) -> None:
 
 
 def extreme(m: Machine, one: Instruction) -> None:
-    """The larger or the smaller."""
+    """The largest or the smallest of two or three."""
     only(one, "NaN", "ftz")
-    x, y = sources(m, one)
-    if x.dtype.kind != "f":
-        return m.write(one.operands[0], (np.minimum if one.opcode == "min" else np.maximum)(x, y))
-    keep_nan = "NaN" in one.modifiers
-    result = larger(x, y, keep_nan) if one.opcode == "max" else -larger(-x, -y, keep_nan)
-    write_float(m, one, canonical(result))
+    values, least = sources(m, one), one.opcode == "min"
+    if type_of(one).kind != "f":
+        return m.write(one.operands[0], reduce(np.minimum if least else np.maximum, values))
+    result = reduce(partial(larger, keep_nan="NaN" in one.modifiers), [-x if least else x for x in values])
+    write_float(m, one, canonical(-result if least else result))
 
 
 def change_sign(m: Machine, one: Instruction) -> None:

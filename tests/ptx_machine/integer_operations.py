@@ -48,6 +48,11 @@ def extract(m: Machine, one: Instruction) -> None:
     m.write(one.operands[0], (x << left) >> (left + start.astype(kind)))
 
 
+def count_ones(m: Machine, one: Instruction) -> None:
+    only(one)
+    m.write(one.operands[0], np.bitwise_count(m.read(one.operands[1], type_of(one))).astype(np.uint32))
+
+
 def permute_bytes(m: Machine, one: Instruction) -> None:
     """Four of eight bytes; where the highest bit of the selector is set, the byte's sign in its place."""
     if one.modifiers != ("b32",):
@@ -89,5 +94,5 @@ def select(m: Machine, one: Instruction) -> None:
 OPERATIONS = {
     **dict.fromkeys(LOGIC, logic),
     **dict.fromkeys(("shl", "shr"), shift),
-    **{"bfe": extract, "prmt": permute_bytes, "mov": move, "selp": select},
+    **{"bfe": extract, "popc": count_ones, "prmt": permute_bytes, "mov": move, "selp": select},
 }

@@ -20,7 +20,7 @@ HINTS = ("L1::evict_last", "L1::evict_first", "nc")  # for caches, which there a
 
 def addresses(m: Machine, operand: Operand) -> Array:
     """Where each thread that executes this points."""
-    base = m.register(operand.name) if operand.name.startswith("%") else np.zeros(1, np.int64)
+    base = m.register(operand.name) if operand.name.startswith("%") else np.zeros(1, np.int64)  # shared memory
     return np.broadcast_to(base, (m.lanes,))[m.standing()].astype(np.int64) + operand.value
 
 

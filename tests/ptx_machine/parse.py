@@ -44,7 +44,7 @@ class Instruction(NamedTuple):
         """1 where the threads of a warp wait here for each other, 2 where those of a program do, else 0."""
         if self.opcode == "bar":
             return 1 if "warp" in self.modifiers else 2
-        return int(self.opcode in ("shfl", "redux"))
+        return int(self.opcode in ("shfl", "redux", "vote", "ldmatrix"))
 
 
 class Kernel(NamedTuple):
