@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from itertools import chain
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
@@ -32,10 +34,11 @@ from .codecs import (
 from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling
 from .gradient_release import GradientRelease
+from .hyperparameters import GroupValues, plain_group
 from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
-from .rows import counted_dtype, plain_group
+from .rows import counted_dtype
 from .state import watch
 
 OPTIONS: dict[str, Any] = {
@@ -60,6 +63,29 @@ class Variant(NamedTuple):
     state_names: tuple[str, ...]
     prologue: bool = False  # the gradients go through RuleOptimizer.prologue first
     averaged: bool = False  # the last state is the average of the parameter, which no rule takes
+
+
+def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A method ``step`` as torch wraps it: hooks before and after it, and a range for the profiler. Without any of them
+    torch's wrapper would take longer than the step of a small model, so that it is left out.
+    """
+    hooked = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def wrapper(self: RuleOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        ):
+            return hooked(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch wraps it no more
+    return wrapper
 
 
 class RuleOptimizer(Optimizer):
@@ -174,6 +200,7 @@ class RuleOptimizer(Optimizer):
         self._on_device: dict[torch.device, OnDevice] = {}
         self._captured: list[Plan] = []
         self._flat: list[Tensor] = []
+        self._group_values: list[GroupValues] = []
         self._repeats = False
         self._plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
@@ -321,6 +348,7 @@ class RuleOptimizer(Optimizer):
 
     # torch.optim.Optimizer's contract.
 
+    @with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -370,8 +398,12 @@ class RuleOptimizer(Optimizer):
         self._opt_called = True
         plan = None if given is not None or self._repeats or self._capturing() else self._plan
         if plan is not None and plan.gather():
-            with torch.no_grad():
+            recording = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)  # the context manager takes as long as the launch
+            try:
                 self._run(plan)
+            finally:
+                torch._C._set_grad_enabled(recording)
             return
         if given is None:
             self._take_flat()
@@ -388,7 +420,7 @@ class RuleOptimizer(Optimizer):
         self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
 
     def _capturing(self) -> bool:
-        return any(capturing(p.device) for p in self._flat[:1])
+        return bool(self._flat) and self._flat[0].is_cuda and capturing(self._flat[0].device)
 
     def _check_capture(self, gradients: list[Tensor | None]) -> None:
         """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""
@@ -405,6 +437,12 @@ class RuleOptimizer(Optimizer):
                     f"{name}: parameter {i} requires a gradient and has none while a graph is captured; replays would "
                     "never update it. Capture backward with the step, or give it a gradient before."
                 )
+
+    def values_of(self, index: int) -> dict[str, Any]:
+        """The hyperparameters of a group for host arithmetic. Not to be written."""
+        while len(self._group_values) <= index:
+            self._group_values.append(GroupValues())
+        return self._group_values[index].read(self.param_groups[index])
 
     def on_device(self, device: torch.device) -> OnDevice:
         """The hyperparameters in the memory of `device`, up to date."""
@@ -591,6 +629,7 @@ class RuleOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Take note of the parameters anew; the next step makes its plan."""
+        self._group_values = []
         self._take_flat()
         self._repeats = len(set(map(id, self._flat))) < len(self._flat)
         self._plan = None

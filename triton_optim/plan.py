@@ -254,6 +254,7 @@ class Plan:
         self.sharded = any(map(is_sharded, params if place is None else [params[place]]))
         self.placements = list(map(placements_of, params)) if self.sharded and place is None else []
         self.options = options_of(optimizer)
+        self._seen: list[Any] | None = None  # what the options were made of when they were last found to be these
         same = previous if previous is not None and previous.covers(params) else None
         members = sort_members(optimizer, entries_of(optimizer, params, gradients, same, place=place))
         ready = prepared(optimizer, members)
@@ -302,7 +303,12 @@ class Plan:
 
     def _are_still_those_of(self, groups: list[dict[str, Any]]) -> bool:
         own = self._groups
-        return len(groups) == len(own) and all(o.are(group["params"]) for o, group in zip(own, groups, strict=True))
+        if len(groups) != len(own):
+            return False
+        for objects, group in zip(own, groups, strict=True):  # noqa: SIM110  a generator takes as long as what it asks
+            if not objects.are(group["params"]):
+                return False
+        return True
 
     def note_gradients(self) -> None:
         """After a step for which Python looked at the gradients that the parameters have: now and then, make ready to
@@ -310,13 +316,26 @@ class Plan:
         """
         self._looked += 1
         if self._looked % STEPS == 0:
-            if len(self.params) >= WORTHWHILE:
+            if self._looked * len(self.params) >= WORTHWHILE:
                 library.begin()
             for bucket in self.buckets:
                 bucket.note_gradients()
 
     def _still_holds(self) -> bool:
-        return self._states_are_there() and options_of(self.optimizer) == self.options
+        return self._states_are_there() and self._options_hold()
+
+    def _options_hold(self) -> bool:
+        optimizer, seen = self.optimizer, self._seen
+        groups = optimizer.param_groups
+        now: list[Any] = [optimizer.amp, optimizer.scales_gradients]
+        for i, group in enumerate(groups):
+            optimizer.values_of(i)
+            now += [optimizer._group_values[i].changes, optimizer.variant(group)]
+        if now != seen:
+            if options_of(optimizer) != self.options:
+                return False
+            self._seen = now
+        return True
 
     def _states_are_there(self) -> bool:
         states, changes = self.optimizer.state, State.changes
@@ -345,20 +364,21 @@ class Plan:
                 for bucket in self.buckets:
                     bucket.gradients = []
                 return signal
-        rows = {bucket.key: bucket.next_rows() for bucket in self.buckets}
         for bucket in self.buckets:
+            bucket.next_rows()
             bucket.signal = None
             if signal is not None and bucket.takes_signal:
                 bucket.signal = signal.on(bucket.key.device)
             elif signal is not None:
                 here = signal.tensor[0]
                 factor = here.item() if here.device.type == "cpu" else here.to(bucket.key.device)
-                rows[bucket.key] = [r and r._replace(factor=r.factor * factor) for r in rows[bucket.key]]
+                bucket.rows = [r and r._replace(factor=r.factor * factor) for r in bucket.rows]
         for piece in self._pieces:
-            run_prologues(self.optimizer, piece, rows)
+            if piece[0].key.variant.prologue or len(piece) > 1:
+                run_prologues(self.optimizer, piece)
             for bucket in piece:
-                if any(row is not None for row in rows[bucket.key]):
-                    bucket.run(rows[bucket.key])
+                if any(bucket.rows):
+                    bucket.run(bucket.rows)
                 if bucket.key.variant.prologue:
                     bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:

@@ -119,6 +119,8 @@ class TritonBucket(Bucket):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
         self.chunks = chunk_table(self.numels, key.device)
+        self._programs = len(self.chunks)
+        self._by_value = takes_by_value(key)
         addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
         own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
@@ -176,7 +178,7 @@ class TritonBucket(Bucket):
             if self.key.aligned and not aligned:
                 return False
             self.pointers[:] = addresses
-            if capturing(self.key.device):
+            if self.key.device.type == "cuda" and capturing(self.key.device):
                 self._take_captured()
             else:
                 self._gradients.push(self.pointers)
@@ -218,7 +220,7 @@ class TritonBucket(Bucket):
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
             self.regrouped = False
         key, averaged = self.key, self.key.variant.averaged
-        only = rows[0] if len(rows) == 1 and takes_by_value(key) else None
+        only = rows[0] if self._by_value and len(rows) == 1 else None
         cells = None if only is None or only.counted else plain_cells(only, averaged)
         table: Any = cells
         keys: Any = self.chunks  # not read
@@ -229,13 +231,13 @@ class TritonBucket(Bucket):
         else:
             table = self._table_of(rows)
             keys = self.brought(self.row_keys(rows)) if key.random else keys
-        h = next(row.h for row in rows if row is not None)
-        compiled_for = (type(h), self.signal is not None, cells is not None)
+        some = only or next(row for row in rows if row is not None)
+        compiled_for = (type(some.h), self.signal is not None, cells is not None)
         if compiled_for not in self._launchers:
             self._launchers[compiled_for] = launcher_for(key, *compiled_for)
         signal = self.chunks if self.signal is None else self.signal.tensor
         launch = self._launchers[compiled_for]
-        launch(len(self.chunks), self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, signal)
+        launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, signal)
         self.mark_written()
 
     def _table_of(self, rows: list[Row | None]) -> Tensor:
@@ -249,7 +251,7 @@ class TritonBucket(Bucket):
         nothing = (0.0,) * width
         code = "d" if self.key.compute == torch.float64 else "f"
         self._row_table.push(array(code, chain.from_iterable(nothing if c is None else c for c in cells)))
-        return self._row_table.tensor
+        return self._row_table.tensor.view(-1, width)
 
     def _seed(self, cohort: int) -> int:
         return int(self.optimizer.param_groups[self.cohorts[cohort].group].get("seed", 0))

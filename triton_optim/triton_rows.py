@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .gradient_norm import Signal
+from .hyperparameters import plain_group
 from .kernels import rows as kernel
 from .on_device import OnDevice, capturing
 from .recording import Recorder, Value
-from .rows import Row, plain_group, row_for, to_device
+from .rows import Row, row_for, to_device
 from .triton_launch import Launcher
 from .triton_signal import Kind, TritonSignal, signal_constants, signal_types
 
