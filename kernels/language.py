@@ -3,7 +3,7 @@
 A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. Triton compiles it as it stands. With
 its globals bound to the torch column it is what ``torch.compile`` compiles and what runs eagerly; the C++ column is for
 the loop that is made of its syntax tree. A rule may import the words below by name, or write
-``import triton.language as tl`` and use ``tl.sqrt`` and the like.
+``import triton.language as tl`` and use ``tl.exp`` and the like. Triton's own ``tl.sqrt`` is approximate in float32.
 """
 
 from __future__ import annotations

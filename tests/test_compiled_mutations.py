@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is what compiles the kernels")
 from compiled_steps import Training, differing, executing, unfused
 from ptx_machine.executor import Executor
 from ptx_machine.global_memory import Span
