@@ -94,6 +94,7 @@ class Bucket(ABC):
     reads_signal: ClassVar[bool] = False
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
+    launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import opaque
+from . import compile_ahead, opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
+from .bucket import Key
 from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
 from .codecs import (
     AVERAGE,
@@ -194,6 +195,7 @@ class RuleOptimizer(Optimizer):
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
+        self.failed: dict[Key, Key] = {}  # buckets whose backend failed, and what they became
         self._signal: Signal | None = None  # of the last step
         self._limited = False  # whether it limited the norm
         self._swapped = False
@@ -552,10 +554,10 @@ class RuleOptimizer(Optimizer):
             plan.rewind()
 
     def _run(self, plan: Plan) -> None:
-        self._signal = plan.step(self._scaling())
+        self._signal = plan.step(self.scaling())
         self._limited = self._max_grad_norm is not None
 
-    def _scaling(self) -> Scaling | None:
+    def scaling(self) -> Scaling | None:
         """What this step does with all gradients; None where that is nothing."""
         grad_scale = found_inf = None
         if self.amp is not None:
@@ -652,7 +654,8 @@ class RuleOptimizer(Optimizer):
         check_averaging(self, group)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
-            choose(request_for(self, group, p), this_machine())
+            if choose(request_for(self, group, p), this_machine()).backend == "triton":
+                compile_ahead.begin()
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""
@@ -724,6 +727,7 @@ class RuleOptimizer(Optimizer):
         for name, value in absent.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_on_device", {})
+        self.__dict__.setdefault("failed", {})
         self.__dict__.setdefault("_captured", [])
         self._signal, self._limited = None, False
         if "_handle" not in self.__dict__:

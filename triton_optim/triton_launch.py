@@ -9,13 +9,10 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from .dispatch import this_machine
+from . import compile_ahead
+from .dispatch import LaunchError, this_machine
 
 _NUMBERS = {int, float, tuple}
-
-
-class LaunchError(RuntimeError):
-    """A kernel could not be compiled, loaded or started. Nothing of it ran."""
 
 
 class Launcher:
@@ -45,6 +42,7 @@ class Launcher:
             LaunchError: it does not compile.
         """
         if self._compiled is None and not self._interpreted:
+            compile_ahead.wait()
             try:
                 with on(self.device):
                     self._compiled = self.kernel.warmup(*self.types, grid=(1,), **self.constants)
