@@ -61,14 +61,14 @@ class Launcher:
             return
         try:
             with on(self.device):
-                run = compiled.run  # loads it
+                compiled._init_handles()  # `run` would load it, too, but not again after that has failed
                 self._index = driver.active.get_current_device()
         except Exception as error:
             raise self._failed("loaded", error) from error
         names = self.kernel.arg_names[len(self.types) :]
         self._function, self._packed = compiled.function, compiled.packed_metadata
         self._trailing = tuple(self.constants[name] for name in names)
-        self._run = run
+        self._run = compiled.run
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Start it on the current stream of its device.
