@@ -93,31 +93,21 @@ def partial_norms(
     tl.store(partials + 2 * program + 1, tl.sum(faults, axis=0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["count"])
-def step_signal(
+@triton.jit
+def signal_of(
     partials,
     count,
     max_norm,
     grad_scale,
     found_inf,
-    signal,
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
     FOUND: tl.constexpr,
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The norm, and what the step's gradients are multiplied by.
-
-    Args:
-        partials: float64 ``(count, 2)``: of `partial_norms`.
-        max_norm: float64 ``(1,)``: the largest norm that is allowed.
-        grad_scale: float32 ``(1,)``: what the gradients have been multiplied by. Not read unless SCALED.
-        found_inf: float32 ``(1,)``: whether an element is not finite (not 0). Not read unless FOUND.
-        signal: float64 ``(4,)``: the factor, whether to skip (not 0), the norm of the gradients without their scale,
-            and whether an element is not finite (not 0).
-        KIND: "2", or "none" where there is no norm.
-        SKIP: whether an element that is not finite, by this pass, skips the step.
+    """What the step's gradients are multiplied by, whether to skip the step (not 0), the norm of the gradients without
+    their scale, and whether an element is not finite (not 0). Arguments as of `step_signal`.
     """
     factor = tl.full((), 1.0, tl.float64)
     skip = tl.full((), 0.0, tl.float64)
@@ -141,7 +131,44 @@ def step_signal(
         factor = factor * tl.where(clip > 1.0, 1.0, clip)
         if SKIP:
             skip = tl.where(faults != 0, 1.0, 0.0).to(tl.float64)
+    return factor, skip, norm, faults
+
+
+@triton.jit
+def store_signal(signal, factor, skip, norm, faults):
     tl.store(signal, factor)
     tl.store(signal + 1, skip)
     tl.store(signal + 2, norm)
     tl.store(signal + 3, faults)
+
+
+# Of the tables that are a user's or a part of a table, none need be aligned.
+@triton.jit(do_not_specialize=["count", "max_norm", "grad_scale", "found_inf"])
+def step_signal(
+    signal,
+    partials,
+    count,
+    max_norm,
+    grad_scale,
+    found_inf,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    FOUND: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The norm, and what the step's gradients are multiplied by.
+
+    Args:
+        signal: float64 ``(4,)``, written: of `signal_of`.
+        partials: float64 ``(count, 2)``: of `partial_norms`. Not read where KIND is "none".
+        max_norm: float64 ``(1,)``: the largest norm that is allowed.
+        grad_scale: float32 ``(1,)``: what the gradients have been multiplied by. Not read unless SCALED.
+        found_inf: float32 ``(1,)``: whether an element is not finite (not 0). Not read unless FOUND.
+        KIND: "2", or "none" where there is no norm.
+        SKIP: whether an element that is not finite, by this pass, skips the step.
+    """
+    factor, skip, norm, faults = signal_of(
+        partials, count, max_norm, grad_scale, found_inf, KIND, SCALED, FOUND, SKIP, BLOCK
+    )
+    store_signal(signal, factor, skip, norm, faults)

@@ -152,7 +152,8 @@ def update_chunk(
                     tl.store(pointers[FIRST[i] + j], part, mask=there[FIRST[i] + j])
 
 
-@triton.jit
+# An int argument would else be compiled for where it is 1, or a multiple of 16.
+@triton.jit(do_not_specialize=["keys"])
 def multi_tensor(
     chunks,
     tensors,
@@ -170,12 +171,14 @@ def multi_tensor(
     FIRST: tl.constexpr,
     AVERAGED: tl.constexpr,
     SIGNAL: tl.constexpr,
+    BY_VALUE: tl.constexpr,
     COMPUTE: tl.constexpr,
     RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
     SHARING: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SOURCE: tl.constexpr,
 ):
     """Update one chunk of one tensor by a rule.
 
@@ -184,10 +187,11 @@ def multi_tensor(
         tensors: int64 ``(tensors, 1 + parts)``: see the columns above.
         gradients: int64 ``(tensors,)``: the address of each gradient, 0 for none.
         rows: ``(rows, 1 + len(FIELDS) + AVERAGED)`` in COMPUTE: the factor of the gradient, the rule's scalars, the
-            weight of the parameter in its average.
+            weight of the parameter in its average. BY_VALUE: the only row, as a tuple of float32 numbers.
         numbers: int32 ``(tensors, 3)``: the index of a tensor's first element, its lower and its upper half, and the
             parameter's place among all.
-        keys: int32 ``(rows,)``: what else the random bits depend on. Neither is read where there are none.
+        keys: int32 ``(rows,)``: what else the random bits depend on; BY_VALUE: that of the only row. Neither is read
+            where there are none.
         signal: float64 ``(2,)``: what all gradients are multiplied by, and whether to skip the step (not 0). Not read
             unless SIGNAL.
         RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
@@ -199,6 +203,7 @@ def multi_tensor(
         COMPUTE: what the arithmetic is done in. RANDOM: whether a codec takes random bits.
         SHARING: how many elements share a scale, or 0.
         ALIGNED: whether every address is a multiple of 16.
+        SOURCE: a hash of the rule's source. Triton 3.4 looks for a compiled kernel by the rule's name.
     """
     program = tl.program_id(0)
     tensor = tl.load(chunks + 2 * program)
@@ -209,28 +214,35 @@ def multi_tensor(
         gradient = tl.where(tl.load(signal + 1) == 0, gradient, 0)
     if gradient != 0:
         COLUMNS: tl.constexpr = _FIRST_ADDRESS + len(DTYPES) - 1
+        WIDTH: tl.constexpr = 1 + len(FIELDS) + AVERAGED
         entry = tensors + tensor.to(tl.int64) * COLUMNS
         numel = tl.load(entry + _NUMEL)
-        row_number = tl.load(entry + _ROW)
-        row = rows + row_number * (1 + len(FIELDS) + AVERAGED)
+        cells = ()
+        row_key = keys
+        if BY_VALUE:
+            for i in tl.static_range(WIDTH):
+                cells = cells + (tl.full((), rows[i], COMPUTE),)
+        else:
+            number = tl.load(entry + _ROW)
+            for i in tl.static_range(WIDTH):
+                cells = cells + (tl.load(rows + number * WIDTH + i),)
+            if RANDOM:
+                row_key = tl.load(keys + number)
         addresses = ()
         for i in tl.static_range(len(DTYPES)):
             if i == FIRST[1]:
                 addresses = addresses + (gradient,)
             else:
                 addresses = addresses + (tl.load(entry + (_FIRST_ADDRESS + i - (i > FIRST[1]))),)
-        factor = tl.load(row)
+        factor = cells[0]
         if SIGNAL:
             factor = factor * tl.load(signal).to(COMPUTE)
-        h = ()
-        for i in tl.static_range(len(FIELDS)):
-            h = h + (tl.load(row + 1 + i),)
-        weight = tl.load(row + 1 + len(FIELDS)) if AVERAGED else 0.0
+        h = cells[1 : 1 + len(FIELDS)]
+        weight = cells[WIDTH - 1] if AVERAGED else 0.0
         key = ()
         if RANDOM:
             own = numbers + 3 * tensor
-            key = tensor_key(tl.load(keys + row_number), tl.load(own + 2))
-            key = (tl.load(own), tl.load(own + 1)) + key
+            key = (tl.load(own), tl.load(own + 1)) + tensor_key(row_key, tl.load(own + 2))
         if start + BLOCK <= numel:
             update_chunk(
                 addresses, start, numel, factor, h, weight, key, True, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST,

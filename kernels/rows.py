@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .codecs import row_key
+from .gradient_norm import signal_of, store_signal
 from .language import maximum, minimum
 
 # Where a value comes from: a constant, an address, or an operation on up to three others.
@@ -34,17 +35,27 @@ def power(x, y):
     return tl.where(y == 0, 1.0, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "max_norm", "grad_scale", "found_inf"])
 def form_rows(
     code,
     memory,
-    signal,
     rows,
     keys,
+    signal,
+    partials,
+    count,
+    max_norm,
+    grad_scale,
+    found_inf,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
-    SKIPS: tl.constexpr,
+    SIGNAL: tl.constexpr,
     RANDOM: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    FOUND: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Form one row, and bring the numbers that are kept to where they are after the step.
 
@@ -54,11 +65,14 @@ def form_rows(
             or one of the constants above.
         memory: int64 ``(rows, 2, SLOTS)``: the bits of a constant or the address it is read from; the address it goes
             to.
-        signal: float64, whose second is whether the step is skipped (not 0). Not read unless SKIPS.
         rows: ``(rows, WIDTH)``, what is formed.
         keys: int32 ``(rows,)``: what the random bits of a row depend on. Not written unless RANDOM.
-        WIDTH: cells of a row. SLOTS: values of a row, a power of 2. SKIPS: whether a step may be skipped.
+        signal: float64 ``(4,)``, whose second is whether the step is skipped (not 0).
+        partials, count, max_norm, grad_scale, found_inf: as of `step_signal`, of which the signal is formed.
+        WIDTH: cells of a row. SLOTS: values of a row, a power of 2.
+        SIGNAL: "none" where there is none, "read" where there is, "form" where it is to be written here.
         RANDOM: whether to form keys.
+        KIND, SCALED, FOUND, SKIP, BLOCK: as of `step_signal`. Not looked at unless SIGNAL is "form".
     """
     row = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
@@ -97,9 +111,16 @@ def form_rows(
         new = tl.where(kind == _FLOOR, tl.floor(x), new)
         value = tl.where(kind == _FLOAT32, x.to(tl.float32).to(tl.float64), new)
     tl.store(rows + row * WIDTH + goes, value.to(rows.dtype.element_ty), mask=goes >= 0)
-    skip = 0.0
-    if SKIPS:
+    skip = tl.full((), 0.0, tl.float64)
+    if SIGNAL == "read":
         skip = tl.load(signal + 1)
+    elif SIGNAL == "form":
+        # By every program, the same: none can wait for another.
+        factor, skip, norm, faults = signal_of(
+            partials, count, max_norm, grad_scale, found_inf, KIND, SCALED, FOUND, SKIP, BLOCK
+        )
+        if row == 0:
+            store_signal(signal, factor, skip, norm, faults)
     if skip == 0:
         tl.store(kept.to(tl.pointer_type(tl.float32)), value.to(tl.float32), mask=goes == _KEPT32)
         tl.store(kept.to(tl.pointer_type(tl.float64)), value, mask=goes == _KEPT64)

@@ -16,7 +16,7 @@ from .averaging import average_of, value_of, weight
 from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
 from .gather import Gatherer, gatherer_of
-from .gradient_norm import EUCLIDEAN, Norm, Scaling, partial_norms, signal_from
+from .gradient_norm import EUCLIDEAN, Norm, Scaling, Signal, partial_norms, signal_from
 from .layout import all_aligned, in_layout_of, is_sharded, local, locals_of, places, same_layout, with_local
 from .members import CPU, Cohort, Member
 from .on_device import OnDevice
@@ -104,7 +104,7 @@ class Bucket(ABC):
         self._kinds = [(value.shape, value.stride(), value.dtype) for value in values]
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
-        self.signal: Tensor | None = None  # of gradient_norm.signal_from, in a step that has one
+        self.signal: Signal | None = None  # in a step that has one
         self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
         self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
@@ -178,7 +178,7 @@ class Bucket(ABC):
         """Whether it reads the signal itself. A prologue before it can't be skipped there."""
         return self.reads_signal and not self.key.variant.prologue
 
-    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Tensor:
+    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
         """See gradient_norm.signal_from; asked of a bucket that takes the signal."""
         return signal_from(partials, scaling, device)
 
@@ -296,8 +296,11 @@ class Bucket(ABC):
         """What was made on the host, on the device, without waiting for it."""
         return keys if keys.device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
-    def commit(self, skip: Tensor | None = None) -> None:
-        """Count the step; `skip` is of :meth:`Cohort.advance`."""
+    def commit(self, skips: bool = False) -> None:
+        """Count the step, unless it `skips` where the signal says so."""
+        skip = None
+        if skips and self.signal is not None and not all(row is not None and row.counted for row in self._rows):
+            skip = self.signal.tensor[1]
         for cohort, row in zip(self.cohorts, self._rows, strict=True):
             if row is not None and row.counted:
                 cohort.count(row.carried)

@@ -145,9 +145,28 @@ def norm_from(partials: Tensor, norm: Norm) -> Tensor:
     return whole.sqrt() if norm.kind == "2" else whole ** (1 / norm.power)
 
 
-def signal_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> Tensor:
-    """What a step does with all gradients: the factor, whether it is skipped (1, else 0), the norm without the scale,
-    and whether an element is not finite (not 0); in torch operations.
+class Signal:
+    """What a step does with all gradients.
+
+    Attributes:
+        tensor: the factor, whether the step is skipped (1, else 0), the norm without the scale, and whether an element
+            is not finite (not 0).
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        return self._tensor
+
+    def on(self, device: torch.device) -> Signal:
+        """The same on another device; the host does not wait."""
+        return self if self._tensor.device == device else Signal(self.tensor.to(device, non_blocking=True))
+
+
+def signal_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
+    """What a step does with all gradients, in torch operations.
 
     Args:
         partials: of :func:`partial_norms`, all on `device`; None where the gradients were not read.
@@ -166,7 +185,7 @@ def signal_from(partials: Tensor | None, scaling: Scaling, device: torch.device)
             factor = factor * clip_coefficient(norm, scaling.max_norm)
         if scaling.look and scaling.found_inf is None:
             skip = (faults != 0).to(wide)
-    return torch.stack((factor, skip, norm, faults))
+    return Signal(torch.stack((factor, skip, norm, faults)))
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -502,8 +502,8 @@ class RuleOptimizer(Optimizer):
 
     def _run(self, plan: Plan) -> None:
         signal = plan.step(self._scaling())
-        self.skipped = None if signal is None else signal[1]
-        self.grad_norm = None if signal is None or self.max_grad_norm is None else signal[2]
+        self.skipped = None if signal is None else signal.tensor[1]
+        self.grad_norm = None if signal is None or self.max_grad_norm is None else signal.tensor[2]
 
     def _scaling(self) -> Scaling | None:
         """What this step does with all gradients; None where that is nothing."""

@@ -21,7 +21,7 @@ from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
 from .dispatch import Backend, Choice, Request, choose, next_best, this_machine
 from .gather import STEPS, WORTHWHILE, Objects, library
-from .gradient_norm import EUCLIDEAN, Scaling, on_one_device, over_shards, signal_from
+from .gradient_norm import EUCLIDEAN, Scaling, Signal, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
 from .members import Member
 from .once import warn_once
@@ -327,21 +327,21 @@ class Plan:
             self._states, self._changes = states, changes
         return there
 
-    def step(self, scaling: Scaling | None = None) -> Tensor | None:
+    def step(self, scaling: Scaling | None = None) -> Signal | None:
         """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run.
 
         Args:
             scaling: what to do with all gradients alike; None for nothing.
 
         Returns:
-            What came of it: of gradient_norm.signal_from.
+            What came of it.
         """
         signal, skips = None, scaling is not None and scaling.look
         if scaling is not None:
             signal = self._signal(scaling)
             # Where something else than the kernel that reads the signal would run, the host asks.
             asked = skips and not all(bucket.takes_signal for bucket in self.buckets)
-            if asked and bool(signal[1]):
+            if asked and bool(signal.tensor[1]):
                 for bucket in self.buckets:
                     bucket.gradients = []
                 return signal
@@ -349,9 +349,10 @@ class Plan:
         for bucket in self.buckets:
             bucket.signal = None
             if signal is not None and bucket.takes_signal:
-                bucket.signal = signal.to(bucket.key.device, non_blocking=True)
+                bucket.signal = signal.on(bucket.key.device)
             elif signal is not None:
-                factor = signal[0].item() if signal.device.type == "cpu" else signal[0].to(bucket.key.device)
+                here = signal.tensor[0]
+                factor = here.item() if here.device.type == "cpu" else here.to(bucket.key.device)
                 rows[bucket.key] = [r and r._replace(factor=r.factor * factor) for r in rows[bucket.key]]
         for piece in self._pieces:
             run_prologues(self.optimizer, piece, rows)
@@ -361,10 +362,10 @@ class Plan:
                 if bucket.key.variant.prologue:
                     bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:
-            bucket.commit(bucket.signal[1] if bucket.signal is not None and skips else None)
+            bucket.commit(skips)
         return signal
 
-    def _signal(self, scaling: Scaling) -> Tensor:
+    def _signal(self, scaling: Scaling) -> Signal:
         """What the step does with all gradients."""
         device = next((bucket.key.device for bucket in self.buckets), torch.device("cpu"))
         partials = None

@@ -27,6 +27,17 @@ def row_key(seed: int | list[Tensor], step: Any, device: torch.device) -> Tensor
     return key
 
 
+def host_row_key(seed: int, step: int) -> int:
+    """:func:`row_key` of numbers that the host knows: a signed 32-bit int."""
+    key = 0
+    for part in (seed, seed >> 32, step):
+        key = (key + part) & 0xFFFFFFFF
+        key = (key ^ (key >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        key = (key ^ (key >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        key ^= key >> 16
+    return _signed(key)
+
+
 def tensor_keys(rows: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
     """What the kernels take, int32 ``(tensors, 4)``: the index of a tensor's first element in the whole parameter, its
     lower and its upper half, and two hashes.

@@ -14,6 +14,8 @@ from .codecs import COUNT
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
+_NUMBERS = {float, int, bool}
+
 
 class Row(NamedTuple):
     """The scalars of one cohort in one step."""
@@ -77,6 +79,18 @@ def one_kind(rows: list[Row], optimizer: RuleOptimizer) -> None:
     if len(kinds := {type(row.h) for row in rows}) > 1:
         names = sorted(kind.__name__ for kind in kinds)
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
+
+
+def plain_cells(row: Row, averaged: bool) -> tuple[float, ...] | None:
+    """What a kernel reads of a row; None where some of it is a tensor.
+
+    Args:
+        averaged: whether the row ends with the weight of the parameter in its average.
+    """
+    cells = (row.factor, *row.h, row.weight) if averaged else (row.factor, *row.h)
+    if not _NUMBERS.issuperset(map(type, cells)) and any(isinstance(x, Tensor) for x in cells):
+        return None
+    return tuple(map(float, cells))
 
 
 def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:

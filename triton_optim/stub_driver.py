@@ -116,7 +116,8 @@ class StubDriver:
 
 def installed() -> StubDriver | None:
     """The stub driver that is active; None where Triton's own is."""
-    return dispatch.stub_driver
+    active: StubDriver | None = dispatch.stub_driver
+    return active
 
 
 def install(target: str = "sm_90", on_launch: Callable[[Launched], None] | None = None) -> StubDriver:
@@ -133,7 +134,7 @@ def install(target: str = "sm_90", on_launch: Callable[[Launched], None] | None 
         raise RuntimeError("TRITON_INTERPRET is set: Triton compiles nothing then. Unset it for this process.")
     from triton.runtime import driver
 
-    dispatch.stub_driver = StubDriver(target, on_launch)
-    driver.set_active(dispatch.stub_driver)
+    active = dispatch.stub_driver = StubDriver(target, on_launch)
+    driver.set_active(active)
     dispatch.this_machine.cache_clear()
-    return dispatch.stub_driver
+    return active

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, chain
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +17,17 @@ from torch import Tensor
 from .bucket import Bucket, Key
 from .codecs import Codec, plain
 from .dispatch import this_machine
-from .gradient_norm import Norm, Scaling
+from .gradient_norm import Norm, Scaling, Signal
 from .kernels import multi_tensor as kernel
 from .members import Member
 from .on_device import capturing
-from .random_bits import tensor_numbers
-from .rows import Row, row_for, table_of, to_device
-from .triton_launch import compile_ahead, launch, warp_size
-from .triton_rows import TritonRows
+from .random_bits import host_row_key, tensor_numbers
+from .rows import Row, plain_cells, row_for, table_of
+from .staging import Staging
+from .triton_launch import Launcher, warp_size
+from .triton_rows import SLOTS, TritonRows
+from .triton_rows import launcher_for as launcher_of_rows
+from .triton_signal import TritonSignal, kind_of, signal_launcher
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -76,25 +81,33 @@ def chunk_table(numels: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack((tensor, chunk), dim=1).to(torch.int32).to(device)
 
 
-def constants_of(key: Key, scalars: Any, signal: bool) -> dict[str, Any]:
-    """What the kernel is compiled for.
+def launcher_for(key: Key, scalars: Any, signal: bool, by_value: bool) -> Launcher:
+    """What starts the kernel for a bucket.
 
     Args:
         scalars: the NamedTuple type of the rule's scalars.
         signal: whether the step has one.
+        by_value: whether the kernel takes the only row as an argument, and not a table of rows.
     """
-    return {
-        "RULE": key.variant.rule,
+    rule, averaged = key.variant.rule, key.variant.averaged
+    constants = {
+        "RULE": rule,
         # In a constexpr: of a NamedTuple class itself Triton 3.6 to 3.9 make no cache key.
         "SCALARS": tl.constexpr(scalars),
         "FIELDS": scalars._fields,
         "SIGNAL": signal,
+        "BY_VALUE": by_value,
         "COMPUTE": TRITON_DTYPES[key.compute],
         "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
         "BLOCK": kernel.BLOCK,
         "ALIGNED": key.aligned,
-        **kept_as(key.codecs, key.gradient, warp_size(key.device), averaged=key.variant.averaged),
+        "SOURCE": getattr(rule, "cache_key", ""),  # the interpreter has none
+        **kept_as(key.codecs, key.gradient, warp_size(key.device), averaged=averaged),
     }
+    rows: Any = (0.5,) * (1 + len(scalars._fields) + averaged) if by_value else key.compute
+    keys: Any = 0 if by_value and key.random else torch.int32
+    tables = (torch.int32, torch.int64, torch.int64, rows, torch.int32, keys, torch.float64 if signal else torch.int32)
+    return Launcher(kernel.multi_tensor, tables, constants, key.device)
 
 
 class TritonBucket(Bucket):
@@ -112,13 +125,15 @@ class TritonBucket(Bucket):
         # Where the gradients lie, in memory that is kept: for a new array malloc would first merge all small chunks
         # that were freed since the last, the old gradients among them, which takes longer than to find new ones.
         self.pointers = array("q", bytes(8 * len(members)))
-        self.gradient_table = to_device(self.pointers, torch.int64, key.device)
+        self._gradients = Staging(len(members), torch.int64, key.device)
+        self.gradient_table = self._gradients.tensor
         self.numbers = self.chunks  # not read
         if key.random:
             first = torch.tensor([piece.first for piece in self.pieces])
             numbers = torch.tensor([m.index for m in members], dtype=torch.int32)
             self.numbers = tensor_numbers(first, numbers).to(key.device)
-        self._constants: dict[Any, dict[str, Any]] = {}
+        self._launchers: dict[Any, Launcher] = {}
+        self._row_table: Staging | None = None
         self._rows_on_device = TritonRows(optimizer, key)
         # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
         self._staging: Tensor | None = None
@@ -129,31 +144,32 @@ class TritonBucket(Bucket):
         return 1
 
     @classmethod
+    def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
+        super().prepare(optimizer, key, members)
+        cls._first_launcher(optimizer, key, members).load()
+
+    @classmethod
+    def _first_launcher(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Launcher:
+        """What the first step will start."""
+        group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
+        row = row_for(optimizer, group, 1)
+        cohorts = len({(m.group, *m.numbers.values()) for m in members})
+        signal = optimizer.scales_gradients and not key.variant.prologue
+        by_value = takes_by_value(key) and cohorts == 1 and plain_cells(row, key.variant.averaged) is not None
+        return launcher_for(key, type(row.h), signal, by_value)
+
+    @classmethod
     def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().warm_up(optimizer, key, members)
-        group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        scalars = type(row_for(optimizer, group, 1).h)
-        signal = optimizer.scales_gradients and not key.variant.prologue
-        last = torch.float64 if signal else key.compute
-        tables = (torch.int32, torch.int64, torch.int64, key.compute, torch.int32, torch.int32, last)
-        compile_ahead(kernel.multi_tensor, tables, constants_of(key, scalars, signal), key.device)
-        if key.capturable and not key.variant.prologue:
-            TritonRows.warm_up(key, 1 + len(scalars._fields) + key.variant.averaged, signal)
-        if signal:
-            from .triton_norm import step_signal
+        launchers = [cls._first_launcher(optimizer, key, members)]
+        launchers += signal_launchers(optimizer, key, len(launchers[0].constants["FIELDS"]))
+        for launcher in launchers:
+            launcher.compile()
 
-            zeros, one = torch.zeros(1, 2, dtype=torch.float64, device=key.device), torch.ones((), device=key.device)
-            norm = optimizer.max_grad_norm
-            kinds = [Scaling(max_norm=norm)] if norm is not None else []
-            if optimizer.amp is not None:  # told of infinities, and looking for them
-                kinds += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
-            for scaling in kinds:
-                step_signal(zeros if scaling.reads else None, scaling, torch.ones_like(zeros[:, 0]))
-
-    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Tensor:
-        from .triton_norm import step_signal
-
-        return step_signal(partials, scaling, self.optimizer.on_device(device).max_norm)
+    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
+        if self.key.capturable:
+            return TritonSignal(partials, scaling, self.optimizer.on_device(device).max_norm)
+        return TritonSignal(partials, scaling, limit_on(device, scaling.max_norm))
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:
@@ -163,7 +179,8 @@ class TritonBucket(Bucket):
             if capturing(self.key.device):
                 self._take_captured()
             else:
-                self.gradient_table = to_device(self.pointers, torch.int64, self.key.device)
+                self._gradients.push(self.pointers)
+                self.gradient_table = self._gradients.tensor
                 if self.key.capturable and self._staging is None and self.key.device.type != "cpu":
                     self._staging = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
         return True
@@ -200,17 +217,71 @@ class TritonBucket(Bucket):
         if self.regrouped:
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
             self.regrouped = False
-        h = next(row.h for row in rows if row is not None)
-        compiled_for = (type(h), self.signal is not None)
-        if compiled_for not in self._constants:
-            self._constants[compiled_for] = constants_of(self.key, *compiled_for)
-        constants = self._constants[compiled_for]
-        if any(row is not None and row.counted for row in rows):
+        key, averaged = self.key, self.key.variant.averaged
+        only = rows[0] if len(rows) == 1 and takes_by_value(key) else None
+        cells = None if only is None or only.counted else plain_cells(only, averaged)
+        table: Any = cells
+        keys: Any = self.chunks  # not read
+        if only is not None and cells is not None:
+            keys = host_row_key(self._seed(0), only.step) if key.random else keys
+        elif any(row is not None and row.counted for row in rows):
             table, keys = self._rows_on_device.form(self.signal)
         else:
-            table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
-            keys = self.brought(self.row_keys(rows)) if self.key.random else self.chunks
-        signal = table if self.signal is None else self.signal
-        tables = (self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, signal)
-        launch(kernel.multi_tensor, len(self.chunks), tables, constants)
+            table = self._table_of(rows)
+            keys = self.brought(self.row_keys(rows)) if key.random else keys
+        h = next(row.h for row in rows if row is not None)
+        compiled_for = (type(h), self.signal is not None, cells is not None)
+        if compiled_for not in self._launchers:
+            self._launchers[compiled_for] = launcher_for(key, *compiled_for)
+        signal = self.chunks if self.signal is None else self.signal.tensor
+        launch = self._launchers[compiled_for]
+        launch(len(self.chunks), self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, signal)
         self.mark_written()
+
+    def _table_of(self, rows: list[Row | None]) -> Tensor:
+        """The rows as a table on the device."""
+        width = 1 + len(next(row.h for row in rows if row is not None)) + self.key.variant.averaged
+        cells = [None if row is None else plain_cells(row, self.key.variant.averaged) for row in rows]
+        if any(c is None and row is not None for c, row in zip(cells, rows, strict=True)):
+            return table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
+        if self._row_table is None or len(self._row_table.tensor) != width * len(rows):
+            self._row_table = Staging(width * len(rows), self.key.compute, self.key.device)
+        nothing = (0.0,) * width
+        code = "d" if self.key.compute == torch.float64 else "f"
+        self._row_table.push(array(code, chain.from_iterable(nothing if c is None else c for c in cells)))
+        return self._row_table.tensor
+
+    def _seed(self, cohort: int) -> int:
+        return int(self.optimizer.param_groups[self.cohorts[cohort].group].get("seed", 0))
+
+
+@lru_cache(maxsize=64)
+def limit_on(device: torch.device, max_norm: float | None) -> Tensor:
+    """The largest norm allowed, infinite for any, on the device."""
+    return torch.full((1,), math.inf if max_norm is None else max_norm, dtype=torch.float64, device=device)
+
+
+def signal_launchers(optimizer: RuleOptimizer, key: Key, fields: int) -> list[Launcher]:
+    """What steps start before the update: for infinities that were looked for, and for others."""
+    forms_rows = key.capturable and not key.variant.prologue
+    width = 1 + fields + key.variant.averaged
+    if not optimizer.scales_gradients or key.variant.prologue:
+        return [launcher_of_rows(key, width, SLOTS[0], "none", None)] if forms_rows else []
+    one, norm = torch.empty(0), optimizer.max_grad_norm
+    kinds = [Scaling(max_norm=norm)] if norm is not None else []
+    if optimizer.amp is not None:
+        kinds += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
+    found = []
+    for kind in map(kind_of, kinds):
+        if forms_rows:
+            found.append(launcher_of_rows(key, width, SLOTS[0], "form", kind))
+        else:
+            found.append(signal_launcher(kind, key.device))
+    return found
+
+
+def takes_by_value(key: Key) -> bool:
+    """Whether the kernel may take its only row as an argument: float numbers are handed over in 32 bits, and captured
+    steps read theirs on the device.
+    """
+    return key.compute == torch.float32 and (key.variant.prologue or not key.capturable)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .gradient_norm import Signal
 from .kernels import rows as kernel
 from .on_device import OnDevice, capturing
 from .recording import Recorder, Value
 from .rows import Row, plain_group, row_for, to_device
-from .triton_launch import compile_ahead, launch
+from .triton_launch import Launcher
+from .triton_signal import Kind, TritonSignal, signal_constants, signal_types
 
 if TYPE_CHECKING:
     from .bucket import Key
@@ -160,9 +162,22 @@ def address(name: Any, cohort: Cohort, group: dict[str, Any], held: OnDevice) ->
     return tensor.data_ptr()
 
 
-def constants_of(width: int, slots: int, key: Key) -> dict[str, Any]:
-    """What the kernel is compiled for, but for SKIPS."""
-    return {"WIDTH": width, "SLOTS": slots, "RANDOM": key.random, "num_warps": 1, "enable_fp_fusion": True}
+def launcher_for(key: Key, width: int, slots: int, signal: str, kind: Kind | None) -> Launcher:
+    """What starts the kernel.
+
+    Args:
+        width: cells of a row.
+        slots: values of a row, at most.
+        signal: "none", "read" or "form".
+        kind: of triton_signal.kind_of, where it is formed.
+    """
+    forms = signal == "form"
+    kind = kind or ("none", False, False, False)
+    constants = {"WIDTH": width, "SLOTS": slots, "SIGNAL": signal, "RANDOM": key.random, **signal_constants(kind)}
+    # The rows alone are few numbers, which a warp shuffles without shared memory.
+    options = {"num_warps": 4 if forms else 1, "enable_fp_fusion": True}
+    tables = (torch.int32, torch.int64, key.compute, torch.int32)
+    return Launcher(kernel.form_rows, (*tables, *signal_types(kind)), constants | options, key.device)
 
 
 class TritonRows:
@@ -174,7 +189,7 @@ class TritonRows:
         self._recordings: list[Recording | None] = []
         self._addresses: list[int] = []
         self._tables: tuple[Tensor, ...] = ()
-        self._constants: dict[str, Any] = {}
+        self._launchers: dict[Any, Launcher] = {}
 
     def rows(self, cohorts: list[Cohort], active: list[bool], held: OnDevice) -> list[Row | None] | None:
         """Make ready to form the rows of the active cohorts; None where they cannot be formed so.
@@ -208,14 +223,6 @@ class TritonRows:
             self._place(addresses)
         return [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
 
-    @staticmethod
-    def warm_up(key: Key, width: int, skips: bool) -> None:
-        """Compile the kernel, for rows of no more values than is usual."""
-        last = torch.float64 if skips else key.compute
-        dtypes = (torch.int32, torch.int64, last, key.compute, torch.int32)
-        constants = constants_of(width, SLOTS[0], key) | {"SKIPS": skips}
-        compile_ahead(kernel.form_rows, dtypes, constants, key.device)
-
     def _place(self, addresses: list[int]) -> None:
         """Bring the tables to the device."""
         if capturing(self._key.device):
@@ -241,17 +248,26 @@ class TritonRows:
         rows = torch.zeros(len(recordings), width, dtype=self._key.compute, device=device)
         keys = torch.zeros(len(recordings), dtype=torch.int32, device=device)
         self._tables = (to_device(code, torch.int32, device), to_device(memory, torch.int64, device), rows, keys)
-        self._constants = constants_of(width, slots, self._key)
+        self._shape = (width, slots)
+        self._launchers = {}
         self._addresses = addresses
 
-    def form(self, signal: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Form the rows and count the step, unless the signal says to skip it.
+    def form(self, signal: Signal | None) -> tuple[Tensor, Tensor]:
+        """Form the rows and count the step, unless the signal says to skip it. A signal that was not formed yet is
+        formed in the same launch.
 
         Returns:
             The table of rows, and int32 ``(rows,)``, what the random bits of each depend on.
         """
         code, memory, rows, keys = self._tables
-        skips = signal is not None
-        arguments = (code, memory, rows if signal is None else signal, rows, keys)
-        launch(kernel.form_rows, len(rows), arguments, self._constants | {"SKIPS": skips})
+        if isinstance(signal, TritonSignal) and not signal.is_formed:
+            which: tuple[str, Kind | None] = ("form", signal.kind)
+            given: tuple[Any, ...] = signal.arguments
+            signal.is_formed = True
+        else:  # what is not read is any table
+            tensor = code if signal is None else signal.tensor
+            which, given = ("none" if signal is None else "read", None), (tensor, code, 0, code, code, code)
+        if which not in self._launchers:
+            self._launchers[which] = launcher_for(self._key, *self._shape, *which)
+        self._launchers[which](len(rows), code, memory, rows, keys, *given)
         return rows, keys
