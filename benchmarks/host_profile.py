@@ -27,8 +27,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
 
 import triton_optim  # noqa: E402
-from triton_optim import gather, triton_backend  # noqa: E402
+from triton_optim import gather  # noqa: E402
 from triton_optim.bench.models import parameters, shapes  # noqa: E402
+from triton_optim.triton_launch import Launcher  # noqa: E402
 
 PACKAGE = str(Path(triton_optim.__file__).parent)
 
@@ -36,12 +37,12 @@ PACKAGE = str(Path(triton_optim.__file__).parent)
 @contextmanager
 def launches_replaced(by: Callable[..., None] = lambda *_: None) -> Iterator[None]:
     """All of a Triton step but the launch of the kernel."""
-    launch = triton_backend.launch
-    triton_backend.launch = by
+    launch = Launcher.__call__
+    Launcher.__call__ = by
     try:
         yield
     finally:
-        triton_backend.launch = launch
+        Launcher.__call__ = launch
 
 
 def give_new_gradients(params: Sequence[torch.Tensor]) -> None:

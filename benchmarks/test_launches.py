@@ -30,7 +30,7 @@ def test_launches(misplaced: int, target: int, device: torch.device, answer: Cal
 
     launches: list[int] = []
 
-    def count(kernel: Any, programs: int, tables: Any, constants: Any) -> None:
+    def count(launcher: Any, programs: int, *arguments: Any) -> None:
         launches.append(programs)
 
     with launches_replaced(count):

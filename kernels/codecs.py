@@ -56,7 +56,7 @@ def hashed(low, high, key, key2):
 def bits_for(x, ROLE):
     """16 of the bits `x` for each role: its upper half, its lower, and those of further products."""
     if ROLE >= 2:
-        x = (x ^ ((x >> 16) & 0xFFFF)) * (0x7FEB352D + (ROLE // 2 - 1) * 0x1C9E3A6)
+        x = (x ^ ((x >> 16) & 0xFFFF)) * (0x7FEB352D - (ROLE // 2 - 1) * 0x1C9E3A6)
     if ROLE % 2 == 0:
         x = x >> 16
     return x & 0xFFFF

@@ -1,11 +1,16 @@
-"""One pytest run tests it all: with no GPU the Triton kernels run in the interpreter, on CPU tensors."""
+"""One pytest run tests it all: with no GPU the Triton kernels run in the interpreter, on CPU tensors, and are compiled
+in processes of their own; see child_process.py.
+"""
 
 import os
 
+import child_process
 import torch
+from child_process import COMPILES, PIPE
 
 HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
-if not HAS_GPU:
+INTERPRETS = not HAS_GPU and not COMPILES
+if INTERPRETS:
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined, so before any import of it
 
 import atexit
@@ -19,7 +24,7 @@ from typing import Any
 import pytest
 import references_matrix
 
-from triton_optim import compiled_backend, compiled_norm, gather, newton_schulz, plan
+from triton_optim import compiled_backend, compiled_norm, gather, newton_schulz, plan, stub_driver
 from triton_optim.dispatch import this_machine
 
 # Hundreds of graphs are compiled here: with one slot each takes half the time. See `two_slots` for several; the
@@ -29,8 +34,10 @@ compiled_backend.SLOTS = 1
 # From the second step on gradients are gathered by C++, as in a training that has gone on for a while.
 plan.STEPS = plan.WORTHWHILE = 1
 
-# One folder of C++ libraries for all processes of a run.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# One folder of C++ libraries, and of what Triton compiles with the stub driver, for all processes of a run.
+if PIPE in os.environ:
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(os.environ["TRITON_OPTIM_CACHE_DIR"], "triton")
+elif "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TRITON_OPTIM_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_optim_tests_")
     atexit.register(shutil.rmtree, os.environ["TRITON_OPTIM_CACHE_DIR"], ignore_errors=True)
 
@@ -77,7 +84,7 @@ def patch_once() -> None:
     interpreter._patch_lang = patched
 
 
-if HAS_TRITON and not HAS_GPU:
+if HAS_TRITON and INTERPRETS:
     patch_once()
 
 TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -91,6 +98,10 @@ BACKENDS = [
     pytest.param("cpp", marks=CPP),
     pytest.param("triton", marks=TRITON),
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(child_process)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,6 +129,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+        if item.get_closest_marker("compiled") and not HAS_TRITON:
+            item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
 
 
 @pytest.fixture
@@ -130,6 +143,13 @@ def write_costs(request: pytest.FixtureRequest) -> bool:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stub() -> None:
+    """Where kernels are compiled they are launched by a driver that launches nothing."""
+    if COMPILES and HAS_TRITON:
+        stub_driver.install()
 
 
 @pytest.fixture(scope="session", autouse=True)

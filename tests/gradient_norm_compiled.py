@@ -19,9 +19,9 @@ from triton_optim.triton_backend import TRITON_DTYPES
 
 NORM = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "partials": "*fp64", "count": "i32", "columns": "i32",
         "power": "*fp64"}  # fmt: skip
-SIGNAL = {"partials": "*fp64", "count": "i32", "max_norm": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32",
-          "signal": "*fp64"}  # fmt: skip
-ROWS = {"code": "*i32", "memory": "*i64", "signal": "*fp64", "rows": "*fp32", "keys": "*i32"}
+SIGNAL = {"signal": "*fp64", "partials": "*fp64", "count": "i32", "max_norm": "*fp64", "grad_scale": "*fp32",
+          "found_inf": "*fp32"}  # fmt: skip
+ROWS = {"code": "*i32", "memory": "*i64", "rows": "*fp32", "keys": "*i32", **SIGNAL}
 
 
 def compiled(kernel, arguments, constants, options, target):
@@ -59,13 +59,13 @@ def main() -> None:
                     "wrapping": wrapping_offsets(got.asm["ttir"]),
                 }
             )
-        constants = {"KIND": "2", "SCALED": True, "FOUND": False, "SKIP": True, "BLOCK": 1024}
+        forms = {"KIND": "2", "SCALED": True, "FOUND": False, "SKIP": True, "BLOCK": 1024}
         options = {"num_warps": 256 // target.warp_size, "enable_fp_fusion": True}
-        need = resources(compiled(kernels.step_signal, SIGNAL, constants, options, target))
+        need = resources(compiled(kernels.step_signal, SIGNAL, forms, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
         rows.append({"kernel": "step_signal", "arch": arch, **figures})
-        constants = {"WIDTH": 10, "SLOTS": 64, "RANDOM": True, "SKIPS": True}
-        options = {"num_warps": 1, "enable_fp_fusion": True}
+        constants = {"WIDTH": 10, "SLOTS": 64, "SIGNAL": "form", "RANDOM": True, **forms}
+        options = {"num_warps": 4, "enable_fp_fusion": True}
         need = resources(compiled(of_rows.form_rows, ROWS, constants, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
         rows.append({"kernel": "form_rows", "arch": arch, **figures})

@@ -17,6 +17,7 @@ from typing import Any
 import costs
 import pytest
 import torch
+from launches import replace_launches
 
 import triton_optim
 
@@ -26,7 +27,7 @@ if find_spec("triton") is None:
 import triton
 from triton_optim.kernels import multi_tensor
 
-from triton_optim import audit, triton_backend, triton_launch
+from triton_optim import audit, triton_launch
 from triton_optim.cli import audit as command
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
@@ -194,7 +195,7 @@ def test_costs_are_the_committed_ones(rows: list[Row], write_costs: bool) -> Non
 
 def test_the_backend_launches_what_is_audited(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     launched: list[dict[str, Any]] = []
-    monkeypatch.setattr(triton_backend, "launch", lambda *given: launched.append(given[-1]))
+    replace_launches(monkeypatch, lambda launcher, *_: launched.append(launcher.constants))
     p = torch.zeros(8, device=device, requires_grad=True)
     p.grad = torch.ones_like(p)
     triton_optim.AdamW([p], backend="triton").step()

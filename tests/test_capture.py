@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HAS_GPU, TRITON_LOOPS
+from launches import replace_launches
 from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
@@ -24,19 +25,14 @@ class Tape(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.done: list[Any] = []
-        from triton_optim import triton_backend, triton_norm, triton_rows
 
-        for module in (triton_backend, triton_norm, triton_rows):
-            monkeypatch.setattr(module, "launch", self.watched(module.launch))
-
-    def watched(self, launch: Any) -> Any:
-        def recorded(*arguments: Any) -> None:
+        def recorded(*given: Any) -> None:
             with _disable_current_modes():
-                launch(*arguments)
+                launch(*given)
             if torch._C._len_torch_dispatch_stack():
-                self.done.append((None, lambda: launch(*arguments), None))
+                self.done.append((None, lambda: launch(*given), None))
 
-        return recorded
+        launch = replace_launches(monkeypatch, recorded)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), "the host waits"

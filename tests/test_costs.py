@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import costs
 import pytest
 import torch
 from conftest import TRITON_LOOPS
+from launches import replace_launches
 from table import CASES
 
 import triton_optim
-from triton_optim import compiled_backend, compiled_norm
+from triton_optim import compiled_backend, compiled_norm, symmetric_product
 
 SHAPES = ((160, 160), (64, 64), (7,))  # for loops on all threads, for codes, and for neither
 BF16 = torch.bfloat16
@@ -45,15 +44,9 @@ def every_step() -> dict[str, tuple[type, torch.dtype, dict[str, Any]]]:
     return steps
 
 
-def kind(given: tuple[Any, ...]) -> str:
-    """What a launch is compiled for: the kernel, dtypes and constants, and not how many programs."""
-    found: list[Any] = []
-    for what in given:
-        if isinstance(what, tuple):
-            found.append([a.dtype if isinstance(a, torch.Tensor) else type(a) for a in what])
-        elif not isinstance(what, int):
-            found.append(what)
-    return repr(found)
+def kind(launcher: Any) -> str:
+    """What a launch is compiled for: the kernel, types and constants."""
+    return repr((launcher.kernel, launcher.types, launcher.constants))
 
 
 def two_steps(backend: str, cls: type, dtype: torch.dtype, options: dict[str, Any], device: torch.device) -> Any:
@@ -74,12 +67,9 @@ def two_steps(backend: str, cls: type, dtype: torch.dtype, options: dict[str, An
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every launch, by what it is compiled for; none is made."""
-    for name in ("triton_norm", "triton_rows"):
-        import_module(f"triton_optim.{name}")
     seen: list[str] = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith("triton_optim.") and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", lambda *given: seen.append(kind(given)))
+    replace_launches(monkeypatch, lambda launcher, *_: seen.append(kind(launcher)))
+    monkeypatch.setattr(symmetric_product, "launch", lambda n, *given: seen.append(repr(given[-1])))
     return seen
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import HAS_GPU, TRITON_LOOPS
+from launches import replace_launches, watch_launches
 from table import CASES, Case, rows
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,28 +21,28 @@ F64 = torch.float64
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The row table of every update, which is not made."""
-    from triton_optim import triton_backend
-
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        triton_backend, "launch", lambda kernel, n, arguments, constants: seen.append(arguments[3].cpu().clone())
-    )
+
+    def of_update(launcher: Any, programs: int, *arguments: Any) -> None:
+        if launcher.kernel.__name__ == "multi_tensor":
+            seen.append(arguments[3].cpu().clone())
+        else:
+            launch(launcher, programs, *arguments)
+
+    launch = replace_launches(monkeypatch, of_update)
     return seen
 
 
 @pytest.fixture
 def formed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each launch formed."""
-    from triton_optim import triton_rows
-
     seen: list[int] = []
-    launch = triton_rows.launch
 
-    def watched(kernel: Any, n: int, *rest: Any) -> None:
-        seen.append(n)
-        launch(kernel, n, *rest)
+    def of_rows(launcher: Any, programs: int, *arguments: Any) -> None:
+        if launcher.kernel.__name__ == "form_rows":
+            seen.append(programs)
 
-    monkeypatch.setattr(triton_rows, "launch", watched)
+    watch_launches(monkeypatch, of_rows)
     return seen
 
 
@@ -187,14 +188,11 @@ STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_dtype":
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {}), (BF16, STOCHASTIC)], ids=["float32", "stochastic"])
-def test_unscaling_clipping_updating_and_averaging_are_four_launches_and_nothing_else(
+def test_unscaling_clipping_updating_and_averaging_are_three_launches_and_nothing_else(
     dtype: torch.dtype, more: dict[str, Any], capturable: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from triton_optim import triton_backend, triton_norm, triton_rows
-
     launched: list[Any] = []
-    for module in (triton_backend, triton_norm, triton_rows):
-        monkeypatch.setattr(module, "launch", lambda kernel, *_: launched.append(kernel))
+    replace_launches(monkeypatch, lambda launcher, *_: launched.append(launcher.kernel))
     whole = {"amp": "fused", "max_grad_norm": 1.0, "ema_decay": 0.9, "capturable": capturable}
     optimizer = triton_optim.AdamW(two(device, dtype), backend="triton", **whole, **more)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0, device=device), torch.zeros(1, device=device)
@@ -202,7 +200,7 @@ def test_unscaling_clipping_updating_and_averaging_are_four_launches_and_nothing
     launched.clear()
     with Everything() as asked:
         optimizer.step()
-    assert len(launched) == len(set(map(id, launched))) == 4
+    assert len(launched) == len(set(map(id, launched))) == 3
     assert asked.done == []
 
 

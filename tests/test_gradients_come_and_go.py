@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from launches import replace_launches
 from side_by_side import backward
 from table import CASES, EVERY, array, each_case, rows, rows_and_backends
 from torch.nn import Parameter
@@ -86,7 +87,7 @@ def formed(monkeypatch):
 def no_launch(monkeypatch):
     """A program costs the interpreter 20 ms; where only the planning matters, none runs."""
     if to.dispatch.this_machine().triton:
-        monkeypatch.setattr("triton_optim.triton_backend.launch", lambda *_: None)
+        replace_launches(monkeypatch, lambda *_: None)
 
 
 # Values.

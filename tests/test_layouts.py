@@ -11,6 +11,7 @@ import torch
 from conftest import BACKENDS
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from launches import watch_launches
 from table import CASES, NUMBERS, rows, rows_and_backends
 from torch.nn import Parameter
 
@@ -127,15 +128,15 @@ def assert_is_reference(name, opt, params, starts, gradients, **settings):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(programs, tables, constants) of every launch of the Triton kernel, made as usual."""
-    triton_backend = pytest.importorskip("triton_optim.triton_backend", reason="Triton is not installed")
-    seen, launch = [], triton_backend.launch
+    """(programs, arguments, constants) of every launch of the Triton kernel, made as usual."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    seen = []
 
-    def watched(kernel, programs, tables, constants):
-        seen.append((programs, [t.clone() for t in tables], constants))
-        launch(kernel, programs, tables, constants)
+    def watch(launcher, programs, *arguments):
+        kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        seen.append((programs, kept, launcher.constants))
 
-    monkeypatch.setattr(triton_backend, "launch", watched)
+    watch_launches(monkeypatch, watch)
     return seen
 
 

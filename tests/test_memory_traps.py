@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import HAS_GPU, HAS_TRITON
+from launches import replace_launches
 from table import EVERY
 from torch.nn import Parameter
 from triton_optim.kernels.language import jit
@@ -53,8 +54,6 @@ def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
     """
     from triton_optim.kernels.multi_tensor import BLOCK
 
-    from triton_optim import triton_backend
-
     front, numel, apart = 2**31, 2**31 + BLOCK + 5, 64 * BLOCK
     memory = lazy_zeros(front + numel + 3 * apart, torch.float16)
     starts = [front + role * apart for role in range(4)]  # p, g, exp_avg, exp_avg_sq: in use are but their ends
@@ -76,16 +75,15 @@ def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
     expected = [end.clone() for end in ends]
     optimizer(*expected).step()
 
-    launch, programs = triton_backend.launch, []
+    programs = []
 
-    def launch_the_end(kernel, count, tables, constants):
-        chunks, *others = tables
+    def launch_the_end(launcher, count, chunks, *others):
         assert count == len(chunks) == -(-numel // BLOCK)
         last = chunks[chunks[:, 1] >= first // BLOCK].contiguous()
         programs.append(len(last))
-        launch(kernel, len(last), (last, *others), constants)
+        launch(launcher, len(last), last, *others)
 
-    monkeypatch.setattr(triton_backend, "launch", launch_the_end)
+    launch = replace_launches(monkeypatch, launch_the_end)
     optimizer(*(memory[start : start + numel] for start in starts)).step()
     assert programs == [3]
     for stretch in wrapped:
@@ -140,13 +138,13 @@ def test_trap_2_20_000_tiny_parameters_and_empty_ones_among_them(backend, device
     opt = to.AdamW(params, lr=0.1, backend=backend)
     launches, interpreted = [], backend == "triton" and not HAS_GPU
     if interpreted:
-        monkeypatch.setattr("triton_optim.triton_backend.launch", lambda kernel, *given: launches.append(given))
+        replace_launches(monkeypatch, lambda launcher, *given: launches.append((launcher.constants, *given)))
     step(opt, params, list(g.split(sizes)))
     assert all(opt.state[p]["step"].item() == 1 for p in params[:100])
     assert len(opt.state) == len(params)
     assert sum(bucket.tensors for bucket in to.explain(opt) if bucket.elements) == 3 * count // 4
     if interpreted:
-        kinds = {constants["ALIGNED"]: (programs, tables) for programs, tables, constants in launches}
+        kinds = {constants["ALIGNED"]: (programs, tables) for constants, programs, *tables in launches}
         assert len(kinds) == len(launches)  # the gradients are slices of one buffer, so most are misaligned
         tensors = torch.cat([tables[1] for _, tables in kinds.values()])
         assert tensors[:, 0].bincount().tolist() == [0, 5000, 5000, 5000]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import HAS_TRITON
+from launches import watch_launches
 from torch import Tensor
 from torch.nn import Parameter
 from triton_optim.kernels.language import jit
@@ -158,11 +159,8 @@ def test_explained_with_its_operations() -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_one_launch_after_the_prologue(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    from triton_optim import triton_backend
-
     launches = []
-    launch = triton_backend.launch
-    monkeypatch.setattr(triton_backend, "launch", lambda *given: (launches.append(1), launch(*given)))
+    watch_launches(monkeypatch, lambda *_: launches.append(1))
     params = [Parameter(torch.randn(4, 4, device=device)) for _ in range(6)]
     optimizer = NormalizedSGD(params, backend="triton")
     for p in params:

@@ -49,27 +49,35 @@ def compile_kernel(
         aligned: whether every address is a multiple of 16.
     """
     compute = TRITON_DTYPES[torch.float64 if parameter == torch.float64 else torch.float32]
+    by_value = parameter != torch.float64  # as in most steps
     launched = ("num_warps", "enable_fp_fusion")
     constants = {
         "RULE": rule,
         "SCALARS": scalars,
         "FIELDS": scalars._fields,
         **{name: value for name, value in kept.items() if name not in launched},
+        "BY_VALUE": by_value,
         "COMPUTE": compute,
         "CONVERT": kernel.convert,
         "BLOCK": kernel.BLOCK,
         "ALIGNED": aligned,
+        "SOURCE": "",
     }
     constants = {name: constants[name] for name in kernel.multi_tensor.arg_names if name in constants}
-    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": f"*{compute}"}
-    tables |= {"numbers": "*i32", "keys": "*i32", "signal": "*fp64"}
+    row = ("fp32",) * (1 + len(scalars._fields) + kept["AVERAGED"])
+    tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": row if by_value else f"*{compute}"}
+    tables |= {
+        "numbers": "*i32",
+        "keys": "i32" if by_value and kept["RANDOM"] else "*i32",
+        "signal": "*fp64" if kept["SIGNAL"] else "*i32",
+    }
     order = [*tables, *constants]
     source = ASTSource(
         fn=kernel.multi_tensor,
         signature=tables | dict.fromkeys(constants, "constexpr"),
         constexprs={(order.index(name),): value for name, value in constants.items()},
         # The tables are tensors that torch allocates, at multiples of 64 or more.
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tables))},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(tables) if name not in ("rows", "keys")},
     )
     return triton.compile(source, target=target, options={name: kept[name] for name in launched if name in kept})
 

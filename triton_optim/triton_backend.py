@@ -249,7 +249,7 @@ class TritonBucket(Bucket):
         nothing = (0.0,) * width
         code = "d" if self.key.compute == torch.float64 else "f"
         self._row_table.push(array(code, chain.from_iterable(nothing if c is None else c for c in cells)))
-        return self._row_table.tensor
+        return self._row_table.tensor.view(-1, width)
 
     def _seed(self, cohort: int) -> int:
         return int(self.optimizer.param_groups[self.cohorts[cohort].group].get("seed", 0))

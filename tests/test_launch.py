@@ -1,0 +1,347 @@
+"""Every step through Triton's own launch, for a GPU that is not there; see child_process.py and stub_launches.py."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+import costs
+import pytest
+import torch
+from stub_launches import (
+    BLOCK,
+    Recorder,
+    Seen,
+    Spy,
+    address,
+    check_arguments,
+    check_step,
+    compiled_for,
+    forget_kernels,
+)
+from steps import BF16, F32, WHOLE, Step, every_step, two_steps
+
+from triton_optim import SGD, AdamW, RuleOptimizer, stub_driver, triton_backend
+from triton_optim.gradient_norm import Norm, partial_norms
+from triton_optim.kernels import gradient_norm, symmetric_product
+from triton_optim.symmetric_product import symmetric_product as product_of
+from triton_optim.triton_launch import Launcher
+
+pytestmark = pytest.mark.compiled
+
+CPU = torch.device("cpu")
+ADAMW = Step(AdamW, F32, {})
+STEPS = every_step()
+ON_EVERY_TARGET = (
+    "AdamW, default",
+    "AdamW, clipped, torch.bfloat16, misaligned",
+    "AdamW, bfloat16 stochastic, states int8",
+    "AdamW, amp, clipped and averaged",
+    "AdamW, capturable, clipped and averaged, bfloat16 stochastic",
+    "Muon, clipped and averaged",
+)
+
+
+@pytest.fixture
+def gpu() -> Iterator[Recorder]:
+    """An sm_90 that nothing was compiled for yet."""
+    forget_kernels()
+    with Recorder().listening("sm_90") as recorder:
+        yield recorder
+
+
+def take_step(gpu: Recorder, step: Step, optimizer: RuleOptimizer, spy: Spy) -> list[Seen]:
+    """The launches of a step, which are what they must be."""
+    step.give_gradients(optimizer)
+    optimizer.step()
+    launched = gpu.taken()
+    check_step(launched, optimizer, spy)
+    for seen in launched:
+        check_arguments(seen, gpu.text(seen, "ttir"))
+    return launched
+
+
+def take_two_steps(gpu: Recorder, step: Step) -> list[Seen]:
+    """The launches of the second of two steps, for which nothing is compiled."""
+    optimizer = step.optimizer("triton", CPU)
+    spy = Spy(optimizer)
+    take_step(gpu, step, optimizer, spy)
+    gpu.compiled.clear()
+    launched = take_step(gpu, step, optimizer, spy)
+    assert gpu.compiled == []
+    return launched
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_kernels_get_what_they_declare_and_are_compiled_once(name: str, gpu: Recorder) -> None:
+    take_two_steps(gpu, STEPS[name])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_warmup_leaves_nothing_to_compile(name: str, gpu: Recorder) -> None:
+    optimizer = STEPS[name].optimizer("triton", CPU)
+    optimizer.warmup()
+    assert gpu.compiled
+    assert {seen.launch.name for seen in gpu.taken()} <= {"partial_norms"}  # of no gradient of the user's
+    gpu.compiled.clear()
+    for _ in range(2):
+        STEPS[name].give_gradients(optimizer)
+        optimizer.step()
+    assert gpu.compiled == []
+
+
+def test_launches_are_costs_as_committed(gpu: Recorder, write_costs: bool) -> None:
+    found = {}
+    for name, step in STEPS.items():
+        forget_kernels()
+        gpu.compiled.clear()
+        for _ in two_steps("triton", step, CPU):
+            launches = len(gpu.taken())
+        found[name] = {"launches": launches, "kernels": len(set(gpu.compiled))}
+    costs.compare("launches", found, write_costs)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_each_target_has_kernels_of_its_own(target: str, gpu: Recorder) -> None:
+    for name in ON_EVERY_TARGET:
+        forget_kernels()
+        with Recorder().listening(target) as other:
+            launched = take_two_steps(other, STEPS[name])
+        for seen in launched:
+            compiled = seen.launch.metadata
+            assert (compiled.target.backend, compiled.target.arch) == stub_driver.TARGETS[target][:2]
+            assert compiled.warp_size == stub_driver.TARGETS[target][2]
+
+
+def test_targets_take_turns_in_a_process(gpu: Recorder) -> None:
+    for target in ("sm_90", "gfx942", "sm_90"):
+        gpu.compiled.clear()
+        stub_driver.install(target, gpu.on_launch)
+        (seen,) = take_two_steps(gpu, ADAMW)
+        assert seen.launch.metadata.target.arch == stub_driver.TARGETS[target][1]
+        assert seen.launch.metadata.num_warps * seen.launch.metadata.warp_size == 256
+
+
+def test_schedules_compile_nothing(gpu: Recorder) -> None:
+    """Not even whole numbers, 0 and 1."""
+    params = [torch.nn.Parameter(torch.randn(100)) for _ in range(2)]
+    optimizer = AdamW([{"params": [p]} for p in params], backend="triton")
+    spy = Spy(optimizer)
+    take_step(gpu, ADAMW, optimizer, spy)
+    gpu.compiled.clear()
+    for values in ({"lr": 1}, {"lr": 0.0}, {"lr": 16}, {"weight_decay": 0}, {"betas": (0.0, 0.5)}, {"eps": 1e-3}):
+        optimizer.param_groups[1] |= values
+        take_step(gpu, ADAMW, optimizer, spy)
+    optimizer.param_groups[0] |= {"lr": 1, "weight_decay": 1}
+    take_step(gpu, ADAMW, optimizer, spy)
+    assert gpu.compiled == []
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+def test_sizes_compile_nothing(options: dict[str, Any], gpu: Recorder) -> None:
+    """Neither of tensors, nor how many chunks there are."""
+    step = Step(SGD, BF16, options)
+    optimizer = step.optimizer("triton", CPU, ((3 * BLOCK,),))
+    take_step(gpu, step, optimizer, Spy(optimizer))
+    gpu.compiled.clear()
+    for numel in (1, 15, 16, 17, 15 * BLOCK, 16 * BLOCK, 16 * BLOCK + 1):
+        optimizer = step.optimizer("triton", CPU, ((numel,),))
+        launched = take_step(gpu, step, optimizer, Spy(optimizer))
+        assert launched[-1].launch.grid == (ceil(numel / BLOCK), 1, 1)
+    assert gpu.compiled == []
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+def test_2_to_31_elements_compile_nothing(options: dict[str, Any], gpu: Recorder) -> None:
+    small = Step(SGD, BF16, options).optimizer("triton", CPU, ((5,),))
+    take_step(gpu, Step(SGD, BF16, options), small, Spy(small))
+    gpu.compiled.clear()
+    p = torch.nn.Parameter(torch.empty(2**31, dtype=BF16))  # memory that nobody touches is not taken
+    p.grad = torch.empty_like(p)
+    optimizer = SGD([p], backend="triton", **options)
+    spy = Spy(optimizer)
+    optimizer.step()
+    check_step(gpu.launched, optimizer, spy)
+    assert gpu.launched[-1].launch.grid == (2**21, 1, 1)
+    assert gpu.compiled == []
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5, inf])
+def test_norms_are_launched(power: float, dtype: torch.dtype, gpu: Recorder) -> None:
+    tensors = [torch.randn(numel).to(dtype) for numel in (5, 20 * BLOCK, 1)]
+    for _ in range(2):
+        partial_norms(tensors, Norm(power), "triton")
+    assert len(gpu.compiled) == 1
+    for seen in gpu.launched:
+        check_arguments(seen, gpu.text(seen, "ttir"))
+        assert seen.read("gradients", 3).tolist() == [t.data_ptr() for t in tensors]
+        assert seen.read("tensors", 3, 2)[:, 0].tolist() == [t.numel() for t in tensors]
+        assert (seen.values["count"], seen.values["columns"]) == (22, 2)
+        assert seen.launch.grid == (ceil(22 / gradient_norm.CHUNKS), 1, 1)
+        assert seen.constant("KIND") == Norm(power).kind
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_symmetric_products_are_launched(dtype: torch.dtype, gpu: Recorder) -> None:
+    x, c = torch.randn(2, 192, 48, dtype=dtype), torch.randn(2, 192, 192, dtype=dtype)
+    for alpha in (2.0, 1.0):  # numbers of the caller's are not compiled for
+        out = product_of(x.mT.contiguous().mT, alpha, 0.5, c, backend="triton")
+    assert len(gpu.compiled) == 1
+    first, second = gpu.launched
+    check_arguments(second, gpu.text(second, "ttir"))
+    assert [seen.values["alpha"] for seen in (first, second)] == [2.0, 1.0]
+    assert second.values["beta"] == 0.5
+    assert (second.values["M"], second.values["K"]) == (192, 48)
+    assert address(second.values["c"]) == c.data_ptr()
+    assert address(second.values["out"]) == out.data_ptr()
+    assert second.values["x_strides"] == (192 * 48, 1, 192)
+    assert second.values["out_strides"] == second.values["c_strides"] == out.stride()
+    assert second.launch.grid == (symmetric_product.programs(2, 192, second.constant("BLOCK")), 1, 1)
+
+
+# Kernels that have changed.
+
+MODULE = """
+from typing import NamedTuple
+from triton_optim import RuleOptimizer
+from triton_optim.kernels.language import jit
+
+class Scalars(NamedTuple):
+    lr: float
+    gain: float
+
+@jit
+def helper(g):
+    return g * 2.25
+
+@jit
+def plain(p, g, h):
+    return (p - h.lr * g * h.gain * h.gain,)
+
+@jit
+def with_helper(p, g, h):
+    return (p - h.lr * helper(g),)
+
+@jit
+def with_constant(p, g, h):
+    return (p - h.lr * g * 3.25,)
+
+class OfScalars(RuleOptimizer):
+    rule = plain
+    def __init__(self, params, lr=1e-3, **options):
+        super().__init__(params, {"lr": lr}, **options)
+    def scalars(self, group, step):
+        return Scalars(lr=group["lr"], gain=2.0)
+
+class OfHelper(OfScalars):
+    rule = with_helper
+
+class OfConstant(OfScalars):
+    rule = with_constant
+"""
+
+
+def edited(text: str) -> str:
+    """The rule of each optimizer changed in another way."""
+    return (
+        text.replace("    lr: float\n    gain: float", "    gain: float\n    lr: float")
+        .replace("2.25", "4.75")
+        .replace("3.25", "5.25")
+    )
+
+
+def check_edited(before: dict[str, str], after: dict[str, str]) -> None:
+    """The kernels are those of the text as it was, and as it is."""
+    constants = {"OfHelper": ("2.25", "4.75"), "OfConstant": ("3.25", "5.25")}
+    for name, numbers in constants.items():
+        for ir, number in zip((before[name], after[name]), numbers, strict=True):
+            assert f"{number}0000e+00" in ir
+    assert before["OfScalars"] != after["OfScalars"]
+
+
+def test_edited_rules_are_compiled_anew_in_a_process(
+    gpu: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # its files are told apart by whole seconds
+    path = tmp_path / "edited_rules.py"
+    path.write_text(MODULE)
+    module = importlib.import_module("edited_rules")
+    before = compiled_for(module)
+    path.write_text(edited(MODULE))
+    check_edited(before, compiled_for(importlib.reload(module)))
+
+
+def test_edited_rules_are_compiled_anew_by_the_next_process(tmp_path: Path) -> None:
+    """Though it finds what the last one compiled on disk."""
+    code = "import json, edited_rules, stub_launches; print(json.dumps(stub_launches.compiled_for(edited_rules)))"
+    folders = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {
+        "PYTHONPATH": folders,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    found = []
+    for text in (MODULE, edited(MODULE)):
+        (tmp_path / "edited_rules.py").write_text(text)
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    check_edited(*found)
+
+
+# Faults that these tests are to find.
+
+
+class BareScalars(Launcher):
+    """Hands the kernel a NamedTuple class, of which Triton makes no cache key."""
+
+    def __init__(self, kernel: Any, types: Any, constants: dict[str, Any], device: torch.device) -> None:
+        super().__init__(kernel, types, constants | {"SCALARS": constants["SCALARS"].value}, device)
+
+
+class AlwaysAligned(Launcher):
+    """Compiles all for aligned addresses."""
+
+    def __init__(self, kernel: Any, types: Any, constants: dict[str, Any], device: torch.device) -> None:
+        super().__init__(kernel, types, constants | {"ALIGNED": True}, device)
+
+
+class ShortGrid(Launcher):
+    """Leaves a program out."""
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        super().__call__(programs - 1, *arguments)
+
+
+class Swapped(Launcher):
+    """Takes the signal for the gradients, and these for the signal."""
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        chunks, tensors, gradients, *others, signal = arguments
+        super().__call__(programs, chunks, tensors, signal, *others, gradients)
+
+
+class ReversedRow(Launcher):
+    """Hands the scalars over in another order."""
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        super().__call__(programs, *arguments[:3], arguments[3][::-1], *arguments[4:])
+
+
+@pytest.mark.parametrize("fault", [BareScalars, AlwaysAligned, ShortGrid, Swapped, ReversedRow])
+def test_faults_are_found(fault: type[Launcher], gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(AdamW, F32, {"max_grad_norm": 1.0}, misaligned=True)
+    take_two_steps(gpu, step)
+    monkeypatch.setattr(triton_backend, "Launcher", fault)
+    with pytest.raises(RuntimeError if fault is BareScalars else AssertionError) as raised:
+        take_two_steps(gpu, step)
+    if fault is BareScalars:
+        assert "TypeError: 'type' object is not iterable" in str(raised.value)
