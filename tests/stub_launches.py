@@ -242,7 +242,9 @@ def check_update(
         found.append(addresses[0])
         assert numel == p.numel()
         covered = chunks[chunks[:, 0] == number, 1]
-        assert covered.sort().values.equal(torch.arange(ceil(numel / BLOCK), dtype=torch.int32)), "elements are left out"
+        assert covered.sort().values.equal(torch.arange(ceil(numel / BLOCK), dtype=torch.int32)), (
+            "elements are left out"
+        )
         variant = optimizer.running_variant(optimizer.param_groups[group])
         state = optimizer.state.get(p, {})
         parts = [p, *(state[name] for name in CORRECTIONS if name in state)]
