@@ -56,7 +56,8 @@ def hashed(low, high, key, key2):
 def bits_for(x, ROLE):
     """16 of the bits `x` for each role: its upper half, its lower, and those of further products."""
     if ROLE >= 2:
-        x = (x ^ ((x >> 16) & 0xFFFF)) * (0x7FEB352D - (ROLE // 2 - 1) * 0x1C9E3A6)
+        # Wrapped to a signed 32-bit number: Triton takes no larger factor of an int32.
+        x = (x ^ ((x >> 16) & 0xFFFF)) * ((0xFFEB352D + (ROLE // 2 - 1) * 0x1C9E3A6) % 0x100000000 - 0x80000000)
     if ROLE % 2 == 0:
         x = x >> 16
     return x & 0xFFFF

@@ -3,7 +3,7 @@
 A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. Triton compiles it as it stands. With
 its globals bound to the torch column it is what ``torch.compile`` compiles and what runs eagerly; the C++ column is for
 the loop that is made of its syntax tree. A rule may import the words below by name, or write
-``import triton.language as tl`` and use ``tl.sqrt`` and the like.
+``import triton.language as tl`` and use ``tl.exp`` and the like. Triton's own ``tl.sqrt`` is approximate in float32.
 """
 
 from __future__ import annotations
@@ -120,11 +120,11 @@ if triton is not None:
     def sign(x):
         return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
-    # This and `/` are within 2 ulp in float32. Their error reaches a parameter scaled by lr, far under the rounding of
-    # the parameter itself; the correctly rounded forms add a slow-path call an element each.
+    # Correctly rounded, as in C++: Triton's own of float32 is approximate, and takes a subnormal number for 0. `/` is
+    # within 2 ulp in float32: its error reaches a parameter scaled by lr, far under the parameter's own rounding.
     @jit
     def sqrt(x):
-        return tl.sqrt(x)
+        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
     @jit
     def to_float(x):

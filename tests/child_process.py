@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 PIPE = "TRITON_OPTIM_TESTS_PIPE"  # the child's end, a file descriptor
+OWN = ("--write-costs",)  # options of these tests
 COMPILES = os.environ.get("TRITON_INTERPRET") == "0"  # whether this process runs the tests itself
 
 
@@ -35,7 +36,9 @@ class Child:
         command = [sys.executable, "-m", "pytest", str(item.path), "-n0", "-p", "no:cacheprovider"]
         command += [f"--rootdir={config.rootpath}", f"--tb={options.tbstyle}", f"--capture={options.capture}"]
         command += ["-c", str(config.inipath)] * bool(config.inipath) + ["-v"] * options.verbose
-        command += ["--showlocals"] * options.showlocals
+        command += ["--showlocals"] * options.showlocals + [
+            word for word in OWN if word in config.invocation_params.args
+        ]
         if options.timeout is not None:
             command.append(f"--timeout={options.timeout}")
         self.pipe, theirs = Pipe()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).with_name("costs")
-REWRITE = "pytest tests/test_audit.py tests/test_gradient_norm.py tests/test_costs.py -k costs --write-costs"
+TESTS = ("audit", "gradient_norm", "costs", "launch")
+REWRITE = f"pytest {' '.join(f'tests/test_{name}.py' for name in TESTS)} -k costs --write-costs"
 
 Costs = dict[str, dict[str, Any]]
 

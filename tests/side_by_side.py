@@ -2,8 +2,13 @@
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
+import pytest
 import torch
+from triton_optim.kernels.language import PRIMITIVES, torch_form
 
 # Of torch's constructors: how it runs, not what. Not all of them take each.
 HOW = ("foreach", "fused", "capturable", "differentiable")
@@ -72,6 +77,23 @@ def alive(references):
     if any(reference() is not None for reference in references):
         gc.collect()  # a quarter of a second, so only where counting references has not done it
     return [i for i, reference in enumerate(references) if reference() is not None]
+
+
+@contextmanager
+def nearest_roots() -> Iterator[None]:
+    """Eager steps with roots that are the nearest numbers. torch's own are MKL's, of which on some processors every
+    fifth is not.
+    """
+    in_triton, _, in_cpp = PRIMITIVES["sqrt"]
+
+    def nearest_root(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.sqrt(x.cpu().numpy())).to(x.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRIMITIVES, "sqrt", (in_triton, nearest_root, in_cpp))
+        torch_form.cache_clear()
+        yield
+    torch_form.cache_clear()
 
 
 def backward(case, loss, params):

@@ -203,6 +203,15 @@ def test_trap_14_bfloat16_is_rounded_to_nearest(case: Case, backend: str, device
     assert (after != wide.to(torch.bfloat16)).sum() <= 2
 
 
+def test_roots_of_subnormal_numbers(backend: str, device: torch.device) -> None:
+    """With eps=0 a root that is taken for 0 is divided by."""
+    p = torch.nn.Parameter(torch.zeros(8, device=device))
+    p.grad = torch.full_like(p, 1e-18)  # its square times 1 - beta2 is 1e-39
+    triton_optim.AdamW([p], lr=0.5, eps=0.0, backend=backend).step()
+    # A subnormal number of this size is off by up to 7e-7 of it, its root by half of that.
+    torch.testing.assert_close(p.detach(), torch.full_like(p, -0.5), rtol=1e-6, atol=0)
+
+
 def test_trap_18_amsgrad_keeps_nan(backend: str, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(4, device=device))
     optimizer = triton_optim.AdamW([p], amsgrad=True, backend=backend)

@@ -103,10 +103,10 @@ def test_registers(rows: list[Row]) -> None:
 
     def bound(row: Row) -> int:
         if row["dtypes"] in CODED | {"bf16 stochastic"}:
-            return 104
+            return 128 if row["rule"] == "adamw_amsgrad" and row["dtypes"] in ("bf16 int8", "bf16 int4") else 104
         if row["arch"] == "gfx942":
             return 72
-        return 80 if row["rule"].startswith("rmsprop_centered") and row["dtypes"] in ("bf16", "fp16") else 64
+        return 80 if row["dtypes"] in ("bf16", "fp16") else 64
 
     assert not failing(rows, lambda row: row["registers"] <= bound(row), "registers")
     assert not failing(rows, lambda row: row["registers"] <= row["bounds"]["registers"], "registers")
@@ -167,10 +167,10 @@ def test_trap_4_misaligned_accesses_are_an_element_wide(rows: list[Row]) -> None
 
 
 def test_trap_11_divisions_and_roots_are_as_exact_as_chosen(rows: list[Row]) -> None:
-    """Within 2 ulp in float32, see kernels/language.py; correctly rounded in float64."""
+    """Roots are correctly rounded, and quotients in float64; quotients in float32 are within 2 ulp."""
     for row in rows:
         double = row["dtypes"] == "fp64"
-        allowed = {"div.rn.f64", "sqrt.rn.f64"} if double else {"div.full.f32", "sqrt.approx.ftz.f32"}
+        allowed = {"div.rn.f64", "sqrt.rn.f64"} if double else {"div.full.f32", "sqrt.rn.f32"}
         assert set(row["ptx_functions"]) <= allowed, (row["rule"], row["dtypes"])
     assert {f for row in rows if row["rule"] == "adamw" for f in row["ptx_functions"]} > {"div.full.f32", "div.rn.f64"}
 

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from side_by_side import nearest_roots
 from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels.language import PRIMITIVES, torch_form
 
 import triton_optim
 from triton_optim.cli import memory as command
@@ -385,18 +384,9 @@ def test_split24_is_right_on_average(backend: str, device: torch.device) -> None
 def trained_with_nearest_roots(
     cls: Any, name: str, device: torch.device, options: tuple[tuple[str, Any], ...]
 ) -> tuple[list[Parameter], triton_optim.RuleOptimizer]:
-    """Eagerly. torch's own roots are MKL's, of which on some processors every fifth is not the nearest number."""
-    in_triton, _, in_cpp = PRIMITIVES["sqrt"]
-
-    def nearest_root(x: Tensor) -> Tensor:
-        return torch.from_numpy(np.sqrt(x.cpu().numpy())).to(x.device)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRIMITIVES, "sqrt", (in_triton, nearest_root, in_cpp))
-        torch_form.cache_clear()
-        found = trained_once.__wrapped__(cls, name, "eager", device, options)
-    torch_form.cache_clear()
-    return found
+    """Eagerly."""
+    with nearest_roots():
+        return trained_once.__wrapped__(cls, name, "eager", device, options)
 
 
 @rows(*(case for case in RULES if case.on_every_backend))

@@ -76,7 +76,7 @@ def test_every_word_is_tested() -> None:
 def test_unary_words_agree(word: str, device: torch.device) -> None:
     in_triton, in_torch, _ = PRIMITIVES[word]
     x, _ = pairs(device)
-    x = x[x.abs() != 1e-42] if word in ("log", "sqrt") else x  # a GPU's approximate forms flush denormals
+    x = x[x.abs() != 1e-42] if word == "log" else x  # a GPU's is approximate, and flushes subnormals
     x = torch.cat([x, x.new_ones(128 - len(x))])
     out = torch.full_like(x, 7.0)
     _unary[(1,)](x, out, in_triton, 128)

@@ -17,11 +17,12 @@ from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
 from .gather import Gatherer, gatherer_of
 from .gradient_norm import EUCLIDEAN, Norm, Scaling, Signal, partial_norms, signal_from
+from .hyperparameters import plain_group
 from .layout import all_aligned, in_layout_of, is_sharded, local, locals_of, places, same_layout, with_local
 from .members import CPU, Cohort, Member
 from .on_device import OnDevice
 from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
-from .rows import Row, one_kind, plain_group, row_for
+from .rows import Row, one_kind, row_for
 from .state import State
 
 if TYPE_CHECKING:
@@ -93,9 +94,13 @@ class Bucket(ABC):
     reads_signal: ClassVar[bool] = False
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
+    launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members
+        self.compute = key.compute
+        # Whether it reads the signal itself. A prologue before it can't be skipped there.
+        self.takes_signal = self.reads_signal and not key.variant.prologue
         self.sharded = any(is_sharded(m.p) for m in members)
         values = [local(m.p).detach() for m in members]
         self.numels = [value.numel() for value in values]
@@ -105,6 +110,7 @@ class Bucket(ABC):
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
         self.signal: Signal | None = None  # in a step that has one
+        self.rows: list[Row | None] = []  # of this step
         self.complete = False  # every member has a gradient in this step
         self._indices = [m.index for m in members]
         self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
@@ -173,11 +179,6 @@ class Bucket(ABC):
         """Of the gradients of this step: see gradient_norm.partial_norms."""
         return partial_norms([g for g in self.gradients if g is not None], norm, self.key.choice.backend)
 
-    @property
-    def takes_signal(self) -> bool:
-        """Whether it reads the signal itself. A prologue before it can't be skipped there."""
-        return self.reads_signal and not self.key.variant.prologue
-
     def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
         """See gradient_norm.signal_from; asked of a bucket that takes the signal."""
         return signal_from(partials, scaling, device)
@@ -237,7 +238,7 @@ class Bucket(ABC):
         self._state_dicts = [m.state for m in self.members]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
         ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
-        self._state_ends = [(state, local(state).data_ptr()) for state in ends]
+        self._state_ends = ends, list(map(Tensor.data_ptr, map(local, ends)))
 
     def _numbers(self) -> list[dict[str, Any]]:
         numbers = [m.numbers for m in self.members]
@@ -247,8 +248,8 @@ class Bucket(ABC):
                 numbers[i] = now
         return numbers
 
-    def next_rows(self) -> list[Row | None]:
-        """The scalars of this step, a cohort; None where no member has a gradient. Counts nothing yet."""
+    def next_rows(self) -> None:
+        """Form the scalars of this step, a row for each cohort; None where no member has a gradient. Counts nothing."""
         if self.complete:
             active = [True] * len(self.cohorts)
         else:
@@ -258,9 +259,9 @@ class Bucket(ABC):
                 self._form_cohorts([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
             active = [present[cohort.places[0]] for cohort in self.cohorts]
         self._on_device = self.optimizer.on_device(self.key.device) if self.key.capturable else None
-        self._rows = self.form_rows(active)
-        one_kind([row for row in self._rows if row is not None], self.optimizer)
-        return self._rows
+        self.rows = self.form_rows(active)
+        if len(self.rows) > 1:
+            one_kind([row for row in self.rows if row is not None], self.optimizer)
 
     def form_rows(self, active: list[bool]) -> list[Row | None]:
         """The row of each cohort that is active."""
@@ -268,10 +269,12 @@ class Bucket(ABC):
 
     def _row(self, cohort: Cohort) -> Row:
         numbers = cohort.numbers(on_device=self.key.capturable)
-        group = self.optimizer.param_groups[cohort.group]
+        optimizer, keep = self.optimizer, self.key.differentiable
+        group = optimizer.param_groups[cohort.group]
         step = numbers.pop("step") + 1
         on_device = self._on_device.group(cohort.group) if self._on_device is not None else {}
-        return row_for(self.optimizer, group, step, numbers, keep=self.key.differentiable, on_device=on_device)
+        values = None if keep else optimizer.group_values[cohort.group].plain
+        return row_for(optimizer, group, step, numbers, keep, on_device, values)
 
     def row_keys(self, rows: list[Row | None]) -> Tensor:
         """What the random bits of each row depend on in this step, int32."""
@@ -299,9 +302,9 @@ class Bucket(ABC):
     def commit(self, skips: bool = False) -> None:
         """Count the step, unless it `skips` where the signal says so."""
         skip = None
-        if skips and self.signal is not None and not all(row is not None and row.counted for row in self._rows):
+        if skips and self.signal is not None and not all(row is not None and row.counted for row in self.rows):
             skip = self.signal.tensor[1]
-        for cohort, row in zip(self.cohorts, self._rows, strict=True):
+        for cohort, row in zip(self.cohorts, self.rows, strict=True):
             if row is not None and row.counted:
                 cohort.count(row.carried)
             elif row is not None:
@@ -415,7 +418,8 @@ class Bucket(ABC):
             self._changes = None if self._changes is None else changes
         # Code that moves an optimizer to another device and back keeps the tensors and sets their `data`: all of them,
         # so the first and the last tell.
-        return all(local(state).data_ptr() == address for state, address in self._state_ends)
+        ends, addresses = self._state_ends
+        return list(map(Tensor.data_ptr, map(local, ends) if self.sharded else ends)) == addresses
 
     def _values(self) -> list[Tensor]:
         """The parameters, as they are here."""

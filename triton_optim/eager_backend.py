@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .averaging import average_of
 from .bucket import Bucket, Key
 from .codecs import read, write
+from .hyperparameters import plain_group
 from .kernels.language import results, torch_form
 from .layout import local, places
 from .members import Member
 from .random_bits import bits_of_elements
-from .rows import Row, plain_group, row_for
+from .rows import Row, row_for
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer

@@ -27,8 +27,8 @@ from .layout import ORDINARY, is_sharded
 WORD = ctypes.sizeof(ctypes.c_void_p)
 
 # Compiling takes as long as thousands of steps of few parameters, and a short run would not see its end.
-WORTHWHILE = 32  # parameters
-STEPS = 16  # that a plan has run
+WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
+STEPS = 16  # from one look to the next
 
 
 class Words(ctypes.Structure):
@@ -139,6 +139,7 @@ class Gatherer:
 
     def __init__(self, bucket: int, count: int, specs: Sequence[Any]) -> None:
         self.addresses = array("q", bytes(WORD * count))
+        self._found, _ = self.addresses.buffer_info()
         self.aligned = False  # whether all are multiples of 16
         self.complete = False  # whether none is 0
         self._bucket, self._specs = bucket, specs
@@ -148,7 +149,7 @@ class Gatherer:
         """Bring `addresses` up to date, 0 where there is no gradient. False where Python must look: a parameter is not
         what it was, or a gradient is of another dtype, or lies in memory in another way than its parameter.
         """
-        found = library.loaded.gather(self._bucket, self.addresses.buffer_info()[0])
+        found = library.loaded.gather(self._bucket, self._found)
         self.aligned, self.complete = bool(found & 1), bool(found & 2)
         return found >= 0  # type: ignore[no-any-return]
 
@@ -196,16 +197,18 @@ class Objects:
     def __init__(self, objects: list[Any]) -> None:
         self._held = objects  # so that no other object can take their addresses
         self._table = array("q", map(id, objects))
+        self._address, self._count = self._table.buffer_info()
 
     def are(self, objects: Any) -> bool:
         """Whether this is a list of the same objects in the same order."""
-        own = self._table
-        return type(objects) is list and bool(library.loaded.holds(objects, len(own), own.buffer_info()[0]))
+        return type(objects) is list and bool(library.loaded.holds(objects, self._count, self._address))
 
     def have_no_gradients(self) -> bool:
         """Whether these are tensors none of which has a gradient."""
-        own, plain = self._table, plain_words()
-        if not own or plain is None:
-            return not own
+        if not self._count:
+            return True
+        plain = plain_words()
+        if plain is None:
+            return False
         words = Words(*plain, 0, 0)
-        return bool(library.loaded.without(ctypes.addressof(words), len(own), own.buffer_info()[0]))
+        return bool(library.loaded.without(ctypes.addressof(words), self._count, self._address))

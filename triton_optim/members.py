@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
 CPU = torch.device("cpu")
+_CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 class Member:
@@ -94,11 +96,15 @@ class Cohort:
         self._numbers = numbers
         self._counts = "step" in counted
         self.shared: dict[str, Tensor] = {}
+        # The memory of those on the CPU: an operation of torch would take longer than all else that a step does of it.
+        self._cells: dict[str, Any] = {}
         for name in counted:
             if isinstance(members[0].state.get(name), Tensor) and not requires_grad(numbers.get(name)):
-                self.shared[name] = members[0].state[name].detach().clone()
+                shared = self.shared[name] = members[0].state[name].detach().clone()
+                if shared.device == CPU:
+                    self._cells[name] = _CELLS[shared.dtype].from_address(shared.data_ptr())
                 for m in members:
-                    m.state[name] = self.shared[name].detach()
+                    m.state[name] = shared.detach()
 
     @property
     def counted(self) -> tuple[Any, ...]:
@@ -110,8 +116,10 @@ class Cohort:
         if on_device:
             return self._numbers | {name: value.double() for name, value in self.shared.items()}
         # A device is not asked: the host would wait for it.
-        here = {name: value.item() for name, value in self.shared.items() if value.device == CPU}
-        return self._numbers | here | ({"step": int(here["step"])} if "step" in here else {})
+        here = {name: cell.value for name, cell in self._cells.items()}
+        if "step" in here:
+            here["step"] = int(here["step"])
+        return self._numbers | here
 
     @property
     def unshared(self) -> dict[str, Any]:
@@ -140,7 +148,9 @@ class Cohort:
                 for m in self.members:
                     m.state[name] = value
         for name, value in self.shared.items():
-            if name == "step":
+            if name == "step" and skip is None and name in self._cells:
+                self._cells[name].value += 1
+            elif name == "step":
                 value.add_(1 if skip is None else 1 - skip)
             elif requires_grad(carried[name]):
                 continue

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Key
+from .bucket import Bucket
+from .hyperparameters import plain_group
 from .layout import is_sharded, with_local
 from .members import Member
-from .rows import Row, plain_group, row_for
+from .rows import Row, row_for
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -32,7 +33,7 @@ def check_states(optimizer: RuleOptimizer, group: dict[str, Any], index: int, p:
             )
 
 
-def run_prologues(optimizer: RuleOptimizer, buckets: Sequence[Bucket], rows: dict[Key, list[Row | None]]) -> None:
+def run_prologues(optimizer: RuleOptimizer, buckets: Sequence[Bucket]) -> None:
     """Put what the optimizer's prologue makes of the gradients in their place, in every bucket that has one.
 
     A call gets all parameters of a group that were counted alike, in the order of the parameters, whatever their
@@ -40,14 +41,13 @@ def run_prologues(optimizer: RuleOptimizer, buckets: Sequence[Bucket], rows: dic
 
     Args:
         optimizer: whose prologue it is.
-        buckets: which hold their gradients.
-        rows: of all buckets. The factor of those that had a prologue becomes 1: it has seen negated gradients where
-            the group maximizes.
+        buckets: which hold their gradients and rows. The factor of the rows becomes 1: the prologue has seen negated
+            gradients where the group maximizes.
     """
     turns: dict[tuple[object, ...], list[tuple[int, Bucket, int, Row]]] = {}
     for bucket in buckets:
         if bucket.key.variant.prologue:
-            for cohort, row in zip(bucket.cohorts, rows[bucket.key], strict=True):
+            for cohort, row in zip(bucket.cohorts, bucket.rows, strict=True):
                 if row is not None:
                     places = ((bucket.members[i].index, bucket, i, row) for i in cohort.places)
                     turns.setdefault(cohort.counted, []).extend(places)
@@ -58,7 +58,7 @@ def run_prologues(optimizer: RuleOptimizer, buckets: Sequence[Bucket], rows: dic
     for bucket in buckets:
         if bucket.key.variant.prologue:
             bucket.accept(bucket.gradients)
-            rows[bucket.key] = [row and row._replace(factor=1.0) for row in rows[bucket.key]]
+            bucket.rows = [row and row._replace(factor=1.0) for row in bucket.rows]
 
 
 def warm_prologue(optimizer: RuleOptimizer, members: list[Member]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .averaging import weight
 from .codecs import COUNT
+from .hyperparameters import plain_group
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -37,11 +38,6 @@ def counted_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
-    """The hyperparameters of a group for host arithmetic."""
-    return {name: plain_number(v, keep) for name, v in group.items() if name not in ("params", "param_names")}
-
-
 def row_for(
     optimizer: RuleOptimizer,
     group: dict[str, Any],
@@ -49,23 +45,28 @@ def row_for(
     carried: dict[str, Any] | None = None,
     keep: bool = False,
     on_device: dict[str, Any] | None = None,
+    values: dict[str, Any] | None = None,
 ) -> Row:
     """The scalars of a group's members in their update number `step`; without `carried`, as before the first.
 
     Args:
         on_device: hyperparameters that are to be read there.
+        values: the others, if they are known.
     """
-    values = plain_group(group, keep) | (on_device or {})
+    values = dict(plain_group(group, keep) if values is None else values)
+    if on_device:
+        values |= on_device
     carried = optimizer.started(group) if carried is None else dict(carried)
     averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
     h: Any = optimizer.scalars(values, step, **carried)
     if not hasattr(h, "_fields"):
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
-    for name, value in zip(h._fields, h, strict=True):
-        if not isinstance(value, (int, float, Tensor)):
-            raise TypeError(
-                f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
-            )
+    if not _NUMBERS.issuperset(map(type, h)):
+        for name, value in zip(h._fields, h, strict=True):
+            if not isinstance(value, (int, float, Tensor)):
+                raise TypeError(
+                    f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
+                )
     factor = -1.0 if group.get("maximize") else 1.0
     carried = optimizer.carry(values, step, **carried) if carried else {}
     if not averaged:
@@ -116,17 +117,3 @@ def to_device(values: array[Any], dtype: torch.dtype, device: torch.device) -> T
     """
     staged = torch.frombuffer(values, dtype=dtype)
     return staged if device.type == "cpu" else staged.pin_memory().to(device, non_blocking=True)
-
-
-def plain_number(value: Any, keep: bool = False) -> Any:
-    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats.
-
-    A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        if keep:
-            return value.reshape(())
-        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
-    if isinstance(value, (tuple, list)):
-        return type(value)(plain_number(v, keep) for v in value)
-    return value

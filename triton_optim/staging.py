@@ -28,7 +28,7 @@ class Staging:
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.zeros(count, dtype=dtype, device=device)
-        self._here = device.type == "cpu"
+        self._address = self.tensor.data_ptr() if device.type == "cpu" else 0
         self._ring: list[tuple[torch.Tensor, Any]] = []
         self._next = 0
 
@@ -36,8 +36,8 @@ class Staging:
         """Bring the table to the device, in the order of the current stream."""
         start, length = values.buffer_info()
         size = length * values.itemsize
-        if self._here:
-            ctypes.memmove(self.tensor.data_ptr(), start, size)
+        if self._address:
+            ctypes.memmove(self._address, start, size)
             return
         module = torch.get_device_module(self.tensor.device)
         if len(self._ring) < SLOTS:

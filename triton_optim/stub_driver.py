@@ -8,6 +8,7 @@ as a GPU's would; only the last call, into CUDA's or HIP's driver, is replaced: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import dispatch
@@ -36,6 +37,14 @@ class Launched(NamedTuple):
     def values(self) -> dict[str, Any]:
         """The arguments by name."""
         return dict(zip(self.signature, self.arguments, strict=True))
+
+    @property
+    def ptx(self) -> str:
+        """The code, as Triton keeps it on disk; of NVIDIA targets."""
+        from triton.runtime.cache import get_cache_manager
+
+        path = get_cache_manager(self.metadata.hash).get_file(f"{self.name}.ptx")
+        return Path(path).read_text()
 
 
 class Launcher:

@@ -6,15 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .dispatch import this_machine
+from . import compile_ahead
+from .dispatch import LaunchError, this_machine
 
-
-class LaunchError(RuntimeError):
-    """A kernel could not be compiled, loaded or started. Nothing of it ran."""
+_NUMBERS = {int, float, tuple}
 
 
 class Launcher:
@@ -44,6 +42,7 @@ class Launcher:
             LaunchError: it does not compile.
         """
         if self._compiled is None and not self._interpreted:
+            compile_ahead.wait()
             try:
                 with on(self.device):
                     self._compiled = self.kernel.warmup(*self.types, grid=(1,), **self.constants)
@@ -86,27 +85,25 @@ class Launcher:
             return
         if self._run is None:
             self.load()
-        active = driver.active
-        if active.get_current_device() != self._index:
-            with on(self.device):
-                self._start(active, programs, arguments)
-        else:
-            self._start(active, programs, arguments)
-
-    def _start(self, active: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-        # An address is taken as it is. Of a tensor the launcher would ask for it, and then the driver where it lies.
-        given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        runtime = knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        active, index = driver.active, self._index
         try:
-            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-                self._compiled[programs, 1, 1](*given, *self._trailing)
-                return
-            stream = active.get_current_stream(self._index)
-            run, function, packed = self._run, self._function, self._packed
-            run(programs, 1, 1, stream, function, packed, None, None, None, *given, *self._trailing)
+            if active.get_current_device() != index:
+                with on(self.device):
+                    self._start(programs, arguments, active.get_current_stream(index))
+            else:
+                self._start(programs, arguments, active.get_current_stream(index))
         except Exception as error:
             raise self._failed("started", error) from error
+
+    def _start(self, programs: int, arguments: tuple[Any, ...], stream: int) -> None:
+        # An address is taken as it is. Of a tensor the launcher would ask for it, and then the driver where it lies.
+        given = [a if type(a) in _NUMBERS else a.data_ptr() for a in arguments]
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+            self._compiled[programs, 1, 1](*given, *self._trailing, stream=stream)
+            return
+        run, function, packed = self._run, self._function, self._packed
+        run(programs, 1, 1, stream, function, packed, None, None, None, *given, *self._trailing)
 
     def _failed(self, what: str, error: Exception) -> LaunchError:
         name = getattr(self.kernel, "__name__", str(self.kernel))

@@ -1,0 +1,84 @@
+"""The hyperparameters of a parameter group for host arithmetic, read anew only where one is another object."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+PLAIN = frozenset({float, int, bool, str, type(None)})
+NOT_NUMBERS = ("params", "param_names")
+
+
+def plain_number(value: Any, keep: bool = False) -> Any:
+    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats.
+
+    A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        if keep:
+            return value.reshape(())
+        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain_number(v, keep) for v in value)
+    return value
+
+
+def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+    """The hyperparameters of a group for host arithmetic."""
+    return {
+        name: value if type(value) in PLAIN else plain_number(value, keep)
+        for name, value in group.items()
+        if name not in NOT_NUMBERS
+    }
+
+
+class GroupValues:
+    """The hyperparameters of one group, as they were when they were last asked for.
+
+    Attributes:
+        changes: how often :meth:`read` has found others.
+        rebuilt: how often it has found others in more than the values of numbers.
+        fixed: whether what is the same object has the same value.
+        plain: of :func:`plain_group`. Not to be written.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.rebuilt = 0
+        self.fixed = False
+        self._names: tuple[str, ...] = ()
+        self._values: tuple[Any, ...] = ()
+        self._kinds: list[Any] = []
+        self.plain: dict[str, Any] = {}
+
+    def read(self, group: dict[str, Any]) -> None:
+        """Take note of them as they are now."""
+        if not (
+            self.fixed
+            and len(group) == len(self._values)
+            and all(map(is_, group.values(), self._values))
+            and tuple(group) == self._names
+        ):
+            self.changes += 1
+            self._names, self._values = tuple(group), tuple(group.values())
+            self.plain = plain_group(group)
+            kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
+            self.fixed = None not in kinds
+            if not self.fixed or kinds != self._kinds:
+                self.rebuilt += 1
+                self._kinds = kinds
+
+
+def kind_of(value: Any) -> Any:
+    """What is the same of two hyperparameters that differ at most in the values of numbers; None of what may change
+    and stay the same object.
+    """
+    kind = type(value)
+    if kind is tuple:
+        kinds = [kind_of(x) for x in value]
+        return None if None in kinds else kinds
+    if kind in (float, int):
+        return kind
+    return (kind, value) if kind in PLAIN else None
