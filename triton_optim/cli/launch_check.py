@@ -101,9 +101,9 @@ def main() -> int:
     optimizer = triton_optim.AdamW(ours, lr=0.5, backend="triton")
     load = Launcher.load
 
-    def told(launcher: Launcher) -> None:
+    def told(self: Launcher) -> None:
         say(stage="load")
-        load(launcher)
+        load(self)
         say(stage="launch")
 
     Launcher.load = told  # type: ignore[method-assign]
