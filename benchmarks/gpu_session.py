@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from checkouts import importable
 
 ROOT = Path(__file__).parents[1]
 RESERVE = 5.0  # seconds of the budget that are left for stopping the last part and writing
@@ -112,6 +111,7 @@ class Session:
         self.environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         if rehearses:
             self.environment |= {"TRITON_OPTIM_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
+        self.folder = ROOT
         self.process: subprocess.Popen[bytes] | None = None
 
     def run(self, parts: list[Part]) -> bool:
@@ -119,7 +119,7 @@ class Session:
         self.found["parts"] = {part.name: {"state": "waiting"} for part in parts}
         self.write()
         with tempfile.TemporaryDirectory() as scratch, self.log_path.open("wb") as log:
-            self.make_importable(Path(scratch))
+            self.find_package(Path(scratch))
             self.environment |= {
                 "TRITON_CACHE_DIR": f"{scratch}/triton",
                 "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
@@ -134,11 +134,14 @@ class Session:
                 print("\n".join(f"    {line}" for line in found.get("last lines", [])), flush=True)
         return all(found["state"] == "done" for found in self.found["parts"].values())
 
-    def make_importable(self, scratch: Path) -> None:
-        """The package is installed, or is taken from this checkout."""
+    def find_package(self, scratch: Path) -> None:
+        """Where the package is not installed, run in a copy of the checkout that has the kernels in it."""
         command = [sys.executable, "-c", "import triton_optim.kernels"]
         if subprocess.run(command, cwd=scratch, env=self.environment, capture_output=True, check=False).returncode:
-            paths = [str(importable(ROOT, scratch / "package")), self.environment.get("PYTHONPATH", "")]
+            self.folder = scratch / "checkout"
+            shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+            shutil.copytree(ROOT / "kernels", self.folder / "triton_optim" / "kernels", dirs_exist_ok=True)
+            paths = [str(self.folder), self.environment.get("PYTHONPATH", "")]
             self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
     def about(self, log: Any) -> None:
@@ -175,7 +178,12 @@ class Session:
         log.flush()
         begins, started = log.tell(), time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, *command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             code = self.process.wait(limit)
