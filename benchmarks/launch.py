@@ -20,7 +20,7 @@ import torch
 from triton_optim.bench.records import Record, write_records
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_launch.py", "tests/test_cuda_launcher.py")
+TESTS = ("tests/test_launch.py", "tests/test_edited_kernels.py", "tests/test_cuda_launcher.py")
 VERSIONS = ("3.9.0", "3.8.0", "3.6.0", "3.4.0")
 
 
