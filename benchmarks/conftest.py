@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 
 HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
-if not HAS_GPU:
-    # Host time and launches of the Triton backend are measured on CPU tensors. Triton reads this when a kernel is
-    # defined. The compiled backend uses no Triton on a CPU; processes started from here do not inherit it.
-    os.environ["TRITON_INTERPRET"] = "1"
+REHEARSES = os.environ.get("TRITON_OPTIM_REHEARSAL") == "1"  # set by gpu_session.py
+if REHEARSES:
+    import rehearsal
+
+    rehearsal.begin()
 
 import pytest  # noqa: E402
 
+from triton_optim import stub_driver  # noqa: E402
 from triton_optim.bench.measure import Measurement  # noqa: E402
 from triton_optim.bench.records import Record, write_records  # noqa: E402
 
@@ -34,19 +36,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=300.0,
         help="seconds a measurement may wait for other programs and repeat what they disturbed (default 300)",
     )
+    group.addoption("--against", type=Path, metavar="CHECKOUT", help="another checkout, timed beside this one")
+    group.addoption("--runs", type=int, default=5, help="fresh processes of a cold start (default 5)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = []
-    # Warnings are errors, so that nothing measured has fallen back to another backend; these two are not ours.
+    # Warnings are errors, so that nothing measured has fallen back to another backend; these are not ours.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
     config.addinivalue_line("filterwarnings", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning")
+    if REHEARSES:
+        config.addinivalue_line("filterwarnings", "ignore:CUDA is not available, disabling CUDA profiling:UserWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.timeout(LONGEST_SECONDS))
-        if item.get_closest_marker("gpu") and not HAS_GPU:
+        if item.get_closest_marker("gpu") and not (HAS_GPU or REHEARSES):
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
 
 
@@ -56,14 +62,32 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
 
 
+@pytest.fixture
+def triton_device(device: torch.device) -> torch.device:
+    """Where Triton steps run: the GPU, or the CPU with a driver that launches nothing."""
+    if not HAS_GPU and stub_driver.installed() is None:
+        stub_driver.install("sm_90")
+    return device
+
+
 @pytest.fixture(scope="session")
 def patience(request: pytest.FixtureRequest) -> float:
     return request.config.getoption("patience")
 
 
+@pytest.fixture(scope="session")
+def against(request: pytest.FixtureRequest) -> Path | None:
+    return request.config.getoption("against")
+
+
+@pytest.fixture(scope="session")
+def runs(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("runs")
+
+
 @pytest.fixture
-def answer(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``answer(case, text, figures, value=, target=, measurement=)`` records and prints what was found."""
+def answer(request: pytest.FixtureRequest, device: torch.device) -> Callable[..., None]:
+    """``answer(case, text, figures, value=, target=, measurement=)`` records, writes and prints what was found."""
     question = request.path.stem.removeprefix("test_")
 
     def answer(
@@ -76,7 +100,10 @@ def answer(request: pytest.FixtureRequest) -> Callable[..., None]:
         measurement: Measurement | None = None,
     ) -> None:
         record = Record(question, case, text, figures, value, target, measurement)
-        request.config.stash[RECORDS].append(record)
+        records = request.config.stash[RECORDS]
+        records.append(record)
+        if folder := request.config.getoption("results"):  # now: a run that is cut off counts
+            write_records(folder, [r for r in records if r.question == question], device)
         if "benchmark" in request.fixturenames:
             request.getfixturevalue("benchmark").extra_info.update(figures, target=target, met=record.met)
 
@@ -87,11 +114,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     records = config.stash[RECORDS]
     if not records:
         return
-    if folder := config.getoption("results"):
-        device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
-        paths = write_records(folder, records, device)
-        terminalreporter.section("results")
-        terminalreporter.write_line("\n".join(map(str, paths)))
     terminalreporter.section("answers")
     for record in records:
         terminalreporter.write_line(f"{record.question}: {record.line()}")

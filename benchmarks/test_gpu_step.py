@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import HAS_GPU
 
 import triton_optim
 from triton_optim.bench.agreement import Contender, differences
@@ -38,6 +39,7 @@ CODECS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16 stochastic, int8 states": (BF16, {"param_precision": "stochastic", "state_dtype": "int8"}),
     "bf16 stochastic, int4 states": (BF16, {"param_precision": "stochastic", "state_dtype": "int4"}),
 }
+COPIED = 1 << (28 if HAS_GPU else 10)  # elements: more than any cache holds
 LARGE, SMALL = "100x10M", "1000x1024"
 # Time over that of the bytes of the floor at copy speed.
 TARGET, TARGET_OF_CODECS = 1 / 0.95, 1 / 0.90
@@ -89,7 +91,7 @@ def step_figures(case: Case, peers: tuple[str, ...], patience: float, inner: int
     assert bucket.launches == 1
 
     count = elements(case.shapes)
-    source = torch.randn(max(count, 1 << 28), device=case.device)
+    source = torch.randn(max(count, COPIED), device=case.device)
     copied = torch.empty_like(source)
     sides = [*(Side(c.name, c.step) for c in contenders), Side("copy", lambda: copied.copy_(source))]
     m = measure(sides, patience, device=case.device, inner=inner, rounds=5)
@@ -118,7 +120,8 @@ def step_figures(case: Case, peers: tuple[str, ...], patience: float, inner: int
 def launched(contender: Contender) -> int:
     """Kernels that a step starts on the device."""
     torch.accelerator.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         contender.step()
         torch.accelerator.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -140,7 +143,7 @@ def wall_seconds(contender: Contender, steps: int = 20) -> float:
 def skip_without_memory(case: Case, peers: int) -> None:
     """Skip unless all sides fit into memory, and what is copied."""
     gc.collect()
-    torch.get_device_module(case.device).empty_cache()
+    torch.accelerator.empty_cache()
     each = bytes_per_parameter(case.optimizer, case.dtype, dict(case.options), 1, peers) + 8
     need, free = each * elements(case.shapes), SHARE * free_bytes(case.device)
     if need > free:

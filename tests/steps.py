@@ -26,12 +26,14 @@ class Step(NamedTuple):
         dtype: of the parameters.
         options: of the optimizer.
         misaligned: whether no parameter and no gradient lies at a multiple of 16 bytes.
+        looked: whether a gradient scaler has looked for infinities.
     """
 
     cls: type[RuleOptimizer]
     dtype: torch.dtype
     options: dict[str, Any]
     misaligned: bool = False
+    looked: bool = True
 
     def optimizer(self, backend: str, device: torch.device, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Any:
         """An optimizer of parameters without gradients, and with a gradient scale if it takes one."""
@@ -39,7 +41,8 @@ class Step(NamedTuple):
         params = [Parameter(self.tensor(shape, device)) for shape in shapes]
         optimizer = self.cls(params, **self.options, backend=backend)
         if "amp" in self.options:
-            optimizer.grad_scale, optimizer.found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
+            optimizer.grad_scale = torch.ones(1, device=device)
+            optimizer.found_inf = torch.zeros(1, device=device) if self.looked else None
         return optimizer
 
     def tensor(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -82,6 +85,7 @@ def every_step() -> dict[str, Step]:
     )
     steps["AdamW, amp"] = Step(adamw, F32, {"amp": "fused"})
     steps["AdamW, amp, clipped and averaged"] = Step(adamw, F32, WHOLE | {"amp": "fused"})
+    steps["AdamW, amp, looking for infinities"] = Step(adamw, F32, {"amp": "fused"}, looked=False)
     steps["AdamW, capturable"] = Step(adamw, F32, {"capturable": True})
     steps["AdamW, capturable, clipped and averaged, bfloat16 stochastic"] = Step(
         adamw, BF16, WHOLE | {"capturable": True, "param_precision": "stochastic"}

@@ -178,20 +178,19 @@ class Spy:
         optimizer.scalars = kept  # type: ignore[method-assign]
 
 
-def check_step(step: list[Seen], optimizer: RuleOptimizer, spy: Spy) -> None:
-    """Fail unless these launches are a step of all parameters."""
+def check_step(step: list[Seen], optimizer: RuleOptimizer, spy: Spy | None) -> None:
+    """Fail unless these launches are a step of all parameters.
+
+    Args:
+        spy: of the scalars, where each group has one row of them.
+    """
     updates = [seen for seen in step if seen.launch.name == "multi_tensor"]
-    own = {
-        p.data_ptr(): (p, number)
-        for number, group in enumerate(optimizer.param_groups)
-        for p in group["params"]
-        if p.grad is not None
-    }
+    own = {p.data_ptr(): (p, number) for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
     updated: list[int] = []
     for update in updates:
         formed = any(seen.launch.name == "form_rows" for seen in step)
         updated += check_update(update, optimizer, own, None if formed else spy)
-    assert sorted(updated) == sorted(own)
+    assert sorted(updated) == sorted(place for place, (p, _) in own.items() if p.grad is not None)
     # Where a prologue makes other gradients, the norm is taken of the first ones, by tables of its own.
     if not any(optimizer.running_variant(g).prologue for g in optimizer.param_groups):
         check_signal(step, optimizer)
@@ -239,6 +238,10 @@ def check_update(
     for number, (numel, row, *addresses) in enumerate(tensors.tolist()):
         assert addresses[0] in own, "no parameter lies there"
         p, group = own[addresses[0]]
+        gradient = int(gradients[number])
+        if p.grad is None:
+            assert gradient == 0
+            continue
         found.append(addresses[0])
         assert numel == p.numel()
         covered = chunks[chunks[:, 0] == number, 1]
@@ -251,7 +254,6 @@ def check_update(
             parts += [state[part] for part in (name, f"{name}_scale") if part in state]
         assert addresses == [part.data_ptr() for part in parts]
         assert dtypes[: first[1]] + dtypes[first[2] :] == [NAMES[part.dtype] for part in parts]
-        gradient = int(gradients[number])
         if not variant.prologue:
             assert gradient == p.grad.data_ptr()
             assert dtypes[first[1]] == NAMES[p.grad.dtype]
@@ -291,12 +293,16 @@ def check_signal(step: list[Seen], optimizer: RuleOptimizer) -> None:
     forms = [seen for seen in step if "grad_scale" in seen.values and seen.values.get("SIGNAL", "form") == "form"]
     assert len(forms) == optimizer.scales_gradients
     for seen in forms:
-        assert seen.constant("SCALED") == seen.constant("FOUND") == (optimizer.amp is not None)
+        told = optimizer.amp is not None and optimizer.found_inf is not None
+        looks = optimizer.amp is not None and not told
+        assert (seen.constant("FOUND"), seen.constant("SKIP")) == (told, looks)
+        assert seen.constant("SCALED") == (optimizer.amp is not None)
         if optimizer.amp is not None:
             assert address(seen.values["grad_scale"]) == optimizer.grad_scale.data_ptr()
+        if told:
             assert address(seen.values["found_inf"]) == optimizer.found_inf.data_ptr()
+        assert seen.constant("KIND") == ("2" if looks or optimizer.max_grad_norm is not None else "none")
         if optimizer.max_grad_norm is not None:
-            assert seen.constant("KIND") == "2"
             assert seen.tables["max_norm"].item() == optimizer.max_grad_norm
 
 

@@ -94,10 +94,13 @@ class Bucket(ABC):
     reads_signal: ClassVar[bool] = False
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
+    launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members
         self.compute = key.compute
+        # Whether it reads the signal itself. A prologue before it can't be skipped there.
+        self.takes_signal = self.reads_signal and not key.variant.prologue
         self.sharded = any(is_sharded(m.p) for m in members)
         values = [local(m.p).detach() for m in members]
         self.numels = [value.numel() for value in values]
@@ -175,11 +178,6 @@ class Bucket(ABC):
     def partial_norms(self, norm: Norm) -> list[Tensor]:
         """Of the gradients of this step: see gradient_norm.partial_norms."""
         return partial_norms([g for g in self.gradients if g is not None], norm, self.key.choice.backend)
-
-    @property
-    def takes_signal(self) -> bool:
-        """Whether it reads the signal itself. A prologue before it can't be skipped there."""
-        return self.reads_signal and not self.key.variant.prologue
 
     def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
         """See gradient_norm.signal_from; asked of a bucket that takes the signal."""
@@ -275,7 +273,7 @@ class Bucket(ABC):
         group = optimizer.param_groups[cohort.group]
         step = numbers.pop("step") + 1
         on_device = self._on_device.group(cohort.group) if self._on_device is not None else {}
-        values = None if keep else optimizer.values_of(cohort.group)
+        values = None if keep else optimizer.group_values[cohort.group].plain
         return row_for(optimizer, group, step, numbers, keep, on_device, values)
 
     def row_keys(self, rows: list[Row | None]) -> Tensor:

@@ -51,6 +51,10 @@ class Request(NamedTuple):
     foreach: bool | None = None
 
 
+class LaunchError(RuntimeError):
+    """A kernel could not be compiled, loaded or started. Nothing of it ran."""
+
+
 class Choice(NamedTuple):
     backend: Backend
     reason: str

@@ -16,6 +16,9 @@ from .layout import is_sharded, layout
 _MODULES = {"triton": "triton_norm", "cpp": "cpp_norm", "compiled": "compiled_norm"}
 
 
+_KINDS = {1.0: "1", 2.0: "2", math.inf: "inf"}
+
+
 class Norm(NamedTuple):
     r""":math:`(\sum |x|^p)^{1/p}`, or the largest :math:`|x|` for an infinite p."""
 
@@ -24,7 +27,7 @@ class Norm(NamedTuple):
     @property
     def kind(self) -> str:
         """What the kernels call it: "1", "2", "p" or "inf"."""
-        return {1.0: "1", 2.0: "2", math.inf: "inf"}.get(self.power, "p")
+        return _KINDS.get(self.power, "p")
 
 
 EUCLIDEAN = Norm(2.0)

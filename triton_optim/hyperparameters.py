@@ -39,29 +39,46 @@ class GroupValues:
 
     Attributes:
         changes: how often :meth:`read` has found others.
+        rebuilt: how often it has found others in more than the values of numbers.
+        fixed: whether what is the same object has the same value.
+        plain: of :func:`plain_group`. Not to be written.
     """
 
     def __init__(self) -> None:
         self.changes = 0
+        self.rebuilt = 0
+        self.fixed = False
         self._names: tuple[str, ...] = ()
         self._values: tuple[Any, ...] = ()
-        self._fixed = False  # whether what is the same object has the same value
-        self._plain: dict[str, Any] = {}
+        self._kinds: list[Any] = []
+        self.plain: dict[str, Any] = {}
 
-    def read(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The hyperparameters for host arithmetic: of :func:`plain_group`. Not to be written."""
+    def read(self, group: dict[str, Any]) -> None:
+        """Take note of them as they are now."""
         if not (
-            self._fixed
+            self.fixed
             and len(group) == len(self._values)
             and all(map(is_, group.values(), self._values))
             and tuple(group) == self._names
         ):
             self.changes += 1
             self._names, self._values = tuple(group), tuple(group.values())
-            self._plain = plain_group(group)
-            self._fixed = all(
-                type(value) in PLAIN or (type(value) is tuple and PLAIN.issuperset(map(type, value)))
-                for name, value in group.items()
-                if name not in NOT_NUMBERS
-            )
-        return self._plain
+            self.plain = plain_group(group)
+            kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
+            self.fixed = None not in kinds
+            if not self.fixed or kinds != self._kinds:
+                self.rebuilt += 1
+                self._kinds = kinds
+
+
+def kind_of(value: Any) -> Any:
+    """What is the same of two hyperparameters that differ at most in the values of numbers; None of what may change
+    and stay the same object.
+    """
+    kind = type(value)
+    if kind is tuple:
+        kinds = [kind_of(x) for x in value]
+        return None if None in kinds else kinds
+    if kind in (float, int):
+        return kind
+    return (kind, value) if kind in PLAIN else None

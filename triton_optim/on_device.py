@@ -7,7 +7,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -26,18 +25,26 @@ class OnDevice:
 
     def __init__(self, optimizer: RuleOptimizer, device: torch.device) -> None:
         self._optimizer, self.device = optimizer, device
+        self._seen: list[Any] = []
+        self.rebuilt = 0  # how often the numbers have come to lie elsewhere
         self._pushed: list[float] = []
         self._names: list[list[str]] = []  # of each group's
         self._first: list[int] = []  # of each group, the place of its first
         self._memory = torch.empty(0, dtype=torch.float64, device=device)
+        self.max_norm = self._memory  # float64 (1,)
 
     def push(self) -> None:
         """Bring the device up to date, without waiting for it; a copy only where something changed."""
+        optimizer = self._optimizer
+        seen = [optimizer.max_grad_norm, *[values.changes for values in optimizer.group_values]]
+        if seen == self._seen:
+            return
         own = list(map(numbers, self._optimizer.param_groups))
         now = [x for group in own for _, x in group]
         norm = self._optimizer.max_grad_norm
         now.append(float("inf") if norm is None else float(norm))
         if now == self._pushed:
+            self._seen = seen
             return
         if capturing(self.device):
             raise RuntimeError(
@@ -52,11 +59,13 @@ class OnDevice:
                     "the old ones. Capture it again, with a new optimizer or after a step of this one."
                 )
             self._memory = torch.empty(len(now), dtype=torch.float64, device=self.device)
+            self.max_norm = self._memory[-1:]
+            self.rebuilt += 1
         staged = torch.frombuffer(array("d", now), dtype=torch.float64)
         if self.device.type != "cpu":
             staged = staged.pin_memory()  # of its own, so that none in flight is overwritten
         self._memory.copy_(staged, non_blocking=True)
-        self._pushed = now
+        self._pushed, self._seen = now, seen
         self._names = names
         self._first = [0, *accumulate(map(len, own))]
 
@@ -89,11 +98,6 @@ class OnDevice:
     def address(self, place: int) -> int:
         """Where a number lies."""
         return self._memory.data_ptr() + place * self._memory.itemsize
-
-    @property
-    def max_norm(self) -> Tensor:
-        """Float64 ``(1,)``."""
-        return self._memory[-1:]
 
 
 def numbers(group: dict[str, Any]) -> list[tuple[str, float]]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import opaque
+from . import compile_ahead, opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
+from .bucket import Key
 from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
 from .codecs import (
     AVERAGE,
@@ -32,7 +33,7 @@ from .codecs import (
     state_codec,
 )
 from .dispatch import BACKENDS, choose, this_machine
-from .gradient_norm import Scaling
+from .gradient_norm import Scaling, Signal
 from .gradient_release import GradientRelease
 from .hyperparameters import GroupValues, plain_group
 from .layout import is_sharded, local_gradient, local_gradients, placements_of
@@ -194,13 +195,14 @@ class RuleOptimizer(Optimizer):
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
-        self.grad_norm: Tensor | None = None
-        self.skipped: Tensor | None = None  # 1 where the last step was none, else 0; 0-dim, on the device
+        self.failed: dict[Key, Key] = {}  # buckets whose backend failed, and what they became
+        self._signal: Signal | None = None  # of the last step
+        self._limited = False  # whether it limited the norm
         self._swapped = False
         self._on_device: dict[torch.device, OnDevice] = {}
         self._captured: list[Plan] = []
         self._flat: list[Tensor] = []
-        self._group_values: list[GroupValues] = []
+        self.group_values: list[GroupValues] = []
         self._repeats = False
         self._plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
@@ -220,6 +222,16 @@ class RuleOptimizer(Optimizer):
         if value is not None and not value > 0:
             raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
         self._max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients of the last step, 0-dim, on the device; None where ``max_grad_norm`` was None."""
+        return self._signal.tensor[2] if self._signal is not None and self._limited else None
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """Whether the last step was skipped, 1 or 0; 0-dim, on the device. None of a step that could not be."""
+        return None if self._signal is None else self._signal.tensor[1]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -438,11 +450,13 @@ class RuleOptimizer(Optimizer):
                     "never update it. Capture backward with the step, or give it a gradient before."
                 )
 
-    def values_of(self, index: int) -> dict[str, Any]:
-        """The hyperparameters of a group for host arithmetic. Not to be written."""
-        while len(self._group_values) <= index:
-            self._group_values.append(GroupValues())
-        return self._group_values[index].read(self.param_groups[index])
+    def read_groups(self) -> None:
+        """Take note of the hyperparameters as they are now, once a step: in ``group_values``."""
+        groups, values = self.param_groups, self.group_values
+        if len(values) != len(groups):
+            values = self.group_values = [GroupValues() for _ in groups]
+        for own, group in zip(values, groups, strict=True):
+            own.read(group)
 
     def on_device(self, device: torch.device) -> OnDevice:
         """The hyperparameters in the memory of `device`, up to date."""
@@ -481,6 +495,7 @@ class RuleOptimizer(Optimizer):
         """
         if self._captured:
             check_captured(self, self._captured[-1])
+        self.read_groups()
         for held in self._on_device.values():
             held.push()
 
@@ -539,11 +554,10 @@ class RuleOptimizer(Optimizer):
             plan.rewind()
 
     def _run(self, plan: Plan) -> None:
-        signal = plan.step(self._scaling())
-        self.skipped = None if signal is None else signal.tensor[1]
-        self.grad_norm = None if signal is None or self.max_grad_norm is None else signal.tensor[2]
+        self._signal = plan.step(self.scaling())
+        self._limited = self._max_grad_norm is not None
 
-    def _scaling(self) -> Scaling | None:
+    def scaling(self) -> Scaling | None:
         """What this step does with all gradients; None where that is nothing."""
         grad_scale = found_inf = None
         if self.amp is not None:
@@ -629,7 +643,7 @@ class RuleOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Take note of the parameters anew; the next step makes its plan."""
-        self._group_values = []
+        self.group_values = []
         self._take_flat()
         self._repeats = len(set(map(id, self._flat))) < len(self._flat)
         self._plan = None
@@ -640,7 +654,8 @@ class RuleOptimizer(Optimizer):
         check_averaging(self, group)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
-            choose(request_for(self, group, p), this_machine())
+            if choose(request_for(self, group, p), this_machine()).backend == "triton":
+                compile_ahead.begin()
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""
@@ -712,8 +727,9 @@ class RuleOptimizer(Optimizer):
         for name, value in absent.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_on_device", {})
+        self.__dict__.setdefault("failed", {})
         self.__dict__.setdefault("_captured", [])
-        self.grad_norm, self.skipped = None, None
+        self._signal, self._limited = None, False
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         fill_in(self, OPTIONS)

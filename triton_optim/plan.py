@@ -7,7 +7,6 @@ options. Gradients may come and go and move; schedules may change any hyperparam
 from __future__ import annotations
 
 import importlib
-import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from .bucket import Bucket, Key
 from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
-from .dispatch import Backend, Choice, Request, choose, next_best, this_machine
+from .dispatch import Backend, Choice, LaunchError, Request, choose, this_machine
+from .fallback import prepared, replaced
 from .gather import STEPS, WORTHWHILE, Objects, library
 from .gradient_norm import EUCLIDEAN, Scaling, Signal, on_one_device, over_shards, signal_from
 from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
 from .members import Member
-from .once import warn_once
 from .prologue import check_states, run_prologues, warm_prologue
 from .state import State, States
 
@@ -326,11 +325,10 @@ class Plan:
 
     def _options_hold(self) -> bool:
         optimizer, seen = self.optimizer, self._seen
-        groups = optimizer.param_groups
+        optimizer.read_groups()
         now: list[Any] = [optimizer.amp, optimizer.scales_gradients]
-        for i, group in enumerate(groups):
-            optimizer.values_of(i)
-            now += [optimizer._group_values[i].changes, optimizer.variant(group)]
+        for values, group in zip(optimizer.group_values, optimizer.param_groups, strict=True):
+            now += [values.changes, optimizer.variant(group)]
         if now != seen:
             if options_of(optimizer) != self.options:
                 return False
@@ -354,7 +352,28 @@ class Plan:
 
         Returns:
             What came of it.
+
+        Raises:
+            RuntimeError: a kernel could not be started, and its backend was asked for, or others had run before it.
         """
+        self._ran = 0  # parameters
+        try:
+            return self._step(scaling)
+        except LaunchError as error:
+            name, of = type(self.optimizer).__name__, sum(len(bucket.members) for bucket in self.buckets)
+            if self._ran:
+                raise RuntimeError(
+                    f"{name}: {error}. {self._ran} of {of} parameters were updated before, the others were not. "
+                    "Load a checkpoint before you go on."
+                ) from error
+            failed = {
+                bucket: replaced(self.optimizer, bucket, error) for bucket in self.buckets if bucket.launches_kernels
+            }
+            self.buckets = [failed.get(bucket, bucket) for bucket in self.buckets]
+            self._pieces = [[failed.get(bucket, bucket) for bucket in piece] for piece in self._pieces]
+            return self._step(scaling)
+
+    def _step(self, scaling: Scaling | None) -> Signal | None:
         signal, skips = None, scaling is not None and scaling.look
         if scaling is not None:
             signal = self._signal(scaling)
@@ -374,11 +393,12 @@ class Plan:
                 factor = here.item() if here.device.type == "cpu" else here.to(bucket.key.device)
                 bucket.rows = [r and r._replace(factor=r.factor * factor) for r in bucket.rows]
         for piece in self._pieces:
-            if piece[0].key.variant.prologue or len(piece) > 1:
+            if any(bucket.key.variant.prologue for bucket in piece):
                 run_prologues(self.optimizer, piece)
             for bucket in piece:
                 if any(bucket.rows):
                     bucket.run(bucket.rows)
+                    self._ran += len(bucket.members)
                 if bucket.key.variant.prologue:
                     bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:
@@ -387,7 +407,7 @@ class Plan:
 
     def _signal(self, scaling: Scaling) -> Signal:
         """What the step does with all gradients."""
-        device = next((bucket.key.device for bucket in self.buckets), torch.device("cpu"))
+        device = self.buckets[0].key.device if self.buckets else torch.device("cpu")
         partials = None
         if scaling.reads and self.sharded:
             pairs = [
@@ -400,8 +420,10 @@ class Plan:
             found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
             partials = on_one_device(found, device)
         elif scaling.reads:
-            busy = (bucket for bucket in self.buckets if bucket.complete or any(bucket.present()))
-            found = [part for bucket in busy for part in bucket.partial_norms(EUCLIDEAN)]
+            found = []
+            for bucket in self.buckets:
+                if bucket.complete or any(bucket.present()):
+                    found += bucket.partial_norms(EUCLIDEAN)
             partials = on_one_device(found, device)
         for bucket in self.buckets:
             if bucket.takes_signal:
@@ -426,7 +448,7 @@ class PlanOfOne(Plan):
 
     def fits(self, gradients: Gradients) -> bool:
         return (
-            options_of(self.optimizer) == self.options
+            self._options_hold()
             and all(self.optimizer.state.get(m.p, m.state) is m.state for b in self.buckets for m in b.members)
             and all(bucket.fits(gradients) for bucket in self.buckets)
         )
@@ -470,36 +492,6 @@ def sort_members(optimizer: RuleOptimizer, entries: list[Entry]) -> dict[Key, li
             key = key._replace(piece=elements // PIECE)
         members.setdefault(key, []).append(member)
     return members
-
-
-def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict[Key, list[Member]]:
-    """The buckets with all compiled that they need. One that was chosen automatically and fails is run by the next best
-    backend, at last eagerly, which needs nothing.
-    """
-    ready: dict[Key, list[Member]] = {}
-    for wanted, own in members.items():
-        key = wanted
-        while key.choice.backend != "eager" or key is wanted:
-            try:
-                bucket_class(key).prepare(optimizer, key, own)
-                break
-            except Exception as error:
-                reason = f"the {key.choice.backend} backend failed to compile: {type(error).__name__}: {error}"
-                if optimizer.backend != "auto":
-                    raise RuntimeError(
-                        f'backend="{optimizer.backend}" cannot run {type(optimizer).__name__}: {reason}. '
-                        "Leave backend out to fall back to another."
-                    ) from error
-                backend = next_best(key.choice.backend, Request(key.device.type, key.dtypes[0]), this_machine())
-                key = key._replace(choice=Choice(backend, reason), aligned=False)
-        if key.choice.backend != wanted.choice.backend:
-            if key.choice.backend == "eager":
-                message = f"{type(optimizer).__name__} runs eagerly: {key.choice.reason}"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-            else:
-                warn_once(f"{key.choice.reason}. The {key.choice.backend} backend runs the steps instead.")
-        ready.setdefault(key, []).extend(own)
-    return ready
 
 
 def options_of(optimizer: RuleOptimizer) -> list[tuple[Any, ...]]:

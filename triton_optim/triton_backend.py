@@ -17,7 +17,7 @@ from torch import Tensor
 from .bucket import Bucket, Key
 from .codecs import Codec, plain
 from .dispatch import this_machine
-from .gradient_norm import Norm, Scaling, Signal
+from .gradient_norm import EUCLIDEAN, Norm, Scaling, Signal
 from .kernels import multi_tensor as kernel
 from .members import Member
 from .on_device import capturing
@@ -115,6 +115,7 @@ class TritonBucket(Bucket):
 
     reads_signal = True
     takes_addresses = True
+    launches_kernels = True
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         super().__init__(optimizer, key, members)
@@ -136,6 +137,7 @@ class TritonBucket(Bucket):
             self.numbers = tensor_numbers(first, numbers).to(key.device)
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
+        self._norm_passes: dict[Norm, Any] = {}
         self._rows_on_device = TritonRows(optimizer, key)
         # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
         self._staging: Tensor | None = None
@@ -148,30 +150,40 @@ class TritonBucket(Bucket):
     @classmethod
     def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
         super().prepare(optimizer, key, members)
-        cls._first_launcher(optimizer, key, members).load()
+        scaling = optimizer.scaling()
+        for launcher in cls.first_launchers(optimizer, key, members, [] if scaling is None else [scaling]):
+            launcher.load()
 
     @classmethod
-    def _first_launcher(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Launcher:
-        """What the first step will start."""
+    def first_launchers(
+        cls, optimizer: RuleOptimizer, key: Key, members: list[Member], scalings: list[Scaling]
+    ) -> list[Launcher]:
+        """What the first step will start, in this order.
+
+        Args:
+            scalings: what it may do with all gradients.
+        """
         group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        row = row_for(optimizer, group, 1)
+        row, averaged, prologue = row_for(optimizer, group, 1), key.variant.averaged, key.variant.prologue
         cohorts = len({(m.group, *m.numbers.values()) for m in members})
-        signal = optimizer.scales_gradients and not key.variant.prologue
-        by_value = takes_by_value(key) and cohorts == 1 and plain_cells(row, key.variant.averaged) is not None
-        return launcher_for(key, type(row.h), signal, by_value)
+        by_value = takes_by_value(key) and cohorts == 1 and plain_cells(row, averaged) is not None
+        own = launcher_for(key, type(row.h), bool(scalings) and not prologue, by_value)
+        before = launchers_before(key, 1 + len(row.h) + averaged, scalings)
+        return [*before, own]
 
     @classmethod
     def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
-        super().warm_up(optimizer, key, members)
-        launchers = [cls._first_launcher(optimizer, key, members)]
-        launchers += signal_launchers(optimizer, key, len(launchers[0].constants["FIELDS"]))
-        for launcher in launchers:
+        one, norm = torch.empty(0), optimizer.max_grad_norm
+        scalings = [Scaling(max_norm=norm)] if norm is not None else []
+        if optimizer.amp is not None:  # told of infinities, or looking for them
+            scalings += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
+        for launcher in cls.first_launchers(optimizer, key, members, scalings):
             launcher.compile()
 
     def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
-        if self.key.capturable:
-            return TritonSignal(partials, scaling, self.optimizer.on_device(device).max_norm)
-        return TritonSignal(partials, scaling, limit_on(device, scaling.max_norm))
+        captured = self.key.capturable
+        limit = self.optimizer.on_device(device).max_norm if captured else limit_on(device, scaling.max_norm)
+        return TritonSignal(partials, scaling, limit)
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:
@@ -207,13 +219,12 @@ class TritonBucket(Bucket):
     def partial_norms(self, norm: Norm) -> list[Tensor]:
         if self.key.variant.prologue:  # the gradients are not in the table yet
             return super().partial_norms(norm)
-        from .triton_norm import launch_partial_norms
+        if norm not in self._norm_passes:
+            from .triton_norm import NormPass
 
-        return [
-            launch_partial_norms(
-                self.chunks, self.tensors, self.gradient_table, self.key.gradient, self.key.aligned, norm
-            )
-        ]
+            tables = (self.chunks, self.tensors)
+            self._norm_passes[norm] = NormPass(*tables, self.key.gradient, self.key.aligned, norm)
+        return [self._norm_passes[norm](self.gradient_table)]
 
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:
@@ -263,22 +274,25 @@ def limit_on(device: torch.device, max_norm: float | None) -> Tensor:
     return torch.full((1,), math.inf if max_norm is None else max_norm, dtype=torch.float64, device=device)
 
 
-def signal_launchers(optimizer: RuleOptimizer, key: Key, fields: int) -> list[Launcher]:
-    """What steps start before the update: for infinities that were looked for, and for others."""
-    forms_rows = key.capturable and not key.variant.prologue
-    width = 1 + fields + key.variant.averaged
-    if not optimizer.scales_gradients or key.variant.prologue:
-        return [launcher_of_rows(key, width, SLOTS[0], "none", None)] if forms_rows else []
-    one, norm = torch.empty(0), optimizer.max_grad_norm
-    kinds = [Scaling(max_norm=norm)] if norm is not None else []
-    if optimizer.amp is not None:
-        kinds += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
+def launchers_before(key: Key, width: int, scalings: list[Scaling]) -> list[Launcher]:
+    """What a step starts before the update.
+
+    Args:
+        width: cells of a row.
+        scalings: what it may do with all gradients.
+    """
+    from .triton_norm import norm_launcher
+
     found = []
-    for kind in map(kind_of, kinds):
-        if forms_rows:
-            found.append(launcher_of_rows(key, width, SLOTS[0], "form", kind))
-        else:
-            found.append(signal_launcher(kind, key.device))
+    if any(scaling.reads for scaling in scalings):
+        found.append(norm_launcher(key.gradient, EUCLIDEAN.kind, key.aligned, key.device))
+    rows = key.capturable and not key.variant.prologue
+    kinds = [] if key.variant.prologue else list(dict.fromkeys(map(kind_of, scalings)))
+    if rows:
+        asked: list[Any] = [("form", kind) for kind in kinds] or [("none", None)]
+        found += [launcher_of_rows(key, width, SLOTS[0], *signal) for signal in asked]
+    else:
+        found += [signal_launcher(kind, key.device) for kind in kinds]
     return found
 
 

@@ -6,15 +6,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .dispatch import this_machine
+from . import compile_ahead
+from .dispatch import LaunchError, this_machine
 
-
-class LaunchError(RuntimeError):
-    """A kernel could not be compiled, loaded or started. Nothing of it ran."""
+_NUMBERS = {int, float, tuple}
+_RUNTIME = knobs.runtime
 
 
 class Launcher:
@@ -44,6 +43,7 @@ class Launcher:
             LaunchError: it does not compile.
         """
         if self._compiled is None and not self._interpreted:
+            compile_ahead.wait()
             try:
                 with on(self.device):
                     self._compiled = self.kernel.warmup(*self.types, grid=(1,), **self.constants)
@@ -62,14 +62,14 @@ class Launcher:
             return
         try:
             with on(self.device):
-                run = compiled.run  # loads it
+                compiled._init_handles()  # `run` would load it, too, but not again after that has failed
                 self._index = driver.active.get_current_device()
         except Exception as error:
             raise self._failed("loaded", error) from error
         names = self.kernel.arg_names[len(self.types) :]
         self._function, self._packed = compiled.function, compiled.packed_metadata
         self._trailing = tuple(self.constants[name] for name in names)
-        self._run = run
+        self._run = compiled.run
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Start it on the current stream of its device.
@@ -86,25 +86,21 @@ class Launcher:
             return
         if self._run is None:
             self.load()
-        active = driver.active
-        if active.get_current_device() != self._index:
+        active, index = driver.active, self._index
+        if active.get_current_device() != index:
             with on(self.device):
-                self._start(active, programs, arguments)
-        else:
-            self._start(active, programs, arguments)
-
-    def _start(self, active: Any, programs: int, arguments: tuple[Any, ...]) -> None:
+                self(programs, *arguments)
+            return
         # An address is taken as it is. Of a tensor the launcher would ask for it, and then the driver where it lies.
-        given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        runtime = knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        given = [a if type(a) in _NUMBERS else a.data_ptr() for a in arguments]
+        enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
         try:
+            stream = active.get_current_stream(index)
             if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-                self._compiled[programs, 1, 1](*given, *self._trailing)
-                return
-            stream = active.get_current_stream(self._index)
-            run, function, packed = self._run, self._function, self._packed
-            run(programs, 1, 1, stream, function, packed, None, None, None, *given, *self._trailing)
+                self._compiled[programs, 1, 1](*given, *self._trailing, stream=stream)
+            else:
+                run, function, packed = self._run, self._function, self._packed
+                run(programs, 1, 1, stream, function, packed, None, None, None, *given, *self._trailing)
         except Exception as error:
             raise self._failed("started", error) from error
 

@@ -37,24 +37,36 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
     pointers = [t.data_ptr() for t in tensors]
     chunks, sizes, gradients = _TABLES[key]
     gradients.push(array("q", pointers))
-    return launch_partial_norms(chunks, sizes, gradients.tensor, tensors[0].dtype, all_aligned(pointers), norm)
+    return NormPass(chunks, sizes, tensors[0].dtype, all_aligned(pointers), norm)(gradients.tensor)
 
 
-def launch_partial_norms(
-    chunks: Tensor, tensors: Tensor, gradients: Tensor, dtype: torch.dtype, aligned: bool, norm: Norm
-) -> Tensor:
-    """The sums of a launch, ``(programs, 2)``.
+class NormPass:
+    """The pass over the gradients of some tensors.
 
     Args:
-        chunks, tensors, gradients: tables, as of the kernel.
+        chunks, tensors: tables, as of the kernel.
+        dtype: of the gradients.
+        aligned: whether all of their addresses are multiples of 16.
+        norm: which.
     """
-    device, count = chunks.device, len(chunks)
-    programs = -(-count // kernels.CHUNKS)
-    out = torch.empty(programs, 2, dtype=torch.float64, device=device)
-    if programs:
-        launch = norm_launcher(dtype, norm.kind, aligned, device)
-        launch(programs, chunks, tensors, gradients, out, count, tensors.shape[1], power_of(device, norm))
-    return out
+
+    def __init__(self, chunks: Tensor, tensors: Tensor, dtype: torch.dtype, aligned: bool, norm: Norm) -> None:
+        device, count = chunks.device, len(chunks)
+        self._programs = -(-count // kernels.CHUNKS)
+        self._launch = norm_launcher(dtype, norm.kind, aligned, device)
+        self._sums = torch.empty(self._programs, 2, dtype=torch.float64, device=device)
+        self._tables = (chunks, tensors)
+        self._rest = (self._sums, count, tensors.shape[1], power_of(device, norm))
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """The sums, ``(programs, 2)``, in memory that the next pass writes anew.
+
+        Args:
+            gradients: a table, as of the kernel.
+        """
+        if self._programs:
+            self._launch(self._programs, *self._tables, gradients, *self._rest)
+        return self._sums
 
 
 @cache

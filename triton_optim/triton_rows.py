@@ -30,6 +30,7 @@ _KINDS = {name: number for number, name in enumerate(kernel.KINDS)}
 _READS = {torch.float32: "read32", torch.float64: "read64"}
 _KEEPS = {torch.float32: kernel.KEPT32, torch.float64: kernel.KEPT64}
 _ONE = (1.0).hex()
+_NUMBERS = {bool, int, float, str}
 
 
 class Recording(NamedTuple):
@@ -125,11 +126,7 @@ def assembled(
 
 def own_numbers(optimizer: RuleOptimizer) -> dict[str, Any]:
     """The numbers of an optimizer of its own, which its scalars may be formed of, too."""
-    return {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name[0] != "_" and type(value) in (bool, int, float, str)
-    }
+    return {name: value for name, value in vars(optimizer).items() if name[0] != "_" and type(value) in _NUMBERS}
 
 
 def numbers_of(group: dict[str, Any], own: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
@@ -189,6 +186,9 @@ class TritonRows:
         self._numbers: list[Numbers | None] = []
         self._recordings: list[Recording | None] = []
         self._addresses: list[int] = []
+        self._cohorts: list[Cohort] = []
+        self._seen: list[Any] = []
+        self._rows: list[Row | None] = []
         self._tables: tuple[Tensor, ...] = ()
         self._launchers: dict[Any, Launcher] = {}
 
@@ -198,7 +198,15 @@ class TritonRows:
         Returns:
             Rows of which the type of ``h`` is all that is known here.
         """
-        groups, own = self._optimizer.param_groups, own_numbers(self._optimizer)
+        groups = self._optimizer.param_groups
+        # The same objects as in the last step, of which nothing but the values of numbers has changed.
+        values = [self._optimizer.group_values[c.group] for c in cohorts]
+        own_values = [v for v in vars(self._optimizer).values() if type(v) in _NUMBERS]
+        seen = [held.rebuilt, active, own_values, [v.rebuilt for v in values], [c.unshared for c in cohorts]]
+        if cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
+            return self._rows
+        self._cohorts, self._seen = [], []
+        own = own_numbers(self._optimizer)
         numbers = [
             numbers_of(groups[c.group], own, c, held) if there else None
             for c, there in zip(cohorts, active, strict=True)
@@ -222,7 +230,9 @@ class TritonRows:
         ]
         if changed or addresses != self._addresses:
             self._place(addresses)
-        return [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
+        self._cohorts, self._seen = cohorts, seen
+        self._rows = [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
+        return self._rows
 
     def _place(self, addresses: list[int]) -> None:
         """Bring the tables to the device."""
@@ -270,5 +280,5 @@ class TritonRows:
             which, given = ("none" if signal is None else "read", None), (tensor, code, 0, code, code, code)
         if which not in self._launchers:
             self._launchers[which] = launcher_for(self._key, *self._shape, *which)
-        self._launchers[which](len(rows), code, memory, rows, keys, *given)
+        self._launchers[which](len(self._rows), code, memory, rows, keys, *given)
         return rows, keys

@@ -28,12 +28,13 @@ class TritonSignal(Signal):
 
     def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> None:
         device = max_norm.device
-        super().__init__(torch.empty(4, dtype=torch.float64, device=device))
-        scale, found = (placed(t, device) for t in (scaling.grad_scale, scaling.found_inf))
-        out, count = self._tensor, 0 if partials is None else len(partials)
-        sums = out if partials is None else partials
+        out = torch.empty(4, dtype=torch.float64, device=device)
+        super().__init__(out)
         # In the order of the kernels' arguments; what is not read is any table.
-        self.arguments = (out, sums, count, max_norm, out if scale is None else scale, out if found is None else found)
+        sums, count = (out, 0) if partials is None else (partials, partials.shape[0])
+        scale = out if scaling.grad_scale is None else placed(scaling.grad_scale, device)
+        found = out if scaling.found_inf is None else placed(scaling.found_inf, device)
+        self.arguments = (out, sums, count, max_norm, scale, found)
         self.kind = kind_of(scaling)
         self.is_formed = False
 
@@ -45,14 +46,16 @@ class TritonSignal(Signal):
         return self._tensor
 
 
+_READS = EUCLIDEAN.kind
 Kind = tuple[str, bool, bool, bool]
 
 
 def kind_of(scaling: Scaling) -> Kind:
     """What the kernels are compiled for: KIND, SCALED, FOUND, SKIP."""
-    told = scaling.found_inf is not None
-    scaled, skip = scaling.grad_scale is not None, scaling.look and not told
-    return EUCLIDEAN.kind if scaling.reads else "none", scaled, told, skip
+    grad_scale, found_inf, look, max_norm = scaling
+    looks = look and found_inf is None
+    reads = looks or max_norm is not None
+    return _READS if reads else "none", grad_scale is not None, found_inf is not None, looks
 
 
 def signal_constants(kind: Kind) -> dict[str, Any]:
@@ -74,8 +77,8 @@ def signal_launcher(kind: Kind, device: torch.device) -> Launcher:
     return Launcher(kernels.step_signal, signal_types(kind), signal_constants(kind) | options, device)
 
 
-def placed(value: Tensor | None, device: torch.device) -> Tensor | None:
+def placed(value: Tensor, device: torch.device) -> Tensor:
     """A 1-element tensor as the kernel reads it."""
-    if value is None or (value.dtype == torch.float32 and value.device == device):
+    if value.dtype == torch.float32 and value.device == device:
         return value
     return value.detach().to(device, torch.float32, non_blocking=True)

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 
 COMMANDS = {
-    "doctor": "what is installed, and which backend every device and dtype would get, and why",
+    "doctor": "what is installed, whether a Triton launch works, and which backend each device and dtype gets, and why",
     "demo": "train a small network on real data with torch's AdamW and with ours, and compare",
     "race": "let optimizers and schedules race on a task, from the same weights, and see which does best how fast",
     "memory": "what a model of a size would keep in memory, with which optimizer and options",

@@ -19,6 +19,7 @@ from ..provenance import device_name, provenance
 from . import demo_record, demo_training, interpreter_check
 from .demo_terminal import open_console, print_dispatch, print_step_times, print_trainings, progress_bar, say
 from .demo_training import TRAININGS, Training, largest_difference, ratios_to_fused
+from .own_process import ProcessError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,7 +194,7 @@ def check_in_interpreter(console: Console) -> dict[str, Any]:
     except ModuleNotFoundError as error:  # no Triton for this platform: nothing is wrong
         say(console, f"Not run: {error}")
         return {"ran": False, "reason": str(error)}
-    except interpreter_check.InterpreterCheckError as error:
+    except ProcessError as error:
         return {"ran": False, "error": str(error)}
     say(
         console,

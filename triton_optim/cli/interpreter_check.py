@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -19,14 +18,12 @@ from torch import Tensor
 
 import triton_optim
 
+from .own_process import run_module
+
 SHAPES = ((), (1,), (7,), (33, 5), (128,), (3, 3, 3, 3), (1023,), (1025,), (0,))
 STEPS = 4
 LIMIT = 1e-6  # four units in the last place of an fp32 parameter between 2 and 4
 TIMEOUT_SECONDS = 120.0
-
-
-class InterpreterCheckError(Exception):
-    """The interpreter could not run the kernels at all; the message says why and what to do."""
 
 
 def largest_differences() -> dict[str, float]:
@@ -75,7 +72,7 @@ def run_interpreter_check(timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]:
     The keys are "largest_difference", "differences", "limit", "steps", "tensors", "elements" and "seconds".
 
     Raises:
-        InterpreterCheckError: the process failed, or was still running after `timeout` seconds.
+        ProcessError: the process failed, or was still running after `timeout` seconds.
         ModuleNotFoundError: Triton is not installed, so that there is nothing to check.
     """
     if find_spec("triton") is None:
@@ -83,29 +80,7 @@ def run_interpreter_check(timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]:
             f"Triton is not installed in {sys.prefix}, so its kernels were not run in the interpreter "
             f'either. On Linux: pip install "triton"'
         )
-    command = [sys.executable, "-m", "triton_optim.cli.interpreter_check"]
-    try:
-        finished = subprocess.run(
-            command,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise InterpreterCheckError(
-            f"The interpreter check was stopped after {timeout:g} s: the machine is busy or a kernel hangs. "
-            f"Run it alone: TRITON_INTERPRET=1 {' '.join(command)}"
-        ) from None
-    if finished.returncode != 0:
-        last_line = (finished.stderr.strip() or "no message").splitlines()[-1]
-        raise InterpreterCheckError(
-            f"The interpreter check ended with exit code {finished.returncode}: {last_line}. "
-            f"For the whole message: TRITON_INTERPRET=1 {' '.join(command)}"
-        )
-    measured: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return measured
+    return run_module("The interpreter check", "interpreter_check", [], {"TRITON_INTERPRET": "1"}, timeout)[-1]
 
 
 def main() -> int:

@@ -1,0 +1,19 @@
+"""Benchmarks rehearsed without a GPU: Triton launches CPU tensors into a stub driver; everything is small and short.
+
+What is measured then means nothing, and nothing is compared; what is tested is that the benchmarks run. conftest
+imports it before any benchmark takes from the modules what is replaced here.
+"""
+
+import torch
+
+from triton_optim import stub_driver
+from triton_optim.bench import agreement, measure, models
+
+
+def begin() -> None:
+    """For the rest of this process."""
+    stub_driver.install("sm_90")
+    agreement.differences = lambda contenders, seed=1: {}
+    measure.ROUND_SECONDS = measure.WAIT_SECONDS = 0.0
+    models.shapes = lambda name: [(64, 48), (48,)] * 4
+    torch.accelerator.synchronize = torch.accelerator.empty_cache = lambda *_: None
