@@ -16,13 +16,10 @@ if REHEARSES:
     import rehearsal
 
     rehearsal.begin()
-elif not HAS_GPU:
-    # Host time and launches of the Triton backend are measured on CPU tensors. Triton reads this when a kernel is
-    # defined. The compiled backend uses no Triton on a CPU; processes started from here do not inherit it.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
 
+from triton_optim import stub_driver  # noqa: E402
 from triton_optim.bench.measure import Measurement  # noqa: E402
 from triton_optim.bench.records import Record, write_records  # noqa: E402
 
@@ -63,6 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture
+def triton_device(device: torch.device) -> torch.device:
+    """Where Triton steps run: the GPU, or the CPU with a driver that launches nothing."""
+    if not HAS_GPU and stub_driver.installed() is None:
+        stub_driver.install("sm_90")
+    return device
 
 
 @pytest.fixture(scope="session")

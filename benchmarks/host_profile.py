@@ -1,48 +1,31 @@
 """Where the host time of a Triton step goes, line by line: ``python benchmarks/host_profile.py``.
 
 Every step is interrupted once, at a random moment, and the line of the package that runs then is counted: no line is
-slowed down to time it, and a call into C counts for the line that makes it. With no GPU the parameters are on the CPU.
+slowed down to time it, and a call into C counts for the line that makes it. With no GPU the parameters are on the
+CPU, and Triton's driver is one that launches nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import linecache
-import os
 import random
 import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-HAS_GPU = torch.cuda.is_available() or torch.xpu.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
-
-import triton_optim  # noqa: E402
-from triton_optim import gather  # noqa: E402
-from triton_optim.bench.models import parameters, shapes  # noqa: E402
-from triton_optim.triton_launch import Launcher  # noqa: E402
+import triton_optim
+from triton_optim import gather, stub_driver
+from triton_optim.bench.models import parameters, shapes
 
 PACKAGE = str(Path(triton_optim.__file__).parent)
-
-
-@contextmanager
-def launches_replaced(by: Callable[..., None] = lambda *_: None) -> Iterator[None]:
-    """All of a Triton step but the launch of the kernel."""
-    launch = Launcher.__call__
-    Launcher.__call__ = by
-    try:
-        yield
-    finally:
-        Launcher.__call__ = launch
 
 
 def give_new_gradients(params: Sequence[torch.Tensor]) -> None:
@@ -88,24 +71,27 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=25, help="how many lines to print")
     arguments = parser.parse_args()
 
-    device = torch.accelerator.current_accelerator() if HAS_GPU else torch.device("cpu")
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    else:
+        stub_driver.install("sm_90")
+        device = torch.device("cpu")
     params = list(parameters(shapes(arguments.model), device))
     optimizer = triton_optim.AdamW(params, backend="triton")
     times = []
     gather.library.load()  # as if training had gone on for a while
-    with launches_replaced():
-        for _ in range(200):
-            give_new_gradients(params)
-            start = time.perf_counter()
-            optimizer.step()
-            times.append(time.perf_counter() - start)
-        median = statistics.median(times)
-        # A little longer than a step, so that its end is as likely to be met as its beginning.
-        sampler = Sampler(1.5 * median)
-        end = time.monotonic() + arguments.seconds
-        while time.monotonic() < end:
-            give_new_gradients(params)
-            sampler.run(optimizer.step)
+    for _ in range(200):
+        give_new_gradients(params)
+        start = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times)
+    # A little longer than a step, so that its end is as likely to be met as its beginning.
+    sampler = Sampler(1.5 * median)
+    end = time.monotonic() + arguments.seconds
+    while time.monotonic() < end:
+        give_new_gradients(params)
+        sampler.run(optimizer.step)
 
     total = sum(sampler.lines.values())
     print(f"{arguments.model}: {1e6 * median:.0f} us a step (median of {len(times)}), {total} samples on {device}\n")

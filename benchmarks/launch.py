@@ -21,7 +21,7 @@ from triton_optim.bench.records import Record, write_records
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/test_launch.py", "tests/test_cuda_launcher.py")
-VERSIONS = ("3.4.0", "3.6.0", "3.8.0", "3.9.0")
+VERSIONS = ("3.9.0", "3.8.0", "3.6.0", "3.4.0")
 
 
 def run(triton: str, folder: Path) -> Record:
@@ -57,8 +57,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             records.append(run(triton, Path(folder)))
         print(records[-1].line(), flush=True)
-    if arguments.results:
-        write_records(arguments.results, records, torch.device("cpu"))
+        if arguments.results:
+            write_records(arguments.results, records, torch.device("cpu"))
     sys.exit(any(record.value for record in records))
 
 

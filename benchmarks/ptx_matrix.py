@@ -125,7 +125,7 @@ def take(step: Step, machine: Executor, found: Found) -> None:
     eagerly = training._replace(options={k: v for k, v in training.options.items() if k != "capturable"})
     try:
         theirs = eagerly.eagerly()
-    except ValueError as error:
+    except RuntimeError as error:  # RMSprop keeps no rounded states where it is centered
         found.refused[name] = str(error)
         return
     machine.launches.clear()
@@ -162,9 +162,9 @@ def main() -> None:
         for kept, own in found.items():
             records.append(own.record(target, kept))
             print(records[-1].line(), flush=True)
+        if args.results is not None:
+            write_records(args.results, records, torch.device("cpu"))
     print(f"{sum(len(r.figures['names']) for r in records)} steps in {time.monotonic() - started:.0f} s")
-    if args.results is not None:
-        write_records(args.results, records, torch.device("cpu"))
 
 
 if __name__ == "__main__":

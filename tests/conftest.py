@@ -64,7 +64,7 @@ newton_schulz.iterated_in = iterated_in
 torch.optim._muon._zeropower_via_newtonschulz = iteration
 
 LONG = ("test_accuracy", "test_codecs", "test_audit", "test_torch_compile", "test_training_step", "test_sharded",
-        "test_compiled_steps")  # fmt: skip
+        "test_launch", "test_compiled_steps")  # fmt: skip
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

@@ -13,6 +13,7 @@ from . import compile_ahead
 from .dispatch import LaunchError, this_machine
 
 _NUMBERS = {int, float, tuple}
+_RUNTIME = knobs.runtime
 
 
 class Launcher:
@@ -61,14 +62,14 @@ class Launcher:
             return
         try:
             with on(self.device):
-                run = compiled.run  # loads it
+                compiled._init_handles()  # `run` would load it, too, but not again after that has failed
                 self._index = driver.active.get_current_device()
         except Exception as error:
             raise self._failed("loaded", error) from error
         names = self.kernel.arg_names[len(self.types) :]
         self._function, self._packed = compiled.function, compiled.packed_metadata
         self._trailing = tuple(self.constants[name] for name in names)
-        self._run = run
+        self._run = compiled.run
 
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Start it on the current stream of its device.
@@ -86,24 +87,22 @@ class Launcher:
         if self._run is None:
             self.load()
         active, index = driver.active, self._index
-        try:
-            if active.get_current_device() != index:
-                with on(self.device):
-                    self._start(programs, arguments, active.get_current_stream(index))
-            else:
-                self._start(programs, arguments, active.get_current_stream(index))
-        except Exception as error:
-            raise self._failed("started", error) from error
-
-    def _start(self, programs: int, arguments: tuple[Any, ...], stream: int) -> None:
+        if active.get_current_device() != index:
+            with on(self.device):
+                self(programs, *arguments)
+            return
         # An address is taken as it is. Of a tensor the launcher would ask for it, and then the driver where it lies.
         given = [a if type(a) in _NUMBERS else a.data_ptr() for a in arguments]
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
-            self._compiled[programs, 1, 1](*given, *self._trailing, stream=stream)
-            return
-        run, function, packed = self._run, self._function, self._packed
-        run(programs, 1, 1, stream, function, packed, None, None, None, *given, *self._trailing)
+        enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+        try:
+            stream = active.get_current_stream(index)
+            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler's
+                self._compiled[programs, 1, 1](*given, *self._trailing, stream=stream)
+            else:
+                run, function, packed = self._run, self._function, self._packed
+                run(programs, 1, 1, stream, function, packed, None, None, None, *given, *self._trailing)
+        except Exception as error:
+            raise self._failed("started", error) from error
 
     def _failed(self, what: str, error: Exception) -> LaunchError:
         name = getattr(self.kernel, "__name__", str(self.kernel))

@@ -46,14 +46,16 @@ class TritonSignal(Signal):
         return self._tensor
 
 
+_READS = EUCLIDEAN.kind
 Kind = tuple[str, bool, bool, bool]
 
 
 def kind_of(scaling: Scaling) -> Kind:
     """What the kernels are compiled for: KIND, SCALED, FOUND, SKIP."""
-    told = scaling.found_inf is not None
-    scaled, skip = scaling.grad_scale is not None, scaling.look and not told
-    return EUCLIDEAN.kind if scaling.reads else "none", scaled, told, skip
+    grad_scale, found_inf, look, max_norm = scaling
+    looks = look and found_inf is None
+    reads = looks or max_norm is not None
+    return _READS if reads else "none", grad_scale is not None, found_inf is not None, looks
 
 
 def signal_constants(kind: Kind) -> dict[str, Any]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 Array = np.ndarray
-TO_WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+TO_WHOLE = {"rzi": np.trunc, "rmi": np.floor}
 
 
 def convert(m: Machine, one: Instruction) -> None:

@@ -64,13 +64,7 @@ def _pairs(m: Machine, one: Instruction) -> None:
     m.write(one.operands[0], np.ascontiguousarray(canonical(of(*values))).view(np.uint64).reshape(-1))
 
 
-EXACT = {
-    "div": np.divide,
-    "rcp": np.reciprocal,
-    "sqrt": np.sqrt,
-    "ex2": np.exp2,
-    "lg2": np.log2,
-}
+EXACT = {"div": np.divide, "rcp": np.reciprocal, "sqrt": np.sqrt, "ex2": np.exp2}
 
 
 def function(m: Machine, one: Instruction) -> None:
@@ -117,7 +111,7 @@ COMPARISONS = {
 def compare(m: Machine, one: Instruction) -> None:
     """Comparisons; those that end in u, and nan, hold where an operand is NaN."""
     name, kind = one.modifiers[0], one.modifiers[-1]
-    only(one, *COMPARISONS, *(f"{n}u" for n in COMPARISONS), "num", "nan", "ftz", "and", "or", "xor")
+    only(one, *COMPARISONS, *(f"{n}u" for n in COMPARISONS), "num", "nan")
     x, y = (m.read(operand, TYPES[kind]) for operand in one.operands[1:3])
     if "f16" in kind:
         x, y = widened(x, kind), widened(y, kind)
@@ -132,9 +126,6 @@ def compare(m: Machine, one: Instruction) -> None:
         for i, part in enumerate(to.parts):
             m.write(part, result[:, i].copy())
         return
-    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-    for how in combine.keys() & set(one.modifiers):
-        result = combine[how](result, m.bits(one.operands[3]))
     m.write(to, result)
 
 

@@ -100,9 +100,6 @@ class Machine:
         self.special = {
             "%tid.x": (lane % threads).astype(np.uint32),
             "%ctaid.x": (first + self.program).astype(np.uint32),
-            "%ntid.x": np.array([threads], np.uint32),
-            "%nctaid.x": np.array([self.programs], np.uint32),
-            "%laneid": (lane % WARP).astype(np.uint32),
         }
         self.registers: dict[str, Array] = {}
         self._defined: dict[str, Array] = {}  # where only some threads wrote to a register

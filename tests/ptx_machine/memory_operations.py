@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 WARP = 32
-VECTORS = ("v2", "v4", "v8")
-HINTS = ("L1::evict_last", "L1::evict_first", "nc")  # for caches, which there are none of
+VECTORS = ("v2", "v4")
 
 
 def addresses(m: Machine, operand: Operand) -> Array:
@@ -36,7 +35,7 @@ def globally(m: Machine) -> Array:
 
 
 def load(m: Machine, one: Instruction) -> None:
-    only(one, "global", "shared", "param", *VECTORS, *HINTS)
+    only(one, "global", "shared", "param", *VECTORS)
     kind, space = type_of(one), one.modifiers[0]
     to, source = one.operands
     if space == "param":
@@ -57,7 +56,7 @@ def load(m: Machine, one: Instruction) -> None:
 
 
 def store(m: Machine, one: Instruction) -> None:
-    only(one, "global", "shared", *VECTORS, *HINTS)
+    only(one, "global", "shared", *VECTORS)
     to, source = one.operands
     registers = source.parts if source.kind == "list" else (source,)
     unsigned = TYPES[f"b{8 * type_of(one).itemsize}"]
@@ -69,9 +68,8 @@ def store(m: Machine, one: Instruction) -> None:
 
 
 def barrier(m: Machine, one: Instruction) -> None:
-    """Of a program, or of a warp, whose threads run in step anyway."""
-    if "warp" in one.modifiers:
-        return
+    """The threads of a program wait for each other."""
+    only(one, "sync")
     if m.active is None:
         m.barriers += 1
         return

@@ -43,7 +43,7 @@ class Instruction(NamedTuple):
     def waits(self) -> int:
         """1 where the threads of a warp wait here for each other, 2 where those of a program do, else 0."""
         if self.opcode == "bar":
-            return 1 if "warp" in self.modifiers else 2
+            return 2
         return int(self.opcode in ("shfl", "redux", "vote", "ldmatrix"))
 
 
@@ -69,7 +69,7 @@ class Kernel(NamedTuple):
 _OPERANDS = re.compile(r",(?![^{\[]*[}\]])")  # commas outside of braces and brackets
 _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)", re.DOTALL)
 _LINE = re.compile(r"\.loc\s.*?//\s*(\S+)")
-_SPECIAL = re.compile(r"%(n?tid|n?ctaid|laneid)(\.[xyz])?")
+_SPECIAL = re.compile(r"%(tid|ctaid)\.x")
 _ADDRESS = re.compile(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .arithmetic import larger
 from .memory_operations import addresses, who
-from .operands import TYPES, only
+from .operands import TYPES
 from .parse import Instruction, Operand
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 WARP = 32
-REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 
 def by_warp(m: Machine, operand: Operand, dtype: str) -> Array:
@@ -46,14 +45,12 @@ def shuffle(m: Machine, one: Instruction) -> None:
 
 
 def reduce(m: Machine, one: Instruction) -> None:
-    """Each thread gets the sum of its warp's integers, or the largest of its float32 numbers, and the like."""
-    only(one, "sync", "NaN", *REDUCTIONS)
-    name, kind = one.modifiers[1], one.modifiers[-1]
-    values = by_warp(m, one.operands[1], kind)
-    if kind[0] != "f":
-        found = REDUCTIONS[name].reduce(values, axis=1, dtype=values.dtype)
-    elif name == "max":
-        found = functools.reduce(partial(larger, keep_nan="NaN" in one.modifiers), values.T)
+    """Each thread gets the sum of its warp's integers, or the largest of its float32 numbers."""
+    values = by_warp(m, one.operands[1], one.modifiers[-1])
+    if one.modifiers == ("sync", "add", "s32"):
+        found = values.sum(1, dtype=values.dtype)
+    elif one.modifiers == ("sync", "max", "f32"):
+        found = functools.reduce(partial(larger, keep_nan=False), values.T)
     else:
         raise NotImplementedError(f"the machine does not know this reduction: {one.text}")
     m.write(one.operands[0], np.repeat(found, WARP))
