@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.codecs import stochastic, write
-from triton_optim.random_bits import bits_of_elements, row_key, tensor_keys
+from triton_optim.random_bits import bits_of_elements, host_row_key, row_key, tensor_keys
 
 pytestmark = pytest.mark.usefixtures("two_slots")
 
@@ -227,3 +227,9 @@ def test_parameters_after_a_prologue(name: str, backend: str, device: torch.devi
     p.grad = torch.randn(64, 64, device=device).to(torch.bfloat16)
     optimizer.step()
     assert len(p.detach().unique()) > 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**32 - 1, 2**40 + 3, 2**63 - 1])
+@pytest.mark.parametrize("step", [1, 2, 1000, 2**31 - 1])
+def test_the_host_forms_the_key_of_a_row_as_tensors_do(seed, step):
+    assert host_row_key(seed, step) == row_key(seed, step, torch.device("cpu")).item()

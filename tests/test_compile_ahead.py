@@ -1,0 +1,48 @@
+"""What is done beside the program from when an optimizer is made, and that the first compilation waits for it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import triton_optim
+from triton_optim import compile_ahead, dispatch, plan
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made: list[int] = []
+    monkeypatch.setattr(compile_ahead, "begin", lambda: made.append(1))
+    return made
+
+
+def test_an_optimizer_of_another_backend_begins_nothing(begun: list[int]) -> None:
+    triton_optim.AdamW([torch.nn.Parameter(torch.zeros(3))], backend="eager")
+    assert begun == []
+
+
+def test_an_optimizer_of_the_triton_backend_begins(begun: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton_optim.optimizer.choose", lambda *_: dispatch.Choice("triton", "a test"))
+    triton_optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    assert begun
+    assert plan.choose is dispatch.choose
+
+
+def test_it_is_begun_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, done = threading.Event(), []
+
+    def run() -> None:
+        assert go.wait(60)
+        done.append(threading.current_thread().name)
+
+    monkeypatch.setattr(compile_ahead, "_thread", None)
+    monkeypatch.setattr(compile_ahead, "_run", run)
+    compile_ahead.wait()  # for nothing
+    compile_ahead.begin()
+    compile_ahead.begin()
+    assert done == []
+    go.set()
+    compile_ahead.wait()
+    assert done == ["triton_optim.compile_ahead"]
