@@ -36,6 +36,7 @@ def main(case: str, call: str) -> None:
     params = [torch.randn(8192).to(device, dtype).requires_grad_() for _ in range(4)]
     for p in params:
         p.grad = torch.randn_like(p)
+    torch.optim.SGD(params)  # the first optimizer of a process imports torch's compiler, whoever's it is
     wait()
     kernels = []
 
