@@ -27,9 +27,9 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
     assert len(compiled) == 20
     wide = [row for row in compiled if row["kernel"] != "form_rows"]
     assert [row for row in wide if row["spilled"] or row["stack"] or row["registers"] > 64] == []
-    # One warp a row. On AMD two scalar registers go into vector ones.
+    # On AMD nine scalar registers go into vector ones.
     rows = [row for row in compiled if row["kernel"] == "form_rows"]
-    assert [row for row in rows if row["spilled"] > 2 or row["stack"] or row["registers"] > 96] == []
+    assert [row for row in rows if row["spilled"] > 9 or row["stack"] or row["registers"] > 96] == []
 
 
 def test_whole_chunks_are_read_once_without_a_mask_and_128_bits_at_a_time(compiled: list[dict[str, Any]]) -> None:
