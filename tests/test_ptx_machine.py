@@ -449,6 +449,8 @@ def test_shared_memory() -> None:
     assert faults(TURNED.format("") + STORE, out, shared=256) == ["race"]
     assert faults(TURNED.format("bar.sync 0;") + STORE, out, shared=252) == ["out of bounds"] * 2
     assert faults("st.shared.b32 [%r0], %r0;", out, shared=256)[0] == "misaligned"
+    twice = "shl.b32 %r3, %r0, 2;\nxor.b32 %r4, %r3, 128;\nst.shared.b32 [%r3], %r0;\nst.shared.b32 [%r4], %r0;"
+    assert faults(twice, out, shared=256) == ["race"], "two warps store at one address"
 
 
 def test_matrices_of_shared_memory() -> None:
@@ -491,6 +493,15 @@ def test_bounds_and_alignment(store: bool) -> None:
     assert faults(one.format(-4), out, spans=exactly) == ["out of bounds"]
     assert "misaligned" in faults(two, out)
     assert (out[THREADS:] == 0).all(), "a store that is out of bounds was made"
+
+
+def test_a_vector_across_the_end() -> None:
+    out = np.zeros(2 * THREADS, U32)
+    spans = [Span(out.ctypes.data, out.ctypes.data + 8 * THREADS - 4, "out")]
+    body = "mul.wide.u32 %rd2, %r0, 8;\nadd.s64 %rd2, %rd2, %rd0;\nld.global.v2.b32 {%r1, %r2}, [%rd2];"
+    (fault,) = run(body, out, spans=spans).faults
+    assert (fault.kind, fault.threads) == ("out of bounds", 1)
+    assert "across the end of out" in str(fault)
 
 
 def test_memory_that_is_not_there() -> None:
