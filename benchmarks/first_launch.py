@@ -56,7 +56,9 @@ def main(case: str, call: str) -> None:
     start = time.perf_counter()
     (optimizer.warmup if call == "warmup" else optimizer.step)()
     wait()
-    print(json.dumps({"seconds": made + time.perf_counter() - start, "from": triton_optim.__file__, "kernels": kernels}))
+    print(
+        json.dumps({"seconds": made + time.perf_counter() - start, "from": triton_optim.__file__, "kernels": kernels})
+    )
 
 
 if __name__ == "__main__":

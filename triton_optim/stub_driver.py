@@ -66,7 +66,7 @@ class Launcher:
         exit_hook: Any,
         *arguments: Any,
     ) -> None:
-        active = installed()
+        active = dispatch.stub_driver
         if active is not None and active.on_launch is not None:
             metadata = self._metadata
             active.on_launch(Launched(metadata.name, (x, y, z), stream, self._signature, arguments, metadata, function))
