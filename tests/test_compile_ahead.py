@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_optim
-from triton_optim import compile_ahead, dispatch, plan
+from triton_optim import compile_ahead, dispatch
 
 
 @pytest.fixture
@@ -23,11 +23,15 @@ def test_an_optimizer_of_another_backend_begins_nothing(begun: list[int]) -> Non
     assert begun == []
 
 
-def test_an_optimizer_of_the_triton_backend_begins(begun: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interpreter", [False, True])
+def test_an_optimizer_of_the_triton_backend_begins_where_triton_compiles(
+    begun: list[int], interpreter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = dispatch.this_machine()._replace(interpreter=interpreter)
+    monkeypatch.setattr("triton_optim.optimizer.this_machine", lambda: machine)
     monkeypatch.setattr("triton_optim.optimizer.choose", lambda *_: dispatch.Choice("triton", "a test"))
     triton_optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
-    assert begun
-    assert plan.choose is dispatch.choose
+    assert bool(begun) != interpreter
 
 
 def test_it_is_begun_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -469,6 +469,34 @@ def test_step_hooks_run_once_each_in_torchs_order(case, device):
     assert calls(ours(case, params), params) == calls(peer(case, theirs), theirs)
 
 
+@each_case
+def test_step_hooks_of_a_subclass_with_a_step_of_its_own_run_once(case, device):
+    class Own(case.ours):
+        def step(self, closure=None):
+            seen.append("own")
+            return super().step(closure)
+
+    seen = []
+    params = case.parameters(device)
+    optimizer = Own(params, **case.settings, backend="eager")
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    give_grads(case, 0, params)
+    optimizer.step()
+    assert seen == ["pre", "own", "post"]
+
+
+@rows(*CASES[:1])
+def test_a_step_is_a_range_of_the_profiler(case, device):
+    params = case.parameters(device)
+    optimizer = ours(case, params)
+    give_grads(case, 0, params)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    names = [event.key for event in profile.key_averages()]
+    assert f"Optimizer.step#{case.name}.step" in names
+
+
 @each_case_and_backend
 def test_pre_hook_takes_effect_in_that_step_and_post_hook_sees_it(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)

@@ -188,7 +188,7 @@ def test_a_launch_fails_after_another(fails: Any) -> None:
     if fails("none") == "loaded":
         pytest.skip("all kernels are loaded before the first starts")
     stub_driver.installed().on_launch = second
-    with pytest.raises(RuntimeError, match=r"AdamW: .*the second.* 2 of 4 parameters were updated before.*checkpoint"):
+    with pytest.raises(RuntimeError, match=r"AdamW: .*the second.* A part of the parameters .*checkpoint"):
         optimizer.step()
 
 

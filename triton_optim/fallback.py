@@ -75,11 +75,10 @@ def replaced(optimizer: RuleOptimizer, bucket: Bucket, error: LaunchError) -> Bu
         numbers = cohort.numbers()
         for m in cohort.members:
             m.numbers = numbers
-    gradients = {
-        m.index: None if m.p.grad is None else local_gradient(m.p, m.p.grad)
-        for m in bucket.members
-        if not bucket.gradients
-    } or {m.index: g for m, g in zip(bucket.members, bucket.gradients, strict=True)}
+    own = bucket.gradients
+    if not own:  # only where they lie was asked
+        own = [None if m.p.grad is None else local_gradient(m.p, m.p.grad) for m in bucket.members]
+    gradients = {m.index: g for m, g in zip(bucket.members, own, strict=True)}
     new = bucket_class(key)(optimizer, key, bucket.members)
     if not new.fits(gradients):
         raise RuntimeError("a parameter or state changed during the step: another thread writes them.")

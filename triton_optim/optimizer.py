@@ -74,6 +74,8 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapper(self: RuleOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if type(self).step is not wrapper:  # a subclass's own, which torch has wrapped, and which called this one
+            return step(self, *args, **kwargs)
         if (
             torch.compiler.is_compiling()
             or self._optimizer_step_pre_hooks
@@ -654,7 +656,8 @@ class RuleOptimizer(Optimizer):
         check_averaging(self, group)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
-            if choose(request_for(self, group, p), this_machine()).backend == "triton":
+            choice = choose(request_for(self, group, p), this_machine())
+            if choice.backend == "triton" and not this_machine().interpreter:
                 compile_ahead.begin()
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:

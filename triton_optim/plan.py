@@ -354,17 +354,17 @@ class Plan:
             What came of it.
 
         Raises:
-            RuntimeError: a kernel could not be started, and its backend was asked for, or others had run before it.
+            RuntimeError: a kernel could not be started, and its backend was asked for, or a part of the step was done
+                before.
         """
-        self._ran = 0  # parameters
+        self._begun = False
         try:
             return self._step(scaling)
         except LaunchError as error:
-            name, of = type(self.optimizer).__name__, sum(len(bucket.members) for bucket in self.buckets)
-            if self._ran:
+            if self._begun:
                 raise RuntimeError(
-                    f"{name}: {error}. {self._ran} of {of} parameters were updated before, the others were not. "
-                    "Load a checkpoint before you go on."
+                    f"{type(self.optimizer).__name__}: {error}. A part of the parameters or states was updated before, "
+                    "the others were not. Load a checkpoint before you go on."
                 ) from error
             failed = {
                 bucket: replaced(self.optimizer, bucket, error) for bucket in self.buckets if bucket.launches_kernels
@@ -394,11 +394,12 @@ class Plan:
                 bucket.rows = [r and r._replace(factor=r.factor * factor) for r in bucket.rows]
         for piece in self._pieces:
             if any(bucket.key.variant.prologue for bucket in piece):
+                self._begun = True
                 run_prologues(self.optimizer, piece)
             for bucket in piece:
                 if any(bucket.rows):
                     bucket.run(bucket.rows)
-                    self._ran += len(bucket.members)
+                    self._begun = True
                 if bucket.key.variant.prologue:
                     bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:

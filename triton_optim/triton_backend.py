@@ -232,7 +232,8 @@ class TritonBucket(Bucket):
             self.regrouped = False
         key, averaged = self.key, self.key.variant.averaged
         only = rows[0] if self._by_value and len(rows) == 1 else None
-        cells = None if only is None or only.counted else plain_cells(only, averaged)
+        host = only is not None and type(only.step) is int  # else the device counts
+        cells = plain_cells(only, averaged) if only is not None and host else None
         table: Any = cells
         keys: Any = self.chunks  # not read
         if only is not None and cells is not None:

@@ -88,6 +88,8 @@ class Launcher:
             self.load()
         active, index = driver.active, self._index
         if active.get_current_device() != index:
+            if self.device.type == "cpu":  # another stub driver
+                self._compiled = self._run = None
             with on(self.device):
                 self(programs, *arguments)
             return
