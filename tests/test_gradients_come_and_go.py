@@ -326,3 +326,16 @@ def test_a_bucket_that_sits_out_the_first_step_of_a_plan_keeps_its_rates(backend
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert [p[0].item() for p in others] == [-0.5 - 0.5 * 0.5, -0.25 - 0.25 * 0.5]
+
+
+def test_counts_that_are_moved_go_on_where_they_lie(backend, device):
+    """Shared memory is another: three cohorts, of which nothing but their counts tells that the middle one moved."""
+    params = [Parameter(torch.ones(3, device=device)) for _ in range(3)]
+    opt = to.AdamW([{"params": [p]} for p in params], backend=backend)
+    for k in range(4):
+        step(opt, params, [torch.ones_like(p) for p in params])
+        if k == 1:
+            opt.state[params[1]]["step"].share_memory_()
+            old = torch.full((1 << 10,), -1.0)  # whoever wrote to the old memory might write here
+    assert [opt.state[p]["step"].item() for p in params] == [4, 4, 4]
+    assert (old == -1).all()

@@ -96,13 +96,13 @@ class Cohort:
         self._numbers = numbers
         self._counts = "step" in counted
         self.shared: dict[str, Tensor] = {}
-        # The memory of those on the CPU: an operation of torch would take longer than all else that a step does of it.
-        self._cells: dict[str, Any] = {}
+        # Those on the CPU, with where they lay: an operation of torch takes longer than all else that is done to them.
+        self._cells: dict[str, tuple[int, Any]] = {}
         for name in counted:
             if isinstance(members[0].state.get(name), Tensor) and not requires_grad(numbers.get(name)):
                 shared = self.shared[name] = members[0].state[name].detach().clone()
                 if shared.device == CPU:
-                    self._cells[name] = _CELLS[shared.dtype].from_address(shared.data_ptr())
+                    self._cells[name] = (0, None)
                 for m in members:
                     m.state[name] = shared.detach()
 
@@ -116,10 +116,22 @@ class Cohort:
         if on_device:
             return self._numbers | {name: value.double() for name, value in self.shared.items()}
         # A device is not asked: the host would wait for it.
-        here = {name: cell.value for name, cell in self._cells.items()}
+        here = {name: self._cell(name).value for name in self._cells}
         if "step" in here:
             here["step"] = int(here["step"])
         return self._numbers | here
+
+    def _cell(self, name: str) -> Any:
+        """The memory of a number, as a C number. A user may have moved it, as ``share_memory_`` does."""
+        address, cell = self._cells[name]
+        tensor = self.shared[name]
+        now = tensor.data_ptr()
+        if now != address:
+            if not tensor.untyped_storage().nbytes():
+                raise RuntimeError(f"the memory of {name!r} was freed. Load a state dict, or clear opt.state.")
+            cell = _CELLS[tensor.dtype].from_address(now)
+            self._cells[name] = now, cell
+        return cell
 
     @property
     def unshared(self) -> dict[str, Any]:
@@ -149,7 +161,7 @@ class Cohort:
                     m.state[name] = value
         for name, value in self.shared.items():
             if name == "step" and skip is None and name in self._cells:
-                self._cells[name].value += 1
+                self._cell(name).value += 1
             elif name == "step":
                 value.add_(1 if skip is None else 1 - skip)
             elif requires_grad(carried[name]):

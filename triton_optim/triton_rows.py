@@ -202,7 +202,8 @@ class TritonRows:
         # The same objects as in the last step, of which nothing but the values of numbers has changed.
         values = [self._optimizer.group_values[c.group] for c in cohorts]
         own_values = [v for v in vars(self._optimizer).values() if type(v) in _NUMBERS]
-        seen = [held.rebuilt, active, own_values, [v.rebuilt for v in values], [c.unshared for c in cohorts]]
+        kept = [t.data_ptr() for c in cohorts for t in c.shared.values()]
+        seen = [held.rebuilt, active, own_values, kept, [v.rebuilt for v in values], [c.unshared for c in cohorts]]
         if cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
             return self._rows
         self._cohorts, self._seen = [], []
