@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CPP, HAS_TRITON
+from launches import replace_launches
 from references import adamw
 from table import CASES, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
@@ -152,7 +153,7 @@ def test_local_shards_are_updated_and_the_state_is_placed_as_its_parameter(place
 
 def test_trap_2_empty_shard_counts_its_steps_and_launches_nothing(backend, device, monkeypatch):
     if backend == "triton":
-        monkeypatch.setattr("triton_optim.triton_backend.launch", lambda *_: pytest.fail("launched for no element"))
+        replace_launches(monkeypatch, lambda *_: pytest.fail("launched for no element"))
     with playing(RANKS - 1, device) as mesh:
         full = values((5, 3), 0, device)
         p = Parameter(sharded(full, mesh, [Shard(0)]))

@@ -221,6 +221,7 @@ class Bucket(ABC):
                 self.optimizer.counted_names(groups[group]),
                 [self.members[i] for i in own],
                 own,
+                self.key.capturable,
             )
             for (group, _), own in members_of.items()
         ]

@@ -90,7 +90,13 @@ class Cohort:
     """
 
     def __init__(
-        self, group: int, numbers: dict[str, Any], counted: list[str], members: list[Member], places: list[int]
+        self,
+        group: int,
+        numbers: dict[str, Any],
+        counted: list[str],
+        members: list[Member],
+        places: list[int],
+        captured: bool = False,
     ) -> None:
         self.group, self.members, self.places = group, members, places
         self._numbers = numbers
@@ -101,7 +107,7 @@ class Cohort:
         for name in counted:
             if isinstance(members[0].state.get(name), Tensor) and not requires_grad(numbers.get(name)):
                 shared = self.shared[name] = members[0].state[name].detach().clone()
-                if shared.device == CPU:
+                if shared.device == CPU and not captured:  # what is written past torch is in no graph
                     self._cells[name] = (0, None)
                 for m in members:
                     m.state[name] = shared.detach()
@@ -116,7 +122,11 @@ class Cohort:
         if on_device:
             return self._numbers | {name: value.double() for name, value in self.shared.items()}
         # A device is not asked: the host would wait for it.
-        here = {name: self._cell(name).value for name in self._cells}
+        here = {
+            name: self._cell(name).value if name in self._cells else value.item()
+            for name, value in self.shared.items()
+            if value.device == CPU
+        }
         if "step" in here:
             here["step"] = int(here["step"])
         return self._numbers | here

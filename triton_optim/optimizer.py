@@ -434,7 +434,7 @@ class RuleOptimizer(Optimizer):
         self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
 
     def _capturing(self) -> bool:
-        return bool(self._flat) and self._flat[0].is_cuda and capturing(self._flat[0].device)
+        return bool(self._flat) and capturing(self._flat[0].device)
 
     def _check_capture(self, gradients: list[Tensor | None]) -> None:
         """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""

@@ -190,7 +190,7 @@ class TritonBucket(Bucket):
             if self.key.aligned and not aligned:
                 return False
             self.pointers[:] = addresses
-            if self.key.device.type == "cuda" and capturing(self.key.device):
+            if capturing(self.key.device):
                 self._take_captured()
             else:
                 self._gradients.push(self.pointers)
