@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from operator import is_
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 PLAIN = frozenset({float, int, bool, str, type(None)})
 NOT_NUMBERS = ("params", "param_names")
+_numbers = count(1)
 
 
 def plain_number(value: Any, keep: bool = False) -> Any:
@@ -38,8 +40,8 @@ class GroupValues:
     """The hyperparameters of one group, as they were when they were last asked for.
 
     Attributes:
-        changes: how often :meth:`read` has found others.
-        rebuilt: how often it has found others in more than the values of numbers.
+        changes: a number that no other object of this class has had, new where :meth:`read` has found others.
+        rebuilt: likewise, where it has found others in more than the values of numbers.
         fixed: whether what is the same object has the same value.
         plain: of :func:`plain_group`. Not to be written.
     """
@@ -61,13 +63,13 @@ class GroupValues:
             and all(map(is_, group.values(), self._values))
             and tuple(group) == self._names
         ):
-            self.changes += 1
+            self.changes = next(_numbers)
             self._names, self._values = tuple(group), tuple(group.values())
             self.plain = plain_group(group)
             kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
             self.fixed = None not in kinds
             if not self.fixed or kinds != self._kinds:
-                self.rebuilt += 1
+                self.rebuilt = next(_numbers)
                 self._kinds = kinds
 
 
