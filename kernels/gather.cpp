@@ -1,5 +1,6 @@
 // The addresses of the gradients of many parameters, gathered in one call that makes no Python object of any: to ask
-// for them one by one takes longer than all else that the host does in a step.
+// for them one by one takes longer than all else that the host does in a step. Parameters and states are looked at, too:
+// whether each lies where it did.
 //
 // Of a Python object, only words are read of which gather.py found out, in this process, what they hold.
 #include <ATen/core/Tensor.h>
@@ -25,11 +26,11 @@ char *word(const void *object, int64_t place) {
     return *reinterpret_cast<char *const *>(static_cast<const char *>(object) + place);
 }
 
-// A parameter as it was when it was noted.
+// A parameter or state as it was when it was noted.
 struct Known {
     const char *object;
-    const char *spec;  // of a DTensor's gradient; null for an ordinary parameter
-    void *data;
+    const char *spec;  // of a DTensor's gradient; null for an ordinary tensor; of a sharded state not null
+    const void *data;
     c10::DispatchKeySet keys;
     caffe2::TypeMeta dtype;
     size_t rank, dims;  // its sizes and then its strides start there
@@ -39,8 +40,9 @@ struct Bucket {
     Words words;
     const char *plain_type;  // torch.Tensor
     caffe2::TypeMeta gradient;
-    std::vector<Known> known;
+    std::vector<Known> known, states;
     std::vector<int64_t> dims;
+    bool watched = true;  // whether all states can be looked at
 };
 
 // The keys that say how a tensor is kept, and not whether autograd follows it.
@@ -62,6 +64,19 @@ TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
 // A tensor's Python object. The pointer's lowest bit is a flag in some releases of torch.
 const char *object_of(const Words &words, const TensorImpl *tensor) {
     return reinterpret_cast<const char *>(reinterpret_cast<uintptr_t>(word(tensor, words.object)) & ~uintptr_t(1));
+}
+
+// Takes note of a tensor. False where it is of a kind that Python must look at.
+bool take(Bucket &bucket, std::vector<Known> &list, const char *object, const char *spec) {
+    TensorImpl *t = values_of(bucket, object, spec != nullptr);
+    if (t == nullptr || t->is_inference() || t->is_python_dispatch() || t->layout() != c10::kStrided) return false;
+    const size_t rank = t->dim(), dims = bucket.dims.size();
+    const void *data = t->mutable_data();
+    if (data == nullptr && t->numel() != 0) return false;
+    list.push_back({object, spec, data, t->key_set(), t->dtype(), rank, dims});
+    bucket.dims.insert(bucket.dims.end(), t->sizes().begin(), t->sizes().end());
+    bucket.dims.insert(bucket.dims.end(), t->strides().begin(), t->strides().end());
+    return true;
 }
 
 // A parameter's values and its gradient, of sharded ones the local parts; null where Python must look.
@@ -124,6 +139,28 @@ bool as_known(const Bucket &bucket, const Known &known, const TensorImpl *p) {
            p->strides().equals({strides, known.rank});
 }
 
+// Whether these tensors are what they were, and lie where they did.
+bool are_as_known(const Bucket &bucket, const std::vector<Known> &list) {
+    const int64_t count = list.size();
+    for (int64_t start = 0; start < count; start += BATCH) {
+        const Known *known = list.data() + start;
+        const int64_t n = std::min(BATCH, count - start);
+        TensorImpl *tensors[BATCH];
+        for (int64_t i = 0; i < n; ++i) ask_for(known[i].object, 64);
+        for (int64_t i = 0; i < n; ++i) {
+            tensors[i] = values_of(bucket, known[i].object, known[i].spec != nullptr);
+            ask_for(tensors[i], sizeof(TensorImpl));
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            if (tensors[i] == nullptr) return false;
+            ask_for(tensors[i]->unsafe_storage().unsafeGetStorageImpl(), 64);
+        }
+        for (int64_t i = 0; i < n; ++i)
+            if (!as_known(bucket, known[i], tensors[i]) || tensors[i]->data() != known[i].data) return false;
+    }
+    return true;
+}
+
 // Whether the elements of a gradient lie as the parameter's.
 bool alike(const TensorImpl *p, const TensorImpl *g) {
     if (p->sizes() != g->sizes() || kept(p->key_set()) != kept(g->key_set())) return false;
@@ -149,24 +186,33 @@ void *note(const Words *words, int64_t n, const char *const *objects, const char
     bucket->plain_type = word(like, words->type);
     bucket->gradient = tensor_of(*words, like)->dtype();
     for (int64_t i = 0; i < n; ++i) {
-        TensorImpl *p = values_of(*bucket, objects[i], specs[i] != nullptr);
-        if (p == nullptr || p->is_inference() || p->is_python_dispatch() || p->layout() != c10::kStrided) return nullptr;
-        const size_t rank = p->dim(), dims = bucket->dims.size();
-        bucket->known.push_back({objects[i], specs[i], p->mutable_data(), p->key_set(), p->dtype(), rank, dims});
-        bucket->dims.insert(bucket->dims.end(), p->sizes().begin(), p->sizes().end());
-        bucket->dims.insert(bucket->dims.end(), p->strides().begin(), p->strides().end());
+        if (!take(*bucket, bucket->known, objects[i], specs[i])) return nullptr;
     }
     return bucket.release();
 } catch (...) {
     return nullptr;
 }
 
+// Notes the states of the parameters, in place of those that were noted before.
+void watch(void *of, int64_t n, const char *const *objects, const char *const *sharded) try {
+    Bucket &bucket = *static_cast<Bucket *>(of);
+    bucket.watched = false;
+    if (!bucket.states.empty()) bucket.dims.resize(bucket.states.front().dims);
+    bucket.states.clear();
+    for (int64_t i = 0; i < n; ++i)
+        if (!take(bucket, bucket.states, objects[i], sharded[i])) return;
+    bucket.watched = true;
+} catch (...) {
+}
+
 void forget(void *bucket) { delete static_cast<Bucket *>(bucket); }
 
-// Fills in where the gradients lie, 0 for none. Negative where Python must look: a parameter is not what it was, or a
-// gradient is not kept as its parameter. Else the sum of 1, if all addresses are multiples of 16, and 2, if none is 0.
+// Fills in where the gradients lie, 0 for none. Negative where Python must look: a parameter or state is not what it was,
+// or a gradient is not kept as its parameter, or has no memory. Else the sum of 1, if all addresses are multiples of 16,
+// and 2, if none is 0.
 int gather(const void *of, int64_t *addresses) try {
     const Bucket &bucket = *static_cast<const Bucket *>(of);
+    if (!bucket.watched || !are_as_known(bucket, bucket.states)) return -1;
     int64_t all = 0;
     bool complete = true;
     const int64_t count = bucket.known.size();
@@ -182,6 +228,7 @@ int gather(const void *of, int64_t *addresses) try {
             if (!missing) {
                 if (g == nullptr || g->dtype() != bucket.gradient || !alike(p, g)) return -1;
                 address = reinterpret_cast<int64_t>(g->data());
+                if (address == 0) return -1;
             }
             *addresses++ = address;
             all |= address;

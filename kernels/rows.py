@@ -19,8 +19,8 @@ _CONSTANT, _READ32, _READ64, _ADD, _SUB, _MUL, _DIV, _POW, _MIN, _MAX, _LT, _LE,
 )
 _SQRT, _EXP, _LOG, _ABS, _FLOOR, _FLOAT32 = map(tl.constexpr, range(14, 20))
 
-# Where a value goes: to a cell of the row, or nowhere, or to an address, or into the key of the row's random bits: the
-# halves of the seed, and the number of the update.
+# Where a value goes: to a cell of the row, or nowhere, or to addresses that follow each other, or into the key of the
+# row's random bits: the halves of the seed, and the number of the update.
 NOWHERE, KEPT32, KEPT64, LOW, HIGH, STEP = -1, -2, -3, -4, -5, -6
 _KEPT32, _KEPT64, _LOW, _HIGH, _STEP = map(tl.constexpr, (KEPT32, KEPT64, LOW, HIGH, STEP))
 
@@ -56,15 +56,18 @@ def form_rows(
     FOUND: tl.constexpr,
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    COPIES: tl.constexpr = 256,
 ):
     """Form one row, and bring the numbers that are kept to where they are after the step.
 
     Args:
-        code: int32 ``(rows, 5, SLOTS)``: a value's kind, the numbers of the three values it is made of (of the first
-            value, a constant, the second of these is how many passes to make), and where it goes: a cell of the row,
-            or one of the constants above.
-        memory: int64 ``(rows, 2, SLOTS)``: the bits of a constant or the address it is read from; the address it goes
-            to.
+        code: int32 ``(rows, 6, SLOTS)``: a value's kind, the numbers of the three values it is made of (of the first
+            value, a constant, the second of these is how many passes to make, the third how many copies to keep), and
+            where it goes: a cell of the row, or one of the constants above; then the numbers of the KEPT values that
+            are kept.
+        memory: int64 ``(rows, 2, SLOTS)``: the bits of a constant or the address it is read from; the address its
+            copies go to.
         rows: ``(rows, WIDTH)``, what is formed.
         keys: int32 ``(rows,)``: what the random bits of a row depend on. Not written unless RANDOM.
         signal: float64 ``(4,)``, whose second is whether the step is skipped (not 0).
@@ -73,10 +76,11 @@ def form_rows(
         SIGNAL: "none" where there is none, "read" where there is, "form" where it is to be written here.
         RANDOM: whether to form keys.
         KIND, SCALED, FOUND, SKIP, BLOCK: as of `step_signal`. Not looked at unless SIGNAL is "form".
+        KEPT: values that are kept. COPIES: how many copies are written at a time.
     """
     row = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
-    code += row * 5 * SLOTS
+    code += row * 6 * SLOTS
     memory += row * 2 * SLOTS
     kind = tl.load(code + slot)
     first = tl.load(code + SLOTS + slot)
@@ -122,8 +126,21 @@ def form_rows(
         if row == 0:
             store_signal(signal, factor, skip, norm, faults)
     if skip == 0:
-        tl.store(kept.to(tl.pointer_type(tl.float32)), value.to(tl.float32), mask=goes == _KEPT32)
-        tl.store(kept.to(tl.pointer_type(tl.float64)), value, mask=goes == _KEPT64)
+        # Each of the parameters that share the row has a copy.
+        copies = tl.load(code + 3 * SLOTS)
+        for k in tl.static_range(KEPT):
+            this = slot == tl.load(code + 5 * SLOTS + k)
+            number = tl.sum(tl.where(this, value, 0.0), axis=0)
+            place = tl.sum(tl.where(this, kept, 0), axis=0)
+            wide = tl.sum(tl.where(this & (goes == _KEPT64), 1, 0), axis=0)
+            of_64 = tl.where(wide == 1, tl.where(place == 0, 0, copies), 0)
+            of_32 = tl.where(wide == 1, 0, tl.where(place == 0, 0, copies))
+            for begin in range(0, copies, COPIES):
+                copy = begin + tl.arange(0, COPIES)
+                narrow = place.to(tl.pointer_type(tl.float32)) + copy
+                tl.store(narrow, tl.full((COPIES,), 0.0, tl.float32) + number.to(tl.float32), mask=copy < of_32)
+                full = place.to(tl.pointer_type(tl.float64)) + copy
+                tl.store(full, tl.full((COPIES,), 0.0, tl.float64) + number, mask=copy < of_64)
     if RANDOM:
         low = tl.sum(tl.where(goes == _LOW, value, 0.0), axis=0).to(tl.int32)
         high = tl.sum(tl.where(goes == _HIGH, value, 0.0), axis=0).to(tl.int32)

@@ -18,7 +18,17 @@ from .dispatch import Choice
 from .gather import Gatherer, gatherer_of
 from .gradient_norm import EUCLIDEAN, Norm, Scaling, Signal, partial_norms, signal_from
 from .hyperparameters import plain_group
-from .layout import all_aligned, in_layout_of, is_sharded, local, locals_of, places, same_layout, with_local
+from .layout import (
+    all_aligned,
+    in_layout_of,
+    is_sharded,
+    is_wrapper,
+    local,
+    locals_of,
+    places,
+    same_layout,
+    with_local,
+)
 from .members import CPU, Cohort, Member
 from .on_device import OnDevice
 from .random_bits import bits_of_elements, first_index, row_key, tensor_keys
@@ -87,12 +97,23 @@ def addresses_of(tensors: list[Tensor | None]) -> array[int]:
         return array("q", [0 if t is None else t.data_ptr() for t in tensors])
 
 
+def guards_of(tensors: list[Tensor]) -> Any:
+    """What checks whether such tensors are of the same kind, dtype, device, sizes and strides; None of no tensors,
+    and where torch has no such check.
+    """
+    if TensorGuards is None or not tensors:
+        return None
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
 class Bucket(ABC):
     """Members that one backend updates together."""
 
     # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
     reads_signal: ClassVar[bool] = False
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
+    takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
     launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
 
@@ -122,6 +143,9 @@ class Bucket(ABC):
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
         self._all = len(members) == len(optimizer._flat) and self._indices == list(range(len(members)))
+        self._states: list[Tensor] = []  # the tensors among them, and as they were noted
+        self._state_addresses: list[int] = []
+        self._state_guards: Any = None
         self._guards: Any = None
         self._examined = False  # whether gradients were found fit before
         self._gatherer: Gatherer | None = None
@@ -234,12 +258,23 @@ class Bucket(ABC):
         self._note_states()
 
     def _note_states(self) -> None:
+        """Take note of the states as they are now: which they are, and where they lie."""
         # A dict of a user's own counts nothing.
         self._changes = State.changes if all(type(m.state) is State for m in self.members) else None
         self._state_dicts = [m.state for m in self.members]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
-        ends = [v for m in (self.members[0], self.members[-1]) for v in m.state.values() if isinstance(v, Tensor)]
-        self._state_ends = ends, list(map(Tensor.data_ptr, map(local, ends)))
+        states = [v for v in self._state_known if isinstance(v, Tensor)]
+        if list(map(id, states)) != list(map(id, self._states)):
+            self._states = states
+            here = self._states_here()
+            self._state_addresses = list(map(Tensor.data_ptr, here))
+            self._state_guards = guards_of(here)
+            if self._gatherer is not None:
+                self._gatherer.watch(states)
+
+    def _states_here(self) -> list[Tensor]:
+        """The tensors among the states, of sharded ones the local parts."""
+        return list(map(local, self._states)) if self.sharded else self._states
 
     def _numbers(self) -> list[dict[str, Any]]:
         numbers = [m.numbers for m in self.members]
@@ -392,7 +427,7 @@ class Bucket(ABC):
         found = self._gatherer
         self._gathered = (
             found is not None
-            and self._states_fit()
+            and self._states_fit(gathered=True)
             and found.gather()
             and self.accept_addresses(found.addresses, found.aligned)
         )
@@ -408,19 +443,29 @@ class Bucket(ABC):
     def note_gradients(self) -> None:
         """After a step with the gradients that the parameters have: make ready to gather those of the next."""
         if self.takes_addresses and not self.key.variant.prologue:
-            self._gatherer = gatherer_of(self._params, self.key.dtypes[1]) or self._gatherer
+            self._gatherer = gatherer_of(self._params, self._states, self.key.dtypes[1]) or self._gatherer
 
-    def _states_fit(self) -> bool:
+    def _states_fit(self, gathered: bool = False) -> bool:
+        """Whether the states are those that were noted, in the memory that they had.
+
+        Args:
+            gathered: whether the library looks where they lie.
+        """
         if self._changes != State.changes:
             changes = State.changes
             found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
             if not all(map(is_, found, self._state_known)):
                 return False
             self._changes = None if self._changes is None else changes
-        # Code that moves an optimizer to another device and back keeps the tensors and sets their `data`: all of them,
-        # so the first and the last tell.
-        ends, addresses = self._state_ends
-        return list(map(Tensor.data_ptr, map(local, ends) if self.sharded else ends)) == addresses
+        for cohort in self.cohorts:
+            if not cohort.untouched():
+                return False
+        if gathered:
+            return True
+        here = self._states_here()
+        if list(map(Tensor.data_ptr, here)) != self._state_addresses:
+            return False
+        return self._state_guards is None or bool(self._state_guards.check(*here))
 
     def _values(self) -> list[Tensor]:
         """The parameters, as they are here."""
@@ -450,6 +495,7 @@ class Bucket(ABC):
                 continue
             if (
                 is_sharded(g)
+                or (self.takes_memory and is_wrapper(g))
                 or g.layout != torch.strided
                 or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device)
             ):
@@ -463,30 +509,32 @@ class Bucket(ABC):
                 laid_out[i] = plain
                 as_they_are = False
         # A plan of one step, or one whose gradients are soon gathered, needs no guards.
-        if as_they_are and self._examined and TensorGuards is not None:
-            examples: list[Any] = [*values, *own]
-            self._guards = TensorGuards(
-                *examples,
-                dynamic_dims_sizes=[list(t.shape) for t in examples],
-                dynamic_dims_strides=[list(t.stride()) for t in examples],
-            )
+        if as_they_are and self._examined:
+            self._guards = guards_of([*values, *own])  # type: ignore[list-item]  # there are all
         self._examined = True
         return self._take(laid_out)
 
     def _take(self, gradients: list[Tensor | None]) -> bool:
         """Keep the gradients for the step."""
         self.gradients = gradients
-        return self.key.variant.prologue or self.accept(gradients)
-
-    def accept(self, gradients: list[Tensor | None]) -> bool:
-        """Make ready for what the rule will take as gradients; a backend may still refuse them."""
-        if not self.takes_addresses:
+        if not self.takes_memory:
             return True
         addresses = addresses_of(gradients)
-        return self.accept_addresses(addresses, not self.key.aligned or all_aligned(addresses))
+        if not all(addresses) and any(g is not None and not at for g, at in zip(gradients, addresses, strict=True)):
+            return False  # the memory of one was freed
+        return self.key.variant.prologue or self._take_addresses(addresses)
+
+    def accept(self, gradients: list[Tensor | None]) -> None:
+        """Take what a prologue made of the gradients."""
+        if self.takes_addresses:
+            self._take_addresses(addresses_of(gradients))
+
+    def _take_addresses(self, addresses: array[int]) -> bool:
+        aligned = not self.key.aligned or all_aligned(addresses)
+        return not self.takes_addresses or self.accept_addresses(addresses, aligned)
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
-        """The same, of a backend that takes addresses.
+        """Make ready for gradients of a backend that takes addresses; it may refuse them.
 
         Args:
             addresses: where they lie; 0 for none.

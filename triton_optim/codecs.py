@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .kernels.codecs import BLOCKS, decode, encode
 from .kernels.language import torch_form
-from .layout import in_layout_of, is_sharded, local, with_local
+from .layout import in_layout_of, is_sharded, is_wrapper, local, with_local
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -125,7 +125,7 @@ def state_codec(
         return average_codec(group, p)
     wanted: Any = group.get("state_dtype")
     if wanted in STATE_CODES:
-        if local(p).numel() < CODES_FROM or not local(p).is_contiguous():
+        if local(p).numel() < CODES_FROM or not local(p).is_contiguous() or is_wrapper(local(p)):
             return plain(torch.promote_types(p.dtype, torch.float32))
         return codes(wanted, name in optimizer.nonnegative)
     if wanted == torch.bfloat16 and not p.is_complex():
@@ -134,14 +134,16 @@ def state_codec(
 
 
 def held_codec(optimizer: RuleOptimizer, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
-    """How a state that is there is kept; None where there is none. Blocks of any size are known."""
+    """How a state that is there is kept; None where there is none. Blocks of any size are known, and the dtype of the
+    scales tells how many bits a code has.
+    """
     value = state.get(name)
     if value is None:
         return None
     scale = state.get(f"{name}_{SCALE}")
     if scale is None:
         return plain(value.dtype)
-    code = codes("int8" if value.numel() >= p.numel() else "int4", name in optimizer.nonnegative)
+    code = codes("int8" if scale.dtype == torch.float32 else "int4", name in optimizer.nonnegative)
     return code._replace(each=(code.each[0], value.numel() * code.each[0] // max(scale.numel(), 1)))
 
 

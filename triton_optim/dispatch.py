@@ -13,7 +13,7 @@ import torch
 
 Backend = Literal["triton", "cpp", "compiled", "eager"]
 BACKENDS: tuple[Backend, ...] = ("triton", "cpp", "compiled", "eager")
-Layout = Literal["dense", "strided", "overlapping"]
+Layout = Literal["dense", "strided", "overlapping", "wrapper"]
 
 GPUS = ("cuda", "xpu")  # torch calls ROCm devices cuda
 COMPILED_DEVICES = ("cpu", "mps", *GPUS)
@@ -91,6 +91,8 @@ def only_eager(request: Request) -> str | None:
         return "the gradients are sparse: the elements that they hold are gathered, updated and scattered"
     if request.dtype.is_complex:
         return f"{request.dtype} runs as pairs of reals"
+    if request.layout == "wrapper":
+        return "a parameter, gradient or state is of a class whose elements only its own operations reach"
     if request.layout == "overlapping":
         return "parameters overlap in memory, so they are updated one after another"
     if request.layout == "strided":

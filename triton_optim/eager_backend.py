@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 class EagerBucket(Bucket):
     keeps_layout = False
+    takes_memory = False
 
     def run(self, rows: list[Row | None]) -> None:
         keys = self.random_keys(rows) if self.key.random else None

@@ -95,6 +95,7 @@ class Library:
         table, size = ctypes.c_void_p, ctypes.c_int64
         for name, result, arguments in (
             ("note", table, (table, size, table, table, table)),
+            ("watch", None, (table, size, table, table)),
             ("forget", None, (table,)),
             ("gather", ctypes.c_int, (table, table)),
             ("holds", ctypes.c_bool, (ctypes.py_object, size, table)),
@@ -135,19 +136,31 @@ class Gatherer:
         bucket: what the library noted of the parameters, which outlive this.
         count: how many they are.
         specs: how their gradients are sharded; None of ordinary ones. They are held: another may not take their place.
+        states: of :meth:`watch`.
     """
 
-    def __init__(self, bucket: int, count: int, specs: Sequence[Any]) -> None:
+    def __init__(self, bucket: int, count: int, specs: Sequence[Any], states: Sequence[Tensor]) -> None:
         self.addresses = array("q", bytes(WORD * count))
         self._found, _ = self.addresses.buffer_info()
         self.aligned = False  # whether all are multiples of 16
         self.complete = False  # whether none is 0
         self._bucket, self._specs = bucket, specs
+        self.watch(states)
         weakref.finalize(self, library.loaded.forget, bucket)
 
+    def watch(self, states: Sequence[Tensor]) -> None:
+        """Take note of the states, which are held: of each it is looked whether it lies where it does now, in every
+        call to come.
+        """
+        self._states = states
+        objects = array("q", map(id, states))
+        sharded = array("q", map(is_sharded, states))
+        library.loaded.watch(self._bucket, len(states), objects.buffer_info()[0], sharded.buffer_info()[0])
+
     def gather(self) -> bool:
-        """Bring `addresses` up to date, 0 where there is no gradient. False where Python must look: a parameter is not
-        what it was, or a gradient is of another dtype, or lies in memory in another way than its parameter.
+        """Bring `addresses` up to date, 0 where there is no gradient. False where Python must look: a parameter or
+        state is not what it was, or a gradient is of another dtype, or lies in memory in another way than its
+        parameter, or in none.
         """
         found = library.loaded.gather(self._bucket, self._found)
         self.aligned, self.complete = bool(found & 1), bool(found & 2)
@@ -158,11 +171,12 @@ class Gatherer:
         library.loaded.written(self._bucket)
 
 
-def gatherer_of(params: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None:
+def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None:
     """What finds the gradients of these parameters in the steps to come; None where Python must look at them.
 
     Args:
         params: sharded ones with gradients like those to come.
+        states: the tensors among their states.
         dtype: of the gradients.
     """
     if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
@@ -174,7 +188,7 @@ def gatherer_of(params: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None
     objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
     tables = (objects.buffer_info()[0], known.buffer_info()[0], id(like))
     bucket = library.loaded.note(ctypes.addressof(words), len(params), *tables)
-    return None if bucket is None else Gatherer(bucket, len(params), specs)
+    return None if bucket is None else Gatherer(bucket, len(params), specs, states)
 
 
 def spec_of(p: Any) -> Any:

@@ -109,8 +109,25 @@ def strides(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether `tensor` (a local part) is of a class that does what operations do itself: its elements may lie anywhere,
+    and ``data_ptr()`` may be 0.
+    """
+    kind: Any = type(tensor)
+    return kind not in ORDINARY and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether an ordinary tensor has elements and no memory for them: its storage was freed."""
+    return not tensor.data_ptr() and tensor.numel() > 0 and tensor.device.type != "meta"
+
+
 def layout(tensor: Tensor) -> Layout:
-    """Whether the elements fill one stretch of memory, leave gaps, or lie on top of each other."""
+    """Whether the elements fill one stretch of memory, leave gaps, or lie on top of each other; those of a wrapper may
+    lie anywhere.
+    """
+    if is_wrapper(tensor):
+        return "wrapper"
     if tensor.is_contiguous() or tensor.numel() < 2:
         return "dense"
     span, gaps = 1, False

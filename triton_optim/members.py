@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
 CPU = torch.device("cpu")
-_CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+_CODES = {torch.float32: "f", torch.float64: "d"}
 
 
 class Member:
@@ -85,8 +86,11 @@ class Member:
 class Cohort:
     """Members of one group whose steps were counted alike, and so share one row of scalars.
 
-    Their ``step`` tensors, and those of what else is carried, share one element of memory: incrementing a thousand
-    would cost more than all other host work of a step.
+    Their ``step`` tensors, and those of what else is carried, are elements of one column: incrementing a thousand
+    tensors would cost more than all other host work of a step. What a user writes into one of them is noticed.
+
+    Attributes:
+        columns: by name, ``(members,)``, where the members' own numbers lie.
     """
 
     def __init__(
@@ -101,16 +105,31 @@ class Cohort:
         self.group, self.members, self.places = group, members, places
         self._numbers = numbers
         self._counts = "step" in counted
-        self.shared: dict[str, Tensor] = {}
-        # Those on the CPU, with where they lay: an operation of torch takes longer than all else that is done to them.
-        self._cells: dict[str, tuple[int, Any]] = {}
+        self.columns: dict[str, Tensor] = {}
+        # Those on the CPU, which are written where they lie: an operation of torch takes longer than all else that is
+        # done to them. Of each the address and what was written.
+        self._cells: dict[str, tuple[int, bytes]] = {}
         for name in counted:
-            if isinstance(members[0].state.get(name), Tensor) and not requires_grad(numbers.get(name)):
-                shared = self.shared[name] = members[0].state[name].detach().clone()
-                if shared.device == CPU and not captured:  # what is written past torch is in no graph
-                    self._cells[name] = (0, None)
-                for m in members:
-                    m.state[name] = shared.detach()
+            first = members[0].state.get(name)
+            if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
+                column = self.columns[name] = first.detach().expand(len(members)).clone()
+                for m, own in zip(members, column.unbind(), strict=True):
+                    m.state[name] = own
+                if column.device == CPU and not captured:  # what is written past torch is in no graph
+                    self._write(name, numbers[name])
+        self._versions = self._versions_now()
+
+    def untouched(self) -> bool:
+        """Whether nobody else has written the members' numbers since the last step."""
+        for name, (address, held) in self._cells.items():
+            if self.columns[name].data_ptr() != address or ctypes.string_at(address, len(held)) != held:
+                return False
+        return self._versions == self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        """How often torch has written the columns that it writes."""
+        torchs = [t for name, t in self.columns.items() if name not in self._cells]
+        return [0 if t.is_inference() else t._version for t in torchs]
 
     @property
     def counted(self) -> tuple[Any, ...]:
@@ -120,33 +139,17 @@ class Cohort:
     def numbers(self, on_device: bool = False) -> dict[str, Any]:
         """``step`` and what else is carried, as they are before the step; with `on_device` 0-dim float64 tensors."""
         if on_device:
-            return self._numbers | {name: value.double() for name, value in self.shared.items()}
+            return self._numbers | {name: column[0].double() for name, column in self.columns.items()}
         # A device is not asked: the host would wait for it.
-        here = {
-            name: self._cell(name).value if name in self._cells else value.item()
-            for name, value in self.shared.items()
-            if value.device == CPU
-        }
+        here = {n: t[0].item() for n, t in self.columns.items() if n not in self._cells and t.device == CPU}
         if "step" in here:
             here["step"] = int(here["step"])
         return self._numbers | here
 
-    def _cell(self, name: str) -> Any:
-        """The memory of a number, as a C number. A user may have moved it, as ``share_memory_`` does."""
-        address, cell = self._cells[name]
-        tensor = self.shared[name]
-        now = tensor.data_ptr()
-        if now != address:
-            if not tensor.untyped_storage().nbytes():
-                raise RuntimeError(f"the memory of {name!r} was freed. Load a state dict, or clear opt.state.")
-            cell = _CELLS[tensor.dtype].from_address(now)
-            self._cells[name] = now, cell
-        return cell
-
     @property
     def unshared(self) -> dict[str, Any]:
         """Those of the numbers that the host counts."""
-        return {name: value for name, value in self._numbers.items() if name not in self.shared}
+        return {name: value for name, value in self._numbers.items() if name not in self.columns}
 
     def count(self, carried: dict[str, Any]) -> None:
         """Note here that a step was counted."""
@@ -162,37 +165,55 @@ class Cohort:
             skip: 0-dim, on the device: 1 where the step was none.
         """
         self.count(carried)
-        if self._counts and "step" not in self.shared:
+        if self._counts and "step" not in self.columns:
             for m in self.members:
                 m.state["step"] = self._numbers["step"]
         for name, value in carried.items():
-            if name not in self.shared or requires_grad(value):  # replaced, as a graph holds the last one
+            if name not in self.columns or requires_grad(value):  # replaced, as a graph holds the last one
                 for m in self.members:
                     m.state[name] = value
-        for name, value in self.shared.items():
-            if name == "step" and skip is None and name in self._cells:
-                self._cell(name).value += 1
+        for name, column in self.columns.items():
+            if name in self._cells:
+                self._write(name, self._numbers[name] if name in self._numbers else carried[name])
             elif name == "step":
-                value.add_(1 if skip is None else 1 - skip)
+                column.add_(1 if skip is None else 1 - skip)
             elif requires_grad(carried[name]):
                 continue
             elif skip is not None:
-                value.copy_(torch.where(skip != 0, value, carried[name]))
+                column.copy_(torch.where(skip != 0, column, carried[name]))
             elif isinstance(carried[name], Tensor):
-                value.copy_(carried[name])
+                column.copy_(carried[name])
             else:
-                value.fill_(carried[name])
+                column.fill_(carried[name])
+        self._versions = self._versions_now()
+
+    def _write(self, name: str, value: Any) -> None:
+        """Give all members this number."""
+        column = self.columns[name]
+        own = array(_CODES[column.dtype], [value])
+        self._numbers[name] = int(value) if name == "step" else own[0]  # as it is kept
+        address, held = column.data_ptr(), (own * len(column)).tobytes()
+        ctypes.memmove(address, held, len(held))
+        self._cells[name] = address, held
 
     def count_average(self, skip: Tensor | None) -> None:
         """Count a step in which the parameters stayed as they were."""
+        if COUNT in self._cells:
+            self._write(COUNT, self._numbers[COUNT] + 1)
+            return
         if COUNT in self._numbers:
             self._numbers |= {COUNT: self._numbers[COUNT] + 1}
-        self.shared[COUNT].add_(1 if skip is None else 1 - skip)
+        self.columns[COUNT].add_(1 if skip is None else 1 - skip)
+        self._versions = self._versions_now()
 
     def rewind(self, started: dict[str, Any]) -> None:
         self._numbers = {"step": 0} | started
-        if self._counts and "step" not in self.shared:
+        if self._counts and "step" not in self.columns:
             for m in self.members:
                 m.state["step"] = 0
-        for name, value in self.shared.items():
-            value.fill_(self._numbers[name])
+        for name, column in self.columns.items():
+            if name in self._cells:
+                self._write(name, self._numbers[name])
+            else:
+                column.fill_(self._numbers[name])
+        self._versions = self._versions_now()

@@ -102,8 +102,7 @@ class RuleOptimizer(Optimizer):
         rule: the update.
         state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
-            ``capturable``, else on the CPU). Parameters that step together share its memory: to change the count of
-            one of them assign a new tensor, ``optimizer.state[p]["step"] = torch.tensor(0.0)``.
+            ``capturable``, else on the CPU).
         counts_on_device: whether ``step`` and what else is carried are on the parameter's device always.
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
         step_is_tensor: False keeps ``step`` as an int.

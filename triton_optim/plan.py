@@ -17,12 +17,23 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Key
-from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
-from .dispatch import Backend, Choice, LaunchError, Request, choose, this_machine
+from .checkpoint import check_codes
+from .codecs import (
+    CORRECTIONS,
+    PRECISION,
+    SCALE,
+    Codec,
+    held_codec,
+    held_parameter_codec,
+    parameter_codec,
+    part_names,
+    state_codec,
+)
+from .dispatch import Backend, Choice, LaunchError, Layout, Request, choose, this_machine
 from .fallback import prepared, replaced
 from .gather import STEPS, WORTHWHILE, Objects, library
 from .gradient_norm import EUCLIDEAN, Scaling, Signal, on_one_device, over_shards, signal_from
-from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
+from .layout import all_aligned, is_sharded, is_wrapper, lacks_memory, layout, local, overlapping, placements_of
 from .members import Member
 from .prologue import check_states, run_prologues, warm_prologue
 from .state import State, States
@@ -55,16 +66,21 @@ class Entry(NamedTuple):
     parts: Sequence[Tensor]  # of the parameter and the states, those that are there and will stay
     overlaps: bool
     sparse: bool
+    wrapped: bool  # the gradient or a state is a wrapper
 
 
 def request_for(
-    optimizer: RuleOptimizer, group: dict[str, Any], p: Tensor, overlaps: bool = False, sparse: bool = False
+    optimizer: RuleOptimizer, group: dict[str, Any], p: Tensor, known: Layout | None = None, sparse: bool = False
 ) -> Request:
-    """What is asked of a backend for parameter `p` of `group`."""
+    """What is asked of a backend for parameter `p` of `group`.
+
+    Args:
+        known: what stands in the way of a kernel, if it is known; else it is asked of the parameter.
+    """
     return Request(
         device=p.device.type,
         dtype=p.dtype,
-        layout="overlapping" if overlaps else layout(local(p)),
+        layout=known or layout(local(p)),
         differentiable=bool(group.get("differentiable")),
         sparse=sparse or not optimizer.takes_dense_gradients,
         pinned=None if optimizer.backend == "auto" else cast(Backend, optimizer.backend),
@@ -76,7 +92,8 @@ def request_for(
 def key_for(optimizer: RuleOptimizer, entry: Entry) -> Key:
     """The bucket of a parameter."""
     group = optimizer.param_groups[entry.group]
-    choice = choose(request_for(optimizer, group, entry.p, entry.overlaps, entry.sparse), this_machine())
+    known: Layout | None = "overlapping" if entry.overlaps else "wrapper" if entry.wrapped else None
+    choice = choose(request_for(optimizer, group, entry.p, known, entry.sparse), this_machine())
     if not local(entry.p).numel():
         choice = Choice("eager", "no elements here: the step is only counted")
     key = Key(
@@ -114,6 +131,7 @@ def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, 
             f"{name}: the gradient of parameter {index} is a DTensor, the parameter an ordinary tensor. "
             "Assign a gradient of the parameter's own kind."
         )
+    check_memory(optimizer, index, "its gradient", local_g)
     local_p = local(p)
     for what in ("shape", "device"):
         ours, theirs = getattr(local_g, what), getattr(local_p, what)
@@ -133,6 +151,31 @@ def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, 
             f"{name}: the gradient of parameter {index} is {local_g.dtype}, the parameter {local_p.dtype}. "
             "Give both real, or both complex."
         )
+
+
+def check_memory(optimizer: RuleOptimizer, index: int, what: str, tensor: Tensor) -> None:
+    """Raise RuntimeError where an ordinary (local) tensor has no memory."""
+    if tensor.layout == torch.strided and not is_wrapper(tensor) and lacks_memory(tensor):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: the memory of parameter {index}, or of {what}, was freed: its storage has "
+            f"{tensor.untyped_storage().nbytes()} bytes for {tensor.numel():,} elements of {tensor.dtype}. "
+            "Give it back before the step."
+        )
+
+
+def check_place(optimizer: RuleOptimizer, index: int, p: Tensor, name: str, state: Tensor) -> None:
+    """Raise RuntimeError where a state lies where its parameter's step can't write it."""
+    if state.device != p.device:
+        raise RuntimeError(
+            f"{name} of parameter {index} is on {state.device}, the parameter on {p.device}. Move the state back "
+            "before the step."
+        )
+    if is_wrapper(local(state)) and not is_wrapper(local(p)):
+        raise RuntimeError(
+            f"{name} of parameter {index} is a {type(local(state)).__name__}, the parameter an ordinary tensor: a "
+            "rule's state must be one, too. Dequantize it (state.dequantize()), or clear opt.state."
+        )
+    check_memory(optimizer, index, name, local(state))
 
 
 def check_state(index: int, p: Tensor, name: str, state: Tensor) -> None:
@@ -190,9 +233,16 @@ def entries_of(
                 f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "
                 "elements share memory and cannot be updated one by one. Make it a parameter of its own (p.clone())."
             )
-        for name in names:
-            if state.get(name) is not None and f"{name}_scale" not in state:
-                check_state(index, p, name, state[name])
+        check_memory(optimizer, index, "its state", local(p))
+        for name, value in state.items():
+            if isinstance(value, Tensor) and name not in counted[group]:
+                check_place(optimizer, index, p, name, value)
+        for name in (*names, *CORRECTIONS):
+            if state.get(name) is not None:
+                if f"{name}_{SCALE}" in state:
+                    check_codes(optimizer, state, name, index, p)
+                else:
+                    check_state(index, p, name, state[name])
         if g is not None:
             check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
             sparse = g.is_sparse
@@ -217,7 +267,8 @@ def entries_of(
                 f"where they were gathered, not kept as {kept[0]}. Use state_dtype=None, ema_dtype=None and "
                 'param_precision="storage" for its group.'
             )
-        entries.append(Entry(index, group, p, dtype, tuple(wanted), aligned, parts, index in overlaps, sparse))
+        wrapped = any(is_wrapper(t) for t in (*parts, g) if t is not None)
+        entries.append(Entry(index, group, p, dtype, tuple(wanted), aligned, parts, index in overlaps, sparse, wrapped))
     return entries
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 class SparseBucket(Bucket):
     keeps_layout = False
+    takes_memory = False
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
         # A group's hyperparameters decide whether single rows will do.

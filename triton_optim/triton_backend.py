@@ -168,7 +168,8 @@ class TritonBucket(Bucket):
         cohorts = len({(m.group, *m.numbers.values()) for m in members})
         by_value = takes_by_value(key) and cohorts == 1 and plain_cells(row, averaged) is not None
         own = launcher_for(key, type(row.h), bool(scalings) and not prologue, by_value)
-        before = launchers_before(key, 1 + len(row.h) + averaged, scalings)
+        kept = len(optimizer.counted_names(group))
+        before = launchers_before(key, 1 + len(row.h) + averaged, kept, scalings)
         return [*before, own]
 
     @classmethod
@@ -275,11 +276,12 @@ def limit_on(device: torch.device, max_norm: float | None) -> Tensor:
     return torch.full((1,), math.inf if max_norm is None else max_norm, dtype=torch.float64, device=device)
 
 
-def launchers_before(key: Key, width: int, scalings: list[Scaling]) -> list[Launcher]:
+def launchers_before(key: Key, width: int, kept: int, scalings: list[Scaling]) -> list[Launcher]:
     """What a step starts before the update.
 
     Args:
         width: cells of a row.
+        kept: numbers that a row's parameters keep, such as ``step``.
         scalings: what it may do with all gradients.
     """
     from .triton_norm import norm_launcher
@@ -291,7 +293,7 @@ def launchers_before(key: Key, width: int, scalings: list[Scaling]) -> list[Laun
     kinds = [] if key.variant.prologue else list(dict.fromkeys(map(kind_of, scalings)))
     if rows:
         asked: list[Any] = [("form", kind) for kind in kinds] or [("none", None)]
-        found += [launcher_of_rows(key, width, SLOTS[0], *signal) for signal in asked]
+        found += [launcher_of_rows(key, width, SLOTS[0], kept, *signal) for signal in asked]
     else:
         found += [signal_launcher(kind, key.device) for kind in kinds]
     return found

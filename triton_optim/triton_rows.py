@@ -46,6 +46,11 @@ class Recording(NamedTuple):
         """Of all that is read and kept, in the order of the tables."""
         return [x for x in chain(self.sources, self.keeps) if not isinstance(x, int)]
 
+    @property
+    def kept(self) -> list[int]:
+        """The places of the values that are kept."""
+        return [place for place, name in enumerate(self.keeps) if not isinstance(name, int)]
+
 
 class Numbers(NamedTuple):
     """What the row of a cohort is formed of."""
@@ -140,7 +145,7 @@ def numbers_of(group: dict[str, Any], own: dict[str, Any], cohort: Cohort, held:
         if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
             read[name] = (("own", name), value.dtype)
     fixed = {name: value for name, value in group.items() if name not in read and name not in ("params", "param_names")}
-    kept = {name: value.dtype for name, value in cohort.shared.items()}
+    kept = {name: value.dtype for name, value in cohort.columns.items()}
     return Numbers(plain_group(fixed), own, cohort.unshared, read, kept)
 
 
@@ -156,22 +161,24 @@ def address(name: Any, cohort: Cohort, group: dict[str, Any], held: OnDevice) ->
     kind, which = name
     if kind == "hyper":
         return held.address(which)
-    tensor: Tensor = cohort.shared[which] if kind == "kept" else group[which]
+    tensor: Tensor = cohort.columns[which] if kind == "kept" else group[which]
     return tensor.data_ptr()
 
 
-def launcher_for(key: Key, width: int, slots: int, signal: str, kind: Kind | None) -> Launcher:
+def launcher_for(key: Key, width: int, slots: int, kept: int, signal: str, kind: Kind | None) -> Launcher:
     """What starts the kernel.
 
     Args:
         width: cells of a row.
         slots: values of a row, at most.
+        kept: how many of them are kept.
         signal: "none", "read" or "form".
         kind: of triton_signal.kind_of, where it is formed.
     """
     forms = signal == "form"
     kind = kind or ("none", False, False, False)
-    constants = {"WIDTH": width, "SLOTS": slots, "SIGNAL": signal, "RANDOM": key.random, **signal_constants(kind)}
+    constants = {"WIDTH": width, "SLOTS": slots, "SIGNAL": signal, "RANDOM": key.random, "KEPT": kept}
+    constants |= signal_constants(kind)
     # The rows alone are few numbers, which a warp shuffles without shared memory.
     options = {"num_warps": 4 if forms else 1, "enable_fp_fusion": True}
     tables = (torch.int32, torch.int64, key.compute, torch.int32)
@@ -186,6 +193,7 @@ class TritonRows:
         self._numbers: list[Numbers | None] = []
         self._recordings: list[Recording | None] = []
         self._addresses: list[int] = []
+        self._copies: list[int] = []  # of each row's numbers: its members
         self._cohorts: list[Cohort] = []
         self._seen: list[Any] = []
         self._rows: list[Row | None] = []
@@ -202,7 +210,7 @@ class TritonRows:
         # The same objects as in the last step, of which nothing but the values of numbers has changed.
         values = [self._optimizer.group_values[c.group] for c in cohorts]
         own_values = [v for v in vars(self._optimizer).values() if type(v) in _NUMBERS]
-        kept = [t.data_ptr() for c in cohorts for t in c.shared.values()]
+        kept = [t.data_ptr() for c in cohorts for t in c.columns.values()]
         seen = [held.rebuilt, active, own_values, kept, [v.rebuilt for v in values], [c.unshared for c in cohorts]]
         if cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
             return self._rows
@@ -229,13 +237,14 @@ class TritonRows:
             for c, r in zip(cohorts, self._recordings, strict=True)
             for name in ([] if r is None else r.names)
         ]
-        if changed or addresses != self._addresses:
-            self._place(addresses)
+        copies = [len(c.members) for c in cohorts]
+        if changed or (addresses, copies) != (self._addresses, self._copies):
+            self._place(addresses, copies)
         self._cohorts, self._seen = cohorts, seen
         self._rows = [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
         return self._rows
 
-    def _place(self, addresses: list[int]) -> None:
+    def _place(self, addresses: list[int], copies: list[int]) -> None:
         """Bring the tables to the device."""
         if capturing(self._key.device):
             raise RuntimeError(
@@ -245,14 +254,18 @@ class TritonRows:
         recordings = self._recordings
         slots = next(n for n in SLOTS if all(r is None or len(r.code) <= n for r in recordings))
         code, memory, place = array("i"), array("q"), iter(addresses)
-        for r in recordings:
+        for r, count in zip(recordings, copies, strict=True):
             columns = [[0, 0, 0, 0, kernel.NOWHERE]] * slots
+            written = [0] * slots
             sources = kept = [0] * slots
             if r is not None:
-                columns = r.code + columns[len(r.code) :]
+                first = [*r.code[0]]
+                first[3] = count
+                columns = [first, *r.code[1:], *columns[len(r.code) :]]
+                written = r.kept + written[len(r.kept) :]
                 sources = [x if isinstance(x, int) else next(place) for x in r.sources] + sources[len(r.code) :]
                 kept = [x if isinstance(x, int) else next(place) for x in r.keeps] + kept[len(r.code) :]
-            code.extend(chain.from_iterable(zip(*columns, strict=True)))
+            code.extend(chain(*zip(*columns, strict=True), written))
             memory.extend(sources + kept)
         device = self._key.device
         h = next(r.h for r in recordings if r is not None)
@@ -260,9 +273,9 @@ class TritonRows:
         rows = torch.zeros(len(recordings), width, dtype=self._key.compute, device=device)
         keys = torch.zeros(len(recordings), dtype=torch.int32, device=device)
         self._tables = (to_device(code, torch.int32, device), to_device(memory, torch.int64, device), rows, keys)
-        self._shape = (width, slots)
+        self._shape = (width, slots, max(len(r.kept) for r in recordings if r is not None))
         self._launchers = {}
-        self._addresses = addresses
+        self._addresses, self._copies = addresses, copies
 
     def form(self, signal: Signal | None) -> tuple[Tensor, Tensor]:
         """Form the rows and count the step, unless the signal says to skip it. A signal that was not formed yet is

@@ -1,0 +1,348 @@
+"""What a step reads and writes is what the user's tensors are at that moment, wherever they lie by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from two_tensor import TwoTensor, parameter, value_of
+
+import triton_optim as to
+from triton_optim.dispatch import this_machine
+
+pytestmark = pytest.mark.usefixtures("gradients_are")
+COUNT = 7
+STEPS = 5
+DISTURBED = 3  # the step before which something happens
+MIDDLE = 3
+PINNED = ("cpp", "compiled", "triton")
+
+
+def made(device: torch.device) -> list[Parameter]:
+    random = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(4, 4, generator=random).to(device)) for _ in range(COUNT)]
+
+
+def give_gradients(params: list[Parameter], step: int) -> None:
+    random = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=random).to(p.device, p.dtype)
+
+
+def clone_data(state: dict[str, Any], name: str) -> None:
+    state[name].data = state[name].data.clone()
+
+
+def offload_and_back(state: dict[str, Any], name: str) -> None:
+    away = state[name].data.clone()
+    state[name].data = torch.empty(0, device=away.device)
+    state[name].data = away
+
+
+def set_storage(state: dict[str, Any], name: str) -> None:
+    state[name].set_(state[name].clone())
+
+
+def share(state: dict[str, Any], name: str) -> None:
+    if state[name].device.type != "cpu":
+        pytest.skip("shared memory of a GPU is another matter: CUDA tensors are shared as they are")
+    state[name].share_memory_()
+
+
+def turn(state: dict[str, Any], name: str) -> None:
+    state[name].data = state[name].data.t()  # where it was, of the same shape
+
+
+def move_in_front(state: dict[str, Any], name: str) -> None:
+    larger = torch.cat((torch.zeros(1, 4, device=state[name].device), state[name].data))
+    state[name].data = larger[1:]
+
+
+def swap(state: dict[str, Any], name: str) -> None:
+    torch.utils.swap_tensors(state[name], state[name].clone() * 2)
+
+
+MOVES = [clone_data, offload_and_back, set_storage, share, turn, move_in_front, swap]
+OPTIMIZERS = {
+    "SGD": ({"lr": 0.1, "momentum": 0.5}, "momentum_buffer"),
+    "AdamW": ({"lr": 0.1}, "exp_avg_sq"),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("which", ["middle", "all"])
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_a_state_that_moved_is_written_where_it_is(
+    move: Callable[..., None], which: str, kind: str, backend: str, device: torch.device
+) -> None:
+    arguments, name = OPTIMIZERS[kind]
+    ended = []
+    for optimizers, options in ((torch.optim, {"foreach": False}), (to, {"backend": backend})):
+        params = made(device)
+        opt = getattr(optimizers, kind)(params, **arguments, **options)
+        left: list[tuple[Tensor, Tensor]] = []
+        for step in range(STEPS):
+            give_gradients(params, step)
+            if step == DISTURBED:
+                for p in params if which == "all" else [params[MIDDLE]]:
+                    before = opt.state[p][name].detach()
+                    move(opt.state[p], name)
+                    if before.data_ptr() != opt.state[p][name].data_ptr():
+                        left.append((before, before.clone()))
+            opt.step()
+        for old, value in left:
+            torch.testing.assert_close(old, value, rtol=0, atol=0)  # what was left is not written
+        ended.append([t.detach() for p in params for t in (p, opt.state[p][name])])
+    for theirs, ours in zip(*ended, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_state_that_stays_takes_no_new_plan(backend: str, device: torch.device) -> None:
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1, backend=backend)
+    plans = set()
+    for step in range(STEPS):
+        give_gradients(params, step)
+        opt.step()
+        plans.add(id(opt._plan))
+    assert len(plans) == 1
+
+
+# Counts.
+
+
+def one_back(opt: Any, params: list[Parameter]) -> None:
+    opt.state[params[MIDDLE]]["step"] -= 1
+
+
+def all_back(opt: Any, params: list[Parameter]) -> None:
+    for s in opt.state.values():
+        s["step"] -= 1
+
+
+def one_anew(opt: Any, params: list[Parameter]) -> None:
+    opt.state[params[0]]["step"].fill_(0)
+
+
+def one_by_data(opt: Any, params: list[Parameter]) -> None:
+    opt.state[params[MIDDLE]]["step"].data = torch.tensor(1.0, device=opt.state[params[MIDDLE]]["step"].device)
+
+
+def by_numpy(opt: Any, params: list[Parameter]) -> None:
+    opt.state[params[-1]]["step"].cpu().numpy()[...] += 4 if params[0].device.type == "cpu" else 0
+
+
+def shared_count(opt: Any, params: list[Parameter]) -> None:
+    opt.state[params[MIDDLE]]["step"].share_memory_()
+
+
+@pytest.mark.parametrize("change", [one_back, all_back, one_anew, one_by_data, by_numpy, shared_count],
+                         ids=lambda change: change.__name__)  # fmt: skip
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_count_is_its_parameters_alone(
+    change: Callable[..., None], capturable: bool, backend: str, device: torch.device
+) -> None:
+    if capturable and change in (by_numpy, shared_count):
+        pytest.skip("numpy writes behind torch's back, and a device's counts are in no shared memory")
+    if capturable and backend != "triton" and device.type == "cpu":
+        pytest.skip("where it is captured, only a GPU's backends run")
+    ended = []
+    for optimizers, options in (
+        (torch.optim, {"foreach": False}),
+        (to, {"backend": backend, "capturable": capturable}),
+    ):
+        params = made(device)
+        opt = optimizers.AdamW(params, lr=0.1, **options)
+        for step in range(STEPS):
+            give_gradients(params, step)
+            if step == DISTURBED:
+                change(opt, params)
+            opt.step()
+        ended.append([t.detach().cpu() for p in params for t in (p, opt.state[p]["step"])])
+    for theirs, ours in zip(*ended, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_count_is_written_in_place(backend: str, device: torch.device) -> None:
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1, backend=backend)
+    give_gradients(params, 0)
+    opt.step()
+    held = [opt.state[p]["step"] for p in params]
+    for _ in range(3):
+        opt.step()
+    assert [t.item() for t in held] == [4] * COUNT
+    assert all(opt.state[p]["step"] is t for p, t in zip(params, held, strict=True))
+
+
+# Memory that there is none.
+
+
+def freed(tensor: Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+FREED: dict[str, Callable[[Any, Parameter], Tensor]] = {
+    "parameter": lambda opt, p: p.data,
+    "gradient": lambda opt, p: p.grad,  # type: ignore[dict-item, return-value]
+    "state": lambda opt, p: opt.state[p]["exp_avg"],
+}
+
+
+@pytest.mark.parametrize("what", FREED)
+def test_memory_that_was_freed_is_refused(what: str, backend: str, device: torch.device) -> None:
+    if backend == "eager":
+        pytest.skip("its operations are torch's, which do not look")
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1, backend=backend)
+    for step in range(3):
+        give_gradients(params, step)
+        opt.step()
+    give_gradients(params, 3)
+    freed(FREED[what](opt, params[MIDDLE]))
+    others = [p for p in params if p is not params[MIDDLE]]
+    before = [p.detach().clone() for p in others]
+    with pytest.raises(RuntimeError, match=f"parameter {MIDDLE}.* was freed: its storage has 0 bytes for 16 elements"):
+        opt.step()
+    assert all(map(torch.equal, others, before))
+
+
+def test_a_state_elsewhere_is_refused(backend: str, device: torch.device) -> None:
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1, backend=backend)
+    give_gradients(params, 0)
+    opt.step()
+    opt.state[params[MIDDLE]]["exp_avg"] = opt.state[params[MIDDLE]]["exp_avg"].to("meta")
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=f"exp_avg of parameter {MIDDLE} is on meta, the parameter on {device}"):
+        opt.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": "int8"}, {"state_dtype": "int4"}, {"param_precision": "master"},
+                {"param_precision": "kahan"}, {"param_precision": "split24"}, {"param_precision": "split32"}],
+    ids=lambda options: next(iter(options.values())))  # fmt: skip
+def test_a_parameter_that_grew_is_refused(options: dict[str, Any], device: torch.device) -> None:
+    """Its codes are not those of so many elements, nor are its corrections."""
+    for backend in ("eager", "triton" if this_machine().triton else "cpp"):
+        dtype = torch.float32 if "state_dtype" in options else torch.bfloat16
+        p = Parameter(torch.ones(8192, dtype=dtype, device=device))
+        opt = to.AdamW([p], lr=0.1, backend=backend, **options)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        p.data = torch.ones(16384, dtype=dtype, device=device)
+        p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="of parameter 0 has"):
+            opt.step()
+        assert (p == 1).all()
+
+
+# Elements without an address.
+
+
+ALL = [name for name in to.__all__ if isinstance(getattr(to, name), type)
+       and issubclass(getattr(to, name), torch.optim.Optimizer)]  # fmt: skip
+ELEMENTWISE = ["AdamW", "Adam", "SGD", "Lion", "Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop",
+               "Rprop"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_wrapper_is_stepped_by_its_own_operations(name: str, device: torch.device) -> None:
+    assert name in ALL
+    ended = []
+    for wraps in (False, True):
+        random = torch.Generator().manual_seed(0)
+        values = [torch.randn(4, generator=random).to(device) for _ in range(3)]
+        params = [parameter(v) if wraps and i == 1 else Parameter(v) for i, v in enumerate(values)]
+        opt = getattr(to, name)(params, lr=0.1, backend="eager" if not wraps else "auto")
+        for _ in range(3):
+            for p in params:
+                g = torch.randn(4, generator=random).to(device)
+                p.grad = TwoTensor(g) if isinstance(p, TwoTensor) else g
+            opt.step()
+        ended.append([value_of(p) if isinstance(p, TwoTensor) else p.detach() for p in params])
+        if wraps:
+            assert opt._plan is not None
+            assert {b.key.choice.backend for b in opt._plan.buckets if any(m.index == 1 for m in b.members)} == {
+                "eager"
+            }
+    for plain, wrapped in zip(*ended, strict=True):
+        torch.testing.assert_close(wrapped, plain)
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_a_pinned_backend_refuses_a_wrapper(name: Any, device: torch.device) -> None:
+    if name == "cpp" and device.type != "cpu":
+        pytest.skip("the C++ backend needs CPU tensors")
+    with pytest.raises(RuntimeError, match=r'only its own operations reach\. Use backend="eager"'):
+        to.AdamW([parameter(torch.ones(4, device=device))], lr=0.1, backend=name)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_wrapper_as_gradient_is_used(late: bool, device: torch.device) -> None:
+    """From the first step on, and in place of an ordinary one."""
+    params = [Parameter(torch.ones(4, device=device)) for _ in range(3)]
+    opt = to.SGD(params, lr=1.0)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if not late or step == 2:
+            params[1].grad = TwoTensor(torch.ones(4, device=device))
+        opt.step()
+        assert all((p == -step).all() for p in params)
+
+
+def test_a_pinned_backend_refuses_a_wrapper_as_gradient(backend: str, device: torch.device) -> None:
+    p = Parameter(torch.ones(4, device=device))
+    opt = to.SGD([p], lr=1.0, backend=backend)
+    for step in range(3):
+        p.grad = torch.ones_like(p) if step < 2 else TwoTensor(torch.ones(4, device=device))
+        if step == 2 and backend != "eager":
+            with pytest.raises(RuntimeError, match="only its own operations reach"):
+                opt.step()
+            assert (p == -1).all()
+        else:
+            opt.step()
+            assert (p == -step).all()
+
+
+def test_a_wrapper_as_state_is_refused(backend: str, device: torch.device) -> None:
+    p = Parameter(torch.ones(4, device=device))
+    opt = to.SGD([p], lr=1.0, momentum=0.5, backend=backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p]["momentum_buffer"] = TwoTensor(torch.ones(4, device=device))
+    with pytest.raises(RuntimeError, match="momentum_buffer of parameter 0 is a TwoTensor"):
+        opt.step()
+    assert (p == 0).all()
+
+
+@pytest.fixture
+def mesh(device: torch.device) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh(device.type, (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_in_a_sharded_parameter(mesh: Any, device: torch.device) -> None:
+    """As FSDP2 holds what gathers in float8."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    inner = TwoTensor(torch.ones(4, device=device))
+    p = Parameter(DTensor.from_local(inner, mesh, [Shard(0)], run_check=False))
+    opt = to.AdamW([p], lr=0.5, weight_decay=0.0)
+    for _ in range(2):
+        p.grad = DTensor.from_local(torch.ones(4, device=device), mesh, [Shard(0)], run_check=False)
+        opt.step()
+    torch.testing.assert_close(value_of(p.to_local()), torch.zeros(4, device=device), rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="only its own operations reach"):
+        to.AdamW([p], lr=0.5, backend="compiled")
