@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .averaging import largest_count
 from .codecs import COUNT
 from .layout import local, overlapping
 
@@ -23,26 +22,43 @@ class GradientRelease:
     """What :func:`enable_gradient_release` returns."""
 
     def __init__(self, optimizer: RuleOptimizer) -> None:
-        check(optimizer)
+        name = type(optimizer).__name__
+        if optimizer._release is not None:
+            raise RuntimeError(f"{name}: gradient release is enabled already. Keep its handle, or remove() it first.")
+        check_alone(name, optimizer.max_grad_norm, optimizer.amp)
         self._optimizer = optimizer
         self._accumulating = False
-        self._arrived: set[int] = set()  # since the last step
-        self.averaged = 0.0  # of how many values the averages were then
+        self._arrived: dict[int, Tensor] = {}  # parameters that were updated since the last step, by identity
+        self._averaged: float | None = None
         self._places: dict[int, int] = {}
-        self._hooks: list[Any] = []
-        self._params: list[Tensor] = []
-        self.follow(optimizer._flat)
+        self._hooks: dict[int, tuple[Tensor, Any]] = {}  # of each parameter, with it
+        optimizer._take_flat()
+        self.follow(optimizer._flat, optimizer._repeats)
         optimizer._release = self
-        self.restart()
 
-    def follow(self, params: list[Any]) -> None:
-        """Release the gradients of these, too, which the optimizer has taken on."""
-        self._places = {id(p): i for i, p in enumerate(self._optimizer._flat)}
-        own = [p for p in params if p.requires_grad]
-        self._hooks += [p.register_post_accumulate_grad_hook(self._arrive) for p in own]
-        for p in own:
-            _released[p] = True
-        self._params += own
+    def follow(self, params: list[Tensor], repeats: bool) -> None:
+        """Release the gradients of these, which the optimizer has now, and of no others.
+
+        Args:
+            params: all of its parameters.
+            repeats: whether one is there twice.
+        """
+        check_params(type(self._optimizer).__name__, params, repeats, self._hooks)
+        self._places = {id(p): i for i, p in enumerate(params)}
+        for key in self._hooks.keys() - self._places.keys():
+            self._unhook(key)
+        self._hook(params)
+
+    def _hook(self, params: list[Tensor]) -> None:
+        for p in params:
+            if p.requires_grad and id(p) not in self._hooks:
+                self._hooks[id(p)] = p, p.register_post_accumulate_grad_hook(self._arrive)
+                _released[p] = True
+
+    def _unhook(self, key: int) -> None:
+        p, hook = self._hooks.pop(key)
+        hook.remove()
+        _released.pop(p, None)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -57,45 +73,68 @@ class GradientRelease:
 
     def remove(self) -> None:
         """Let the optimizer step as ever."""
-        for hook in self._hooks:
-            hook.remove()
-        for p in self._params:
-            _released.pop(p, None)
+        for key in list(self._hooks):
+            self._unhook(key)
         if self._optimizer._release is self:
             self._optimizer._release = None
 
     def restart(self) -> None:
         """Start a round with the states as they are."""
         self._arrived.clear()
-        self.averaged = largest_count(self._optimizer)
+        self._averaged = None
 
-    def step(self, gradients: list[Tensor | None]) -> None:
+    @property
+    def averaged(self) -> float:
+        """Of how many values the averages were at the start of the round."""
+        if self._averaged is None:
+            counts = ((p, state[COUNT]) for p, state in self._optimizer.state.items() if COUNT in state)
+            self._averaged = max((float(n) - (id(p) in self._arrived) for p, n in counts), default=0.0)
+        return self._averaged
+
+    def step(self, gradients: list[Tensor | None] | None = None) -> None:
         """End a round: update what did not arrive but has a gradient, and average what has none. What arrives from here
         on belongs to the next.
+
+        Args:
+            gradients: one for each parameter; left out, those that they have.
         """
         optimizer = self._optimizer
+        self._check()
+        params = optimizer._flat
+        gradients = [p.grad for p in params] if gradients is None else gradients
         if self._arrived:
-            for place, (p, g) in enumerate(zip(optimizer._flat, gradients, strict=True)):
-                stays = place not in self._arrived and COUNT in optimizer.state.get(p, ())
+            for place, (p, g) in enumerate(zip(params, gradients, strict=True)):
+                stays = id(p) not in self._arrived and COUNT in optimizer.state.get(p, ())
                 if g is not None or stays:
-                    optimizer.update_one(place)
+                    optimizer.update_one(place, g)
+                    self._arrived[id(p)] = p
             optimizer._opt_called = True
         else:
             optimizer.update(gradients)
-        self._arrived.clear()
-        self.averaged += any(COUNT in state for state in optimizer.state.values())
+        self.restart()
+        self._hook(params)  # those that were frozen
+
+    def _check(self) -> None:
+        """Look at what a user may have changed."""
+        optimizer = self._optimizer
+        check_alone(type(optimizer).__name__, optimizer.max_grad_norm, optimizer.amp)
+        optimizer._take_flat()
 
     def _arrive(self, p: Tensor) -> None:
         if self._accumulating:
             return
-        place = self._places[id(p)]
-        if place in self._arrived:
+        if not self._arrived:  # once a round
+            self._check()
+        place = self._places.get(id(p))
+        if place is None:
+            return  # it was taken out of the optimizer
+        if id(p) in self._arrived:
             raise RuntimeError(
                 f"the gradient of parameter {place} arrived twice since the last step: it was updated with the first. "
                 "Call optimizer.step() after every backward, or run those that add up within handle.accumulating()."
             )
-        self._optimizer.update_one(place)
-        self._arrived.add(place)
+        self._optimizer.update_one(place, p.grad)
+        self._arrived[id(p)] = p
         p.grad = None
 
 
@@ -130,33 +169,41 @@ def enable_gradient_release(optimizer: RuleOptimizer) -> GradientRelease:
     return GradientRelease(optimizer)
 
 
-def check(optimizer: RuleOptimizer) -> None:
-    """Raise RuntimeError where gradients can't be released one by one."""
-    name = type(optimizer).__name__
-    if optimizer._release is not None:
-        raise RuntimeError(f"{name}: gradient release is enabled already. Keep its handle, or remove() it first.")
-    if optimizer.max_grad_norm is not None:
+def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None:
+    """Raise RuntimeError where an optimizer of this name can't release gradients one by one."""
+    if max_grad_norm is not None:
         raise RuntimeError(
-            f"{name}: max_grad_norm={optimizer.max_grad_norm} limits the norm of all gradients, which gradient release "
-            "never has at once. Leave one of them out."
+            f"{name}: max_grad_norm={max_grad_norm} limits the norm of all gradients, which gradient release never has "
+            "at once. Leave one of them out, or remove() the handle of gradient release."
         )
-    if optimizer.amp is not None:
+    if amp is not None:
         raise RuntimeError(
-            f'{name}: amp="{optimizer.amp}" skips a step whose gradients are not all finite, which gradient release '
-            "never has at once. Leave one of them out; bfloat16 needs no scaler."
+            f'{name}: amp="{amp}" skips a step whose gradients are not all finite, which gradient release never has at '
+            "once. Leave one of them out, or remove() the handle; bfloat16 needs no scaler."
         )
-    if optimizer._repeats or overlapping([local(p) for p in optimizer._flat]):
+
+
+def check_params(name: str, params: list[Tensor], repeats: bool, own: Container[int]) -> None:
+    """Raise RuntimeError where the gradients of these parameters can't be released one by one.
+
+    Args:
+        name: of the optimizer.
+        params: all that it has.
+        repeats: whether one is there twice.
+        own: the identities of those whose gradients it releases already.
+    """
+    if repeats or overlapping([local(p) for p in params]):
         raise RuntimeError(
             f"{name}: parameters that share memory, or are listed twice, have no gradient of their own to release. "
-            "Give each once."
+            "Give each once, or remove() the handle of gradient release."
         )
-    check_not_released(optimizer._flat)
+    check_not_released(params, own)
 
 
-def check_not_released(params: Iterable[Tensor]) -> None:
-    """Raise RuntimeError where the gradients of `params` are released in backward."""
+def check_not_released(params: Iterable[Tensor], own: Container[int] = ()) -> None:
+    """Raise RuntimeError where the gradients of `params` are released in backward, but for those of `own` identities."""
     for i, p in enumerate(params):
-        if p in _released:
+        if p in _released and id(p) not in own:
             raise RuntimeError(
                 f"the gradient of parameter {i} is released in backward, before all are there: it can be neither "
                 "clipped nor scaled with the others, nor released again. remove() the handle of gradient release."

@@ -6,7 +6,7 @@ states stay behind the operator, so no change of theirs can recompile, and there
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,37 +29,58 @@ def register(optimizer: "RuleOptimizer") -> int:
 
 
 @torch.library.custom_op("triton_optim::step", mutates_args=("params",), tags=_tags)
-def step(params: list[Tensor], gradients: list[Tensor], indices: list[int], handle: int) -> None:
-    """Step the optimizer `handle`; ``gradients[k]`` belongs to its parameter number ``indices[k]``."""
+def step(params: list[Tensor], gradients: list[Tensor], indices: list[int], count: int, handle: int) -> None:
+    """Step the optimizer `handle`; ``gradients[k]`` belongs to number ``indices[k]`` of its `count` parameters."""
     optimizer = _live[handle]
-    present: list[Tensor | None] = [None] * len(optimizer._flat)
+    optimizer._take_flat()
+    own = optimizer._flat
+    if len(own) != count:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} has {len(own)} parameters, and had {count} where its step was traced. Change "
+            "param_groups outside of the compiled function, or leave the change and the step uncompiled."
+        )
+    present: list[Tensor | None] = [None] * count
     for i, g in zip(indices, gradients, strict=True):
         present[i] = g
     # A compiler that cannot prove the mutation safe passes copies, and keeps the parameters for later readers.
-    pairs = [(optimizer._flat[i], p) for i, p in zip(indices, params, strict=True)]
-    copies = [(own, p) for own, p in pairs if own.data_ptr() != p.data_ptr()]
-    kept = [own.detach().clone() for own, _ in copies]
+    pairs = [(own[i], p) for i, p in zip(indices, params, strict=True)]
+    copies = [(real, p) for real, p in pairs if real.data_ptr() != p.data_ptr()]
+    kept = [real.detach().clone() for real, _ in copies]
     with torch.no_grad():
-        for own, p in copies:
-            own.copy_(p)
-        optimizer.update(present)
-        for (own, p), before in zip(copies, kept, strict=True):
-            p.copy_(own)
-            own.copy_(before)
+        for real, p in copies:
+            real.copy_(p)
+        if optimizer._release is None:
+            optimizer.update(present)
+        else:
+            optimizer._release.step(present)
+        for (real, p), before in zip(copies, kept, strict=True):
+            p.copy_(real)
+            real.copy_(before)
 
 
 @step.register_fake
-def _(params: list[Tensor], gradients: list[Tensor], indices: list[int], handle: int) -> None:
+def _(params: list[Tensor], gradients: list[Tensor], indices: list[int], count: int, handle: int) -> None:
     return None
+
+
+def groups_of(optimizer: "RuleOptimizer") -> list[dict[str, Any]]:
+    """The parameter groups, for what Dynamo traces: it guards on what is read of them. Of ``param_groups`` as an
+    attribute it would read all, learning rates among it.
+    """
+    groups: list[dict[str, Any]] = optimizer.__dict__["param_groups"]
+    return groups
 
 
 def traced_step(optimizer: "RuleOptimizer") -> None:
     """What Dynamo traces in place of a step."""
-    # `_flat`, not the groups: reading a group would guard on its learning rate.
-    flat = optimizer._flat
-    indices = [i for i in range(len(flat)) if flat[i].grad is not None]
-    if indices:
+    params = [p for group in groups_of(optimizer) for p in group["params"]]
+    indices = [i for i in range(len(params)) if params[i].grad is not None]
+    if indices or optimizer._release is not None:
         with torch.no_grad():
             torch.ops.triton_optim.step(
-                [flat[i] for i in indices], [flat[i].grad for i in indices], indices, optimizer._handle
+                [params[i] for i in indices],
+                [params[i].grad for i in indices],
+                indices,
+                len(params),
+                optimizer._handle,
             )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from .codecs import (
 )
 from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling, Signal
-from .gradient_release import GradientRelease
+from .gradient_release import GradientRelease, check_alone
 from .hyperparameters import GroupValues, plain_group
 from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
@@ -195,6 +195,7 @@ class RuleOptimizer(Optimizer):
             raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
         if options["fused"] and options["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
+        self._release: GradientRelease | None = None
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
         self.failed: dict[Key, Key] = {}  # buckets whose backend failed, and what they became
         self._signal: Signal | None = None  # of the last step
@@ -202,12 +203,12 @@ class RuleOptimizer(Optimizer):
         self._swapped = False
         self._on_device: dict[torch.device, OnDevice] = {}
         self._captured: list[Plan] = []
-        self._flat: list[Tensor] = []
+        self._flat: list[Tensor] = []  # the parameters
+        self._sizes: list[int] = []  # how many of them each group has
         self.group_values: list[GroupValues] = []
-        self._repeats = False
+        self._repeats = False  # whether one of them is there twice
         self._plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
-        self._release: GradientRelease | None = None
         self._handle = opaque.register(self)
         carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
         super().__init__(params, defaults | carried)
@@ -222,6 +223,8 @@ class RuleOptimizer(Optimizer):
     def max_grad_norm(self, value: float | None) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
+        if self._release is not None:
+            check_alone(type(self).__name__, value, self.amp)
         self._max_grad_norm = value
 
     @property
@@ -383,15 +386,13 @@ class RuleOptimizer(Optimizer):
             opaque.traced_step(self)
             return loss
         if self._release is not None:
-            self._take_flat()
-            gradients = [p.grad for p in self._flat]
             told = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
             if any(value is not None for value in told):
                 raise RuntimeError(
                     f"{type(self).__name__}: a gradient scaler can't step gradients that were released in backward. "
                     "Use bfloat16, which needs none, or remove() the handle of gradient release."
                 )
-            self._release.step(gradients)
+            self._release.step()
         else:
             self.update()
         return loss
@@ -418,8 +419,7 @@ class RuleOptimizer(Optimizer):
             finally:
                 torch._C._set_grad_enabled(recording)
             return
-        if given is None:
-            self._take_flat()
+        self._take_flat()
         gradients = [p.grad for p in self._flat] if given is None else given
         self._check_capture(gradients)
         recording = any(group.get("differentiable") for group in self.param_groups)
@@ -430,7 +430,18 @@ class RuleOptimizer(Optimizer):
             self._plan.note_gradients()
 
     def _take_flat(self) -> None:
-        self._flat = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
+        """Take note of the parameters that there are. Where they are others than before, or those of other groups, all
+        that was made for them is dropped.
+        """
+        lists = list(map(itemgetter("params"), self.param_groups))
+        flat, sizes = list(chain.from_iterable(lists)), list(map(len, lists))
+        if sizes == self._sizes and all(map(is_, flat, self._flat)):
+            return
+        repeats = len(set(map(id, flat))) < len(flat)
+        if self._release is not None:
+            self._release.follow(flat, repeats)
+        self._flat, self._sizes, self._repeats = flat, sizes, repeats
+        self._plan, self._plans_of_one = None, {}
 
     def _capturing(self) -> bool:
         return bool(self._flat) and capturing(self._flat[0].device)
@@ -500,15 +511,15 @@ class RuleOptimizer(Optimizer):
         for held in self._on_device.values():
             held.push()
 
-    def update_one(self, place: int) -> None:
-        """Apply a step of the parameter number `place` alone, with its gradient."""
+    def update_one(self, place: int, g: Tensor | None) -> None:
+        """Apply a step of the parameter number `place` alone, with this gradient."""
         self._check_not_swapped()
         p = self._flat[place]
         with torch.no_grad():
-            gradients: dict[int, Tensor | None] = {place: None if p.grad is None else local_gradient(p, p.grad)}
+            gradients = {place: None if g is None else local_gradient(p, g)}
             plan = self._plans_of_one.get(place)
-            if plan is None or not plan.covers(self._flat) or not plan.fits(gradients):
-                plan = self._plans_of_one[place] = PlanOfOne(self, self._flat, gradients, place)
+            if plan is None or not plan.fits(gradients):
+                plan = self._plans_of_one[place] = PlanOfOne(self, self._flat, gradients, place=place)
                 if not plan.fits(gradients):
                     raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
             plan.step()
@@ -534,8 +545,7 @@ class RuleOptimizer(Optimizer):
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self._repeats:
             self._plan = None  # made for one of the parameter's places
-        fresh = not self.state
-        plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
+        fresh, plan = not self.state, self._plan
         if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
             placed = plan.placements if plan is not None else list(map(placements_of, self._flat))
@@ -623,10 +633,9 @@ class RuleOptimizer(Optimizer):
         if not set_to_none:
             super().zero_grad(set_to_none=False)
             return
-        # `_flat` when traced: reading a group would guard on its learning rate.
-        groups = [self._flat] if torch.compiler.is_compiling() else [group["params"] for group in self.param_groups]
-        for params in groups:
-            for p in params:
+        groups = opaque.groups_of(self) if torch.compiler.is_compiling() else self.param_groups
+        for group in groups:
+            for p in group["params"]:
                 p.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -635,20 +644,10 @@ class RuleOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            self._take_flat()
         except Exception:
             self.param_groups.pop()
             raise
-        self._forget()
-        if self._release is not None:
-            self._release.follow(group["params"])
-
-    def _forget(self) -> None:
-        """Take note of the parameters anew; the next step makes its plan."""
-        self.group_values = []
-        self._take_flat()
-        self._repeats = len(set(map(id, self._flat))) < len(self._flat)
-        self._plan = None
-        self._plans_of_one = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_precision(self, group)
@@ -723,7 +722,6 @@ class RuleOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         watch(self)
-        self._forget()
         # A copy has none of these; who loads a state dict keeps them.
         absent = {"backend": "auto", "amp": None, "_max_grad_norm": None, "_swapped": False, "_release": None}
         for name, value in absent.items():
@@ -732,6 +730,9 @@ class RuleOptimizer(Optimizer):
         self.__dict__.setdefault("failed", {})
         self.__dict__.setdefault("_captured", [])
         self._signal, self._limited = None, False
+        self.group_values, self._plan, self._plans_of_one = [], None, {}
+        self._flat, self._sizes, self._repeats = [], [], False
+        self._take_flat()
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
         fill_in(self, OPTIONS)

@@ -491,17 +491,12 @@ class Plan:
 class PlanOfOne(Plan):
     """The plan of one parameter, whose gradient comes alone."""
 
-    def __init__(self, optimizer: RuleOptimizer, params: list[Tensor], gradients: Gradients, place: int) -> None:
-        self.place = place
-        super().__init__(optimizer, params, gradients, place=place)
-
-    def covers(self, params: list[Tensor]) -> bool:
-        return params[self.place] is self.params[self.place]
-
     def fits(self, gradients: Gradients) -> bool:
+        states = self.optimizer.state
         return (
             self._options_hold()
-            and all(self.optimizer.state.get(m.p, m.state) is m.state for b in self.buckets for m in b.members)
+            # Of a parameter without any state, no dict may be there.
+            and all(states.get(m.p, None if m.state else m.state) is m.state for b in self.buckets for m in b.members)
             and all(bucket.fits(gradients) for bucket in self.buckets)
         )
 

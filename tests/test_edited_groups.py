@@ -1,0 +1,34 @@
+"""Parameter groups and states that a user edits between two steps: the next step is torch's, on every backend."""
+
+from typing import Any
+
+import edits
+import pytest
+import torch
+from edits import GROUPS, STATES, TWICE, assert_as_torch, trained
+
+import triton_optim
+
+# Who sees an edit is the same code for all backends: where a step takes long, some are enough.
+SOME = [edits.move_to_the_next_group, edits.replace, edits.take_the_last_group, edits.another_moment]
+each_edit = pytest.mark.parametrize("edit", GROUPS, ids=lambda edit: edit.__name__)
+
+
+@pytest.mark.parametrize("edit", [*GROUPS, *STATES], ids=lambda edit: edit.__name__)
+def test_the_next_step_sees_the_edit(edit: Any, backend: str, device: torch.device) -> None:
+    if backend in ("compiled", "triton") and edit not in SOME:
+        pytest.skip("the others are tried on the faster backends")
+    ours = trained(triton_optim.AdamW, edit, device, backend=backend)
+    assert_as_torch(ours, trained(torch.optim.AdamW, edit, device, foreach=False))
+
+
+@each_edit
+def test_the_next_step_of_matrices_sees_the_edit(edit: Any, device: torch.device) -> None:
+    ours = trained(triton_optim.Muon, edit, device, backend="eager")
+    assert_as_torch(ours, trained(torch.optim.Muon, edit, device))
+
+
+@pytest.mark.parametrize("edit", TWICE, ids=lambda edit: edit.__name__)
+def test_a_parameter_that_is_listed_twice_is_stepped_twice(edit: Any, device: torch.device) -> None:
+    ours = trained(triton_optim.AdamW, edit, device)
+    assert_as_torch(ours, trained(torch.optim.AdamW, edit, device, foreach=False))
