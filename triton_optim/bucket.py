@@ -317,7 +317,7 @@ class Bucket(ABC):
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = []
         for cohort, row in zip(self.cohorts, rows, strict=True):
-            seed: Any = groups[cohort.group].get("seed", 0)
+            seed: Any = int(groups[cohort.group].get("seed", 0))
             if self._on_device is not None:
                 seed = self._on_device.group(cohort.group).get("seed", seed)
             own.append(row_key(seed, 0 if row is None else row.step, device))
@@ -356,8 +356,6 @@ class Bucket(ABC):
         group = plain_group(self.optimizer.param_groups[cohort.group])
         count = cohort.numbers(on_device=self.key.capturable)[COUNT]
         share = weight(group, count)
-        if skip is not None:
-            share = share * (1 - skip)
         for m in cohort.members:
             codec = self.key.codecs[-1]
             average = [local(m.state[AVERAGE])]
@@ -365,6 +363,7 @@ class Bucket(ABC):
             value = value_of(m.state, m.p).to(self.key.compute)
             bits = self._bits_of_average(m, group, count, average[0]) if codec.random else None
             new = average_of(before, value, torch.as_tensor(share, dtype=torch.float64))
+            new = new if skip is None else torch.where(skip != 0, before, new)
             write(codec, average, new, len(self.key.codecs), bits)
         cohort.count_average(skip)
 
