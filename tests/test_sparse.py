@@ -233,3 +233,31 @@ def test_a_rate_of_zero() -> None:
     p.grad = gradient((4, 2), [1])
     optimizer.step()
     assert torch.equal(p, torch.ones(4, 2))
+
+
+@each_row
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("entries", [0, 1, 2])
+def test_no_sparse_dimension(name: str, options: dict, shape: tuple[int, ...], entries: int) -> None:
+    """As the gradient of a 0-dim parameter is, and of any that has only dense dimensions."""
+    places = torch.zeros((0, entries), dtype=torch.long)
+    steps = [
+        [torch.sparse_coo_tensor(places, torch.randn(entries, *shape), shape, check_invariants=True)] for _ in range(3)
+    ]
+    ((p,), mine), ((q,), torchs) = side_by_side(name, options, [torch.randn(shape)], steps)
+    torch.testing.assert_close(p, q)
+    for key, value in torchs.state[q].items():
+        if value is not None:
+            torch.testing.assert_close(mine.state[p][key], value)
+
+
+def test_no_sparse_dimension_and_an_average() -> None:
+    p = Parameter(torch.tensor(2.0))
+    optimizer = triton_optim.SparseAdam([p], lr=0.5, ema_decay=0.5)
+    seen = []
+    for _ in range(2):
+        p.grad = torch.ones(()).to_sparse()
+        optimizer.step()
+        seen.append(p.item())
+    with optimizer.averaged_parameters():
+        assert p.item() == pytest.approx(sum(seen) / 2)

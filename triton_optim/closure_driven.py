@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .line_search import Trial, strong_wolfe
-from .optimizer import check_range
+from .optimizer import check_range, made_by_python
 
 
 class ClosureOptimizer(Optimizer):
     """One group of parameters, taken as one flat real vector, and a closure that is called many times a step.
 
-    A complex parameter is its real and imaginary parts in turn, a missing gradient zeros, a sparse one dense. All
-    state is that of the first parameter, as in torch.optim.LBFGS.
+    A complex parameter is its real and imaginary parts in turn, a missing gradient zeros, a sparse one dense. The
+    vector of 16-bit parameters is float32, and so is the state: products of theirs would overflow or round away. All
+    state is that of the first parameter, as in torch.optim.LBFGS. A group with ``maximize`` is ascended: loss and
+    gradient are negated where they are read.
 
     Args:
         params: parameters or named parameters of one device, or one group of them.
@@ -26,6 +28,10 @@ class ClosureOptimizer(Optimizer):
     Raises:
         ValueError: lr is negative or not 1-element, or there is a second group.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        made_by_python(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.check_hyperparameters(defaults)
@@ -44,15 +50,42 @@ class ClosureOptimizer(Optimizer):
                 "length for all parameters. Give them as one group."
             )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours or of torch's. Vectors come in the dtype of ours: torch casts them to that of the
+        first parameter.
+        """
+        loaded: dict[str, Any] = {}
+
+        def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            loaded.update(state_dict)
+
+        def restore(_: Optimizer) -> None:
+            numbers = loaded["param_groups"][0]["params"]
+            for p, number in zip(self.param_groups[0]["params"][:1], numbers, strict=False):
+                if number in loaded["state"]:
+                    self.state[p] = _copied(loaded["state"][number], self.gather_parameters())
+
+        handles = [
+            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def sign(self) -> float:
+        """-1 of a group that is maximized. A checkpoint may be older than the option."""
+        return -1.0 if self.param_groups[0].get("maximize") else 1.0
+
     def gather_parameters(self) -> Tensor:
-        return torch.cat([_real(p).reshape(-1) for p in self.param_groups[0]["params"]])
+        return _flat(self.param_groups[0]["params"])
 
     def gather_gradient(self) -> Tensor:
-        gradients = []
-        for p in self.param_groups[0]["params"]:
-            g = torch.zeros_like(p) if p.grad is None else p.grad
-            gradients.append(_real(g.to_dense() if g.is_sparse else g).reshape(-1))
-        return torch.cat(gradients)
+        flat = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.param_groups[0]["params"]])
+        return flat.neg_() if self.sign < 0 else flat
 
     def scatter_parameters(self, x: Tensor) -> None:
         views = [_real(p) for p in self.param_groups[0]["params"]]
@@ -60,7 +93,7 @@ class ClosureOptimizer(Optimizer):
         torch._foreach_copy_(views, [part.view_as(view) for part, view in zip(parts, views, strict=True)])
 
     def checked(self, closure: Callable[[], Any] | None) -> Callable[[], tuple[Any, float]]:
-        """Make a closure give what it returns and that as a float, with gradients enabled.
+        """Make a closure give what it returns and that as a float to be minimized, with gradients enabled.
 
         Raises:
             TypeError: there is no closure. RuntimeError (from the result): it returned no loss.
@@ -78,7 +111,7 @@ class ClosureOptimizer(Optimizer):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "None"
             else:
                 try:
-                    return value, float(value)
+                    return value, self.sign * float(value)
                 except (TypeError, ValueError, RuntimeError):
                     got = f"a {type(value).__name__}"
             raise RuntimeError(
@@ -106,6 +139,22 @@ class ClosureOptimizer(Optimizer):
         finally:
             self.scatter_parameters(final)
         return accepted, evaluations
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    flat = torch.cat([_real(t.to_dense() if t.is_sparse else t).reshape(-1) for t in tensors])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def _copied(value: Any, like: Tensor) -> Any:
+    """A loaded state, its vectors and floating-point numbers on the device and in the dtype of `like`."""
+    if isinstance(value, dict):
+        return {name: _copied(v, like) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v, like) for v in value]
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(like, copy=True)
+    return value
 
 
 def _real(t: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class LBFGS(ClosureOptimizer):
 
     State, all of it the first parameter's: ``d``, ``t``, ``old_dirs`` (the y), ``old_stps`` (the s), ``ro``,
     ``H_diag``, ``prev_flat_grad``, ``prev_loss``, ``func_evals``, ``n_iter``. The history is
-    2 (history_size + 1) vectors like all parameters together.
+    2 (history_size + 1) vectors like all parameters together, float32 of 16-bit ones. A step without any parameter
+    returns the loss.
 
     Args:
         params: parameters or named parameters of one device, or one group of them.
@@ -45,6 +46,8 @@ class LBFGS(ClosureOptimizer):
         tolerance_change: ends the step when no entry of the update, or the change of the loss, is larger, at least 0.
         history_size: pairs kept, at least 1.
         line_search_fn: ``"strong_wolfe"`` or None, which takes steps of lr.
+        maximize: ascend instead of descend. Of torch's releases only those from 2.14 on know it: an older one, given
+            the state dict, descends.
 
     Raises:
         ValueError: lr is out of range, or there is a second group.
@@ -81,6 +84,8 @@ class LBFGS(ClosureOptimizer):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
         line_search_fn: str | None = None,
+        *,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -90,6 +95,7 @@ class LBFGS(ClosureOptimizer):
             "tolerance_change": tolerance_change,
             "history_size": history_size,
             "line_search_fn": line_search_fn,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 
@@ -99,6 +105,7 @@ class LBFGS(ClosureOptimizer):
         packed["state"] = _copy(packed["state"])
         return packed
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run up to max_iter iterations.
@@ -118,6 +125,8 @@ class LBFGS(ClosureOptimizer):
             )
         evaluate = self.checked(closure)
         first, loss = evaluate()
+        if not group["params"]:
+            return first
         g = self.gather_gradient()
         evaluations = 1
         # The first parameter's, so that load_state_dict casts them as that parameter.

@@ -50,6 +50,7 @@ class NonlinearCG(ClosureOptimizer):
         restart: iterations from one restart to the next, at least 1; None leaves it to the other tests. The textbook's
             number of parameters is far too few where that is small: 6 times the evaluations on a 20-dimensional
             quadratic of condition 1e4.
+        maximize: ascend instead of descend.
 
     Raises:
         ValueError: lr, beta or restart is out of range, or there is a second group.
@@ -87,6 +88,8 @@ class NonlinearCG(ClosureOptimizer):
         tolerance_change: float = 1e-9,
         beta: str = "polak-ribiere+",
         restart: int | None = None,
+        *,
+        maximize: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -96,6 +99,7 @@ class NonlinearCG(ClosureOptimizer):
             "tolerance_change": tolerance_change,
             "beta": beta,
             "restart": restart,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
 
@@ -107,6 +111,7 @@ class NonlinearCG(ClosureOptimizer):
         if restart is not None and restart < 1:
             raise ValueError(f"Invalid restart: {restart}. It must be at least 1, or None for none by count.")
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run up to max_iter iterations.
@@ -121,6 +126,8 @@ class NonlinearCG(ClosureOptimizer):
         self.check_hyperparameters(group)
         evaluate = self.checked(closure)
         first, loss = evaluate()
+        if not group["params"]:
+            return first
         g = self.gather_gradient()
         evaluations = 1
         state = self.state[group["params"][0]]

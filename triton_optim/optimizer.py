@@ -91,6 +91,14 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def made_by_python(cls: type[Optimizer]) -> None:
+    """Let no compiled function trace the constructor of `cls`: Dynamo leaves it half-way, for torch's part, with the
+    attributes that are set by then on no object.
+    """
+    if "__init__" in cls.__dict__:
+        cls.__init__ = torch._disable_dynamo(cls.__init__)  # type: ignore[method-assign]
+
+
 class RuleOptimizer(Optimizer):
     r"""An optimizer from a rule: subclass it with ``rule``, ``state_names`` and :meth:`scalars`.
 
@@ -167,6 +175,7 @@ class RuleOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        made_by_python(cls)
         if cls.rule is not None and "variants" not in cls.__dict__:
             prologue = cls.prologue is not RuleOptimizer.prologue
             cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
@@ -627,15 +636,15 @@ class RuleOptimizer(Optimizer):
     def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         groups = [group for group in self.param_groups for _ in group["params"]]
         return [
-            g.to_dense() if g is not None and g.is_sparse and self._wants_dense(g, group) else g
+            g.to_dense() if g is not None and g.is_sparse and self._wants_dense(group) else g
             for g, group in zip(gradients, groups, strict=True)
         ]
 
-    def _wants_dense(self, g: Tensor, group: dict[str, Any]) -> bool:
+    def _wants_dense(self, group: dict[str, Any]) -> bool:
         # The other backends have no way to run single rows.
         rows = self.backend in ("auto", "eager") or not self.takes_dense_gradients
         kind = self.sparse_gradients(group)
-        return kind == "dense" or (kind == "rows" and not (rows and g.sparse_dim()))
+        return kind == "dense" or (kind == "rows" and not rows)
 
     def _was_probed(self, gradients: list[Tensor | None]) -> bool:
         """Whether a first step was only made to see the states: torch.distributed.checkpoint makes one of a fresh

@@ -47,9 +47,12 @@ class SparseBucket(Bucket):
             average = written.pop() if key.variant.averaged else None
             if key.differentiable:
                 written[0] = m.p
-            p, *states = ([t[where]] for t in written)
+            views = written
+            if not where:  # without sparse dimensions, as of a scalar, the tensor is its own only row
+                views, where = [t.unsqueeze(0) for t in written], (g.indices().new_zeros(g._nnz()),)
+            p, *states = ([t[where]] for t in views)
             update(rule, p, g.values().reshape(p[0].shape), states, row)
-            for t, (new,) in zip(written, (p, *states), strict=True):
+            for t, (new,) in zip(views, (p, *states), strict=True):
                 t[where] = new
             if average is not None:  # of all elements: those that stay are averaged as they are
                 share = torch.as_tensor(row.weight, dtype=torch.float64)
