@@ -36,6 +36,7 @@ from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling, Signal
 from .gradient_release import GradientRelease
 from .hyperparameters import GroupValues, plain_group
+from .kernels.straight import check_signature, straight
 from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
@@ -343,6 +344,7 @@ class RuleOptimizer(Optimizer):
     def running_variant(self, group: dict[str, Any]) -> Variant:
         """What a group runs: its variant, and the average of its parameters where one is kept."""
         variant = self.variant(group)
+        variant = variant._replace(rule=straight(variant.rule))
         if averages(group):
             variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
         return variant
@@ -652,6 +654,8 @@ class RuleOptimizer(Optimizer):
         self._plans_of_one = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        for variant in {*self.variants, self.variant(group)}:
+            check_signature(straight(variant.rule), len(variant.state_names))
         check_precision(self, group)
         check_averaging(self, group)
         for i, p in enumerate(group["params"]):
