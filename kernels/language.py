@@ -1,14 +1,18 @@
 """The words a rule may use, in one table with a column a backend, and the step from a rule to its torch form.
 
-A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. Triton compiles it as it stands. With
-its globals bound to the torch column it is what ``torch.compile`` compiles and what runs eagerly; the C++ column is for
-the loop that is made of its syntax tree. A rule may import the words below by name, or write
-``import triton.language as tl`` and use ``tl.exp`` and the like. Triton's own ``tl.sqrt`` is approximate in float32.
+A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. straight.py checks it and makes straight
+lines of it, which Triton compiles. With their globals bound to the torch column they are what ``torch.compile`` compiles
+and what runs eagerly; the C++ column is for the loop that is made of their syntax tree. A rule may import the words
+below by name, or write ``import triton.language as tl`` and use ``tl.exp`` and the like, which are the same words.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
+import inspect
+import linecache
+import textwrap
 import types
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +25,59 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
+
+
+class RuleError(TypeError):
+    """A rule, or a function that it calls, is not of the language of rules, or its source cannot be read."""
+
+
+def python_function(rule: Any) -> types.FunctionType:
+    """The Python function inside a jit function (or the function itself, where there is no Triton)."""
+    function = getattr(rule, "fn", rule)
+    if not isinstance(function, types.FunctionType):
+        raise RuleError(
+            f"a rule must be a @jit function; got {rule!r}. Decorate it with triton_optim.kernels.language.jit"
+        )
+    return function
+
+
+def lines_of(fn: types.FunctionType) -> list[str] | None:
+    """The lines of a function's file as they were when they were first asked for, be it to decorate it: what is made of
+    them later must be what was defined. None where only compiled code is installed.
+    """
+    if "lines" not in fn.__dict__:
+        file = fn.__code__.co_filename
+        linecache.checkcache(file)
+        lines: list[str] | None = linecache.getlines(file, fn.__globals__)
+        if len(lines or ()) < fn.__code__.co_firstlineno:
+            loader = fn.__globals__.get("__loader__")
+            if file.startswith("<") or loader is None or loader.get_source(fn.__module__) is not None:
+                raise RuleError(
+                    f"the source of {fn.__name__} can't be read ({file}), and every backend makes its code of it. Define "
+                    "the function in a file that is there, or in a notebook's cell. For text that a program makes: "
+                    "linecache.cache[name] = (len(text), None, text.splitlines(True), name), then "
+                    'exec(compile(text, name, "exec"))'
+                )
+            lines = None
+        fn.lines = lines  # type: ignore[attr-defined]
+    return fn.lines  # type: ignore[attr-defined, no-any-return]
+
+
+def source_of(fn: types.FunctionType) -> tuple[ast.FunctionDef, str, int]:
+    """The syntax tree of a function, its file, and the line before its first."""
+    first, file, lines = fn.__code__.co_firstlineno - 1, fn.__code__.co_filename, lines_of(fn)
+    if lines is None:
+        raise RuleError(f"the source of {fn.__name__} is not installed ({file}). Install the .py file, too")
+    try:
+        (tree,) = ast.parse(textwrap.dedent("".join(inspect.getblock(lines[first:])))).body
+    except (SyntaxError, ValueError):
+        tree = ast.Pass()
+    if not isinstance(tree, ast.FunctionDef) or tree.name != fn.__name__:
+        raise RuleError(
+            f"{file}, line {first + 1}, holds no `def {fn.__name__}`: either the file was written after it was "
+            "imported, or the function is a lambda. Define it by def, and import it anew"
+        )
+    return tree, file, first
 
 
 def _bits_of(x: torch.Tensor) -> torch.Tensor:
@@ -59,11 +116,17 @@ def _interleave(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack((x, y), -1).flatten(-2)
 
 
+def _like(x: Any, p: torch.Tensor) -> torch.Tensor:
+    """A number, or a value of one element, as a value of the dtype and the shape of `p`."""
+    return x.to(p.dtype).expand_as(p) if isinstance(x, torch.Tensor) else torch.full_like(p, x)
+
+
 def _where(condition: Any, x: Any, y: Any) -> Any:
-    """torch.where, also of a condition on numbers alone, which is a Python one where a rule runs eagerly."""
+    """torch.where, also of a condition on scalars, which is a Python one where a rule runs eagerly."""
     if isinstance(condition, torch.Tensor):
         return torch.where(condition, x, y)
-    return x if condition else y
+    taken, other = (x, y) if condition else (y, x)
+    return _like(taken, other) if isinstance(other, torch.Tensor) and not isinstance(taken, torch.Tensor) else taken
 
 
 if triton is not None:
@@ -71,7 +134,7 @@ if triton is not None:
     def jit(fn: Callable[..., Any]) -> Any:
         """``triton.jit`` for rules. Triton's interpreter insists on finding its language among a function's globals."""
         fn.__globals__.setdefault("tl", tl)
-        return triton.jit(fn)
+        return fn if lines_of(python_function(fn)) is None else triton.jit(fn)
 
     @jit
     def abs(x):
@@ -107,6 +170,10 @@ if triton is not None:
         return tl.interleave(x, y)
 
     @jit
+    def like(x, p):
+        return tl.full(p.shape, x, p.dtype)
+
+    @jit
     def log(x):
         return tl.log(x)
 
@@ -125,7 +192,7 @@ if triton is not None:
 
     @jit
     def sign(x):
-        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+        return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
 
     # Correctly rounded, as in C++: Triton's own of float32 is approximate, and takes a subnormal number for 0. `/` is
     # within 2 ulp in float32: its error reaches a parameter scaled by lr, far under the parameter's own rounding.
@@ -148,10 +215,11 @@ if triton is not None:
 else:
 
     def jit(fn: Callable[..., Any]) -> Any:
+        lines_of(python_function(fn))
         return fn
 
     abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
-    maximum, minimum, where = torch.maximum, torch.minimum, _where
+    maximum, minimum, where, like = torch.maximum, torch.minimum, _where, _like
     bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
     absmax, evens, odds, interleave = _absmax, _evens, _odds, _interleave
 
@@ -184,6 +252,7 @@ PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "exp": (exp, torch.exp, Cpp("__builtin_exp{f}({0})")),
     "floor": (floor, torch.floor, Cpp("__builtin_floor{f}({0})")),
     "interleave": (interleave, _interleave, Cpp("2 * i, 2 * i + 1", 2, moves="weave")),
+    "like": (like, _like, Cpp("{0}", 2)),
     "log": (log, torch.log, Cpp("__builtin_log{f}({0})")),
     "maximum": (maximum, torch.maximum, Cpp("{0} > {1} | {0} != {0} ? {0} : {1}", 2)),
     "minimum": (minimum, torch.minimum, Cpp("{0} < {1} | {0} != {0} ? {0} : {1}", 2)),
@@ -197,16 +266,6 @@ PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
 }
 
 _torch_column = types.SimpleNamespace(**{name: function for name, (_, function, _) in PRIMITIVES.items()})
-
-
-def python_function(rule: Any) -> types.FunctionType:
-    """The Python function inside a jit function (or the function itself, where there is no Triton)."""
-    function = getattr(rule, "fn", rule)
-    if not isinstance(function, types.FunctionType):
-        raise TypeError(
-            f"a rule must be a @jit function; got {rule!r}. Decorate it with triton_optim.kernels.language.jit"
-        )
-    return function
 
 
 @cache

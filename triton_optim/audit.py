@@ -26,6 +26,7 @@ from .audit_assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .audit_compile import code_bytes, compile_kernel, listings, ptx_functions, resources, wrapping_offsets
 from .codecs import AVERAGE, STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
 from .kernels import multi_tensor
+from .kernels.straight import straight
 from .optimizer import RuleOptimizer
 from .rows import row_for
 from .triton_backend import TRITON_DTYPES, kept_as
@@ -159,10 +160,11 @@ def every_rule() -> tuple[AuditedRule, ...]:
             optimizers[name] = cls([torch.zeros(1, 1, requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
     # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
     scalars = {name: type(row_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
-    by_default = {opt.variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
+    by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
     found: dict[str, AuditedRule] = {}
     for name, opt in optimizers.items():
         for rule, state_names, *_ in opt.variants:
+            rule = straight(rule)
             known = found.get(rule.__name__)
             if known is not None and (known.rule, known.state_names) != (rule, state_names):
                 raise ValueError(

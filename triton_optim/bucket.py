@@ -18,6 +18,7 @@ from .dispatch import Choice
 from .gather import Gatherer, gatherer_of
 from .gradient_norm import EUCLIDEAN, Norm, Scaling, Signal, partial_norms, signal_from
 from .hyperparameters import plain_group
+from .kernels.straight import check_constants, check_fields, constants_of
 from .layout import (
     all_aligned,
     in_layout_of,
@@ -120,6 +121,7 @@ class Bucket(ABC):
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members
         self.compute = key.compute
+        self._reads_constants = bool(constants_of(key.variant.rule))
         # Whether it reads the signal itself. A prologue before it can't be skipped there.
         self.takes_signal = self.reads_signal and not key.variant.prologue
         self.sharded = any(is_sharded(m.p) for m in members)
@@ -167,7 +169,9 @@ class Bucket(ABC):
     def prepare(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> Any:
         """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
         groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
-        one_kind([row_for(optimizer, group, 1, keep=key.differentiable) for group in groups], optimizer)
+        rows = [row_for(optimizer, group, 1, keep=key.differentiable) for group in groups]
+        one_kind(rows, optimizer)
+        check_fields(key.variant.rule, rows[0].h)
 
     @classmethod
     def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
@@ -286,6 +290,8 @@ class Bucket(ABC):
 
     def next_rows(self) -> None:
         """Form the scalars of this step, a row for each cohort; None where no member has a gradient. Counts nothing."""
+        if self._reads_constants:
+            check_constants(self.key.variant.rule)
         if self.complete:
             active = [True] * len(self.cohorts)
         else:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .kernels.language import PRIMITIVES, Cpp, python_function, tl
+from .kernels.language import PRIMITIVES, Cpp, python_function, source_of, tl
 
 ONE, BLOCK, PAIR, ELEMENT = "one", "block", "pair", "element"  # the shapes
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "int32_t", "bool"
@@ -128,12 +127,10 @@ class Trace:
                 raise UntranslatableError(f"{name} is for whole rows")
             shape = {"fold": BLOCK, "pick": PAIR, "weave": ELEMENT}[word.moves]
             return self.new(word.gives or arguments[0].kind, shape, word.code, arguments, name, word.moves)
+        if name == "like":
+            return self.new(self.real, ELEMENT, word.code, [self.as_kind(xs[0], self.real)], name)
         if name == "where":
-            condition = self.as_kind(xs[0], BOOL)
-            arguments = self.common(*xs[1:])
-            if condition.shape != ONE and all(x.shape == ONE and x.kind == DOUBLE for x in arguments):
-                arguments = [self.as_kind(x, self.real) for x in arguments]
-            arguments = [condition, *arguments]
+            arguments = [self.as_kind(xs[0], BOOL), *self.common(*xs[1:])]
         elif word.takes:
             arguments = [self.as_kind(x, word.takes) for x in xs]
         else:
@@ -148,7 +145,7 @@ class Trace:
         """What a jit function returns for these values, constants and tuples."""
         own = python_function(function)
         if own not in self._bodies:
-            self._bodies[own] = read_source(own)
+            self._bodies[own] = source_of(own)
         return Walk(self, own, *self._bodies[own]).run(arguments)
 
 
@@ -178,19 +175,6 @@ def literal(x: Any, kind: str) -> str:
     if x in (float("inf"), -float("inf")):
         return f"({'-' if x < 0 else ''}__builtin_inf{suffix}())"
     return f"({x.hex()}{suffix})"
-
-
-def read_source(function: Any) -> tuple[ast.FunctionDef, str, int]:
-    """The syntax tree of a function, its file, and the line before its first."""
-    name = function.__name__
-    try:
-        lines, first = inspect.getsourcelines(function)
-        (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
-    except (OSError, SyntaxError, TypeError, ValueError) as error:
-        raise UntranslatableError(f"the source of {name} cannot be read ({error}); define it in a file") from error
-    if not isinstance(tree, ast.FunctionDef):
-        raise UntranslatableError(f"{name} is not defined by `def`")
-    return tree, function.__code__.co_filename, first - 1
 
 
 class Walk:

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from .dispatch import Choice, LaunchError, Request, next_best, this_machine
+from .kernels.language import RuleError
 from .layout import local_gradient
 from .once import warn_once
 
@@ -30,6 +31,8 @@ def prepared(optimizer: RuleOptimizer, members: dict[Key, list[Member]]) -> dict
             try:
                 bucket_class(key).prepare(optimizer, key, own)
                 break
+            except RuleError:
+                raise
             except Exception as error:
                 key = instead_of(optimizer, key, error)
                 optimizer.failed[wanted] = key
@@ -47,7 +50,8 @@ def instead_of(optimizer: RuleOptimizer, key: Key, error: Exception) -> Key:
     if isinstance(error, LaunchError):
         reason, advice = str(error), f" {DOCTOR}"
     else:
-        reason, advice = f"the {failed} backend failed to compile: {type(error).__name__}: {error}", ""
+        lines = str(error).strip().splitlines() or [""]
+        reason, advice = f"the {failed} backend failed to compile: {type(error).__name__}: {lines[0]}", ""
     if optimizer.backend != "auto":
         raise RuntimeError(
             f'backend="{optimizer.backend}" cannot run {name}: {reason}. Leave backend out to fall back to '

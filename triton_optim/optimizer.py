@@ -36,6 +36,7 @@ from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling, Signal
 from .gradient_release import GradientRelease, check_alone
 from .hyperparameters import GroupValues, plain_group, unread
+from .kernels.straight import check_signature, straight
 from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
@@ -357,6 +358,7 @@ class RuleOptimizer(Optimizer):
     def running_variant(self, group: dict[str, Any]) -> Variant:
         """What a group runs: its variant, and the average of its parameters where one is kept."""
         variant = self.variant(group)
+        variant = variant._replace(rule=straight(variant.rule))
         if averages(group):
             variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
         return variant
@@ -682,6 +684,8 @@ class RuleOptimizer(Optimizer):
         numbers = unread(group)
         self.check_hyperparameters(numbers)
         check_options(group)
+        for variant in {*self.variants, self.variant(group)}:
+            check_signature(straight(variant.rule), len(variant.state_names))
         check_precision(self, group)
         check_averaging(self, numbers)
         for i, p in enumerate(group["params"]):
