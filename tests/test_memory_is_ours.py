@@ -73,11 +73,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("which", ["middle", "all"])
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+CASES = [("AdamW", move, "middle") for move in MOVES]
+CASES += [("AdamW", clone_data, "all"), ("AdamW", offload_and_back, "all"), ("SGD", clone_data, "middle")]
+
+
+@pytest.mark.parametrize(("kind", "move", "which"), CASES,
+                         ids=[f"{kind} {move.__name__} {which}" for kind, move, which in CASES])  # fmt: skip
 def test_a_state_that_moved_is_written_where_it_is(
-    move: Callable[..., None], which: str, kind: str, backend: str, device: torch.device
+    kind: str, move: Callable[..., None], which: str, backend: str, device: torch.device
 ) -> None:
     arguments, name = OPTIMIZERS[kind]
     ended = []
@@ -346,3 +349,43 @@ def test_a_wrapper_in_a_sharded_parameter(mesh: Any, device: torch.device) -> No
     torch.testing.assert_close(value_of(p.to_local()), torch.zeros(4, device=device), rtol=0, atol=1e-6)
     with pytest.raises(RuntimeError, match="only its own operations reach"):
         to.AdamW([p], lr=0.5, backend="compiled")
+
+
+# Memory that is shared, or may not be written.
+
+
+def test_states_that_share_memory_are_updated_in_turn(device: torch.device) -> None:
+    ended = []
+    for kind, options in ((torch.optim.SGD, {"foreach": False}), (to.SGD, {"backend": "auto"})):
+        params = made(device)
+        opt: Any = kind(params, lr=0.1, momentum=0.5, **options)
+        for step in range(STEPS):
+            give_gradients(params, step)
+            if step == 2:
+                opt.state[params[1]]["momentum_buffer"].data = opt.state[params[4]]["momentum_buffer"].data
+            if step == DISTURBED:
+                opt.state[params[2]]["momentum_buffer"] = opt.state[params[5]]["momentum_buffer"]
+            opt.step()
+        ended.append([p.detach() for p in params])
+    for theirs, ours in zip(*ended, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_a_tensor_of_inference_mode_is_refused(what: str, backend: str, device: torch.device) -> None:
+    """Before anything is written, and not halfway."""
+    params = made(device)
+    opt = to.SGD(params, lr=0.1, momentum=0.5, backend=backend)
+    give_gradients(params, 0)
+    opt.step()
+    with torch.inference_mode():
+        if what == "state":
+            state = opt.state[params[MIDDLE]]
+            state["momentum_buffer"] = state["momentum_buffer"].clone()
+        else:
+            params[MIDDLE] = opt.param_groups[0]["params"][MIDDLE] = Parameter(params[MIDDLE].clone(), False)
+            params[MIDDLE].grad = torch.ones_like(params[MIDDLE])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=f"parameter {MIDDLE}, or .* was made in inference mode"):
+        opt.step()
+    assert all(map(torch.equal, params, before))

@@ -100,9 +100,9 @@ def addresses_of(tensors: list[Tensor | None]) -> array[int]:
 
 def guards_of(tensors: list[Tensor]) -> Any:
     """What checks whether such tensors are of the same kind, dtype, device, sizes and strides; None of no tensors,
-    and where torch has no such check.
+    of one twice, which it refuses, and where torch has no such check.
     """
-    if TensorGuards is None or not tensors:
+    if TensorGuards is None or not tensors or len(set(map(id, tensors))) < len(tensors):
         return None
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)

@@ -94,7 +94,7 @@ def only_eager(request: Request) -> str | None:
     if request.layout == "wrapper":
         return "a parameter, gradient or state is of a class whose elements only its own operations reach"
     if request.layout == "overlapping":
-        return "parameters overlap in memory, so they are updated one after another"
+        return "parameters or states overlap in memory, so they are updated one after another"
     if request.layout == "strided":
         return "the parameter is a view with gaps"
     return None

@@ -154,7 +154,12 @@ def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, 
 
 
 def check_memory(optimizer: RuleOptimizer, index: int, what: str, tensor: Tensor) -> None:
-    """Raise RuntimeError where an ordinary (local) tensor has no memory."""
+    """Raise RuntimeError where an ordinary (local) tensor has no memory, or none that may be written now."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: parameter {index}, or {what}, was made in inference mode, outside of which "
+            "it can't be written. Make it anew (tensor.clone()), or step in inference mode."
+        )
     if tensor.layout == torch.strided and not is_wrapper(tensor) and lacks_memory(tensor):
         raise RuntimeError(
             f"{type(optimizer).__name__}: the memory of parameter {index}, or of {what}, was freed: its storage has "
@@ -269,7 +274,17 @@ def entries_of(
             )
         wrapped = any(is_wrapper(t) for t in (*parts, g) if t is not None)
         entries.append(Entry(index, group, p, dtype, tuple(wanted), aligned, parts, index in overlaps, sparse, wrapped))
-    return entries
+    shared = sharing_states(entries)
+    return [e._replace(overlaps=True) if e.place in shared else e for e in entries] if shared else entries
+
+
+def sharing_states(entries: list[Entry]) -> set[int]:
+    """The places of parameters whose states begin where another's do: they are updated one after the other."""
+    of: dict[int, set[int]] = {}
+    for entry in entries:
+        for t in entry.parts[1:]:
+            of.setdefault(t.data_ptr(), set()).add(entry.place)
+    return set().union(*(places for at, places in of.items() if at and len(places) > 1))
 
 
 # One for each parameter, by its place.
