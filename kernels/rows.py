@@ -24,6 +24,8 @@ _SQRT, _EXP, _LOG, _ABS, _FLOOR, _FLOAT32 = map(tl.constexpr, range(14, 20))
 NOWHERE, KEPT32, KEPT64, LOW, HIGH, STEP = -1, -2, -3, -4, -5, -6
 _KEPT32, _KEPT64, _LOW, _HIGH, _STEP = map(tl.constexpr, (KEPT32, KEPT64, LOW, HIGH, STEP))
 
+COPIES = tl.constexpr(256)  # that are written at a time
+
 
 @triton.jit
 def power(x, y):
@@ -57,7 +59,6 @@ def form_rows(
     SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
-    COPIES: tl.constexpr = 256,
 ):
     """Form one row, and bring the numbers that are kept to where they are after the step.
 
@@ -76,7 +77,7 @@ def form_rows(
         SIGNAL: "none" where there is none, "read" where there is, "form" where it is to be written here.
         RANDOM: whether to form keys.
         KIND, SCALED, FOUND, SKIP, BLOCK: as of `step_signal`. Not looked at unless SIGNAL is "form".
-        KEPT: values that are kept. COPIES: how many copies are written at a time.
+        KEPT: values that are kept.
     """
     row = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
@@ -132,15 +133,15 @@ def form_rows(
             this = slot == tl.load(code + 5 * SLOTS + k)
             number = tl.sum(tl.where(this, value, 0.0), axis=0)
             place = tl.sum(tl.where(this, kept, 0), axis=0)
-            wide = tl.sum(tl.where(this & (goes == _KEPT64), 1, 0), axis=0)
-            of_64 = tl.where(wide == 1, tl.where(place == 0, 0, copies), 0)
-            of_32 = tl.where(wide == 1, 0, tl.where(place == 0, 0, copies))
+            is_64 = tl.sum(tl.where(this & (goes == _KEPT64), 1, 0), axis=0)
+            copies_64 = tl.where(is_64 == 1, tl.where(place == 0, 0, copies), 0)
+            copies_32 = tl.where(is_64 == 1, 0, tl.where(place == 0, 0, copies))
             for begin in range(0, copies, COPIES):
                 copy = begin + tl.arange(0, COPIES)
-                narrow = place.to(tl.pointer_type(tl.float32)) + copy
-                tl.store(narrow, tl.full((COPIES,), 0.0, tl.float32) + number.to(tl.float32), mask=copy < of_32)
-                full = place.to(tl.pointer_type(tl.float64)) + copy
-                tl.store(full, tl.full((COPIES,), 0.0, tl.float64) + number, mask=copy < of_64)
+                to_32 = place.to(tl.pointer_type(tl.float32)) + copy
+                tl.store(to_32, tl.full((COPIES,), 0.0, tl.float32) + number.to(tl.float32), mask=copy < copies_32)
+                to_64 = place.to(tl.pointer_type(tl.float64)) + copy
+                tl.store(to_64, tl.full((COPIES,), 0.0, tl.float64) + number, mask=copy < copies_64)
     if RANDOM:
         low = tl.sum(tl.where(goes == _LOW, value, 0.0), axis=0).to(tl.int32)
         high = tl.sum(tl.where(goes == _HIGH, value, 0.0), axis=0).to(tl.int32)
