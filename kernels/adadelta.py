@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from .decay import decayed
 from .language import jit, sqrt
 
 
@@ -15,8 +16,8 @@ class AdadeltaScalars(NamedTuple):
 
 @jit
 def adadelta(p, g, square_avg, acc_delta, h):
-    g = g + h.l2 * p
-    square_avg = h.rho * square_avg + h.one_minus_rho * (g * g)
+    g = decayed(g, p, h.l2)
+    square_avg = h.rho * square_avg + h.one_minus_rho * g * g
     delta = sqrt(acc_delta + h.eps) / sqrt(square_avg + h.eps) * g
-    acc_delta = h.rho * acc_delta + h.one_minus_rho * (delta * delta)
+    acc_delta = h.rho * acc_delta + h.one_minus_rho * delta * delta
     return p - h.lr * delta, square_avg, acc_delta

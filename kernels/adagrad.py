@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from .decay import decayed
 from .language import jit, sqrt
 
 
@@ -13,6 +14,6 @@ class AdagradScalars(NamedTuple):
 
 @jit
 def adagrad(p, g, sum, h):
-    g = g + h.l2 * p
+    g = decayed(g, p, h.l2)
     sum = sum + g * g
     return p - h.lr * g / (sqrt(sum) + h.eps), sum

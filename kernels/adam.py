@@ -4,6 +4,7 @@ https://arxiv.org/abs/1904.09237. Decoupled decay: Loshchilov & Hutter 2019, htt
 
 from typing import NamedTuple
 
+from .decay import decayed
 from .language import jit, maximum, sqrt
 
 
@@ -21,7 +22,7 @@ class AdamScalars(NamedTuple):
 @jit
 def moments(g, exp_avg, exp_avg_sq, h):
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * g
-    exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * (g * g)
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * g * g
     return exp_avg, exp_avg_sq
 
 
@@ -32,13 +33,13 @@ def descend(p, exp_avg, second_moment, h):
 
 @jit
 def adam(p, g, exp_avg, exp_avg_sq, h):
-    exp_avg, exp_avg_sq = moments(g + h.decay * p, exp_avg, exp_avg_sq, h)
+    exp_avg, exp_avg_sq = moments(decayed(g, p, h.decay), exp_avg, exp_avg_sq, h)
     return descend(p, exp_avg, exp_avg_sq, h), exp_avg, exp_avg_sq
 
 
 @jit
 def adam_amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, h):
-    exp_avg, exp_avg_sq = moments(g + h.decay * p, exp_avg, exp_avg_sq, h)
+    exp_avg, exp_avg_sq = moments(decayed(g, p, h.decay), exp_avg, exp_avg_sq, h)
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     return descend(p, exp_avg, max_exp_avg_sq, h), exp_avg, exp_avg_sq, max_exp_avg_sq
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from .decay import decayed
 from .language import abs, jit, maximum
 
 
@@ -16,7 +17,7 @@ class AdamaxScalars(NamedTuple):
 
 @jit
 def adamax(p, g, exp_avg, exp_inf, h):
-    g = g + h.l2 * p
+    g = decayed(g, p, h.l2)
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * g
     exp_inf = maximum(h.beta2 * exp_inf, abs(g) + h.eps)
     return p - h.step_size * (exp_avg / exp_inf), exp_avg, exp_inf

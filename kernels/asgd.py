@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from .language import jit
+from .decay import decayed
+from .language import jit, where
 
 
 class ASGDScalars(NamedTuple):
@@ -15,6 +16,6 @@ class ASGDScalars(NamedTuple):
 
 @jit
 def asgd(p, g, ax, h):
-    p, g = p * h.keep, g + h.l2 * p
+    p, g = p * h.keep, decayed(g, p, h.l2)
     p = p - h.eta * g
-    return p, h.one_minus_mu * ax + h.mu * p
+    return p, where(h.one_minus_mu == 0, p, h.one_minus_mu * ax + h.mu * p)

@@ -59,6 +59,13 @@ def _interleave(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack((x, y), -1).flatten(-2)
 
 
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    """torch.where, also of a condition on numbers alone, which is a Python one where a rule runs eagerly."""
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
+
+
 if triton is not None:
 
     def jit(fn: Callable[..., Any]) -> Any:
@@ -144,7 +151,7 @@ else:
         return fn
 
     abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
-    maximum, minimum, where = torch.maximum, torch.minimum, torch.where
+    maximum, minimum, where = torch.maximum, torch.minimum, _where
     bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
     absmax, evens, odds, interleave = _absmax, _evens, _odds, _interleave
 
@@ -186,7 +193,7 @@ PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "sqrt": (sqrt, torch.sqrt, Cpp("__builtin_sqrt{f}({0})")),
     "to_float": (to_float, _to_float, Cpp("(float){0}", 1, "", "float")),
     "to_int": (to_int, _to_int, Cpp("(int32_t){0}", 1, "", "int32_t")),
-    "where": (where, torch.where, Cpp("{0} ? {1} : {2}", 3)),
+    "where": (where, _where, Cpp("{0} ? {1} : {2}", 3)),
 }
 
 _torch_column = types.SimpleNamespace(**{name: function for name, (_, function, _) in PRIMITIVES.items()})

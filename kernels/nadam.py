@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from .adam import moments
+from .decay import decayed
 from .language import jit, sqrt
 
 
@@ -21,7 +22,7 @@ class NAdamScalars(NamedTuple):
 
 @jit
 def nadam(p, g, exp_avg, exp_avg_sq, h):
-    g = g + h.l2 * p
+    g = decayed(g, p, h.l2)
     exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
     update = (h.gradient_step * g + h.momentum_step * exp_avg) / (sqrt(exp_avg_sq) * h.correction + h.eps)
     return p * h.keep - update, exp_avg, exp_avg_sq

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from .adam import moments
-from .language import jit, sqrt
+from .decay import decayed
+from .language import jit, sqrt, where
 
 
 class RAdamScalars(NamedTuple):
@@ -20,7 +21,7 @@ class RAdamScalars(NamedTuple):
 
 @jit
 def radam(p, g, exp_avg, exp_avg_sq, h):
-    g = g + h.l2 * p
+    g = decayed(g, p, h.l2)
     exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
-    step = h.plain_step + h.adaptive_step / (sqrt(exp_avg_sq) + h.eps)
+    step = where(h.adaptive_step == 0, h.plain_step, h.adaptive_step / (sqrt(exp_avg_sq) + h.eps))
     return p * h.keep - step * exp_avg, exp_avg, exp_avg_sq

@@ -4,6 +4,7 @@ https://proceedings.mlr.press/v28/sutskever13.html.
 
 from typing import NamedTuple
 
+from .decay import decayed
 from .language import jit
 
 
@@ -17,18 +18,18 @@ class SGDScalars(NamedTuple):
 
 @jit
 def sgd(p, g, h):
-    return (p - h.lr * (g + h.l2 * p),)
+    return (p - h.lr * decayed(g, p, h.l2),)
 
 
 @jit
 def sgd_momentum(p, g, momentum_buffer, h):
-    g = g + h.l2 * p
+    g = decayed(g, p, h.l2)
     momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * g
     return p - h.lr * momentum_buffer, momentum_buffer
 
 
 @jit
 def sgd_nesterov(p, g, momentum_buffer, h):
-    g = g + h.l2 * p
+    g = decayed(g, p, h.l2)
     momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * g
     return p - h.lr * (g + h.nesterov * momentum_buffer), momentum_buffer

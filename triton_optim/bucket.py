@@ -356,8 +356,6 @@ class Bucket(ABC):
         group = plain_group(self.optimizer.param_groups[cohort.group])
         count = cohort.numbers(on_device=self.key.capturable)[COUNT]
         share = weight(group, count)
-        if skip is not None:
-            share = share * (1 - skip)
         for m in cohort.members:
             codec = self.key.codecs[-1]
             average = [local(m.state[AVERAGE])]
@@ -365,6 +363,7 @@ class Bucket(ABC):
             value = value_of(m.state, m.p).to(self.key.compute)
             bits = self._bits_of_average(m, group, count, average[0]) if codec.random else None
             new = average_of(before, value, torch.as_tensor(share, dtype=torch.float64))
+            new = new if skip is None else torch.where(skip != 0, before, new)
             write(codec, average, new, len(self.key.codecs), bits)
         cohort.count_average(skip)
 

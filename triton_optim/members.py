@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .averaging import count_so_far
-from .codecs import AVERAGE, CORRECTIONS, COUNT, keep_parameter, keep_state
+from .codecs import AVERAGE, COUNT, keep_parameter, keep_state
 from .rows import counted_dtype, requires_grad
 from .state import State
 
@@ -25,17 +25,18 @@ _CODES = {torch.float32: "f", torch.float64: "d"}
 class Member:
     """A parameter in a plan."""
 
-    __slots__ = ("group", "index", "numbers", "p", "state")
+    __slots__ = ("begins", "group", "index", "numbers", "p", "state")
 
     def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
         self.state: dict[str, Any] = optimizer.state.get(p, State())
         own_group = optimizer.param_groups[group]
-        if "step" in self.state:
-            count = int(self.state["step"])
-        else:
-            known = any(value is not None for name, value in self.state.items() if name not in CORRECTIONS)
-            count = int(known and not optimizer.counts_steps)
+        # Of a rule that does not count its steps all that matters is whether it has made one: its states say so, not
+        # the count, nor what else the options of the group keep.
+        names = optimizer.variant(own_group).state_names
+        begun = any(self.state.get(name) is not None for name in names)
+        self.begins = bool(names) and not begun and not optimizer.counts_steps
+        count = 0 if self.begins else int(self.state.get("step", begun and not optimizer.counts_steps))
         started = optimizer.started(own_group)
         if COUNT in started and self.state.get(AVERAGE) is None:
             started[COUNT] = count_so_far(optimizer)
@@ -66,7 +67,7 @@ class Member:
             if name == "step" and not optimizer.step_is_tensor:
                 self.state[name] = self.numbers[name]
                 continue
-            held = self.state.get(name, self.numbers[name])
+            held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
             if isinstance(held, Tensor):
                 self.state[name] = held.to(device, counted_dtype()).reshape(())
             else:

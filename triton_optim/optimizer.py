@@ -262,7 +262,7 @@ class RuleOptimizer(Optimizer):
                 It is recorded anew only where a hyperparameter that is no number, or a number among the optimizer's own
                 attributes, has changed: nothing else that it reads may change.
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
-                False it is 1 for a parameter without state and 2 ever after.
+                False it is 1 for a parameter without the rule's states and more ever after, whatever else is kept.
 
         An optimizer that carries numbers is given them too, by name: what :meth:`start_carried` or the last
         :meth:`carry` returned.
