@@ -67,13 +67,6 @@ class Adadelta(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("rho value", rho, 0.0)
-        if rho > 1:
-            raise ValueError(f"Invalid rho value: {rho}. It must be at least 0 and at most 1.")
-        check_range("epsilon value", eps, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-
         defaults = {
             "lr": lr,
             "rho": rho,
@@ -88,6 +81,14 @@ class Adadelta(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("rho value", group["rho"], 0.0)
+        if not group["rho"] <= 1:
+            raise ValueError(f"Invalid rho value: {group['rho']}. It must be at least 0 and at most 1.")
+        check_range("epsilon value", group["eps"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdadeltaScalars:
         rho = group["rho"]

@@ -85,16 +85,6 @@ class Adafactor(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-        for fits, rule, value, usual in (
-            (beta2_decay <= 0, "beta2_decay should be <= 0", beta2_decay, -0.8),
-            (eps[0] is None or eps[0] >= 0, "epsilon1 should be >= 0", eps[0], None),
-            (eps[1] >= 0, "epsilon2 should be >= 0", eps[1], 1e-3),
-            (d >= 1, "Clipping threshold d should be >= 1", d, 1.0),
-        ):
-            if not fits:
-                raise ValueError(f"{rule} but is: {value}. The default is {usual}.")
         defaults = {
             "lr": lr,
             "beta2_decay": beta2_decay,
@@ -110,6 +100,19 @@ class Adafactor(RuleOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        beta2_decay, eps, d = group["beta2_decay"], group["eps"], group["d"]
+        for fits, rule, value, usual in (
+            (beta2_decay <= 0, "beta2_decay should be <= 0", beta2_decay, -0.8),
+            (eps[0] is None or eps[0] >= 0, "epsilon1 should be >= 0", eps[0], None),
+            (eps[1] >= 0, "epsilon2 should be >= 0", eps[1], 1e-3),
+            (d >= 1, "Clipping threshold d should be >= 1", d, 1.0),
+        ):
+            if not fits:
+                raise ValueError(f"{rule} but is: {value}. The default is {usual}.")
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdafactorScalars:
         lr, bound = group["lr"], step**-0.5

@@ -68,12 +68,6 @@ class Adagrad(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("lr_decay value", lr_decay, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-        check_range("initial_accumulator_value value", initial_accumulator_value, 0.0)
-        check_range("epsilon value", eps, 0.0)
-
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,
@@ -89,6 +83,13 @@ class Adagrad(RuleOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("lr_decay value", group["lr_decay"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_range("initial_accumulator_value value", group["initial_accumulator_value"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

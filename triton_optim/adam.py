@@ -84,13 +84,6 @@ class Adam(RuleOptimizer):
                     f"{name} as a Tensor is not supported for capturable=False and foreach=True, as in torch; got "
                     f"{value}. Leave foreach out: every backend takes a tensor."
                 )
-        check_range("learning rate", lr, 0.0)
-        check_range("epsilon value", eps, 0.0)
-        check_range("beta parameter at index 0", betas[0], 0.0, 1.0)
-        check_range("beta parameter at index 1", betas[1], 0.0, 1.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError(f"betas must be either both floats or both Tensors, got {betas}. Convert one of them.")
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -107,6 +100,17 @@ class Adam(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
+        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
+        check_range("beta parameter at index 1", group["betas"][1], 0.0, 1.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        if isinstance(group["betas"][0], Tensor) != isinstance(group["betas"][1], Tensor):
+            raise ValueError(
+                f"betas must be either both floats or both Tensors, got {group['betas']}. Convert one of them."
+            )
 
     def variant(self, group: dict[str, Any]) -> Variant:
         return self.variants[2 * bool(group["decoupled_weight_decay"]) + bool(group["amsgrad"])]

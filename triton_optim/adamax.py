@@ -66,12 +66,6 @@ class Adamax(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("epsilon value", eps, 0.0)
-        check_range("beta parameter at index 0", betas[0], 0.0, 1.0)
-        check_range("beta parameter at index 1", betas[1], 0.0, 1.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -86,6 +80,13 @@ class Adamax(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
+        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
+        check_range("beta parameter at index 1", group["betas"][1], 0.0, 1.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdamaxScalars:
         beta1, beta2 = group["betas"]

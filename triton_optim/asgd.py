@@ -69,9 +69,6 @@ class ASGD(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-
         defaults = {
             "lr": lr,
             "lambd": lambd,
@@ -87,6 +84,10 @@ class ASGD(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
         lr = group["lr"]

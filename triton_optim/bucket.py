@@ -317,7 +317,7 @@ class Bucket(ABC):
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = []
         for cohort, row in zip(self.cohorts, rows, strict=True):
-            seed: Any = groups[cohort.group].get("seed", 0)
+            seed: Any = int(groups[cohort.group].get("seed", 0))
             if self._on_device is not None:
                 seed = self._on_device.group(cohort.group).get("seed", seed)
             own.append(row_key(seed, 0 if row is None else row.step, device))

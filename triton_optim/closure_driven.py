@@ -28,8 +28,12 @@ class ClosureOptimizer(Optimizer):
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        check_range("learning rate", defaults["lr"], 0.0)
+        self.check_hyperparameters(defaults)
         super().__init__(params, defaults)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter is out of range: in the constructor, and before every step."""
+        check_range("learning rate", group["lr"], 0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # first, for what torch has against the parameters

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
+from numbers import Integral, Real
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
-PLAIN = frozenset({float, int, bool, str, type(None)})
+PLAIN = frozenset({float, int, bool, str, type(None), torch.dtype})
 NOT_NUMBERS = ("params", "param_names")
 _numbers = count(1)
 
 
 def plain_number(value: Any, keep: bool = False) -> Any:
-    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats.
+    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats, and so do NumPy's numbers.
 
     A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
     """
+    if type(value) in PLAIN:
+        return value
     if isinstance(value, Tensor) and value.numel() == 1:
         if keep:
             return value.reshape(())
         return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
     if isinstance(value, (tuple, list)):
         return type(value)(plain_number(v, keep) for v in value)
-    return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if hasattr(value, "__float__") else value
 
 
 def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
@@ -34,6 +41,25 @@ def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
         for name, value in group.items()
         if name not in NOT_NUMBERS
     }
+
+
+class Unread:
+    """A number in the memory of a device, which no check waits for: it is in every range."""
+
+    def _is(self, _: object) -> bool:
+        return True
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+def unread(value: Any) -> Any:
+    """A hyperparameter, or a group, with :class:`Unread` in the place of 1-element tensors on a device."""
+    if isinstance(value, Tensor):
+        return value if value.device.type == "cpu" or value.numel() != 1 else Unread()
+    if isinstance(value, dict):
+        return {name: v if type(v) in PLAIN or name in NOT_NUMBERS else unread(v) for name, v in value.items()}
+    return type(value)(map(unread, value)) if isinstance(value, (tuple, list)) else value
 
 
 class GroupValues:
@@ -55,18 +81,26 @@ class GroupValues:
         self._kinds: list[Any] = []
         self.plain: dict[str, Any] = {}
 
-    def read(self, group: dict[str, Any]) -> None:
-        """Take note of them as they are now."""
+    def read(self, group: dict[str, Any], check: Callable[[dict[str, Any], bool], None] | None = None) -> None:
+        """Take note of them as they are now.
+
+        Args:
+            group: whose they are.
+            check: called with the group if they are others, and with whether more than the values of numbers is. Where
+                it raises nothing is noted, and it is called again in the next step.
+        """
         if not (
             self.fixed
             and len(group) == len(self._values)
             and all(map(is_, group.values(), self._values))
             and tuple(group) == self._names
         ):
+            kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
+            if check is not None:
+                check(group, kinds != self._kinds)
             self.changes = next(_numbers)
             self._names, self._values = tuple(group), tuple(group.values())
             self.plain = plain_group(group)
-            kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
             self.fixed = None not in kinds
             if not self.fixed or kinds != self._kinds:
                 self.rebuilt = next(_numbers)
@@ -81,6 +115,6 @@ def kind_of(value: Any) -> Any:
     if kind is tuple:
         kinds = [kind_of(x) for x in value]
         return None if None in kinds else kinds
-    if kind in (float, int):
+    if kind in (float, int) or (kind not in PLAIN and isinstance(value, Real)):
         return kind
     return (kind, value) if kind in PLAIN else None

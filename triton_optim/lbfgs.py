@@ -110,6 +110,7 @@ class LBFGS(ClosureOptimizer):
             What the closure returned first, before any update.
         """
         group = self.param_groups[0]
+        self.check_hyperparameters(group)
         line_search = group["line_search_fn"]
         if line_search not in (None, "strong_wolfe"):
             raise RuntimeError(

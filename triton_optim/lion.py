@@ -62,10 +62,6 @@ class Lion(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("beta parameter at index 0", betas[0], 0.0, 1.0)
-        check_range("beta parameter at index 1", betas[1], 0.0, 1.0)
-        check_range("weight_decay value", weight_decay, 0.0)
         super().__init__(
             params,
             {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay},
@@ -77,6 +73,12 @@ class Lion(RuleOptimizer):
             backend=backend,
             **precision,
         )
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
+        check_range("beta parameter at index 1", group["betas"][1], 0.0, 1.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> LionScalars:
         lr, (beta1, beta2) = group["lr"], group["betas"]

@@ -100,17 +100,6 @@ class Muon(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-        check_range("momentum value", momentum, 0.0)
-        check_range("ns_steps", ns_steps, 0, 100)
-        if len(ns_coefficients) != 3:
-            raise ValueError(f"Invalid ns_coefficients: {ns_coefficients}. Give three numbers, (a, b, c).")
-        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-            raise ValueError(
-                f'Adjust learning rate function {adjust_lr_fn} is not supported. Use "original", "match_rms_adamw" '
-                "or None."
-            )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -129,6 +118,22 @@ class Muon(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        if not uses_muon(group):
+            AdamW.check_hyperparameters(self, group)  # type: ignore[arg-type]
+            return
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_range("momentum value", group["momentum"], 0.0)
+        check_range("ns_steps", group["ns_steps"], 0, 100)
+        if len(group["ns_coefficients"]) != 3:
+            raise ValueError(f"Invalid ns_coefficients: {group['ns_coefficients']}. Give three numbers, (a, b, c).")
+        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"Adjust learning rate function {group['adjust_lr_fn']} is not supported. "
+                'Use "original", "match_rms_adamw" or None.'
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; one with ``"use_muon": False`` is AdamW's."""

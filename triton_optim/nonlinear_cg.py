@@ -88,10 +88,6 @@ class NonlinearCG(ClosureOptimizer):
         beta: str = "polak-ribiere+",
         restart: int | None = None,
     ) -> None:
-        if beta not in self.betas:
-            raise ValueError(f"Invalid beta: {beta!r}. It must be one of {', '.join(self.betas)}.")
-        if restart is not None and restart < 1:
-            raise ValueError(f"Invalid restart: {restart}. It must be at least 1, or None for none by count.")
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -102,6 +98,14 @@ class NonlinearCG(ClosureOptimizer):
             "restart": restart,
         }
         super().__init__(params, defaults)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super().check_hyperparameters(group)
+        beta, restart = group["beta"], group["restart"]
+        if beta not in self.betas:
+            raise ValueError(f"Invalid beta: {beta!r}. It must be one of {', '.join(self.betas)}.")
+        if restart is not None and restart < 1:
+            raise ValueError(f"Invalid restart: {restart}. It must be at least 1, or None for none by count.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -114,6 +118,7 @@ class NonlinearCG(ClosureOptimizer):
             What the closure returned first, before any update.
         """
         group = self.param_groups[0]
+        self.check_hyperparameters(group)
         evaluate = self.checked(closure)
         first, loss = evaluate()
         g = self.gather_gradient()

@@ -39,9 +39,9 @@ class OnDevice:
         seen = [optimizer.max_grad_norm, *[values.changes for values in optimizer.group_values]]
         if seen == self._seen:
             return
-        own = list(map(numbers, self._optimizer.param_groups))
+        own = [numbers(values.plain) for values in optimizer.group_values]
         now = [x for group in own for _, x in group]
-        norm = self._optimizer.max_grad_norm
+        norm = optimizer.max_grad_norm
         now.append(float("inf") if norm is None else float(norm))
         if now == self._pushed:
             self._seen = seen
@@ -53,7 +53,7 @@ class OnDevice:
             )
         names = [[name for name, _ in group] for group in own]
         if names != self._names:
-            if self._optimizer._captured:
+            if optimizer._captured:
                 raise RuntimeError(
                     "the parameter groups have other hyperparameters than when a step was captured, which will read "
                     "the old ones. Capture it again, with a new optimizer or after a step of this one."
@@ -71,7 +71,7 @@ class OnDevice:
 
     def group(self, index: int) -> dict[str, Any]:
         """The numbers of a group as 0-dim float64 tensors; ``seed`` as its two halves, int32."""
-        group = self._optimizer.param_groups[index]
+        group = self._optimizer.group_values[index].plain
         found: dict[str, Any] = {}
         for place, name in enumerate(self._names[index], self._first[index]):
             value = self._memory[place]
@@ -85,7 +85,7 @@ class OnDevice:
 
     def names(self, index: int) -> dict[str, Any]:
         """Of a group's numbers, the names that :meth:`address` takes, and their dtype; of a tuple's a list."""
-        group = self._optimizer.param_groups[index]
+        group = self._optimizer.group_values[index].plain
         found: dict[str, Any] = {}
         for place, name in enumerate(self._names[index], self._first[index]):
             value = (("hyper", place), torch.float64)
@@ -101,13 +101,13 @@ class OnDevice:
 
 
 def numbers(group: dict[str, Any]) -> list[tuple[str, float]]:
-    """The hyperparameters of a group that are Python numbers, of tuples each; the seed as signed halves."""
+    """The hyperparameters of a plain group that are numbers, of tuples each; the seed as signed halves."""
     seed = int(group.get("seed", 0))
     found = [("seed", float(half(seed))), ("seed", float(half(seed >> 32)))]
     for name, value in group.items():
         if name == "seed":
             continue
-        if isinstance(value, (tuple, list)) and name not in ("params", "param_names"):
+        if isinstance(value, (tuple, list)):
             if all(type(x) in (int, float) for x in value):
                 found += [(name, float(x)) for x in value]
         elif type(value) in (int, float):

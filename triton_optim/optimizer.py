@@ -35,7 +35,7 @@ from .codecs import (
 from .dispatch import BACKENDS, choose, this_machine
 from .gradient_norm import Scaling, Signal
 from .gradient_release import GradientRelease, check_alone
-from .hyperparameters import GroupValues, plain_group
+from .hyperparameters import GroupValues, plain_group, unread
 from .layout import is_sharded, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
@@ -191,10 +191,8 @@ class RuleOptimizer(Optimizer):
         if amp not in (None, "fused"):
             raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
         options = OPTIONS | options
-        if options["fused"] and options["differentiable"]:
-            raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
-        if options["fused"] and options["foreach"]:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
+        self.check_hyperparameters(defaults)
+        check_options(options)
         self._release: GradientRelease | None = None
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
         self.failed: dict[Key, Key] = {}  # buckets whose backend failed, and what they became
@@ -225,7 +223,7 @@ class RuleOptimizer(Optimizer):
             raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
         if self._release is not None:
             check_alone(type(self).__name__, value, self.amp)
-        self._max_grad_norm = value
+        self._max_grad_norm = None if value is None else float(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -268,6 +266,11 @@ class RuleOptimizer(Optimizer):
         :meth:`carry` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method scalars(group, step)")
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter of `group` is out of range. It is asked in the constructor, and in a
+        step that finds one changed; then what a tensor on a device holds is not known, and in every range.
+        """
 
     def variant(self, group: dict[str, Any]) -> Variant:
         """The variant a group runs, one of ``variants``."""
@@ -409,6 +412,7 @@ class RuleOptimizer(Optimizer):
                 those that the parameters have.
         """
         self._check_not_swapped()
+        self.read_groups()
         self._opt_called = True
         plan = None if given is not None or self._repeats or self._capturing() else self._plan
         if plan is not None and plan.gather():
@@ -463,12 +467,26 @@ class RuleOptimizer(Optimizer):
                 )
 
     def read_groups(self) -> None:
-        """Take note of the hyperparameters as they are now, once a step: in ``group_values``."""
+        """Take note of the hyperparameters as they are now, once a step: in ``group_values``. What the constructor
+        would refuse raises, in every step that finds it.
+        """
         groups, values = self.param_groups, self.group_values
         if len(values) != len(groups):
             values = self.group_values = [GroupValues() for _ in groups]
         for own, group in zip(values, groups, strict=True):
-            own.read(group)
+            own.read(group, self._check_edited)
+
+    def _check_edited(self, group: dict[str, Any], more: bool) -> None:
+        """Raise where a group has come to hold what the constructor refuses.
+
+        Args:
+            more: whether more than the values of numbers changed.
+        """
+        if more:
+            self._check_group(group)
+        else:
+            self.check_hyperparameters(unread(group))
+            check_averaging(self, unread(group))
 
     def on_device(self, device: torch.device) -> OnDevice:
         """The hyperparameters in the memory of `device`, up to date."""
@@ -492,6 +510,7 @@ class RuleOptimizer(Optimizer):
             >>> len(optimizer.state)
             0
         """
+        self.read_groups()
         warm_up(self)
 
     def push_hyperparameters(self) -> None:
@@ -514,6 +533,7 @@ class RuleOptimizer(Optimizer):
     def update_one(self, place: int, g: Tensor | None) -> None:
         """Apply a step of the parameter number `place` alone, with this gradient."""
         self._check_not_swapped()
+        self.read_groups()
         p = self._flat[place]
         with torch.no_grad():
             gradients = {place: None if g is None else local_gradient(p, g)}
@@ -650,8 +670,11 @@ class RuleOptimizer(Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        numbers = unread(group)
+        self.check_hyperparameters(numbers)
+        check_options(group)
         check_precision(self, group)
-        check_averaging(self, group)
+        check_averaging(self, numbers)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
             choice = choose(request_for(self, group, p), this_machine())
@@ -738,8 +761,17 @@ class RuleOptimizer(Optimizer):
         fill_in(self, OPTIONS)
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Raise RuntimeError where options of a group exclude each other."""
+    if options.get("fused") and options.get("differentiable"):
+        raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
+    if options.get("fused") and options.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
+
+
 def filled_like(p: Tensor, value: float) -> Tensor:
     """A tensor like the parameter, full of `value`; of a complex parameter both parts are."""
+    value = float(value)
     fill = complex(value, value) if p.is_complex() else value
     return torch.full_like(p, fill, memory_format=torch.preserve_format)
 

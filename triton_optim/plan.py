@@ -376,7 +376,6 @@ class Plan:
 
     def _options_hold(self) -> bool:
         optimizer, seen = self.optimizer, self._seen
-        optimizer.read_groups()
         now: list[Any] = [optimizer.amp, optimizer.scales_gradients]
         for values, group in zip(optimizer.group_values, optimizer.param_groups, strict=True):
             now += [values.changes, optimizer.variant(group)]

@@ -80,12 +80,6 @@ class RMSprop(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("epsilon value", eps, 0.0)
-        check_range("momentum value", momentum, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-        check_range("alpha value", alpha, 0.0)
-
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -102,6 +96,13 @@ class RMSprop(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
+        check_range("momentum value", group["momentum"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_range("alpha value", group["alpha"], 0.0)
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         super().check_parameter(index, p, group)

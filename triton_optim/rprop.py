@@ -65,10 +65,6 @@ class Rprop(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        if not 0.0 < etas[0] < 1.0 < etas[1]:
-            raise ValueError(f"Invalid eta values: {etas[0]}, {etas[1]}. They must be 0 < etas[0] < 1 < etas[1].")
-
         defaults = {
             "lr": lr,
             "etas": etas,
@@ -82,6 +78,12 @@ class Rprop(RuleOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        shrink, grow = group["etas"]
+        if not 0.0 < shrink < 1.0 < grow:
+            raise ValueError(f"Invalid eta values: {shrink}, {grow}. They must be 0 < etas[0] < 1 < etas[1].")
 
     def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         if name == "prev":

@@ -72,14 +72,6 @@ class SGD(RuleOptimizer):
         backend: str = "auto",
         **precision: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("momentum value", momentum, 0.0)
-        check_range("weight_decay value", weight_decay, 0.0)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                "Nesterov momentum requires a momentum and zero dampening; "
-                f"got momentum={momentum}, dampening={dampening}. Set momentum=0.9, dampening=0, or nesterov=False."
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -95,6 +87,17 @@ class SGD(RuleOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults, backend=backend, **options, **precision)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("momentum value", group["momentum"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        momentum, dampening = group["momentum"], group["dampening"]
+        if group["nesterov"] and not (momentum > 0 and dampening == 0):
+            raise ValueError(
+                "Nesterov momentum requires a momentum and zero dampening; "
+                f"got momentum={momentum}, dampening={dampening}. Set momentum=0.9, dampening=0, or nesterov=False."
+            )
 
     def variant(self, group: dict[str, Any]) -> Variant:
         if group["momentum"] == 0:

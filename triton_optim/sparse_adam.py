@@ -66,14 +66,17 @@ class SparseAdam(RuleOptimizer):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        check_range("learning rate", lr, 0.0)
-        check_range("epsilon value", eps, 0.0)
-        for name, value in (("learning rate", lr), ("epsilon value", eps)):
-            if value == 0:
-                raise ValueError(f"Invalid {name}: {value}. It must be greater than 0.")
-        check_range("beta parameter at index 0", betas[0], 0.0, 1.0)
-        check_range("beta parameter at index 1", betas[1], 0.0, 1.0)
+        if lr == 0:  # later a schedule may pass through it
+            raise ValueError(f"Invalid learning rate: {lr}. It must be greater than 0.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, backend=backend, maximize=maximize, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
+        if not group["eps"] > 0:
+            raise ValueError(f"Invalid epsilon value: {group['eps']}. It must be greater than 0.")
+        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
+        check_range("beta parameter at index 1", group["betas"][1], 0.0, 1.0)
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         for found, rule in (
