@@ -190,7 +190,7 @@ def uses_muon(group: dict[str, Any]) -> bool:
 
 def muon_param_groups(
     model: torch.nn.Module,
-    heads: Collection[str] = ("lm_head", "head", "classifier"),
+    heads: str | Collection[str] = ("lm_head", "head", "classifier"),
     adamw: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """A model's parameters as two groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
@@ -200,7 +200,7 @@ def muon_param_groups(
     Args:
         model: whose parameters that require gradients are sorted.
         heads: names of the modules whose weights make the output, such as ``"lm_head"`` or ``"decoder.out"``: a module
-            is meant where its full name or the last part of it is among them.
+            is meant where its full name or the last part of it is among them. A string is one name.
         adamw: options of the second group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
 
     Returns:
@@ -212,12 +212,12 @@ def muon_param_groups(
         >>> [len(group["params"]) for group in triton_optim.muon_param_groups(model, heads=["2"])]
         [1, 3]
     """
+    names = {heads} if isinstance(heads, str) else set(heads)
     # By identity: a head that is tied to the embedding is one parameter.
     left_out: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or {name, name.rpartition(".")[2]} & {
-            *heads
-        }:
+        embeds = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+        if embeds or {name, name.rpartition(".")[2]} & names:
             left_out.update(id(p) for p in module.parameters())
     params = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in params if p.dim() == 2 and id(p) not in left_out]
