@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .adam import AdamW
 from .kernels.adam import adamw
@@ -142,6 +143,11 @@ class Muon(RuleOptimizer):
         super().add_param_group(param_group)
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        if uses_muon(group) and is_lazy(p):
+            raise ValueError(
+                f"Muon only supports 2D parameters; parameter {index} is uninitialized and has no shape yet. Run the "
+                "model once on an example before you make the optimizer."
+            )
         if uses_muon(group) and p.dim() != 2:
             raise ValueError(
                 f"Muon only supports 2D parameters; parameter {index} has shape {tuple(p.shape)}. Give it to AdamW, in "

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -327,6 +328,8 @@ class RuleOptimizer(Optimizer):
         """Give the parameters of a group their states before their first step."""
         counted = {"step": 0} if "step" in self.counted_names(group) else {}
         for p in group["params"]:
+            if is_lazy(p):  # the first step makes them
+                continue
             started = counted | self.started(group)
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
             for name, value in started.items():
@@ -679,6 +682,8 @@ class RuleOptimizer(Optimizer):
         check_averaging(self, numbers)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
+            if is_lazy(p):
+                continue
             choice = choose(request_for(self, group, p), this_machine())
             if choice.backend == "triton" and not this_machine().interpreter:
                 compile_ahead.begin()
