@@ -96,3 +96,226 @@ def test_a_step_takes_what_was_loaded(backend: str, capturable: bool, device: to
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert p.tolist() == [-1.5] * 4
+
+
+# What a user may put into a group between two steps, as the constructor would not take it.
+WRONG: list[tuple[str, str, Any]] = [
+    ("AdamW", "lr", -0.1),
+    ("AdamW", "lr", float("nan")),
+    ("AdamW", "lr", torch.tensor(-0.1)),
+    ("AdamW", "lr", torch.ones(2)),
+    ("AdamW", "betas", (0.9, 1.5)),
+    ("AdamW", "betas", (0.9, 1.0)),
+    ("AdamW", "betas", [-0.1, 0.9]),
+    ("AdamW", "eps", -1e-8),
+    ("AdamW", "weight_decay", -1.0),
+    ("AdamW", "ema_decay", 1.5),
+    ("AdamW", "ema_decay", -1),
+    ("AdamW", "state_dtype", "int16"),
+    ("AdamW", "param_precision", "bogus"),
+    ("AdamW", "param_precision", "master"),  # of float32 parameters
+    ("Adam", "betas", (torch.tensor(0.9), 0.99)),
+    ("SGD", "momentum", -0.5),
+    ("SGD", "nesterov", True),
+    ("Lion", "betas", (1.0, 0.99)),
+    ("Adadelta", "rho", 1.5),
+    ("Adagrad", "lr_decay", -1.0),
+    ("Adamax", "betas", (0.9, 1.0)),
+    ("ASGD", "weight_decay", -1.0),
+    ("NAdam", "momentum_decay", -1.0),
+    ("RAdam", "eps", -1.0),
+    ("RMSprop", "alpha", -1.0),
+    ("Rprop", "etas", (1.5, 1.2)),
+    ("Adafactor", "d", 0.5),
+    ("Adafactor", "beta2_decay", 0.8),
+    ("Adafactor", "eps", (None, -1.0)),
+    ("Muon", "ns_steps", 100),
+    ("Muon", "ns_coefficients", (1.0, 2.0)),
+    ("Muon", "adjust_lr_fn", "bogus"),
+    ("LBFGS", "lr", -1.0),
+    ("NonlinearCG", "lr", -1.0),
+    ("NonlinearCG", "beta", "bogus"),
+    ("NonlinearCG", "restart", 0),
+    ("SparseAdam", "eps", 0.0),
+    ("SparseAdam", "betas", (0.9, 1.0)),
+]
+
+
+def stepping(name: str, device: torch.device, **options: Any) -> tuple[Parameter, Any, Callable[[], Any]]:
+    """A parameter, its optimizer, and a step."""
+    if name not in ("LBFGS", "NonlinearCG"):
+        options["backend"] = "eager"
+    p = Parameter(torch.ones(3, 2, device=device))
+    optimizer = getattr(triton_optim, name)([p], **options)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        if name == "SparseAdam":
+            p.grad = p.grad.to_sparse()
+        return loss
+
+    return p, optimizer, lambda: optimizer.step(closure)
+
+
+@pytest.mark.parametrize(("name", "option", "value"), WRONG, ids=lambda x: str(x).replace("\n", ""))
+def test_a_step_refuses_what_the_constructor_refuses(name: str, option: str, value: Any, device: torch.device) -> None:
+    with pytest.raises((ValueError, RuntimeError)) as told:
+        stepping(name, device, **{option: value})
+    p, optimizer, step = stepping(name, device)
+    step()
+    before = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    group = optimizer.param_groups[0]
+    usual = group.get(option)
+    group[option] = value
+    for _ in range(2):  # and goes on refusing it
+        with pytest.raises(told.type, match=re.escape(str(told.value))):
+            step()
+    assert torch.equal(p, before[0])
+    torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+    if usual is None:
+        del group[option]
+    else:
+        group[option] = usual
+    step()
+    assert not torch.equal(p, before[0])
+
+
+def test_a_first_step_refuses_before_it_makes_states(backend: str, device: torch.device) -> None:
+    p = Parameter(torch.ones(2, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = triton_optim.AdamW([p], backend=backend)
+    optimizer.param_groups[0]["betas"] = (0.9, 1.0)
+    for act in (optimizer.step, optimizer.warmup):
+        with pytest.raises(ValueError, match=r"Invalid beta parameter at index 1: 1\.0"):
+            act()
+    assert not optimizer.state
+    assert p.tolist() == [1.0, 1.0]
+
+
+def test_groups_are_checked_as_the_defaults_are(device: torch.device) -> None:
+    p, q = (Parameter(torch.ones(2, 2, device=device)) for _ in range(2))
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        triton_optim.AdamW([{"params": [p], "lr": -1.0}])
+    with pytest.raises(ValueError, match="Invalid beta parameter at index 1"):  # of a group that is AdamW's
+        triton_optim.Muon([{"params": [p]}, {"params": [q], "use_muon": False, "betas": (0.9, 1.5)}])
+    with pytest.raises(RuntimeError, match="`fused` and `foreach`"):
+        triton_optim.AdamW([{"params": [p], "fused": True, "foreach": True}])
+
+
+def test_a_schedule_passes_through_a_rate_of_0(device: torch.device) -> None:
+    """SparseAdam refuses it in the constructor, as torch's; a warm-up starts there."""
+    p, optimizer, step = stepping("SparseAdam", device)
+    optimizer.param_groups[0]["lr"] = 0.0
+    step()
+    assert p.tolist() == [[1.0, 1.0]] * 3
+
+
+def test_what_stays_is_checked_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, optimizer, step = stepping("AdamW", device, state_dtype=torch.bfloat16)
+    checks: list[Any] = []
+    check = triton_optim.AdamW.check_hyperparameters
+    monkeypatch.setattr(triton_optim.AdamW, "check_hyperparameters", lambda *a: checks.append(a) or check(*a))
+    for _ in range(4):
+        step()
+    assert len(checks) == 1
+    optimizer.param_groups[0]["lr"] = 0.5
+    step()
+    step()
+    assert len(checks) == 2
+
+
+NUMPYS = [np.float16, np.float32, np.float64, np.array, torch.tensor]
+each_kind = pytest.mark.parametrize("kind", NUMPYS, ids=lambda kind: kind.__name__)
+
+
+@each_kind
+@pytest.mark.parametrize("name", sorted({name for name, *_ in WRONG} - {"SparseAdam"}))
+def test_numbers_of_numpy_and_tensors_are_numbers(name: str, kind: Any, device: torch.device) -> None:
+    """Of values that all of these have exactly."""
+    options: dict[str, Any] = {"lr": 0.5}
+    usual = getattr(triton_optim, name)([Parameter(torch.ones(2, 2))]).defaults
+    options |= {n: v for n, v in {"weight_decay": 0.25, "momentum": 0.5, "ema_decay": 0.5}.items() if n in usual}
+    options |= {"betas": (0.5, 0.75)} if "betas" in usual else {}
+
+    def of_kind(value: Any) -> Any:
+        return tuple(map(kind, value)) if isinstance(value, tuple) else kind(value)
+
+    found = []
+    for change in (lambda x: x, of_kind):
+        p, optimizer, step = stepping(name, device, **{n: change(v) for n, v in options.items()})
+        step()
+        for n, v in options.items():
+            optimizer.param_groups[0][n] = change(tuple(x / 2 for x in v) if isinstance(v, tuple) else v / 2)
+        step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_numbers_of_numpy_on_every_backend(backend: str, capturable: bool, device: torch.device) -> None:
+    found = []
+    for real, whole in ((float, int), (np.float32, np.int64)):
+        p = Parameter(torch.ones(64, dtype=torch.bfloat16, device=device))
+        p.grad = torch.full_like(p, 0.3)
+        options = {"lr": real(0.125), "momentum": real(0.5), "dampening": real(0.25), "seed": whole(5)}
+        optimizer = triton_optim.SGD(
+            [p], **options, max_grad_norm=real(2), param_precision="stochastic", capturable=capturable, backend=backend
+        )
+        optimizer.step()
+        optimizer.param_groups[0] |= {"lr": real(0.25), "seed": whole(2**40 + 3)}
+        optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+MOMENTUM_LATER = [
+    {},
+    {"ema_decay": 0.9},
+    {"param_precision": "stochastic"},
+    {"param_precision": "master", "ema_decay": 0.9, "ema_dtype": torch.bfloat16},
+    {"amp": "fused"},
+    {"amp": "fused", "capturable": True, "max_grad_norm": 100.0},
+    {"param_precision": "split24", "capturable": True},
+]
+
+
+@pytest.mark.parametrize("options", MOMENTUM_LATER, ids=str)
+def test_momentum_that_is_switched_on_starts_with_the_gradient(
+    options: dict[str, Any], backend: str, device: torch.device
+) -> None:
+    """Whatever else the options keep and count."""
+    if backend == "compiled" and options != {"param_precision": "stochastic"}:
+        pytest.skip("the first step is the host's to know: other backends try the rest")
+    halves = any(name.startswith("param") for name in options)
+    found = []
+    for make in (torch.optim.SGD, partial(triton_optim.SGD, backend=backend, **options)):
+        p = Parameter(torch.ones(4, device=device, dtype=torch.bfloat16 if halves else torch.float32))
+        optimizer = make([p], lr=0.125, dampening=0.5)
+        for k in range(5):
+            optimizer.param_groups[0]["momentum"] = 0.5 if k in (2, 4) else 0.0  # off, and on again: the buffer stays
+            p.grad = torch.full_like(p, 0.5)  # of which all sums are exact
+            optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+def test_matrices_that_become_adamws_start_anew(device: torch.device) -> None:
+    """Their count is AdamW's from the first update on, though Muon's group counted for its random bits."""
+    p, q = (Parameter(torch.ones(2, 2, dtype=torch.bfloat16, device=device)) for _ in range(2))
+    adamw = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    optimizer = triton_optim.Muon([p], param_precision="stochastic", backend="eager", seed=3)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    with torch.no_grad():
+        p.fill_(1)
+    optimizer.param_groups[0] |= adamw | {"use_muon": False}
+    other = triton_optim.AdamW([q], **adamw, param_precision="stochastic", backend="eager", seed=3)
+    for _ in range(2):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        other.step()
+    assert torch.equal(p, q)
+    assert optimizer.state[p]["step"] == 2

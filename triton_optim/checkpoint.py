@@ -99,7 +99,7 @@ def own_number(optimizer: RuleOptimizer, p: Tensor, name: str) -> None:
         return
     device = p.device if group.get("capturable") or optimizer.counts_on_device else torch.device("cpu")
     value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-    optimizer.state[p][name] = value.to(device, counted_dtype(), copy=True).reshape(())
+    optimizer.state[p][name] = value.to(device, counted_dtype(group, name), copy=True).reshape(())
 
 
 def fill_in(optimizer: RuleOptimizer, options: dict[str, Any]) -> None:

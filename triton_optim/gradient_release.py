@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .codecs import COUNT
@@ -51,7 +52,7 @@ class GradientRelease:
 
     def _hook(self, params: list[Tensor]) -> None:
         for p in params:
-            if p.requires_grad and id(p) not in self._hooks:
+            if p.requires_grad and id(p) not in self._hooks and not is_lazy(p):
                 self._hooks[id(p)] = p, p.register_post_accumulate_grad_hook(self._arrive)
                 _released[p] = True
 

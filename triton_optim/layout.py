@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.nn import Parameter
 
 from .dispatch import Layout
@@ -150,7 +151,7 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
     """Indices of the tensors that share memory with another one of the list."""
     found = set()
     reach = (0, -1)  # the furthest end so far and whose it is
-    real = (i for i, t in enumerate(tensors) if t.numel() and t.device.type != "meta")
+    real = (i for i, t in enumerate(tensors) if not is_lazy(t) and t.numel() and t.device.type != "meta")
     for start, end, i in sorted((*extent(tensors[i]), i) for i in real):
         if start < reach[0]:
             found |= {i, reach[1]}

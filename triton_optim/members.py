@@ -68,12 +68,14 @@ class Member:
                 self.state[name] = self.numbers[name]
                 continue
             held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
+            kind = {"dtype": counted_dtype(group, name), "device": device}
             if isinstance(held, Tensor):
-                self.state[name] = held.to(device, counted_dtype()).reshape(())
+                self.state[name] = held.to(**kind).reshape(())
             else:
-                if (held, device) not in begun:
-                    begun[held, device] = torch.tensor(held, dtype=counted_dtype(), device=device)
-                self.state[name] = begun[held, device]
+                begin = (held, *kind.values())
+                if begin not in begun:
+                    begun[begin] = torch.tensor(held, **kind)
+                self.state[name] = begun[begin]
         keep_parameter(self.state, self.p, param)
         for name, codec in zip(key.variant.state_names, kept, strict=True):
             if self.state.get(name) is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .adam import AdamW
 from .kernels.adam import adamw
@@ -142,6 +143,11 @@ class Muon(RuleOptimizer):
         super().add_param_group(param_group)
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        if uses_muon(group) and is_lazy(p):
+            raise ValueError(
+                f"Muon only supports 2D parameters; parameter {index} is uninitialized and has no shape yet. Run the "
+                "model once on an example before you make the optimizer."
+            )
         if uses_muon(group) and p.dim() != 2:
             raise ValueError(
                 f"Muon only supports 2D parameters; parameter {index} has shape {tuple(p.shape)}. Give it to AdamW, in "
@@ -190,7 +196,7 @@ def uses_muon(group: dict[str, Any]) -> bool:
 
 def muon_param_groups(
     model: torch.nn.Module,
-    heads: Collection[str] = ("lm_head", "head", "classifier"),
+    heads: str | Collection[str] = ("lm_head", "head", "classifier"),
     adamw: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """A model's parameters as two groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
@@ -200,7 +206,7 @@ def muon_param_groups(
     Args:
         model: whose parameters that require gradients are sorted.
         heads: names of the modules whose weights make the output, such as ``"lm_head"`` or ``"decoder.out"``: a module
-            is meant where its full name or the last part of it is among them.
+            is meant where its full name or the last part of it is among them. A string is one name.
         adamw: options of the second group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
 
     Returns:
@@ -212,12 +218,12 @@ def muon_param_groups(
         >>> [len(group["params"]) for group in triton_optim.muon_param_groups(model, heads=["2"])]
         [1, 3]
     """
+    names = {heads} if isinstance(heads, str) else set(heads)
     # By identity: a head that is tied to the embedding is one parameter.
     left_out: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) or {name, name.rpartition(".")[2]} & {
-            *heads
-        }:
+        embeds = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+        if embeds or {name, name.rpartition(".")[2]} & names:
             left_out.update(id(p) for p in module.parameters())
     params = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in params if p.dim() == 2 and id(p) not in left_out]

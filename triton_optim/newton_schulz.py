@@ -87,6 +87,8 @@ def cpu_multiplies_bfloat16() -> bool:
 def iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """The iteration on a batch ``(B, M, N)`` of matrices with M <= N."""
     a, b, c = coefficients
+    # Of a smaller norm the squares underflow. Zeros stay zeros even if eps is 0.
+    eps = max(eps, torch.finfo(x.dtype).tiny ** 0.5)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     # Autograd records torch's products only.
     halved = x.device.type in GPUS and not torch.is_grad_enabled()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -111,7 +112,8 @@ class RuleOptimizer(Optimizer):
         rule: the update.
         state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
-            ``capturable``, else on the CPU).
+            ``capturable``, else on the CPU); float64 where something is rounded stochastically, as float32 counts to
+            2^24.
         counts_on_device: whether ``step`` and what else is carried are on the parameter's device always.
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
         step_is_tensor: False keeps ``step`` as an int.
@@ -336,10 +338,13 @@ class RuleOptimizer(Optimizer):
         """Give the parameters of a group their states before their first step."""
         counted = {"step": 0} if "step" in self.counted_names(group) else {}
         for p in group["params"]:
+            if is_lazy(p):  # the first step makes them
+                continue
             started = counted | self.started(group)
             device = p.device if group.get("capturable") or self.counts_on_device else torch.device("cpu")
-            numbers = {n: torch.tensor(float(v), dtype=counted_dtype(), device=device) for n, v in started.items()}
-            self.state[p] |= numbers
+            for name, value in started.items():
+                dtype = counted_dtype(group, name)
+                self.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
             for name in self.running_variant(group).state_names:
                 self.state[p] |= self.new_state(name, p, group, state_codec(self, group, name, p))
             self.state[p] |= self.prologue_state(p, group)
@@ -690,6 +695,8 @@ class RuleOptimizer(Optimizer):
         check_averaging(self, numbers)
         for i, p in enumerate(group["params"]):
             self.check_parameter(i, p, group)
+            if is_lazy(p):
+                continue
             choice = choose(request_for(self, group, p), this_machine())
             if choice.backend == "triton" and not this_machine().interpreter:
                 compile_ahead.begin()

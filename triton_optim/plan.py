@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .bucket import Bucket, Key
 from .checkpoint import check_codes
@@ -220,6 +221,8 @@ def entries_of(
     entries = []
     for index in range(len(params)) if place is None else [place]:
         p, g, group = params[index], gradients[index], bisect_right(ends, index)
+        if is_lazy(p):  # it gets its shape in the first forward
+            continue
         state = optimizer.state.get(p, {})
         variant = variants[group]
         if variant.prologue and p.is_complex() and g is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .averaging import weight
-from .codecs import COUNT
+from .codecs import COUNT, rounds
 from .hyperparameters import plain_group
 
 if TYPE_CHECKING:
@@ -33,9 +33,12 @@ def requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def counted_dtype() -> torch.dtype:
-    """The dtype of ``step`` and what else is carried, as in torch: float32, but float64 where that is the default."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+def counted_dtype(group: dict[str, Any], name: str) -> torch.dtype:
+    """The dtype of ``step`` or what else is carried, as in torch: float32, but float64 where that is the default; and
+    of counts that random bits depend on, for float32 stands still at 2^24.
+    """
+    wide = torch.get_default_dtype() == torch.float64 or (name in ("step", COUNT) and rounds(group))
+    return torch.float64 if wide else torch.float32
 
 
 def row_for(
