@@ -45,7 +45,10 @@ def straight(rule: Any) -> Any:
         return rule
     known = function.__dict__.get("straight")
     if known is None:
-        known = function.__dict__["straight"] = made_of(function)
+        try:
+            known = function.__dict__["straight"] = made_of(function)
+        except RecursionError:
+            raise RuleError(f"the rule {function.__name__} nests too deeply. Give parts of it names") from None
     check_constants(known)
     return known
 

@@ -35,10 +35,8 @@ _OF_NUMBERS: dict[type, Callable[[Any, Any], Any]] = {
     **_ARITHMETIC,
     **_OF_CONDITIONS,
     ast.FloorDiv: operator.floordiv,
-    ast.LShift: operator.lshift,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
-    ast.RShift: operator.rshift,
 }
 _UNARY: dict[type, Callable[[Any], Any]] = {
     ast.Invert: operator.invert,
@@ -54,6 +52,7 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+_NUMBERS = (bool, int, float)
 _PLAIN = (bool, int, float, str, types.NoneType)
 
 
@@ -274,7 +273,9 @@ class Walk:
 
     def _binop(self, node: ast.BinOp) -> Any:
         left, right, kind = self.value(node.left), self.value(node.right), type(node.op)
-        if isinstance(left, _PLAIN) and isinstance(right, _PLAIN) and kind in _OF_NUMBERS:
+        if isinstance(left, _NUMBERS) and isinstance(right, _NUMBERS) and kind in _OF_NUMBERS:
+            if kind is ast.Pow and isinstance(left, int) and right * left.bit_length() > 2000:
+                self.refuse(node, "the number is too large")
             return self.folded(node, _OF_NUMBERS[kind], left, right)
         if isinstance(left, tuple) and isinstance(right, tuple) and kind is ast.Add:
             return left + right
@@ -364,10 +365,11 @@ class Walk:
         for word in WORDS:
             if value is PRIMITIVES[word][0] or (tl is not None and value is getattr(tl, word, None)):
                 return Word(word)
-        if isinstance(getattr(value, "fn", None), types.FunctionType) or "lines" in getattr(value, "__dict__", ()):
+        function = getattr(value, "fn", value)
+        if isinstance(function, types.FunctionType) and str(function.__module__).split(".")[0] not in ("torch", "triton"):
+            if function is value and "lines" not in function.__dict__:
+                self.refuse(node, "it is a function without @jit. Decorate it with triton_optim.kernels.language.jit")
             return value
-        if isinstance(value, types.FunctionType):
-            self.refuse(node, "it is a function without @jit. Decorate it with triton_optim.kernels.language.jit")
         self.refuse(node, self.instead(name))
 
     def instead(self, name: str) -> str:

@@ -654,7 +654,7 @@ class RuleOptimizer(Optimizer):
         self._plans_of_one = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for variant in {*self.variants, self.variant(group)}:
+        for variant in (*self.variants, self.variant(group)):
             check_signature(straight(variant.rule), len(variant.state_names))
         check_precision(self, group)
         check_averaging(self, group)
