@@ -366,7 +366,8 @@ class Walk:
             if value is PRIMITIVES[word][0] or (tl is not None and value is getattr(tl, word, None)):
                 return Word(word)
         function = getattr(value, "fn", value)
-        if isinstance(function, types.FunctionType) and str(function.__module__).split(".")[0] not in ("torch", "triton"):
+        of = str(getattr(function, "__module__", "")).split(".")[0]
+        if isinstance(function, types.FunctionType) and of not in ("torch", "triton"):
             if function is value and "lines" not in function.__dict__:
                 self.refuse(node, "it is a function without @jit. Decorate it with triton_optim.kernels.language.jit")
             return value

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 import torch
+import triton
 import triton.language as tl
 from torch.nn import Parameter
 from triton_optim.kernels.language import PRIMITIVES, jit
