@@ -1,9 +1,10 @@
 """The words a rule may use, in one table with a column a backend, and the step from a rule to its torch form.
 
-A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. straight.py checks it and makes straight
-lines of it, which Triton compiles. With their globals bound to the torch column they are what ``torch.compile`` compiles
-and what runs eagerly; the C++ column is for the loop that is made of their syntax tree. A rule may import the words
-below by name, or write ``import triton.language as tl`` and use ``tl.exp`` and the like, which are the same words.
+A rule is a ``@jit`` function on values: no pointers, masks, dtypes or offsets. straight.py checks it and makes
+straight lines of it, which Triton compiles. With their globals bound to the torch column they are what
+``torch.compile`` compiles and what runs eagerly; the C++ column is for the loop that is made of their syntax tree. A
+rule may import the words below by name, or write ``import triton.language as tl`` and use ``tl.exp`` and the like,
+which are the same words.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def lines_of(fn: types.FunctionType) -> list[str] | None:
             loader = fn.__globals__.get("__loader__")
             if file.startswith("<") or loader is None or loader.get_source(fn.__module__) is not None:
                 raise RuleError(
-                    f"the source of {fn.__name__} can't be read ({file}), and every backend makes its code of it. Define "
-                    "the function in a file that is there, or in a notebook's cell. For text that a program makes: "
-                    "linecache.cache[name] = (len(text), None, text.splitlines(True), name), then "
-                    'exec(compile(text, name, "exec"))'
+                    f"the source of {fn.__name__} can't be read ({file}), and every backend makes its code of it. "
+                    "Define the function in a file that is there, or in a notebook's cell. Of text that a program "
+                    "makes, tell Python first: linecache.cache[name] = (len(text), None, text.splitlines(True), name), "
+                    'then exec(compile(text, name, "exec"))'
                 )
             lines = None
         fn.lines = lines  # type: ignore[attr-defined]

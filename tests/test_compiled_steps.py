@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from compiled_steps import (
     F32,
     F64,
     KEPT,
+    NUMELS,
     Training,
     differing,
     errors,
@@ -30,7 +32,7 @@ from compiled_steps import (
 )
 from ptx_machine.executor import Executor
 from table import CASES, Case
-from triton_optim.kernels.language import PRIMITIVES
+from triton_optim.kernels.language import PRIMITIVES, jit, maximum, minimum, sign, where
 
 import triton_optim
 from triton_optim.gradient_norm import Norm, norm_from, on_one_device, partial_norms
@@ -254,6 +256,39 @@ def test_quotients_that_are_off_by_what_ptx_allows(name: str, seed: int, machine
     # 2 ulp are at most 2^-22 of the quotient; p itself is rounded once more.
     allowed = update * 2.0**-22 + eager["0.p"].abs() * 2.0**-23
     assert ((ours["0.p"] - eager["0.p"]).abs() <= allowed).all()
+
+
+class Numbers(NamedTuple):
+    lr: float
+    a: float
+
+
+@jit
+def of_numbers(p, g, m, h):
+    """Numbers with names, numbers alone in a word, conditions on scalars and as numbers."""
+    beta, none = 0.99999, h.a == 0
+    m = beta * m + (1 - beta) * where(none, m, g)
+    step = where(g > 0, 0.1, h.a) + maximum(m, 0.3) * sign(g) * 0.7
+    return p - h.lr * where(~none & (g > 0), step, 0.2) - (g > p) * 0.1, minimum(h.a, m)
+
+
+class OfNumbers(triton_optim.RuleOptimizer):
+    rule = of_numbers
+    state_names = ("m",)
+
+    def __init__(self, params: Any, a: float = 0.3, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "a": a}, **options)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Numbers:
+        return Numbers(group["lr"], group["a"])
+
+
+@pytest.mark.parametrize("options", [{}, {"a": 0.0}, {"state_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_numbers_in_a_rule(dtype: torch.dtype, options: dict[str, Any], machine: Executor) -> None:
+    training = Training(OfNumbers, options, dtype, CODED_NUMELS if "state_dtype" in options else NUMELS)
+    with unfused():
+        assert not differing(training.run("triton"), training.eagerly())
 
 
 @triton.jit

@@ -21,12 +21,12 @@ from conftest import CPP
 from torch import Tensor
 from torch.nn import Parameter
 from triton_optim.kernels.language import abs, jit, sqrt, where
+from triton_optim.kernels.straight import straight
 
 import triton_optim
 from triton_optim import RuleOptimizer, cpp_build, cpp_chunks, cpp_norm, once
 from triton_optim.codecs import codes, plain
 from triton_optim.cpp_source import source
-from triton_optim.cpp_trace import UntranslatableError
 from triton_optim.dispatch import cxx_compiler, this_machine
 from triton_optim.gradient_norm import Norm, eager_partial_norms, norm_from
 
@@ -127,94 +127,6 @@ def test_all_forms_of_the_language_are_followed() -> None:
         found.append((p.detach(), optimizer.state[p]["momentum"]))
     for ours, expected in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
-
-
-@jit
-def uses_a_stranger(p, g, momentum, h):
-    momentum = h.beta * momentum + g
-    return p - h.lr * torch.tanh(momentum), momentum
-
-
-@jit
-def branches_on_a_value(p, g, momentum, h):
-    if h.lr > 0:
-        momentum = h.beta * momentum + g
-    return p - h.lr * momentum, momentum
-
-
-@jit
-def knows_no_name(p, g, momentum, h):
-    return p - h.lr * mystery(g), momentum  # noqa: F821
-
-
-@jit
-def loops(p, g, momentum, h):
-    for _ in range(3):
-        momentum = momentum + g
-    return p, momentum
-
-
-STRANGE = {
-    "uses_a_stranger": (uses_a_stranger, r"uses `torch` \(.*test_cpp\.py, line \d+\), .* none of the words"),
-    "branches_on_a_value": (branches_on_a_value, r"uses `h\.lr > 0` .*line \d+\), a condition .*where"),
-    "knows_no_name": (knows_no_name, r"uses `mystery` .*line \d+"),
-    "loops": (loops, r"uses `for _ in range\(3\):` .*line \d+"),
-}
-
-
-@pytest.mark.parametrize("name", STRANGE)
-def test_what_has_no_word_is_named_with_its_line(name: str) -> None:
-    rule, message = STRANGE[name]
-    with pytest.raises(UntranslatableError, match=f"^{name} {message}"):
-        source(rule, Scalars, (F32, F32), torch.float32, False)
-
-
-def test_the_line_is_that_of_the_word() -> None:
-    with pytest.raises(UntranslatableError) as error:
-        source(uses_a_stranger, Scalars, (F32, F32), torch.float32, False)
-    line = int(str(error.value).split("line ")[1].split(")")[0])
-    assert "torch.tanh" in Path(__file__).read_text().splitlines()[line - 1]
-
-
-def test_a_rule_that_returns_too_little() -> None:
-    @jit
-    def forgetful(p, g, momentum, h):
-        return (p,)
-
-    with pytest.raises(TypeError, match="a tuple of p and its 1 states"):
-        source(forgetful, Scalars, (F32, F32), torch.float32, False)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
-def test_a_rule_without_a_c_form_runs_compiled_and_says_why_once(fresh: Path) -> None:
-    cls = optimizer_of(uses_a_stranger)
-    for turn in range(2):
-        p = Parameter(torch.zeros(3))
-        p.grad = torch.ones(3)
-        optimizer = cls([p], lr=0.5)
-        if turn == 0:
-            with pytest.warns(RuntimeWarning, match=r"uses_a_stranger uses `torch` .*compiled backend runs") as said:
-                optimizer.step()
-            assert len(said) == 1
-        else:
-            optimizer.step()
-        torch.testing.assert_close(p.detach(), -0.5 * torch.tanh(torch.ones(3)))
-        (bucket,) = triton_optim.explain(optimizer)
-        assert bucket.backend == "compiled"
-        assert "uses_a_stranger uses `torch`" in bucket.reason
-    p = Parameter(torch.zeros(3))
-    p.grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match=r'backend="cpp" cannot run Momentum: .*uses_a_stranger.*Leave backend out'):
-        cls([p], backend="cpp").step()
-    assert p.tolist() == [0, 0, 0]
-
-
-def test_a_rule_whose_source_cannot_be_read() -> None:
-    namespace: dict[str, Any] = {}
-    text = "def hidden(p, g, momentum, h):\n    return p - h.lr * g, momentum\n"
-    exec(compile(text, "<nowhere>", "exec"), namespace)
-    with pytest.raises(UntranslatableError, match=r"source of hidden cannot be read .*define it in a file"):
-        source(namespace["hidden"], Scalars, (F32, F32), torch.float32, False)
 
 
 # The bits of a step.
@@ -547,5 +459,5 @@ def test_clipping_alone_falls_back_too(fresh: Path, tmp_path: Path, monkeypatch:
 
 def test_codes_of_blocks_wait_for_their_scale() -> None:
     """The largest of a block is found between two loops."""
-    text = source(many_forms, Scalars, (F32, codes("int8", False)), torch.float32, False)
+    text = source(straight(many_forms), Scalars, (F32, codes("int8", False)), torch.float32, False)
     assert "absmax<256>(" in text

@@ -1,5 +1,6 @@
 """Rows of scalars that the device forms: the host's, in one launch, however the numbers change."""
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_optim.kernels.language import jit
 
 import triton_optim
-from triton_optim.recording import Recorder, Unrecorded
+from triton_optim.recording import Recorder, Unrecorded, reads_its_arguments_alone
 
 pytestmark = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
 F64 = torch.float64
@@ -133,12 +134,70 @@ class Cooling(Waving):
         return Scalars(group["lr"], self.temperature / step)
 
 
-@pytest.mark.parametrize(("cls", "launches"), [(Waving, 0), (Cooling, 6)])
+class Phased(Waving):
+    """In a dict that is private."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self._phase = {"scale": [2.0]}
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], self._phase["scale"][0] / step)
+
+
+PHASE = {"scale": 2.0}
+
+
+class ByModule(Waving):
+    """In a dict of the module."""
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], PHASE["scale"] / step)
+
+
+def scale_of(phase: Any) -> float:
+    return phase["scale"] if phase is not PHASE else PHASE["scale"]
+
+
+class ByFunction(Waving):
+    """By a function that reads what it is not given."""
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], scale_of(None or group["own"]) / step)
+
+
+class ByGroup(Waving):
+    """In a dict of the group."""
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], group["own"]["scale"] / step)
+
+
+class ByCarry(Waving):
+    """In what is carried, which is formed of a dict."""
+
+    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"mu": 1.0}
+
+    def carry(self, group: dict[str, Any], step: Any, *, mu: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {"mu": mu * 0.5 + group["own"]["scale"]}
+
+    def scalars(self, group: dict[str, Any], step: Any, *, mu: Any) -> Scalars:  # type: ignore[override]
+        return Scalars(group["lr"], mu)
+
+
+@pytest.mark.parametrize(
+    ("cls", "launches"),
+    [(Waving, 0), (Cooling, 6), (Phased, 6), (ByModule, 6), (ByFunction, 6), (ByGroup, 6), (ByCarry, 6)],
+)
 def test_a_users_own_scalars_follow_their_numbers(
     cls: Any, launches: int, device: torch.device, tables: list[torch.Tensor], formed: list[int]
 ) -> None:
     def between(optimizer: Any, k: int) -> None:
-        optimizer.temperature = 2.0 if k < 3 else 1.0
+        optimizer.temperature = PHASE["scale"] = 2.0 if k < 3 else 1.0
+        optimizer._phase = getattr(optimizer, "_phase", {"scale": [0.0]})
+        optimizer._phase["scale"][0] = optimizer.temperature
+        optimizer.param_groups[0].setdefault("own", {})["scale"] = optimizer.temperature
 
     host, own = (
         run(lambda ps, c=c: cls(ps, backend="triton", capturable=c), device, tables, between) for c in (False, True)
@@ -146,6 +205,59 @@ def test_a_users_own_scalars_follow_their_numbers(
     assert len(formed) == launches
     for a, b in zip(host, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+def test_scalars_that_are_replaced_are_recorded_anew(
+    device: torch.device, tables: list[torch.Tensor], formed: list[int]
+) -> None:
+    def between(optimizer: Any, k: int) -> None:
+        if k == 3:
+            optimizer.scalars = lambda group, step: Scalars(group["lr"] * 3, step)
+
+    own = run(lambda ps: Cooling(ps, backend="triton", capturable=True), device, tables, between)
+    assert formed == [1] * 6
+    assert [table[0, 1:].tolist() for table in own] == [
+        pytest.approx([0.1, 2 / (k + 1)] if k < 3 else [0.1 * 3, k + 1]) for k in range(6)
+    ]
+
+
+def helper_of_arguments(x: Any) -> Any:
+    return torch.maximum(x, x) if isinstance(x, torch.Tensor) else max(x, math.pi)
+
+
+class Arguments(Waving):
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], helper_of_arguments(step))
+
+    def by_default(self, group: dict[str, Any], step: Any, seen: list[Any] = []) -> Scalars:  # noqa: B006
+        return Scalars(group["lr"], step)
+
+    def by_super(self, group: dict[str, Any], step: Any) -> Scalars:
+        return super().scalars(group, step)
+
+    def by_import(self, group: dict[str, Any], step: Any) -> Any:
+        import conftest
+
+        return conftest.HAS_GPU
+
+    def by_lambda(self, group: dict[str, Any], step: Any) -> Any:
+        return (lambda: self.temperature)()
+
+
+def test_what_reads_its_arguments_alone() -> None:
+    optimizer = Arguments([Parameter(torch.zeros(1))])
+    assert reads_its_arguments_alone(optimizer.scalars)
+    assert reads_its_arguments_alone(optimizer.carry)
+    others = [optimizer.by_default, optimizer.by_super, optimizer.by_import, optimizer.by_lambda, optimizer.step]
+    others += [cls([Parameter(torch.zeros(1))]).scalars for cls in (Waving, Cooling, Phased, ByModule, ByFunction)]
+    assert not any(map(reads_its_arguments_alone, others))
+
+
+@rows(*(case for case in CASES if case.elementwise and not case.sparse))
+def test_scalars_of_the_package_are_recorded_once(case: Case) -> None:
+    optimizer = case.ours([Parameter(torch.zeros(2, 2))])
+    assert reads_its_arguments_alone(optimizer.scalars)
+    assert reads_its_arguments_alone(optimizer.carry)
 
 
 def test_hyperparameters_on_the_device_are_read_where_they_are(

@@ -32,6 +32,7 @@ from triton_optim.kernels.language import (
     torch_form,
     where,
 )
+from triton_optim.kernels.straight import WORDS
 
 import triton_optim
 from triton_optim import RuleOptimizer, cpp_backend, cpp_source
@@ -68,8 +69,9 @@ def pairs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_word_is_tested() -> None:
-    own = ["where", "bits_of", "number_of", "to_float", "to_int", "absmax", "evens", "odds", "interleave"]
+    own = ["where", "like", "bits_of", "number_of", "to_float", "to_int", "absmax", "evens", "odds", "interleave"]
     assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, *own])
+    assert sorted(WORDS) == sorted([*UNARY, *BINARY, "where"])
 
 
 @pytest.mark.parametrize("word", UNARY)
@@ -256,16 +258,33 @@ def test_words_agree_in_cpp(word: str, dtype: torch.dtype) -> None:
 
 
 @jit
-def _there_and_back(p, g, h):
-    return (number_of(bits_of(p) + 0) + to_float(to_int(g)),)
+def _sum(p, g, h):
+    return (p + g,)
+
+
+@jit
+def _through_bits(parts, CODEC):
+    return number_of(bits_of(parts[0]) + 0)
+
+
+@jit
+def _through_ints(parts, CODEC):
+    return to_float(to_int(parts[0]))
 
 
 @CPP
-def test_bits_and_conversions_agree_in_cpp() -> None:
-    x, _ = pairs(torch.device("cpu"))
-    y = torch.linspace(-70000.7, 70000.7, 128)
-    expected = x + y.trunc()
-    torch.testing.assert_close(in_cpp(_there_and_back, x, y), expected, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("decode", [_through_bits, _through_ints], ids=["bits", "conversions"])
+def test_bits_and_conversions_agree_in_cpp(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a codec: rules have no such words."""
+    monkeypatch.setattr(cpp_source, "decode", decode)
+    monkeypatch.setattr(cpp_backend, "step_of", cpp_backend.step_of.__wrapped__)
+    x, y = pairs(torch.device("cpu"))
+    if decode is _through_ints:
+        x, y = torch.linspace(-70000.7, 70000.7, 128), torch.linspace(-3.0, 3.0, 128)
+        expected = x.trunc() + y.trunc()
+    else:
+        expected = x + y
+    torch.testing.assert_close(in_cpp(_sum, x, y), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @jit

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn import Parameter
-from triton_optim.kernels import language
-from triton_optim.kernels.language import jit
+from triton_optim.kernels.language import PRIMITIVES, jit
 
 import triton_optim
 from triton_optim import dispatch, fallback, plan, stub_driver
@@ -29,12 +30,17 @@ class Scalars(NamedTuple):
 
 
 @jit
-def wrong_for_triton(p, g, h):
-    return p - h.lr * g + language.abs(p, p), *()
+def takes_exp(p, g, h):
+    return (p - h.lr * tl.exp(g),)
+
+
+@triton.jit
+def wrong_for_triton(x):
+    return tl.load(x)
 
 
 class WrongForTriton(triton_optim.RuleOptimizer):
-    rule = wrong_for_triton
+    rule = takes_exp
 
     def __init__(self, params: Any, lr: float = 0.1, **options: Any) -> None:
         super().__init__(params, {"lr": lr}, **options)
@@ -195,6 +201,7 @@ def test_a_launch_fails_after_another(fails: Any) -> None:
 def test_a_rule_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """All buckets are compiled before one is launched."""
     stub_driver.install("sm_90")
+    monkeypatch.setitem(PRIMITIVES, "exp", (wrong_for_triton, *PRIMITIVES["exp"][1:]))
     with pytest.raises(RuntimeError, match="WrongForTriton: the Triton kernel multi_tensor could not be compiled"):
         WrongForTriton(parameters(), backend="triton").step()
 

@@ -116,17 +116,22 @@ class Adam(RuleOptimizer):
         return self.variants[2 * bool(group["decoupled_weight_decay"]) + bool(group["amsgrad"])]
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdamScalars:
-        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
-        return AdamScalars(
-            decay=1 - lr * decay if group["decoupled_weight_decay"] else decay,
-            beta1=beta1,
-            one_minus_beta1=1 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1 - beta2,
-            step_size=lr / (1 - beta1**step),
-            correction=(1 - beta2**step) ** -0.5,
-            eps=group["eps"],
-        )
+        return adam_scalars(group, step, group["decoupled_weight_decay"])
+
+
+def adam_scalars(group: dict[str, Any], step: Any, decoupled: bool) -> AdamScalars:
+    """What Adam's rules take; `decoupled` in AdamW's."""
+    lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+    return AdamScalars(
+        decay=1 - lr * decay if decoupled else decay,
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        step_size=lr / (1 - beta1**step),
+        correction=(1 - beta2**step) ** -0.5,
+        eps=group["eps"],
+    )
 
 
 class AdamW(Adam):

@@ -1,4 +1,5 @@
-"""A rule as a list of C++ expressions: its syntax tree is walked once, with values that stand for those of elements.
+"""A rule as a list of C++ expressions: the syntax tree of what kernels/straight.py made of it, and those of the codecs,
+are walked once, with values that stand for those of elements.
 
 Calls are followed, conditions on constants decided and constants folded, so that what is left is straight: every value
 is an expression of earlier ones. It has a shape: of elements, of pairs of elements (of which 4-bit codes are made), of

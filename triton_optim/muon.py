@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .adam import AdamW
+from .adam import adam_scalars
 from .kernels.adam import adamw
 from .kernels.muon import MuonScalars, muon
 from .layout import gathered, placed_as
@@ -165,7 +165,7 @@ class Muon(RuleOptimizer):
     def scalars(self, group: dict[str, Any], step: Any) -> Any:
         if uses_muon(group):
             return MuonScalars(lr=group["lr"], keep=1 - group["lr"] * group["weight_decay"])
-        return AdamW.scalars(self, group | {"decoupled_weight_decay": True}, step)  # type: ignore[arg-type]
+        return adam_scalars(group, step, decoupled=True)
 
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}

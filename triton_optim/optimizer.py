@@ -106,7 +106,8 @@ class RuleOptimizer(Optimizer):
 
     The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
     updated on its own. ``h`` is what :meth:`scalars` returns, formed on the host in float64. Arithmetic is float32
-    (float64 for float64 parameters), however the values are stored.
+    (float64 for float64 parameters), however the values are stored. A rule that uses anything that the language of rules
+    has not (kernels/language.py) is refused when an optimizer is made.
 
     Class attributes:
         rule: the update.
@@ -158,6 +159,7 @@ class RuleOptimizer(Optimizer):
     Raises:
         ValueError: `backend` or `amp` is unknown, or torch's own checks of `params` fail.
         TypeError: an option is unknown, or `params` is a tensor.
+        RuleError: a TypeError: a rule is not of the language of rules, or has other states than ``state_names``.
         RuntimeError: the options exclude each other, or the pinned backend cannot run these parameters here.
     """
 
@@ -269,8 +271,10 @@ class RuleOptimizer(Optimizer):
                 done to them is then recorded, and one launch does it again in every step: arithmetic, comparisons,
                 ``torch.where``, ``minimum``, ``maximum``, ``clamp``, ``sqrt``, ``exp``, ``log``, ``abs``, ``floor``. Of
                 all else each operation is a launch.
-                It is recorded anew only where a hyperparameter that is no number, or a number among the optimizer's own
-                attributes, has changed: nothing else that it reads may change.
+                Of a method that reads its arguments alone it is recorded anew only where a hyperparameter that is no
+                number has changed. One that reads anything else, be it an attribute of the optimizer, a dict or a
+                number of the module, is recorded in every step, which takes the host longer. Replays of a captured
+                graph see of all this what it was when the step was captured.
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without the rule's states and more ever after, whatever else is kept.
 
@@ -689,7 +693,7 @@ class RuleOptimizer(Optimizer):
         numbers = unread(group)
         self.check_hyperparameters(numbers)
         check_options(group)
-        for variant in {*self.variants, self.variant(group)}:
+        for variant in (*self.variants, self.variant(group)):
             check_signature(straight(variant.rule), len(variant.state_names))
         check_precision(self, group)
         check_averaging(self, numbers)

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import builtins
+import dis
+import math
 from collections.abc import Callable, Hashable
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_BUILTINS = frozenset({abs, bool, float, int, isinstance, len, max, min, pow, round, sum, tuple})
+
+
+def reads_its_arguments_alone(function: Any) -> bool:
+    """Whether a function or bound method, by its code, reads nothing but what it is given, of which `self` is none.
+
+    Example:
+        >>> scale = 2.0
+        >>> reads_its_arguments_alone(lambda x: max(x, 1))
+        True
+        >>> reads_its_arguments_alone(lambda x: x * scale)
+        False
+    """
+    bound = getattr(function, "__self__", None) is not None
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return False
+    code = function.__code__
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if any(isinstance(x, CodeType) for x in code.co_consts) or not _PLAIN.issuperset(map(type, defaults)):
+        return False
+    for instruction in dis.get_instructions(code):
+        kind, names = instruction.opname, instruction.argval
+        if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value = function.__globals__.get(names, getattr(builtins, names, None))
+            if not (
+                value in (torch, math, Tensor)
+                or (isinstance(value, type) and hasattr(value, "_fields"))
+                or (isinstance(value, FunctionType) and value is not function and reads_its_arguments_alone(value))
+                or (isinstance(value, (type, type(abs))) and value in _BUILTINS)
+            ):
+                return False
+        own = bound and "LOAD_FAST" in kind and code.co_varnames[0] in (names if isinstance(names, tuple) else [names])
+        if own or kind.startswith(("IMPORT", "LOAD_DEREF", "LOAD_SUPER")):
+            return False
+    return True
+
 
 class Unrecorded(Exception):
     """An operation that cannot be recorded, with the reason."""
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class Value(NamedTuple):

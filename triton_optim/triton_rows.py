@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .gradient_norm import Signal
-from .hyperparameters import plain_group
+from .hyperparameters import PLAIN, plain_group
 from .kernels import rows as kernel
 from .on_device import OnDevice, capturing
-from .recording import Recorder, Value
+from .recording import Recorder, Value, reads_its_arguments_alone
 from .rows import Row, row_for, to_device
 from .triton_launch import Launcher
 from .triton_signal import Kind, TritonSignal, signal_constants, signal_types
@@ -30,7 +30,6 @@ _KINDS = {name: number for number, name in enumerate(kernel.KINDS)}
 _READS = {torch.float32: "read32", torch.float64: "read64"}
 _KEEPS = {torch.float32: kernel.KEPT32, torch.float64: kernel.KEPT64}
 _ONE = (1.0).hex()
-_NUMBERS = {bool, int, float, str}
 
 
 class Recording(NamedTuple):
@@ -56,7 +55,6 @@ class Numbers(NamedTuple):
     """What the row of a cohort is formed of."""
 
     fixed: dict[str, Any]  # the group, without what the device reads
-    own: dict[str, Any]  # the optimizer's own numbers
     counted: dict[str, Any]  # ``step``, and what else is carried, where the host counts
     read: dict[str, Any]  # hyperparameters: the name and dtype of where each is read; of a tuple a list
     kept: dict[str, torch.dtype]  # what is counted on the device
@@ -129,24 +127,21 @@ def assembled(
     return Recording(h, code, sources, keeps)
 
 
-def own_numbers(optimizer: RuleOptimizer) -> dict[str, Any]:
-    """The numbers of an optimizer of its own, which its scalars may be formed of, too."""
-    return {name: value for name, value in vars(optimizer).items() if name[0] != "_" and type(value) in _NUMBERS}
-
-
-def numbers_of(group: dict[str, Any], own: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
-    """What the row of a cohort is formed of now.
-
-    Args:
-        own: of own_numbers.
-    """
+def numbers_of(group: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
+    """What the row of a cohort is formed of now."""
     read = held.names(cohort.group)
     for name, value in group.items():
         if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
             read[name] = (("own", name), value.dtype)
     fixed = {name: value for name, value in group.items() if name not in read and name not in ("params", "param_names")}
     kept = {name: value.dtype for name, value in cohort.columns.items()}
-    return Numbers(plain_group(fixed), own, cohort.unshared, read, kept)
+    return Numbers(plain_group(fixed), cohort.unshared, read, kept)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a hyperparameter that is equal to another is no other, whatever was written into it."""
+    fixed = type(value) in PLAIN or type(value) in (torch.dtype, torch.device)
+    return fixed or (type(value) in (tuple, list) and all(map(is_plain, value)))
 
 
 def has_tensor(value: Any) -> bool:
@@ -186,14 +181,20 @@ def launcher_for(key: Key, width: int, slots: int, kept: int, signal: str, kind:
 
 
 class TritonRows:
-    """Forms the rows of a bucket: the tables of kernels/rows.py, made anew where more than a value changed."""
+    """Forms the rows of a bucket: the tables of kernels/rows.py, made anew where more than a value changed.
+
+    Where `scalars` reads more than its arguments, be it the optimizer's attributes or a dict in a group, nobody can
+    tell what changed: what it does is recorded in each step.
+    """
 
     def __init__(self, optimizer: RuleOptimizer, key: Key) -> None:
         self._optimizer, self._key = optimizer, key
         self._numbers: list[Numbers | None] = []
         self._recordings: list[Recording | None] = []
-        self._addresses: list[int] = []
-        self._copies: list[int] = []  # of each row's numbers: its members
+        self._formulas: Any = None  # what was recorded
+        self._are_pure = False  # whether they read their arguments alone
+        self._are_known = False  # whether what was recorded is right while the numbers are the same
+        self._laid: Any = None  # what is in the tables
         self._cohorts: list[Cohort] = []
         self._seen: list[Any] = []
         self._rows: list[Row | None] = []
@@ -206,27 +207,31 @@ class TritonRows:
         Returns:
             Rows of which the type of ``h`` is all that is known here.
         """
-        groups = self._optimizer.param_groups
+        optimizer, groups = self._optimizer, self._optimizer.param_groups
         # The same objects as in the last step, of which nothing but the values of numbers has changed.
-        values = [self._optimizer.group_values[c.group] for c in cohorts]
-        own_values = [v for v in vars(self._optimizer).values() if type(v) in _NUMBERS]
+        values = [optimizer.group_values[c.group] for c in cohorts]
         kept = [t.data_ptr() for c in cohorts for t in c.columns.values()]
-        seen = [held.rebuilt, active, own_values, kept, [v.rebuilt for v in values], [c.unshared for c in cohorts]]
-        if cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
+        formulas = (optimizer.scalars, optimizer.carry)
+        seen = [held.rebuilt, active, kept, [v.rebuilt for v in values], [c.unshared for c in cohorts], formulas]
+        if self._are_known and cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
             return self._rows
         self._cohorts, self._seen = [], []
-        own = own_numbers(self._optimizer)
         numbers = [
-            numbers_of(groups[c.group], own, c, held) if there else None
-            for c, there in zip(cohorts, active, strict=True)
+            numbers_of(groups[c.group], c, held) if there else None for c, there in zip(cohorts, active, strict=True)
         ]
         if any(has_tensor(n.fixed) for n in numbers if n is not None):
             return None
-        if changed := numbers != self._numbers:
-            known = [(n, r) for n, r in zip(self._numbers, self._recordings, strict=True) if n is not None]
+        if formulas != self._formulas:
+            self._formulas, self._numbers, self._recordings = formulas, [], []
+            self._are_pure = all(map(reads_its_arguments_alone, formulas))
+        fixed = [value for n in numbers if n is not None for value in n.fixed.values()]
+        self._are_known = self._are_pure and all(map(is_plain, fixed))
+        if numbers != self._numbers or not self._are_known:
+            earlier = zip(self._numbers, self._recordings, strict=True) if self._are_known else ()
+            known = [(n, r) for n, r in earlier if n is not None]
             averaged = self._key.variant.averaged
             self._recordings = [
-                n and (next((r for old, r in known if old == n), None) or record(self._optimizer, n, averaged))
+                n and (next((r for old, r in known if old == n), None) or record(optimizer, n, averaged))
                 for n in numbers
             ]
             self._numbers = numbers
@@ -238,8 +243,10 @@ class TritonRows:
             for name in ([] if r is None else r.names)
         ]
         copies = [len(c.members) for c in cohorts]
-        if changed or (addresses, copies) != (self._addresses, self._copies):
+        laid = [None if r is None else r[1:] for r in self._recordings], addresses, copies
+        if laid != self._laid:
             self._place(addresses, copies)
+            self._laid = laid
         self._cohorts, self._seen = cohorts, seen
         self._rows = [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
         return self._rows
@@ -275,7 +282,6 @@ class TritonRows:
         self._tables = (to_device(code, torch.int32, device), to_device(memory, torch.int64, device), rows, keys)
         self._shape = (width, slots, max(len(r.kept) for r in recordings if r is not None))
         self._launchers = {}
-        self._addresses, self._copies = addresses, copies
 
     def form(self, signal: Signal | None) -> tuple[Tensor, Tensor]:
         """Form the rows and count the step, unless the signal says to skip it. A signal that was not formed yet is
