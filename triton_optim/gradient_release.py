@@ -49,7 +49,7 @@ class GradientRelease:
             self._unhook(key)
         self._hook(params)
 
-    def _hook(self, params: list[Tensor]) -> None:
+    def _hook(self, params: list[Any]) -> None:
         for p in params:
             if p.requires_grad and id(p) not in self._hooks:
                 self._hooks[id(p)] = p, p.register_post_accumulate_grad_hook(self._arrive)
