@@ -13,6 +13,7 @@ from edits import GROUPS, STATES, TWICE, assert_as_torch, trained
 from test_errors import explains
 from torch import Tensor
 from torch.nn import Parameter
+from two_tensor import parameter, value_of
 
 import triton_optim as to
 from triton_optim import plan
@@ -211,6 +212,16 @@ def test_a_closure_may_run_the_backward(device):
         losses.append(opt.step(closure))
     assert torch.equal(*losses)
     assert_same_bits(bits(pairs[1][1]), bits(pairs[0][1]))
+
+
+def test_parameters_without_memory_of_their_own_share_none(device):
+    params = [parameter(torch.ones(3, device=device)) for _ in range(2)]
+    opt = to.SGD(params, lr=0.5, backend="eager")
+    to.enable_gradient_release(opt)
+    sum(p.sum() for p in params).backward()
+    opt.step()
+    assert all(p.grad is None for p in params)
+    assert [value_of(p).tolist() for p in params] == [[0.5] * 3] * 2
 
 
 # State dicts, and the end

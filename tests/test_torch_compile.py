@@ -13,6 +13,7 @@ from table import CASES, Case, rows, rows_and_backends
 from test_errors import explains
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim
 from triton_optim import compiled_backend
@@ -274,6 +275,17 @@ def test_an_edit_within_the_compiled_function(device: torch.device) -> None:
         torch.compile(freeze_and_step, backend="aot_eager")()
     explains(error, "SGD has 2 parameters", "outside of the compiled function")
     assert torch.equal(params[0], torch.ones_like(params[0]))
+
+
+def test_parameters_without_memory_of_their_own(device: torch.device) -> None:
+    """The operator would be called once for each tensor that they hold."""
+    p = parameter(torch.ones(3, device=device))
+    optimizer = triton_optim.SGD([p], lr=0.5, momentum=0.5, backend="eager")
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(2):
+        p.grad = TwoTensor(torch.ones(3, device=device))
+        step()
+    assert value_of(p).tolist() == [-0.25] * 3
 
 
 def test_gradients_that_are_released_before_a_compiled_step(device: torch.device) -> None:

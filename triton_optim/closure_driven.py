@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .layout import ordinary
 from .line_search import Trial, strong_wolfe
 from .optimizer import check_range
 
@@ -41,14 +42,14 @@ class ClosureOptimizer(Optimizer):
             )
 
     def gather_parameters(self) -> Tensor:
-        return torch.cat([_real(p).reshape(-1) for p in self.param_groups[0]["params"]])
+        return ordinary(torch.cat([_real(p).reshape(-1) for p in self.param_groups[0]["params"]]))
 
     def gather_gradient(self) -> Tensor:
         gradients = []
         for p in self.param_groups[0]["params"]:
             g = torch.zeros_like(p) if p.grad is None else p.grad
             gradients.append(_real(g.to_dense() if g.is_sparse else g).reshape(-1))
-        return torch.cat(gradients)
+        return ordinary(torch.cat(gradients))
 
     def scatter_parameters(self, x: Tensor) -> None:
         views = [_real(p) for p in self.param_groups[0]["params"]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Backend, Request, choose, this_machine
-from .layout import is_sharded, layout
+from .layout import has_memory, is_sharded, layout
 
 _MODULES = {"triton": "triton_norm", "cpp": "cpp_norm", "compiled": "compiled_norm"}
 
@@ -84,6 +84,8 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm, backend: Backend | None
 def backend_of(t: Tensor, backend: Backend | None) -> Backend:
     """What adds up the powers of a tensor's elements."""
     if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or layout(t) != "dense":
+        return "eager"
+    if not has_memory(t):
         return "eager"
     return backend or choose(Request(t.device.type, t.dtype), this_machine()).backend
 

@@ -201,7 +201,7 @@ def check_params(name: str, params: list[Tensor], repeats: bool, own: Container[
 
 
 def check_not_released(params: Iterable[Tensor], own: Container[int] = ()) -> None:
-    """Raise RuntimeError where the gradients of `params` are released in backward, but for those of `own` identities."""
+    """Raise RuntimeError where a gradient of `params` is released in backward, but for those of `own` identities."""
     for i, p in enumerate(params):
         if p in _released and id(p) not in own:
             raise RuntimeError(

@@ -104,6 +104,18 @@ def local_gradient(p: Tensor, g: Tensor) -> Tensor:
     return local(g)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the elements lie at an address. Those of a wrapper subclass and of a meta tensor do not."""
+    return tensor.data_ptr() != 0
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """An ordinary tensor of these values: of what torch computed from wrapper subclasses, which is one."""
+    if type(tensor) is Tensor or has_memory(tensor):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def strides(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """(size, stride) a dimension, without dimensions of size 1: equal for equal memory layouts."""
     return tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
@@ -133,7 +145,7 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
     """Indices of the tensors that share memory with another one of the list."""
     found = set()
     reach = (0, -1)  # the furthest end so far and whose it is
-    real = (i for i, t in enumerate(tensors) if t.numel() and t.device.type != "meta")
+    real = (i for i, t in enumerate(tensors) if t.numel() and has_memory(t))
     for start, end, i in sorted((*extent(tensors[i]), i) for i in real):
         if start < reach[0]:
             found |= {i, reach[1]}

@@ -22,7 +22,7 @@ from .dispatch import Backend, Choice, LaunchError, Request, choose, this_machin
 from .fallback import prepared, replaced
 from .gather import STEPS, WORTHWHILE, Objects, library
 from .gradient_norm import EUCLIDEAN, Scaling, Signal, on_one_device, over_shards, signal_from
-from .layout import all_aligned, is_sharded, layout, local, overlapping, placements_of
+from .layout import all_aligned, is_sharded, layout, local, ordinary, overlapping, placements_of
 from .members import Member
 from .prologue import check_states, run_prologues, warm_prologue
 from .state import State, States
@@ -426,6 +426,7 @@ class Plan:
                 if bucket.complete or any(bucket.present()):
                     found += bucket.partial_norms(EUCLIDEAN)
             partials = on_one_device(found, device)
+        partials = None if partials is None else ordinary(partials)
         for bucket in self.buckets:
             if bucket.takes_signal:
                 return bucket.signal_from(partials, scaling, device)
