@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from two_tensor import TwoTensor, parameter, value_of
 
+import triton_optim
 from triton_optim import clip_grad_norm_, clip_grad_value_
 from triton_optim.gradient_norm import Norm, norm_from, on_one_device, partial_norms
 
@@ -311,6 +313,62 @@ def test_a_replicated_gradient_is_counted_once_and_placed_as_its_parameter(devic
             assert p.grad.placements == (Shard(0),)
             own = full.chunk(4)[rank].clamp(-0.5, 0.5)
             np.testing.assert_array_equal(array(p.grad), own.double().cpu().numpy())
+
+
+# Tensors without memory of their own
+
+
+def wrapped(i: int, device: Any) -> Tensor:
+    """Of its two tensors, the second is 3 times the first where `i` is odd."""
+    first = random((4, 3 + i), device=device, seed=i)
+    return TwoTensor(first, first * 3 if i % 2 else first.clone())
+
+
+@pytest.mark.parametrize("order", [*ORDERS, 0.0, -1.0])
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_wrapper_subclasses_are_clipped_as_by_torch(order, foreach, device):
+    gradients = [wrapped(i, device) for i in range(3)]
+    ours, theirs = (with_grads([TwoTensor(g.first.clone(), g.second.clone()) for g in gradients]) for _ in range(2))
+    largest = {-1.0: 1e-3, 2.0: 9.0}.get(order, 0.5)  # with 9 only the second tensors are clipped
+    norm, expected = clip_grad_norm_(ours, largest, order, foreach=foreach), torchs_norm(theirs, largest, order)
+    torch.testing.assert_close([norm.first, norm.second], [expected.first, expected.second])
+    for p, q, g in zip(ours, theirs, gradients, strict=True):
+        assert not torch.equal(p.grad.second, g.second)
+        torch.testing.assert_close([p.grad.first, p.grad.second], [q.grad.first, q.grad.second])
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_wrapper_subclasses_among_others(foreach, device):
+    """Each is multiplied once."""
+    gradients = [random((4, 3 + i), device=device, seed=i) for i in range(4)]
+    theirs = with_grads(gradients)
+    expected = torchs_norm(theirs, 0.5)
+    ours = with_grads([TwoTensor(g.clone()) if i % 2 else g.clone() for i, g in enumerate(gradients)])
+    assert float(clip_grad_norm_(ours, 0.5, foreach=foreach)) == pytest.approx(float(expected))
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(value_of(p.grad) if i % 2 else p.grad, q.grad)
+    clip_grad_value_(ours, 0.01, foreach=foreach)
+    torchs_value(theirs, 0.01)
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(value_of(p.grad) if i % 2 else p.grad, q.grad)
+
+
+def test_a_step_that_limits_the_norm_of_wrapper_subclasses(device):
+    ends, norms = [], []
+    for wraps in (False, True):
+        values = [random((4, 3 + i), device=device, seed=i) for i in range(3)]
+        params = [parameter(v) if wraps and i != 1 else Parameter(v.clone()) for i, v in enumerate(values)]
+        optimizer = triton_optim.SGD(params, lr=1.0, momentum=0.9, max_grad_norm=0.5, backend="eager")
+        for step in range(2):
+            for i, p in enumerate(params):
+                g = random(p.shape, device=device, seed=10 * step + i)
+                p.grad = TwoTensor(g) if wraps and i != 1 else g
+            optimizer.step()
+        norms.append(optimizer.grad_norm)
+        ends.append([value_of(p) if wraps and i != 1 else p.detach() for i, p in enumerate(params)])
+    assert [type(norm) for norm in norms] == [Tensor, Tensor]
+    torch.testing.assert_close(*norms)
+    torch.testing.assert_close(*ends)
 
 
 # clip_grad_value_

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import Parameter
+from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim as to
 from triton_optim.line_search import Trial, strong_wolfe
@@ -487,3 +488,18 @@ def test_group_with_a_parameter_of_another_group_is_refused_as_such():
     p = Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="more than one parameter group"):
         to.LBFGS([{"params": [p]}, {"params": [p]}])
+
+
+@BOTH
+@pytest.mark.parametrize("among_others", [False, True])
+def test_parameters_without_memory_of_their_own(cls, among_others):
+    """A flat vector of wrapper subclasses would be one itself."""
+    ends = []
+    for wraps in (False, True):
+        values = [torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 3)]
+        params = [parameter(v) if wraps and not (among_others and i) else Parameter(v) for i, v in enumerate(values)]
+        optimizer = cls(params)
+        for _ in range(2):
+            optimizer.step(closure_of(optimizer, lambda p, q: (p**4).sum() + ((q - 1) ** 2).sum(), params))
+        ends.append([value_of(p) if type(p) is TwoTensor else p.detach() for p in params])
+    torch.testing.assert_close(*ends)

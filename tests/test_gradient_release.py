@@ -6,11 +6,14 @@ import math
 import weakref
 from typing import Any
 
+import edits
 import pytest
 import torch
+from edits import GROUPS, STATES, TWICE, assert_as_torch, trained
 from test_errors import explains
 from torch import Tensor
 from torch.nn import Parameter
+from two_tensor import parameter, value_of
 
 import triton_optim as to
 from triton_optim import plan
@@ -211,6 +214,16 @@ def test_a_closure_may_run_the_backward(device):
     assert_same_bits(bits(pairs[1][1]), bits(pairs[0][1]))
 
 
+def test_parameters_without_memory_of_their_own_share_none(device):
+    params = [parameter(torch.ones(3, device=device)) for _ in range(2)]
+    opt = to.SGD(params, lr=0.5, backend="eager")
+    to.enable_gradient_release(opt)
+    sum(p.sum() for p in params).backward()
+    opt.step()
+    assert all(p.grad is None for p in params)
+    assert [value_of(p).tolist() for p in params] == [[0.5] * 3] * 2
+
+
 # State dicts, and the end
 
 
@@ -253,6 +266,109 @@ def test_a_copy_of_the_optimizer_releases_nothing(device):
     _, opt = copy.deepcopy(pairs[1])
     assert opt._release is None
     assert not opt._step_supports_amp_scaling
+
+
+# Edits between two steps
+
+
+def releasing(opt: Any) -> Any:
+    to.enable_gradient_release(opt)
+    return opt.step
+
+
+@pytest.mark.parametrize("edit", [*GROUPS, *STATES], ids=lambda edit: edit.__name__)
+def test_the_next_backward_sees_an_edit(edit, backend, device):
+    if backend in ("compiled", "triton") and edit not in (edits.swap, edits.clear_all_states):
+        pytest.skip("the others are tried on the faster backends")
+    ours = trained(to.AdamW, edit, device, releasing, backend=backend)
+    assert_as_torch(ours, trained(torch.optim.AdamW, edit, device, foreach=False))
+    if edit in STATES:  # of a parameter that is gone torch's has a KeyError
+        assert ours[1].state_dict()["state"].keys() == set(range(5))
+
+
+@pytest.mark.parametrize("edit", [edits.replace, *STATES], ids=lambda edit: edit.__name__)
+def test_averages_of_an_edited_state(edit, device):
+    """With warmup, so that of how many values they are tells."""
+    options = {"ema_decay": 0.9, "ema_warmup": True, "backend": "eager"}
+    released, plain = (trained(to.AdamW, edit, device, step, **options) for step in (releasing, lambda opt: opt.step))
+    assert_as_torch(released, plain)
+
+
+@pytest.mark.parametrize("edit", TWICE, ids=lambda edit: edit.__name__)
+def test_a_parameter_that_comes_to_be_listed_twice(edit, device):
+    with pytest.raises(RuntimeError, match="listed twice") as error:
+        trained(to.AdamW, edit, device, releasing, backend="eager")
+    explains(error, "AdamW", "Give each once", "remove()")
+
+
+def test_a_parameter_that_is_taken_out_is_its_owners_again(device):
+    own, opt, _ = released(device)
+    weight = own.third.weight
+    opt.param_groups[0]["params"] = [p for p in own.parameters() if p is not weight]
+    backward(own, 0)
+    opt.step()
+    before = weight.detach().clone()
+    backward(own, 3)
+    assert weight.grad is not None
+    assert own.first.weight.grad is None
+    assert torch.equal(weight, before)
+    to.clip_grad_norm_(weight, 1.0)
+    to.enable_gradient_release(to.SGD([weight], lr=0.1, backend="eager"))
+
+
+def test_a_parameter_that_was_frozen_is_released_from_its_second_gradient_on(device):
+    pairs = pair(device, momentum=0.9)
+    for own, _ in pairs:
+        own.first.bias.requires_grad_(False)
+    to.enable_gradient_release(pairs[1][1])
+    train(pairs, [0])
+    for own, opt in pairs:
+        own.first.bias.requires_grad_(True)
+        backward(own, 0)
+        opt.step()
+        opt.zero_grad()
+    train(pairs, [2])
+    assert_same_bits(bits(pairs[1][1]), bits(pairs[0][1]))
+
+
+def test_a_norm_that_is_limited_later(device):
+    """Without an error, the weight would move by 100, not by 1."""
+    p = Parameter(torch.zeros(1, device=device))
+    opt = to.SGD([p], lr=1.0, backend="eager")
+    handle = to.enable_gradient_release(opt)
+    with pytest.raises(RuntimeError, match="max_grad_norm") as error:
+        opt.max_grad_norm = 1.0
+    explains(error, "SGD", "1.0", "remove()")
+    assert opt.max_grad_norm is None
+    opt.max_grad_norm = None
+    handle.remove()
+    opt.max_grad_norm = 1.0
+    (100 * p).sum().backward()
+    opt.step()
+    assert p.item() == pytest.approx(-1)
+
+
+def test_amp_that_is_set_later(device):
+    own, opt, _ = released(device)
+    before = bits(opt)
+    opt.amp = "fused"
+    for run in (lambda: backward(own, 0), opt.step):
+        with pytest.raises(RuntimeError, match="amp") as error:
+            run()
+        explains(error, "SGD", '"fused"', "remove()")
+    assert_same_bits(bits(opt), before)
+
+
+def test_a_group_that_shares_memory_is_not_added(device):
+    own, opt, handle = released(device)
+    with pytest.raises(RuntimeError, match="share memory") as error:
+        opt.add_param_group({"params": [Parameter(own.never.weight.detach()[:1])]})
+    explains(error, "SGD", "Give each once")
+    assert len(opt.param_groups) == 1
+    backward(own, 0)
+    opt.step()
+    handle.remove()
+    assert not any(p._post_accumulate_grad_hooks for p in own.parameters())
 
 
 # What it is for

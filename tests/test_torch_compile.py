@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import edits
 import pytest
 import torch
+from edits import assert_as_torch, trained
 from table import CASES, Case, rows, rows_and_backends
+from test_errors import explains
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim
 from triton_optim import compiled_backend
@@ -230,6 +235,74 @@ def test_parameter_groups_changed_after_compiling(device: torch.device) -> None:
     step()
     assert first.tolist() == [-1.0] * 2
     assert second.tolist() == [0.5] * 2
+
+
+SEEN = [
+    edits.take_the_first,
+    edits.append,
+    edits.replace,
+    edits.another_list,
+    edits.take_the_last_group,
+    edits.another_list_of_groups,
+    edits.split_a_group,
+    edits.list_one_twice,
+]
+
+
+@pytest.mark.parametrize("edit", SEEN, ids=lambda edit: edit.__name__)
+def test_an_edit_of_the_groups_is_seen(edit: Any, device: torch.device) -> None:
+    """Without an error where a group is gone, and without a graph break."""
+
+    def compiled(opt: Any) -> Any:
+        return torch.compile(opt.step, fullgraph=True, backend="eager")
+
+    ours = trained(triton_optim.AdamW, edit, device, compiled, backend="eager")
+    assert_as_torch(ours, trained(torch.optim.AdamW, edit, device, foreach=False))
+
+
+def test_an_edit_within_the_compiled_function(device: torch.device) -> None:
+    """Python's part of it is done after the graph has run: the step would be of other parameters."""
+    params = [torch.nn.Parameter(torch.ones(2, device=device)) for _ in range(2)]
+    optimizer = triton_optim.SGD(params, lr=1.0, backend="eager")
+
+    def freeze_and_step() -> None:
+        optimizer.param_groups[0]["params"].pop(0)
+        optimizer.step()
+
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="1 where its step was traced") as error:
+        torch.compile(freeze_and_step, backend="aot_eager")()
+    explains(error, "SGD has 2 parameters", "outside of the compiled function")
+    assert torch.equal(params[0], torch.ones_like(params[0]))
+
+
+def test_parameters_without_memory_of_their_own(device: torch.device) -> None:
+    """The operator would be called once for each tensor that they hold."""
+    p = parameter(torch.ones(3, device=device))
+    optimizer = triton_optim.SGD([p], lr=0.5, momentum=0.5, backend="eager")
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(2):
+        p.grad = TwoTensor(torch.ones(3, device=device))
+        step()
+    assert value_of(p).tolist() == [-0.25] * 3
+
+
+def test_gradients_that_are_released_before_a_compiled_step(device: torch.device) -> None:
+    ends = []
+    for release in (False, True):
+        model = torch.nn.Linear(3, 2).to(device)
+        torch.nn.init.ones_(model.weight)
+        optimizer = triton_optim.SGD(model.parameters(), lr=0.1, momentum=0.9, backend="eager")
+        handle = triton_optim.enable_gradient_release(optimizer) if release else None
+        step = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+        for k in range(3):
+            with handle.accumulating() if handle is not None and k == 1 else nullcontext():
+                model(torch.ones(1, 3, device=device)).sum().backward()
+            step()
+            optimizer.zero_grad()
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)
 
 
 def test_compiler_older_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .dispatch import Backend
 from .gradient_norm import Norm, clip_coefficient, norm_from, on_one_device, over_shards, partial_norms
 from .gradient_release import check_not_released
-from .layout import is_sharded, local_gradient
+from .layout import has_memory, is_sharded, local_gradient, ordinary
 
 
 @torch.no_grad()
@@ -79,9 +79,12 @@ def clip_grad_norm_(
             "loss that made it so, or set `error_if_nonfinite=False` to scale by it."
         )
     coefficient = clip_coefficient(total, float(max_norm))
-    if coefficient.device.type == "cpu" and coefficient == 1:
+    if coefficient.device.type == "cpu" and has_memory(coefficient) and coefficient == 1:
         return total
-    for device, own in by_device(gradients).items():
+    # Together with others, a wrapper subclass would have them multiplied once for each tensor that it holds.
+    for device, own in by_device([g for g in gradients if has_memory(g)]).items():
+        torch._foreach_mul_(own, ordinary(coefficient).to(device))
+    for device, own in by_device([g for g in gradients if not has_memory(g)]).items():
         torch._foreach_mul_(own, coefficient.to(device))
     return total
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .layout import ordinary
 from .line_search import Trial, strong_wolfe
 from .optimizer import check_range, made_by_python
 
@@ -143,7 +144,7 @@ class ClosureOptimizer(Optimizer):
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     flat = torch.cat([_real(t.to_dense() if t.is_sparse else t).reshape(-1) for t in tensors])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return ordinary(flat).to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _copied(value: Any, like: Tensor) -> Any:

@@ -50,7 +50,7 @@ class GradientRelease:
             self._unhook(key)
         self._hook(params)
 
-    def _hook(self, params: list[Tensor]) -> None:
+    def _hook(self, params: list[Any]) -> None:
         for p in params:
             if p.requires_grad and id(p) not in self._hooks and not is_lazy(p):
                 self._hooks[id(p)] = p, p.register_post_accumulate_grad_hook(self._arrive)
@@ -202,7 +202,7 @@ def check_params(name: str, params: list[Tensor], repeats: bool, own: Container[
 
 
 def check_not_released(params: Iterable[Tensor], own: Container[int] = ()) -> None:
-    """Raise RuntimeError where the gradients of `params` are released in backward, but for those of `own` identities."""
+    """Raise RuntimeError where a gradient of `params` is released in backward, but for those of `own` identities."""
     for i, p in enumerate(params):
         if p in _released and id(p) not in own:
             raise RuntimeError(

@@ -105,6 +105,18 @@ def local_gradient(p: Tensor, g: Tensor) -> Tensor:
     return local(g)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the elements lie at an address. Those of a wrapper subclass and of a meta tensor do not."""
+    return tensor.data_ptr() != 0
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """An ordinary tensor of these values: of what torch computed from wrapper subclasses, which is one."""
+    if not is_wrapper(tensor):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def strides(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """(size, stride) a dimension, without dimensions of size 1: equal for equal memory layouts."""
     return tuple((n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1)
@@ -116,11 +128,6 @@ def is_wrapper(tensor: Tensor) -> bool:
     """
     kind: Any = type(tensor)
     return kind not in ORDINARY and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def lacks_memory(tensor: Tensor) -> bool:
-    """Whether an ordinary tensor has elements and no memory for them: its storage was freed."""
-    return not tensor.data_ptr() and tensor.numel() > 0 and tensor.device.type != "meta"
 
 
 def layout(tensor: Tensor) -> Layout:
@@ -151,7 +158,7 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
     """Indices of the tensors that share memory with another one of the list."""
     found = set()
     reach = (0, -1)  # the furthest end so far and whose it is
-    real = (i for i, t in enumerate(tensors) if not is_lazy(t) and t.numel() and t.device.type != "meta")
+    real = (i for i, t in enumerate(tensors) if not is_lazy(t) and t.numel() and has_memory(t))
     for start, end, i in sorted((*extent(tensors[i]), i) for i in real):
         if start < reach[0]:
             found |= {i, reach[1]}

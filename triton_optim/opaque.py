@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
@@ -71,9 +72,22 @@ def groups_of(optimizer: "RuleOptimizer") -> list[dict[str, Any]]:
     return groups
 
 
+@_disable_dynamo  # torch.compiler.disable would import Dynamo, which takes longer than all else here
+def step_wrapper_subclasses(optimizer: "RuleOptimizer") -> None:
+    """A step that breaks the graph."""
+    if optimizer._release is None:
+        optimizer.update()
+    else:
+        optimizer._release.step()
+
+
 def traced_step(optimizer: "RuleOptimizer") -> None:
     """What Dynamo traces in place of a step."""
     params = [p for group in groups_of(optimizer) for p in group["params"]]
+    # The operator would be called for each of the tensors that such a one holds.
+    if any(hasattr(type(p), "__tensor_flatten__") for p in params):
+        step_wrapper_subclasses(optimizer)
+        return
     indices = [i for i in range(len(params)) if params[i].grad is not None]
     if indices or optimizer._release is not None:
         with torch.no_grad():

@@ -34,7 +34,7 @@ from .dispatch import Backend, Choice, LaunchError, Layout, Request, choose, thi
 from .fallback import prepared, replaced
 from .gather import STEPS, WORTHWHILE, Objects, library
 from .gradient_norm import EUCLIDEAN, Scaling, Signal, on_one_device, over_shards, signal_from
-from .layout import all_aligned, is_sharded, is_wrapper, lacks_memory, layout, local, overlapping, placements_of
+from .layout import all_aligned, has_memory, is_sharded, is_wrapper, layout, local, ordinary, overlapping, placements_of
 from .members import Member
 from .prologue import check_states, run_prologues, warm_prologue
 from .state import State, States
@@ -161,7 +161,8 @@ def check_memory(optimizer: RuleOptimizer, index: int, what: str, tensor: Tensor
             f"{type(optimizer).__name__}: parameter {index}, or {what}, was made in inference mode, outside of which "
             "it can't be written. Make it anew (tensor.clone()), or step in inference mode."
         )
-    if tensor.layout == torch.strided and not is_wrapper(tensor) and lacks_memory(tensor):
+    plain = tensor.layout == torch.strided and tensor.device.type != "meta" and not is_wrapper(tensor)
+    if plain and tensor.numel() and not has_memory(tensor):
         raise RuntimeError(
             f"{type(optimizer).__name__}: the memory of parameter {index}, or of {what}, was freed: its storage has "
             f"{tensor.untyped_storage().nbytes()} bytes for {tensor.numel():,} elements of {tensor.dtype}. "
@@ -494,6 +495,7 @@ class Plan:
                 if bucket.complete or any(bucket.present()):
                     found += bucket.partial_norms(EUCLIDEAN)
             partials = on_one_device(found, device)
+        partials = None if partials is None else ordinary(partials)
         for bucket in self.buckets:
             if bucket.takes_signal:
                 return bucket.signal_from(partials, scaling, device)
