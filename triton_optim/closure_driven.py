@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,9 +127,11 @@ class ClosureOptimizer(Optimizer):
     ) -> tuple[Trial, int]:
         """Search along a direction by :func:`strong_wolfe` and move to what it accepts; if it raises, move nowhere."""
         x = self.gather_parameters()
+        longest = torch.finfo(x.dtype).max
 
         def evaluate(t: float) -> tuple[float, Tensor, float]:
-            self.scatter_parameters(x.add(direction, alpha=t))
+            # torch refuses a factor beyond the dtype; the loss at Inf is one of a step too long.
+            self.scatter_parameters(x.add(direction, alpha=t if t <= longest else math.inf))
             _, loss = closure()
             g = self.gather_gradient()
             return loss, g, float(g.dot(direction))

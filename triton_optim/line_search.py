@@ -30,6 +30,7 @@ def strong_wolfe(
     c2: float = 0.9,
     max_trials: int = 25,
     min_width: float = 0.0,
+    noise: float = 0.0,
 ) -> tuple[Trial, int]:
     r"""Find a step length that satisfies the strong Wolfe conditions.
 
@@ -49,6 +50,8 @@ def strong_wolfe(
         c2: curvature, in (c1, 1): 0.9 for quasi-Newton directions, 0.1 or less for conjugate ones.
         max_trials: trials after the first; those before the first finite one are not counted.
         min_width: an interval narrower than this is narrowed no more, at least 0.
+        noise: losses that differ from the start's by no more than this, and that should by their slopes, are taken
+            from the slopes, as of a parabola; at least 0. `Trial.loss` is then that estimate.
 
     Returns:
         The accepted trial, and how many evaluations it took. When no trial satisfies both conditions, the lowest
@@ -76,6 +79,9 @@ def strong_wolfe(
         loss, gradient, slope = evaluate(t)
         if math.isfinite(loss) and math.isfinite(slope):
             any_finite = True
+            by_slopes = 0.5 * (start.slope + slope) * t
+            if max(abs(loss - start.loss), abs(by_slopes)) <= noise:
+                loss = start.loss + by_slopes
             return Trial(t, loss, gradient, slope)
         return Trial(t, math.inf, gradient, math.inf)
 
@@ -132,7 +138,7 @@ def strong_wolfe(
             f"The loss or its gradient is NaN or Inf at all {evaluations} steps tried along the direction, the "
             f"shortest of length {current.t:.3g}, though the loss at the start is {start.loss:.6g}; the parameters "
             "were put back there. Check the closure near the starting point (a log or square root at its edge, an "
-            "overflow of the dtype) or lower lr."
+            "overflow of the dtype, a loss that falls without bound) or lower lr."
         )
     return min(low, high, key=lambda point: point.loss), evaluations
 
@@ -147,9 +153,12 @@ def cubic_minimum(a: Trial, b: Trial, low: float, high: float) -> float:
         a, b = b, a
     width = b.t - a.t
     d1 = a.slope + b.slope - 3 * (b.loss - a.loss) / width
-    square = d1 * d1 - a.slope * b.slope
+    # A power of 2, which rounds nothing: squares of tiny or huge slopes would vanish or overflow.
+    _, exponent = math.frexp(max(abs(a.slope), abs(b.slope), abs(d1)))
+    s1, sa, sb = (math.ldexp(slope, -exponent) for slope in (d1, a.slope, b.slope))
+    square = s1 * s1 - sa * sb
     if square >= 0:
-        d2 = math.sqrt(square)
+        d2 = math.ldexp(math.sqrt(square), exponent)
         divisor = b.slope - a.slope + 2 * d2
         t = b.t - width * ((b.slope + d2 - d1) / divisor) if divisor != 0 else math.nan
         if math.isfinite(t):

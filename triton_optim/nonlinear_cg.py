@@ -17,6 +17,11 @@ ORTHOGONAL = 0.2
 # With the book's 0.1 directions are conjugate too loosely: 20-dimensional quadratics of condition 1e2 to 1e4 took up to
 # 12 times the evaluations of L-BFGS, with 0.01 up to 3 times (Polak-Ribiere: 7 and 2 times).
 CURVATURE = 0.01
+# The first trial of all moves by this share of the largest parameter, or is to gain this share of the loss.
+FIRST = 0.1
+MAX_TRIALS = 25
+# Rounding of a loss, in units of its dtype's precision: without it float32 does not solve quadratics of condition 1e4.
+NOISE = 30
 
 
 class NonlinearCG(ClosureOptimizer):
@@ -31,12 +36,16 @@ class NonlinearCG(ClosureOptimizer):
         \beta_k^{HS} = \frac{g_k^T y_k}{d_{k-1}^T y_k}
 
     :math:`t_k` satisfies the strong Wolfe conditions with :math:`c_2 = 0.01`; the first one tried is
-    :math:`2 (f_k - f_{k-1}) / g_k^T d_k`. :math:`\beta = 0`, a restart, every `restart` iterations, where d would
+    :math:`2 (f_k - f_{k-1}) / g_k^T d_k`, and in the first iteration
+    :math:`0.1 \|p_0\|_\infty / \|g_0\|_\infty`, for p of zeros :math:`0.1 |f_0| / g_0^T g_0`, where that is 0 too
+    :math:`1 / \|g_0\|_\infty`. Where losses differ by no more than their rounding, the slopes say which is lower.
+    The iterations are those of the same problem in other units, :math:`s f(p / c)`, unless p and f are 0 at the start:
+    tolerances are relative. :math:`\beta = 0`, a restart, every `restart` iterations, where d would
     not be one of descent, after a line search that found nothing lower, and by Powell's test
     :math:`|g_k^T g_{k-1}| \ge 0.2\, g_k^T g_k`.
 
-    State, all of it the first parameter's: ``d``, ``t``, ``prev_flat_grad``, ``prev_loss``, ``since_restart``,
-    ``func_evals``, ``n_iter``.
+    State, all of it the first parameter's: ``d``, a direction divided by the largest entry of the gradient, ``t``,
+    ``prev_flat_grad``, ``prev_loss``, ``since_restart``, ``func_evals``, ``n_iter``.
 
     Args:
         params: parameters or named parameters of one device, or one group of them.
@@ -44,8 +53,10 @@ class NonlinearCG(ClosureOptimizer):
             number or a 1-element tensor.
         max_iter: iterations a step, at least 1.
         max_eval: evaluations a step after which no iteration begins; by default 5/2 of max_iter.
-        tolerance_grad: ends the step when no entry of the gradient is larger, at least 0.
-        tolerance_change: ends the step when no entry of the update, or the change of the loss, is larger, at least 0.
+        tolerance_grad: ends the step when no entry of the gradient is larger than this share of the largest one at the
+            step's start, at least 0.
+        tolerance_change: ends the step when no entry of the update is larger than this share of the largest parameter,
+            or the change of the loss than this share of the loss, at least 0.
         beta: ``"polak-ribiere+"``, ``"fletcher-reeves"`` or ``"hestenes-stiefel"``.
         restart: iterations from one restart to the next, at least 1; None leaves it to the other tests. The textbook's
             number of parameters is far too few where that is small: 6 times the evaluations on a 20-dimensional
@@ -62,7 +73,7 @@ class NonlinearCG(ClosureOptimizer):
     Example:
         >>> import torch, triton_optim
         >>> p = torch.nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
-        >>> optimizer = triton_optim.NonlinearCG([p], max_iter=100, tolerance_change=1e-12)
+        >>> optimizer = triton_optim.NonlinearCG([p], max_iter=100)
         >>> def closure():
         ...     optimizer.zero_grad()
         ...     loss = (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
@@ -73,7 +84,8 @@ class NonlinearCG(ClosureOptimizer):
         tensor([1.0000, 1.0000], dtype=torch.float64)
 
     Source: Nocedal & Wright, Numerical Optimization, 2nd ed., section 5.2, equations 5.44 to 5.46, 5.52 and 3.60;
-    Powell 1977, https://doi.org/10.1007/BF01593790.
+    Powell 1977, https://doi.org/10.1007/BF01593790. The first trial, and slopes in place of losses: Hager & Zhang 2006,
+    https://doi.org/10.1145/1132973.1132979.
     """
 
     betas = ("polak-ribiere+", "fletcher-reeves", "hestenes-stiefel")
@@ -84,8 +96,8 @@ class NonlinearCG(ClosureOptimizer):
         lr: float | Tensor = 1,
         max_iter: int = 20,
         max_eval: int | None = None,
-        tolerance_grad: float = 1e-7,
-        tolerance_change: float = 1e-9,
+        tolerance_grad: float = 1e-8,
+        tolerance_change: float = 1e-12,
         beta: str = "polak-ribiere+",
         restart: int | None = None,
         *,
@@ -133,19 +145,22 @@ class NonlinearCG(ClosureOptimizer):
         state = self.state[group["params"][0]]
         state["func_evals"] = state.get("func_evals", 0) + 1
         state.setdefault("n_iter", 0)
-        if not math.isfinite(loss) or not group["tolerance_grad"] < largest(g) < math.inf:
+        size = largest(g)
+        smallest = group["tolerance_grad"] * size
+        if not math.isfinite(loss) or not smallest < size < math.inf:
             return first
 
-        change = group["tolerance_change"]
+        eps, change = torch.finfo(g.dtype).eps, group["tolerance_change"]
         for _ in range(group["max_iter"]):
             state["n_iter"] += 1
             d, slope = self._direction(state, g)
+            length, reach = largest(self.gather_parameters()), largest(d)
             t = 2 * (loss - state["prev_loss"]) / slope if "prev_loss" in state and slope else 0.0
             if not 0 < t < math.inf:
-                t = 1.0 / max(1.0, float(g.abs().sum())) * float(group["lr"])
+                t = float(group["lr"]) * (FIRST * length or FIRST * abs(loss / slope) or 1.0)
             # Until the step is taken, it is one of length 0: a closure that raises leaves a state to go on from.
             state |= {"d": d, "t": 0.0, "prev_flat_grad": g, "prev_loss": loss}
-            if not -math.inf < slope < 0 or slope > -change:
+            if not -math.inf < slope < 0:
                 break
             previous = loss
             found, used = self.search(
@@ -154,37 +169,54 @@ class NonlinearCG(ClosureOptimizer):
                 d,
                 t,
                 c2=CURVATURE,
-                max_trials=group["max_eval"] - evaluations,
-                min_width=change / largest(d),
+                max_trials=min(MAX_TRIALS, group["max_eval"] - evaluations),
+                min_width=10 * eps * length / reach,
+                noise=NOISE * eps * abs(loss),
             )
             state["t"], loss, g = found.t, found.loss, found.gradient
             evaluations += used
             state["func_evals"] += used
-            if evaluations >= group["max_eval"] or largest(g) <= group["tolerance_grad"]:
+            if evaluations >= group["max_eval"] or not smallest < largest(g):
                 break
-            if found.t * largest(d) <= change or abs(loss - previous) < change:
+            if found.t * reach <= change * length or abs(loss - previous) <= change * abs(previous):
                 break
         return first
 
     def _direction(self, state: dict[str, Any], g: Tensor) -> tuple[Tensor, float]:
-        """Compute the next direction and its slope, one transfer to the host."""
+        """Compute the next direction, divided by the largest entry of the gradient, and its slope.
+
+        Products of gradients so divided neither overflow nor vanish, in whatever units the problem is.
+        """
         group = self.param_groups[0]
         since = state.get("since_restart", 0)
         restart = group["restart"] or math.inf
         state["since_restart"] = 1
+        size = largest(g)
+        unit = g / size
         if not since or since >= restart or not state["t"]:
-            return g.neg(), -float(g.dot(g))
+            return unit.neg(), -size * float(unit.dot(unit))
         d, before = state["d"], state["prev_flat_grad"]
-        y = g - before
-        gg, gy, before2, dy, gd = torch.stack([g.dot(g), g.dot(y), before.dot(before), d.dot(y), g.dot(d)]).tolist()
+        size_before = largest(before)
+        unit_before = before / size_before
+        products = [
+            unit.dot(unit),
+            unit.dot(unit_before),
+            unit_before.dot(unit_before),
+            unit.dot(d),
+            unit_before.dot(d),
+        ]
+        gg, gb, bb, gd, bd = torch.stack(products).tolist()
+        # Of y and beta in the units of the last gradient: d is kept in those.
+        ratio = size / size_before
+        gy, dy = ratio * gg - gb, ratio * gd - bd
         if group["beta"] == "fletcher-reeves":
-            beta = gg / before2
+            beta = ratio * gg / bb
         elif group["beta"] == "hestenes-stiefel":
             beta = gy / dy if dy else 0.0
         else:
-            beta = max(0.0, gy / before2)
-        slope = beta * gd - gg
-        if slope >= 0 or abs(gg - gy) >= ORTHOGONAL * gg:
-            return g.neg(), -gg
+            beta = max(0.0, gy / bb)
+        slope = size * (beta * gd - gg)
+        if slope >= 0 or abs(gb) >= ORTHOGONAL * gg * ratio:
+            return unit.neg(), -size * gg
         state["since_restart"] = since + 1
-        return torch.sub(d * beta, g), slope
+        return torch.sub(d * beta, unit), slope
