@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .line_search import Trial, strong_wolfe
-from .optimizer import check_range, made_by_python
+from .optimizer import check_range, leave_to_python, ordered
 
 
 class ClosureOptimizer(Optimizer):
@@ -31,11 +32,12 @@ class ClosureOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        made_by_python(cls)
+        leave_to_python(cls, "__init__", "step")
 
+    @_disable_dynamo
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_range("learning rate", defaults["lr"], 0.0)
-        super().__init__(params, defaults)
+        super().__init__(ordered(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # first, for what torch has against the parameters

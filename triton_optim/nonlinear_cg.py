@@ -107,7 +107,6 @@ class NonlinearCG(ClosureOptimizer):
         }
         super().__init__(params, defaults)
 
-    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run up to max_iter iterations.
