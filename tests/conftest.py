@@ -63,6 +63,9 @@ def iteration(matrix: torch.Tensor, coefficients: tuple, steps: int, eps: float)
 newton_schulz.iterated_in = iterated_in
 torch.optim._muon._zeropower_via_newtonschulz = iteration
 
+# Of the torch that is installed: what it does depends on it in places.
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 LONG = ("test_accuracy", "test_codecs", "test_audit", "test_torch_compile", "test_training_step", "test_sharded",
         "test_launch", "test_compiled_steps")  # fmt: skip
 

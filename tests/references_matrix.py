@@ -55,7 +55,8 @@ def muon(
     p, g, state, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_coefficients=(3.4445, -4.775, 2.0315),
     eps=1e-7, ns_steps=5, adjust_lr_fn=None,
 ):  # fmt: skip
-    """Jordan et al. 2024 (the post "Muon"), with the learning rates of Liu et al. 2025, section 2.2, too.
+    """Jordan et al. 2024 (the post "Muon"), with the learning rates of Liu et al. 2025, section 2.2, and of
+    Bernstein 2025 (the post "Deriving Muon"), too.
 
     As torch computes it, not as it documents it: the momentum is an average, (1 - momentum) of the new, which the
     normalization cancels but the state shows, and eps is not added to the norm but bounds it. torch iterates in
@@ -66,6 +67,8 @@ def muon(
     update = momentum * b + (1 - momentum) * g if nesterov else b
     if adjust_lr_fn == "match_rms_adamw":
         scale = p.dtype.type(0.2) * np.sqrt(max(rows, columns))
+    elif adjust_lr_fn == "spectral_unclamped":
+        scale = np.sqrt(rows / columns)
     else:
         scale = np.sqrt(max(1, rows / columns))
     decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.

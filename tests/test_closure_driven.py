@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import TORCH
 from torch.nn import Parameter
 from two_tensor import TwoTensor, parameter, value_of
 
@@ -70,11 +71,13 @@ def pair(cls=torch.optim.LBFGS, other=to.LBFGS, start=(0.5,) * 6, dtype=torch.fl
 
 
 def test_arguments_are_those_of_torch() -> None:
-    ours, theirs = inspect.signature(to.LBFGS), inspect.signature(torch.optim.LBFGS)
-    assert {k: v.default for k, v in ours.parameters.items()} == {k: v.default for k, v in theirs.parameters.items()}
-    assert list(ours.parameters) == list(theirs.parameters)
+    ours, theirs = (list(inspect.signature(cls).parameters.values()) for cls in (to.LBFGS, torch.optim.LBFGS))
+    newer = ["maximize"] if TORCH < (2, 14) else []
+    assert [(a.name, a.default, a.kind) for a in ours if a.name not in newer] == [
+        (a.name, a.default, a.kind) for a in theirs
+    ]
     (_, theirs, _), (_, ours, _) = pair()
-    assert ours.defaults == theirs.defaults
+    assert ours.defaults == theirs.defaults | dict.fromkeys(newer, False)
 
 
 @SEARCHES
@@ -203,6 +206,145 @@ def test_complex_sparse_missing_and_strided_gradients(line_search_fn) -> None:
         finals.append([p.detach() for p in params])
     for theirs, ours in zip(*finals, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+# Ascent
+
+
+def ascending(cls, loss_of, start, steps=3, **options):
+    """The parameter after some steps that maximize `loss_of`, what they returned, and the evaluations."""
+    p = Parameter(start.clone())
+    optimizer = cls([p], **options)
+    closure = closure_of(optimizer, loss_of, [p])
+    losses = [float(optimizer.step(closure).detach()) for _ in range(steps)]
+    return p.detach(), losses, closure.calls, optimizer
+
+
+@BOTH
+@pytest.mark.parametrize("search", [{}, {"line_search_fn": "strong_wolfe"}], ids=["plain", "search"])
+def test_to_maximize_is_to_minimize_the_negative(cls, search) -> None:
+    options = {"lr": 1e-2, "max_iter": 6} | (search if cls is to.LBFGS else {})
+    start = torch.full((6,), 0.5, dtype=torch.float64)
+    p, losses, calls, _ = ascending(cls, lambda p: -rosenbrock(p), start, maximize=True, **options)
+    q, negated, their_calls, _ = ascending(cls, rosenbrock, start, **options)
+    assert torch.equal(p, q)
+    assert losses == [-loss for loss in negated]  # a step returns the loss, not what is minimized
+    assert calls == their_calls
+    assert losses[-1] > losses[0]
+
+
+@pytest.mark.skipif(TORCH < (2, 14), reason="torch's LBFGS can't maximize before 2.14")
+@SEARCHES
+def test_maximizing_takes_torchs_path(line_search_fn) -> None:
+    options = {"line_search_fn": line_search_fn, "lr": 1 if line_search_fn else 1e-2, "max_iter": 6, "maximize": True}
+    start = torch.full((6,), 0.5, dtype=torch.float64)
+    ours, theirs = (
+        ascending(cls, lambda p: -rosenbrock(p), start, steps=5, **options) for cls in (to.LBFGS, torch.optim.LBFGS)
+    )
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-9)
+    assert (ours[1], ours[2]) == (pytest.approx(theirs[1]), theirs[2])
+    (a, b) = (optimizer.state_dict()["state"][0] for *_, optimizer in (ours, theirs))
+    for name in ("prev_loss", "d", "prev_flat_grad"):  # negated in both
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-8)
+
+
+@BOTH
+def test_a_loaded_group_says_whether_to_maximize(cls) -> None:
+    """And one that was saved before it could say so minimizes."""
+    p = Parameter(torch.zeros(1))
+    optimizer = cls([p])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["maximize"] = True
+    optimizer.load_state_dict(saved)
+    optimizer.step(closure_of(optimizer, lambda p: -((p - 3) ** 2).sum(), [p]))
+    assert p.item() == pytest.approx(3)
+    optimizer = cls([p], maximize=True)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["maximize"]
+    optimizer.load_state_dict(saved)
+    optimizer.step(closure_of(optimizer, lambda p: ((p - 1) ** 2).sum(), [p]))
+    assert p.item() == pytest.approx(1)
+
+
+# 16 bits, no parameters, another default device
+
+
+@BOTH
+@pytest.mark.parametrize("search", [{}, {"line_search_fn": "strong_wolfe"}], ids=["plain", "search"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_16_bit_vectors_do_not_overflow(cls, search, dtype) -> None:
+    """The gradient's square is 2e5, of which float16 has no number."""
+    options = search if cls is to.LBFGS else {}
+    scales = torch.linspace(20, 40, 200, dtype=dtype)
+    p = Parameter(torch.ones(200, dtype=dtype))
+    optimizer = cls([p], max_iter=40, **options)
+    optimizer.step(closure_of(optimizer, lambda p: (scales * (p - 0.5) ** 2).float().sum(), [p]))
+    torch.testing.assert_close(p.detach().float(), torch.full((200,), 0.5), rtol=0, atol=0.01)
+
+
+@BOTH
+@pytest.mark.parametrize("dtypes", [(torch.float16,), (torch.bfloat16,), (torch.float32, torch.float64)])
+def test_state_of_other_dtypes_than_the_first_parameters_resumes(cls, dtypes) -> None:
+    ends = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        params = [Parameter(torch.randn(5).to(dtype)) for dtype in dtypes]
+        optimizer = cls(params, max_iter=3, lr=0.1)
+
+        def loss_of(*params):
+            return sum(((p.double() - 1) ** 2).sum() + (p.double() ** 4).sum() for p in params)
+
+        for i in range(4):
+            if resumed and i == 2:
+                saved = optimizer.state_dict()
+                optimizer = cls(params, max_iter=3, lr=0.1)
+                optimizer.load_state_dict(saved)
+            optimizer.step(closure_of(optimizer, loss_of, params))
+        ends.append([p.detach().clone() for p in params])
+    assert all(map(torch.equal, *ends))
+
+
+def test_torchs_state_of_16_bit_parameters_loads() -> None:
+    p, source, closure = pair(torch.optim.LBFGS, dtype=torch.bfloat16, lr=0.01, max_iter=3)[0]
+    for _ in range(2):
+        source.step(closure)
+    target = to.LBFGS([p], lr=0.01, max_iter=3)
+    target.load_state_dict(source.state_dict())
+    before = rosenbrock(p.detach())
+    target.step(closure_of(target, rosenbrock, [p]))
+    assert rosenbrock(p.detach()) < before
+    assert target.state[p]["d"].dtype == torch.float32
+
+
+@BOTH
+def test_groups_without_parameters(cls) -> None:
+    """A step is an evaluation: torch's LBFGS from 2.14 on, and every other optimizer."""
+    optimizer = cls([{"params": []}])
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3
+    assert not optimizer.state
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(TypeError, match="step needs a closure"):
+        optimizer.step()
+
+
+@BOTH
+@pytest.mark.parametrize("search", [{}, {"line_search_fn": "strong_wolfe"}], ids=["plain", "search"])
+def test_another_default_device(cls, search) -> None:
+    options = {"lr": 0.1, "max_iter": 5} | (search if cls is to.LBFGS else {})
+    start = torch.full((4,), 0.5, dtype=torch.float64)
+    ends = []
+    for default in (None, "meta"):
+        torch.set_default_device(default)
+        try:
+            p = Parameter(start.clone())
+            optimizer = cls([p], **options)
+            for _ in range(3):
+                optimizer.step(closure_of(optimizer, rosenbrock, [p]))
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        finally:
+            torch.set_default_device(None)
+        ends.append(p.detach())
+    assert torch.equal(*ends)
 
 
 # Evaluations
@@ -388,7 +530,7 @@ def test_a_search_with_nothing_finite_raises_and_goes_back(cls) -> None:
     def loss_of(p):
         return p.square().sum() * (1.0 if torch.equal(p, start) else math.nan)
 
-    with pytest.raises(RuntimeError, match=r"NaN or Inf at all .* though the loss at the start is 5; .*closure"):
+    with pytest.raises(RuntimeError, match=r"NaN or Inf at all .* what is minimized is 5 at the start; .*closure"):
         optimizer.step(closure_of(optimizer, loss_of, [p]))
     assert torch.equal(p, start)
     optimizer.step(closure_of(optimizer, lambda p: (p - 1).square().sum(), [p]))

@@ -89,7 +89,7 @@ def test_singular_values_come_near_one() -> None:
     assert values.max() < 1.5
 
 
-@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw", "spectral_unclamped"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_are_the_references(adjust: str | None, nesterov: bool) -> None:
     options = {"lr": 0.02, "adjust_lr_fn": adjust, "nesterov": nesterov, "ns_steps": 4, "momentum": 0.9}

@@ -26,8 +26,8 @@ class ASGD(RuleOptimizer):
     Args:
         params: parameters, named parameters or groups.
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
-        lambd: :math:`\lambda`, the decay.
-        alpha: :math:`\alpha`, the power of the decay of :math:`\eta`.
+        lambd: :math:`\lambda \ge 0`, the decay.
+        alpha: :math:`\alpha \ge 0`, the power of the decay of :math:`\eta`.
         t0: :math:`t_0`, the step at which averaging begins.
         weight_decay: :math:`w \ge 0`, added to the gradient as :math:`w p_{t-1}`.
         foreach, maximize, differentiable, capturable, fused, backend: see :class:`RuleOptimizer`.
@@ -87,6 +87,8 @@ class ASGD(RuleOptimizer):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
+        check_range("lambd value", group["lambd"], 0.0)
+        check_range("alpha value", group["alpha"], 0.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def start_carried(self, group: dict[str, Any]) -> dict[str, float]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .layout import ordinary
 from .line_search import Trial, strong_wolfe
-from .optimizer import check_range, made_by_python
+from .optimizer import check_range, leave_to_python, ordered
 
 
 class ClosureOptimizer(Optimizer):
@@ -33,11 +34,12 @@ class ClosureOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        made_by_python(cls)
+        leave_to_python(cls, "__init__", "step")
 
+    @_disable_dynamo
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.check_hyperparameters(defaults)
-        super().__init__(params, defaults)
+        super().__init__(ordered(params), defaults)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a hyperparameter is out of range: in the constructor, and before every step."""

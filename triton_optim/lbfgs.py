@@ -105,7 +105,6 @@ class LBFGS(ClosureOptimizer):
         packed["state"] = _copy(packed["state"])
         return packed
 
-    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run up to max_iter iterations.

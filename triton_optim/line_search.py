@@ -136,9 +136,9 @@ def strong_wolfe(
     if not any_finite:
         raise RuntimeError(
             f"The loss or its gradient is NaN or Inf at all {evaluations} steps tried along the direction, the "
-            f"shortest of length {current.t:.3g}, though the loss at the start is {start.loss:.6g}; the parameters "
-            "were put back there. Check the closure near the starting point (a log or square root at its edge, an "
-            "overflow of the dtype, a loss that falls without bound) or lower lr."
+            f"shortest of length {current.t:.3g}, though what is minimized is {start.loss:.6g} at the start; the "
+            "parameters were put back there. Check the closure near the starting point (a log or square root at its "
+            "edge, an overflow of the dtype, a loss that falls without bound) or lower lr."
         )
     return min(low, high, key=lambda point: point.loss), evaluations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from .layout import gathered, placed_as
 from .newton_schulz import newton_schulz
 from .optimizer import RuleOptimizer, Variant, check_range
 
+# The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
+ADJUST: dict[str | None, Callable[[int, int], float]] = {
+    None: lambda rows, columns: max(1.0, rows / max(columns, 1)) ** 0.5,
+    "original": lambda rows, columns: max(1.0, rows / max(columns, 1)) ** 0.5,
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "spectral_unclamped": lambda rows, columns: (rows / max(columns, 1)) ** 0.5,
+}
 # What an AdamW group has unless it says otherwise: torch.optim.AdamW's.
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
@@ -31,7 +38,8 @@ class Muon(RuleOptimizer):
 
     NS brings all singular values near 1: from :math:`X = m_t / \max(\lVert m_t \rVert_F, \epsilon)` on, ``ns_steps``
     times :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`. For a parameter of :math:`A \times B`, s is
-    :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}`.
+    :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}`, with
+    ``"spectral_unclamped"`` :math:`\sqrt{A / B}`.
 
     Matrices of one shape, or its transpose, are iterated together. That is done in bfloat16 on GPUs, where a symmetric
     product computes one half of itself, and on CPUs with instructions for it; elsewhere in float32 (float64 parameters:
@@ -52,7 +60,8 @@ class Muon(RuleOptimizer):
         ns_coefficients: :math:`(a, b, c)`.
         eps: :math:`\epsilon`.
         ns_steps: number of iterations, below 100.
-        adjust_lr_fn: None or ``"original"``, or ``"match_rms_adamw"``, with which AdamW's rates and decays fit.
+        adjust_lr_fn: None or ``"original"``, ``"match_rms_adamw"``, with which AdamW's rates and decays fit, or
+            ``"spectral_unclamped"``, with which an update's spectral norm goes with the square root of its shape.
         maximize, foreach, capturable, differentiable, fused, backend: see :class:`RuleOptimizer`.
 
     Raises:
@@ -72,7 +81,8 @@ class Muon(RuleOptimizer):
         [['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step']]
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; ``"match_rms_adamw"``: Liu et al. 2025,
-    section 2.2, https://arxiv.org/abs/2502.16982. The momentum is torch's, an average.
+    section 2.2, https://arxiv.org/abs/2502.16982; ``"spectral_unclamped"``: Bernstein 2025,
+    https://jeremybernste.in/writing/deriving-muon. The momentum is torch's, an average.
     """
 
     variants = (Variant(muon, (), prologue=True), Variant(adamw, ("exp_avg", "exp_avg_sq")))
@@ -130,10 +140,10 @@ class Muon(RuleOptimizer):
         check_range("ns_steps", group["ns_steps"], 0, 100)
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(f"Invalid ns_coefficients: {group['ns_coefficients']}. Give three numbers, (a, b, c).")
-        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        if group["adjust_lr_fn"] not in ADJUST:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported. "
-                'Use "original", "match_rms_adamw" or None.'
+                'Use "original", "match_rms_adamw", "spectral_unclamped" or None.'
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,12 +188,8 @@ class Muon(RuleOptimizer):
         gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - mu)
         momenta = torch._foreach_lerp(gradients, buffers, mu) if group["nesterov"] else buffers
-        scales = [
-            0.2 * max(p.shape) ** 0.5
-            if group["adjust_lr_fn"] == "match_rms_adamw"
-            else max(1.0, p.shape[0] / max(p.shape[1], 1)) ** 0.5
-            for p in params
-        ]
+        adjusted = ADJUST[group["adjust_lr_fn"]]
+        scales = [adjusted(*p.shape) for p in params]
         matrices = [gathered(m) for m in momenta]
         updates = newton_schulz(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"], scales)
         return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]

@@ -123,7 +123,6 @@ class NonlinearCG(ClosureOptimizer):
         if restart is not None and restart < 1:
             raise ValueError(f"Invalid restart: {restart}. It must be at least 1, or None for none by count.")
 
-    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run up to max_iter iterations.

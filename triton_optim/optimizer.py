@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -93,12 +96,31 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def made_by_python(cls: type[Optimizer]) -> None:
-    """Let no compiled function trace the constructor of `cls`: Dynamo leaves it half-way, for torch's part, with the
-    attributes that are set by then on no object.
+def ordered(params: Any) -> Any:
+    """The parameters as they are; a set as a list, with the warning that torch has for it from 2.15 on. It points at
+    the line that made the optimizer: what Dynamo and the classes lay around their constructors differs.
     """
-    if "__init__" in cls.__dict__:
-        cls.__init__ = torch._disable_dynamo(cls.__init__)  # type: ignore[method-assign]
+    if not isinstance(params, (set, frozenset)):
+        return params
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"optimizer parameters need to be organized in ordered collections, got a {type(params).__name__}: its order, "
+        "and with it a state dict's, changes from run to run. Give a list.",
+        FutureWarning,
+        stacklevel=level,
+    )
+    return list(params)
+
+
+def leave_to_python(cls: type[Optimizer], *methods: str) -> None:
+    """Let no compiled function trace these methods of a class. Of a constructor Dynamo leaves torch's part to Python,
+    and what was set before it would then be set on no object.
+    """
+    for name in methods:
+        if name in cls.__dict__:
+            setattr(cls, name, _disable_dynamo(cls.__dict__[name]))
 
 
 class RuleOptimizer(Optimizer):
@@ -180,11 +202,12 @@ class RuleOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        made_by_python(cls)
+        leave_to_python(cls, "__init__")
         if cls.rule is not None and "variants" not in cls.__dict__:
             prologue = cls.prologue is not RuleOptimizer.prologue
             cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
 
+    @_disable_dynamo
     def __init__(
         self,
         params: Iterable[Any],
@@ -223,7 +246,7 @@ class RuleOptimizer(Optimizer):
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
         self._handle = opaque.register(self)
         carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
-        super().__init__(params, defaults | carried)
+        super().__init__(ordered(params), defaults | carried)
         watch(self)
 
     @property

@@ -109,12 +109,13 @@ def _half_loaded(kernel: Any, var: str, index: Any, dtype: torch.dtype, load_mas
 def _half_stored(
     kernel: Any, value: Any, var: str, index: Any, dtype: torch.dtype, accu_store: bool = False
 ) -> Any | None:
-    from torch._inductor.utils import IndentedBuffer
+    from torch._inductor import utils
 
     stride = kernel._try_get_const_stride(index, kernel.itervars[kernel.tiling_idx])
     if accu_store or stride != 1 or not _half_vectors(kernel, dtype):
         return None
-    code = IndentedBuffer()
+    names: Any = utils  # from torch 2.14 on it only imports the class, from a module that 2.13 has not
+    code = names.IndentedBuffer()
     place = f"reinterpret_cast<__m256i*>({_place(var, index)})"
     code.writeline(f"_mm256_storeu_si256({place}, _mm512_castsi512_si256({value}));")
     return code
