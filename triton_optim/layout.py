@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from .dispatch import Layout
 

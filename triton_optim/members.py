@@ -68,14 +68,13 @@ class Member:
                 self.state[name] = self.numbers[name]
                 continue
             held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
-            kind = {"dtype": counted_dtype(group, name), "device": device}
+            dtype = counted_dtype(group, name)
             if isinstance(held, Tensor):
-                self.state[name] = held.to(**kind).reshape(())
+                self.state[name] = held.to(device, dtype).reshape(())
             else:
-                begin = (held, *kind.values())
-                if begin not in begun:
-                    begun[begin] = torch.tensor(held, **kind)
-                self.state[name] = begun[begin]
+                if (held, dtype, device) not in begun:
+                    begun[held, dtype, device] = torch.tensor(held, dtype=dtype, device=device)
+                self.state[name] = begun[held, dtype, device]
         keep_parameter(self.state, self.p, param)
         for name, codec in zip(key.variant.state_names, kept, strict=True):
             if self.state.get(name) is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .adam import adam_scalars
+from .adam import AdamW, adam_scalars
 from .kernels.adam import adamw
 from .kernels.muon import MuonScalars, muon
 from .layout import gathered, placed_as
