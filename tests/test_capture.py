@@ -3,9 +3,10 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import HAS_GPU, TRITON_LOOPS
+from conftest import HAS_GPU, TRITON, TRITON_LOOPS
 from launches import replace_launches
 from table import CASES, Case, rows
 from torch import Tensor
@@ -113,6 +114,41 @@ def test_every_rule_is_replayed_bit_for_bit(case: Case, device: torch.device, mo
         params = start(device, torch.float32)
         optimizer = case.ours(params, lr=0.01, capturable=True, backend="eager")
         run(optimizer, params, [], Tape(monkeypatch) if taped else None)
+        results.append(everything(params, optimizer))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor], ids=lambda kind: kind.__name__)
+def test_numbers_of_every_kind_reach_the_replays(
+    kind: Any, backend: str, device: torch.device, monkeypatch: Any
+) -> None:
+    """A new object in every step, of a number that all kinds have."""
+    if HAS_GPU:
+        pytest.skip("a tape of what a CPU does; test_cuda_graph is the real thing")
+    if backend == "triton" and kind is torch.tensor:
+        pytest.skip("what is a tensor on the device is read where it lies")
+    results = []
+    for change, tape in ((float, None), (kind, Tape(monkeypatch))):
+        params = start(device, torch.float32)
+        optimizer = triton_optim.AdamW(params, lr=change(0.5), capturable=True, backend=backend)
+        for k in range(6):
+            set_gradients(params, k)
+            optimizer.param_groups[0] |= {
+                "lr": change(2.0**-k),
+                "weight_decay": change(2.0 ** (-k - 1)),
+                "betas": (change(1 - 2.0 ** (-k - 1)), change(1 - 2.0 ** (-k - 3))),
+            }
+            if tape is None or k < 2:
+                optimizer.step()
+                continue
+            optimizer.push_hyperparameters()
+            if k == 2:
+                with tape:
+                    optimizer.step()
+            else:
+                tape.replay()
         results.append(everything(params, optimizer))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

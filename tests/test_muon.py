@@ -215,6 +215,58 @@ def test_which_parameters_muon_gets() -> None:
     triton_optim.Muon([hidden, rest], lr=0.02)
 
 
+def test_a_string_of_heads_is_one_name() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    for heads in ("2", ["2"]):
+        assert [len(group["params"]) for group in triton_optim.muon_param_groups(model, heads=heads)] == [2, 4]
+    model = torch.nn.ModuleDict({"out": torch.nn.Linear(8, 8), "o": torch.nn.Linear(8, 8)})
+    hidden, _ = triton_optim.muon_param_groups(model, heads="out")  # not o, u and t
+    assert hidden["params"] == [model["o"].weight]
+
+
+@pytest.mark.parametrize("adjust_lr_fn", [None, "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_an_empty_matrix_is_stepped(shape: tuple[int, int], adjust_lr_fn: str | None) -> None:
+    """Of one without columns torch divides by their number."""
+    p, q = Parameter(torch.zeros(shape)), Parameter(torch.ones(2, 2))
+    optimizer = triton_optim.Muon([p, q], adjust_lr_fn=adjust_lr_fn)
+    for _ in range(2):
+        p.grad, q.grad = torch.zeros_like(p), torch.ones_like(q)
+        optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].shape == shape
+    assert (q < 1).all()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_near_the_largest_number_moves_as_torchs(
+    dtype: torch.dtype, nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", TORCHS_ITERATION)
+    largest = 65504.0 if dtype == torch.float16 else 2.0**127
+    found = []
+    for cls in (torch.optim.Muon, triton_optim.Muon):
+        random = torch.Generator().manual_seed(0)
+        p = Parameter(torch.randn(5, 4, generator=random).to(dtype))
+        optimizer = cls([p], lr=0.1, nesterov=nesterov)
+        for _ in range(3):
+            p.grad = (torch.randn(5, 4, generator=random).sign() * largest).to(dtype)
+            optimizer.step()
+        found.append(p.detach())
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0.02)  # torch's are iterated in bfloat16
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_a_gradient_of_nothing_moves_nothing_where_eps_is_0(size: float) -> None:
+    """torch divides 0 by 0, as the squares of very small numbers are, too."""
+    p = Parameter(torch.ones(3, 2))
+    optimizer = triton_optim.Muon([p], lr=0.1, eps=0, weight_decay=0)
+    p.grad = torch.full_like(p, size)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.ones(3, 2), rtol=0, atol=1e-6)
+
+
 def test_a_model_without_hidden_matrices_is_all_adamws() -> None:
     (group,) = triton_optim.muon_param_groups(torch.nn.LayerNorm(3))
     assert group["use_muon"] is False

@@ -233,3 +233,50 @@ def test_parameters_after_a_prologue(name: str, backend: str, device: torch.devi
 @pytest.mark.parametrize("step", [1, 2, 1000, 2**31 - 1])
 def test_the_host_forms_the_key_of_a_row_as_tensors_do(seed, step):
     assert host_row_key(seed, step) == row_key(seed, step, torch.device("cpu")).item()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("cls", [triton_optim.AdamW, triton_optim.SGD, triton_optim.Adagrad])
+def test_bits_go_on_where_float32_cannot_count(
+    cls: type[triton_optim.RuleOptimizer], capturable: bool, backend: str, device: torch.device
+) -> None:
+    """From a checkpoint of torch's, whose count stands still there, and back into torch."""
+    if backend == "compiled":
+        pytest.skip("its keys are made as the eager backend's")
+    theirs = getattr(torch.optim, cls.__name__)
+    q = Parameter(torch.ones(512, device=device))
+    saver = theirs([q], lr=1e-3)
+    q.grad = torch.ones_like(q)
+    saver.step()
+    saved = saver.state_dict()
+    saved["state"].setdefault(0, {})["step"] = torch.tensor(2.0**24)
+    p = Parameter(torch.ones(512, device=device, dtype=torch.bfloat16))
+    optimizer = cls([p], lr=1e-3, param_precision="stochastic", capturable=capturable, backend=backend)
+    optimizer.load_state_dict(saved)
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            p.fill_(1)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        seen.append(p.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    assert optimizer.state[p]["step"] == 2**24 + 3
+    back = theirs([q], lr=1e-3)
+    back.load_state_dict(optimizer.state_dict())
+    back.step()
+    assert q.isfinite().all()
+
+
+@pytest.mark.parametrize("cls", [triton_optim.AdamW, triton_optim.NAdam])
+def test_counts_of_what_is_not_rounded_stochastically_are_torchs(cls: type, device: torch.device) -> None:
+    p = Parameter(torch.ones(4, device=device, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    dtypes = []
+    for precision in ("master", "stochastic"):
+        optimizer = cls([p], param_precision=precision, ema_decay=0.9, backend="eager")
+        optimizer.step()
+        dtypes.append({n: v.dtype for n, v in optimizer.state[p].items() if not v.dim()})
+    assert set(dtypes[0].values()) == {torch.float32}
+    assert {name for name, dtype in dtypes[1].items() if dtype == torch.float64} == {"step", "n_averaged"}
