@@ -128,8 +128,8 @@ class RuleOptimizer(Optimizer):
 
     The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
     updated on its own. ``h`` is what :meth:`scalars` returns, formed on the host in float64. Arithmetic is float32
-    (float64 for float64 parameters), however the values are stored. A rule that uses anything that the language of rules
-    has not (kernels/language.py) is refused when an optimizer is made.
+    (float64 for float64 parameters), however the values are stored. What is not in the language of rules
+    (kernels/language.py) is refused when an optimizer is made.
 
     Class attributes:
         rule: the update.
