@@ -6,6 +6,7 @@ from itertools import count
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PLAIN = frozenset({float, int, bool, str, type(None)})
@@ -25,6 +26,11 @@ def plain_number(value: Any, keep: bool = False) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(plain_number(v, keep) for v in value)
     return value
+
+
+def exact_number(value: Any) -> Tensor:
+    """A number as a float64 tensor: on the CPU; what is a tensor stays on its device."""
+    return torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else "cpu")
 
 
 def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class History:
         """Compute -Hg by equation 7.24 of Nocedal & Wright: small systems on the host, one product on the device."""
         if not self.order:
             return g.mul(-scale)
-        index = torch.tensor(self.order)
+        index = torch.tensor(self.order, device="cpu")
         upper = self.sy[index[:, None], index].triu()
         sg, yg = with_g[0, :, None], with_g[1, :, None]
         u = torch.linalg.solve_triangular(upper, sg, upper=True)
@@ -76,7 +76,7 @@ class History:
         v = torch.linalg.solve_triangular(upper.T, inner, upper=False)
         # Without the spare slot where it is the last: it may never have been written.
         used = max(self.order) + 1
-        coefficients = torch.zeros(used, 2, dtype=torch.float64)
+        coefficients = torch.zeros(used, 2, dtype=torch.float64, device="cpu")
         coefficients[index] = torch.cat((-v, scale * u), dim=1)
         return torch.addmv(g, self.pairs[:used].flatten(0, 1).T, coefficients.view(-1).to(g), beta=-scale)
 
