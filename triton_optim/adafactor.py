@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hyperparameters import exact_number
 from .kernels.adafactor import AdafactorScalars, adafactor
 from .layout import gathered, placed_as
 from .optimizer import RuleOptimizer, check_range
@@ -118,9 +119,7 @@ class Adafactor(RuleOptimizer):
         lr, bound = group["lr"], step**-0.5
         on_device = isinstance(lr, Tensor) or isinstance(bound, Tensor)
         return AdafactorScalars(
-            rho=torch.minimum(*(torch.as_tensor(x, dtype=torch.float64) for x in (lr, bound)))
-            if on_device
-            else min(lr, bound),
+            rho=torch.minimum(exact_number(lr), exact_number(bound)) if on_device else min(lr, bound),
             keep=1 - lr * group["weight_decay"],
             one_minus_beta2=step ** group["beta2_decay"],
         )

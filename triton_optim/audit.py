@@ -157,7 +157,7 @@ def every_rule() -> tuple[AuditedRule, ...]:
     for name in triton_optim.__all__:
         cls = getattr(triton_optim, name)
         if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants:
-            optimizers[name] = cls([torch.zeros(1, 1, requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
+            optimizers[name] = cls([torch.zeros(1, 1, device="cpu", requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
     # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
     scalars = {name: type(row_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
     by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}

@@ -17,7 +17,7 @@ from .codecs import AVERAGE, COUNT, Codec, part_names, read, write
 from .dispatch import Choice
 from .gather import Gatherer, gatherer_of
 from .gradient_norm import EUCLIDEAN, Norm, Scaling, Signal, partial_norms, signal_from
-from .hyperparameters import plain_group
+from .hyperparameters import exact_number, plain_group
 from .kernels.straight import check_constants, check_fields, constants_of
 from .layout import (
     all_aligned,
@@ -368,7 +368,7 @@ class Bucket(ABC):
             before = read(codec, average, local(m.p)).to(self.key.compute)
             value = value_of(m.state, m.p).to(self.key.compute)
             bits = self._bits_of_average(m, group, count, average[0]) if codec.random else None
-            new = average_of(before, value, torch.as_tensor(share, dtype=torch.float64))
+            new = average_of(before, value, exact_number(share))
             new = new if skip is None else torch.where(skip != 0, before, new)
             write(codec, average, new, len(self.key.codecs), bits)
         cohort.count_average(skip)

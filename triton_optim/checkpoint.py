@@ -98,7 +98,7 @@ def own_number(optimizer: RuleOptimizer, p: Tensor, name: str) -> None:
         optimizer.state[p][name] = int(value)
         return
     device = p.device if group.get("capturable") or optimizer.counts_on_device else torch.device("cpu")
-    value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+    value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
     optimizer.state[p][name] = value.to(device, counted_dtype(group, name), copy=True).reshape(())
 
 

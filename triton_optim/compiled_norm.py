@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .compiled_backend import EXAMPLE, PARALLEL_FROM, Graph
-from .gradient_norm import Norm, eager_partial_norms, exact_dtype
+from .gradient_norm import Norm, eager_partial_norms, exact_dtype, on_one_device
 from .layout import flat
 
 ROW = 1024  # elements that are added up before the sum is widened
@@ -65,4 +65,4 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
         if device.type == "cpu" and faults:  # or a square that float32 has no room for
             faults = ~torch.stack([t.isfinite().all() for t in own]).all()
         found.append(torch.stack((whole_sum, faults.to(wide))).view(1, 2))
-    return torch.cat(found) if found else torch.zeros(1, 2, dtype=exact_dtype(tensors[0].device))
+    return on_one_device(found, tensors[0].device)

@@ -42,7 +42,7 @@ class CppBucket(Bucket):
         self.chunks = Chunks(self.numels)
         kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
         own = zip(self.numels, kept, strict=True)
-        self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own])
+        self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
         self.gradient_table = array("q")
         self.call = self.prepare(optimizer, key, members)
 
@@ -70,7 +70,7 @@ class CppBucket(Bucket):
 
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:
-            self.tensors[:, 1] = torch.tensor(self.row_of)
+            self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False
         width = 1 + len(next(row.h for row in rows if row is not None)) + self.key.variant.averaged
         cells = array("d")

@@ -24,17 +24,17 @@ class Chunks:
     """
 
     def __init__(self, numels: Sequence[int]) -> None:
-        sizes = torch.tensor(numels, dtype=torch.int64)
+        sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
         counts = (sizes + CHUNK - 1) // CHUNK
-        tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+        tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
         before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        start = (torch.arange(len(tensor)) - before) * CHUNK
+        start = (torch.arange(len(tensor), device="cpu") - before) * CHUNK
         stop = torch.minimum(start + CHUNK, sizes[tensor])
         self.chunks = torch.stack((tensor, start, stop), dim=1).contiguous()
         self.numel = int(sizes.sum())
         portion = ((stop - start).cumsum(0) - 1) // CHUNK
         changes = torch.nonzero(portion[1:] != portion[:-1]).flatten() + 1
-        self.first = torch.cat((torch.zeros(1, dtype=torch.int64), changes, torch.tensor([len(tensor)])))
+        self.first = torch.cat((changes.new_zeros(1), changes, changes.new_tensor([len(tensor)])))
 
     def __len__(self) -> int:
         return len(self.chunks)

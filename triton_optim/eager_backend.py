@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .averaging import average_of
 from .bucket import Bucket, Key
 from .codecs import read, write
-from .hyperparameters import plain_group
+from .hyperparameters import exact_number, plain_group
 from .kernels.language import results, torch_form
 from .layout import local, places
 from .members import Member
@@ -76,7 +76,7 @@ def update(
         write(
             key.codecs[-1],
             kept[-1],
-            average_of(average, value, torch.as_tensor(row.weight, dtype=torch.float64)),
+            average_of(average, value, exact_number(row.weight)),
             len(new),
             bits,
         )

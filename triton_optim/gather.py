@@ -48,7 +48,7 @@ def place_of(value: int, start: int, length: int) -> int | None:
 @cache
 def plain_words() -> tuple[int, int, int] | None:
     """Where a Python tensor has its class and the tensor, and the tensor the Python one; None if that is not found."""
-    made = torch.empty(0)
+    made = torch.empty(0, device="cpu")
     length = type(made).__basicsize__
     kind, tensor = place_of(id(type(made)), id(made), length), place_of(made._cdata, id(made), length)
     back = place_of(id(made), made._cdata, library.loaded.tensor_size())
@@ -182,7 +182,7 @@ def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch
     if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
         return None
     specs = [spec_of(p) for p in params]
-    words, like = words_of(params), torch.empty(0, dtype=dtype)
+    words, like = words_of(params), torch.empty(0, dtype=dtype, device="cpu")
     if words is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
         return None
     objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])

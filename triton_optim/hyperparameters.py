@@ -34,6 +34,11 @@ def plain_number(value: Any, keep: bool = False) -> Any:
     return float(value) if hasattr(value, "__float__") else value
 
 
+def exact_number(value: Any) -> Tensor:
+    """A number as a float64 tensor: on the CPU; what is a tensor stays on its device."""
+    return torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else "cpu")
+
+
 def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
     """The hyperparameters of a group for host arithmetic."""
     return {

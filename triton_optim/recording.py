@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
     def read(self, name: Hashable) -> Tensor:
         """A number that is read; of one name, one."""
         # On the CPU: on the meta device torch imports its compiler to compare two numbers.
-        out = torch.full((), float("nan"), dtype=torch.float64)
+        out = torch.full((), float("nan"), dtype=torch.float64, device="cpu")
         self._known[id(out)] = (out, self.note("read", source=name))
         return out
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .averaging import average_of
 from .bucket import Bucket, Key
 from .eager_backend import traffic, update
+from .hyperparameters import exact_number
 from .members import Member
 from .rows import Row
 
@@ -55,7 +55,7 @@ class SparseBucket(Bucket):
             for t, (new,) in zip(views, (p, *states), strict=True):
                 t[where] = new
             if average is not None:  # of all elements: those that stay are averaged as they are
-                share = torch.as_tensor(row.weight, dtype=torch.float64)
+                share = exact_number(row.weight)
                 average.copy_(average_of(average.to(key.compute), written[0].to(key.compute), share))
 
     @classmethod

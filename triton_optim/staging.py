@@ -41,7 +41,7 @@ class Staging:
             return
         module = torch.get_device_module(self.tensor.device)
         if len(self._ring) < SLOTS:
-            pinned = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=True)
+            pinned = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device="cpu", pin_memory=True)
             self._ring.append((pinned, module.Event()))
             self._next = len(self._ring) - 1
         pinned, copied = self._ring[self._next]

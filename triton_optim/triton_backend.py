@@ -74,10 +74,10 @@ def kept_as(
 
 def chunk_table(numels: Sequence[int], device: torch.device) -> Tensor:
     """int32 ``(chunks, 2)``: the tensor and the chunk in it, of tensors of so many elements."""
-    chunks = -(-torch.tensor(numels, dtype=torch.int64) // kernel.BLOCK)
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), chunks)
+    chunks = -(-torch.tensor(numels, dtype=torch.int64, device="cpu") // kernel.BLOCK)
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), chunks)
     first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
-    chunk = torch.arange(len(tensor)) - first
+    chunk = torch.arange(len(tensor), device="cpu") - first
     return torch.stack((tensor, chunk), dim=1).to(torch.int32).to(device)
 
 
@@ -124,7 +124,7 @@ class TritonBucket(Bucket):
         self._by_value = takes_by_value(key)
         addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
         own = zip(self.numels, addresses, strict=True)
-        self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own]).to(key.device)
+        self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own], device="cpu").to(key.device)
         # Where the gradients lie, in memory that is kept: for a new array malloc would first merge all small chunks
         # that were freed since the last, the old gradients among them, which takes longer than to find new ones.
         self.pointers = array("q", bytes(8 * len(members)))
@@ -132,8 +132,8 @@ class TritonBucket(Bucket):
         self.gradient_table = self._gradients.tensor
         self.numbers = self.chunks  # not read
         if key.random:
-            first = torch.tensor([piece.first for piece in self.pieces])
-            numbers = torch.tensor([m.index for m in members], dtype=torch.int32)
+            first = torch.tensor([piece.first for piece in self.pieces], device="cpu")
+            numbers = torch.tensor([m.index for m in members], dtype=torch.int32, device="cpu")
             self.numbers = tensor_numbers(first, numbers).to(key.device)
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
@@ -174,7 +174,7 @@ class TritonBucket(Bucket):
 
     @classmethod
     def warm_up(cls, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
-        one, norm = torch.empty(0), optimizer.max_grad_norm
+        one, norm = torch.empty(0, device="cpu"), optimizer.max_grad_norm
         scalings = [Scaling(max_norm=norm)] if norm is not None else []
         if optimizer.amp is not None:  # told of infinities, or looking for them
             scalings += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
@@ -197,7 +197,7 @@ class TritonBucket(Bucket):
                 self._gradients.push(self.pointers)
                 self.gradient_table = self._gradients.tensor
                 if self.key.capturable and self._staging is None and self.key.device.type != "cpu":
-                    self._staging = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
+                    self._staging = torch.empty(len(addresses), dtype=torch.int64, device="cpu", pin_memory=True)
         return True
 
     def _take_captured(self) -> None:
@@ -229,7 +229,7 @@ class TritonBucket(Bucket):
 
     def run(self, rows: list[Row | None]) -> None:
         if self.regrouped:
-            self.tensors[:, kernel.ROW] = torch.tensor(self.row_of).to(self.key.device)
+            self.tensors[:, kernel.ROW] = torch.tensor(self.row_of, device="cpu").to(self.key.device)
             self.regrouped = False
         key, averaged = self.key, self.key.variant.averaged
         only = rows[0] if self._by_value and len(rows) == 1 else None

@@ -29,7 +29,7 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
     device, numels = tensors[0].device, tuple(t.numel() for t in tensors)
     key = (device, numels)
     if key not in _TABLES:
-        sizes = torch.tensor([[n, 0] for n in numels]).to(device)
+        sizes = torch.tensor([[n, 0] for n in numels], device="cpu").to(device)
         _TABLES[key] = (chunk_table(numels, device), sizes, Staging(len(numels), torch.int64, device))
         if len(_TABLES) > _KEPT:
             _TABLES.popitem(last=False)

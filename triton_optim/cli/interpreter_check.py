@@ -33,7 +33,7 @@ def largest_differences() -> dict[str, float]:
     two groups, and one parameter misses one gradient, so that step counts differ within the launch.
     """
     torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in SHAPES]
+    start = [torch.randn(shape, device="cpu") for shape in SHAPES]
     theirs = [p.clone().requires_grad_() for p in start]
     ours = [p.clone().requires_grad_() for p in start]
     reference = torch.optim.AdamW(groups(theirs), lr=1e-2)

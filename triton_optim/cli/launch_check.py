@@ -60,13 +60,14 @@ def say(**what: Any) -> None:
 def parameters(device: str) -> list[Tensor]:
     """Standard normal, of each dtype and shape."""
     random = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=random).to(device, d).requires_grad_() for d in DTYPES for s in SHAPES]
+    values = [torch.randn(s, generator=random, device="cpu").to(device, d) for d in DTYPES for s in SHAPES]
+    return [value.requires_grad_() for value in values]
 
 
 def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.randn(p.shape, generator=random).to(p.device, p.dtype)
+        p.grad = torch.randn(p.shape, generator=random, device="cpu").to(p.device, p.dtype)
     optimizer.step()
 
 
