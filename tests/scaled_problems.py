@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy
@@ -92,6 +93,10 @@ def problems() -> list[Problem]:
     ]
 
 
+class OutOfBudget(Exception):
+    """So many evaluations were not enough."""
+
+
 class Outcome(NamedTuple):
     """How a minimization went: evaluations of loss and gradient until solved (inf: never) and in all, the last gap."""
 
@@ -101,31 +106,45 @@ class Outcome(NamedTuple):
 
 
 class Scaled:
-    """s f(x / c) in a dtype: counts evaluations, and knows when the loss is near enough to the least."""
+    """s f(x / c) in a dtype: counts evaluations up to a budget, and knows when the loss is near the least."""
 
-    def __init__(self, problem: Problem, s: float = 1.0, c: float = 1.0, dtype: torch.dtype = torch.float64) -> None:
-        self.problem, self.s, self.c, self.dtype = problem, s, c, dtype
+    def __init__(
+        self,
+        problem: Problem,
+        s: float = 1.0,
+        c: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+        budget: int = 2000,
+    ) -> None:
+        self.problem, self.s, self.c, self.dtype, self.budget = problem, s, c, dtype, budget
         self.start = (problem.start * c).to(dtype)
         first = float(problem.loss(problem.start))
         # Of all that there is to gain; float32 has 7 digits of the loss.
         self.near = (1e-10 if dtype == torch.float64 else 1e-6) * (first - problem.least)
-        self.calls, self.solved = 0, math.inf
+        self.calls, self.solved, self.last = 0, math.inf, self.start
 
     def gap(self, x: Tensor) -> float:
         return float(self.problem.loss(x.detach().double() / self.c)) - self.problem.least
 
     def loss(self, x: Tensor) -> Tensor:
+        if self.calls == self.budget:
+            raise OutOfBudget
         self.calls += 1
-        if math.isinf(self.solved) and self.gap(x) <= self.near:
-            self.solved = self.calls
-        return self.s * self.problem.loss(x / self.c)
+        self.last = x.detach().clone()
+        loss = self.problem.loss(x / self.c)
+        if math.isinf(self.solved):
+            gap = float(loss.detach()) - self.problem.least if self.dtype == torch.float64 else self.gap(x)
+            if gap <= self.near:
+                self.solved = self.calls
+        return self.s * loss
 
     def outcome(self, x: Tensor) -> Outcome:
         return Outcome(self.solved, self.calls, self.gap(x))
 
-    def by_ours(self, cls: type = NonlinearCG, iterations: int = 2000, **options: object) -> Outcome:
+    def by_ours(self, cls: type = NonlinearCG, **options: object) -> Outcome:
+        """One step, which ends by its tolerances or with the budget."""
         p = Parameter(self.start.clone())
-        optimizer = cls([p], max_iter=iterations, max_eval=10 * iterations, **options)
+        optimizer = cls([p], **{"max_iter": self.budget, "max_eval": self.budget, **options})
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -133,25 +152,30 @@ class Scaled:
             loss.backward()
             return loss
 
-        optimizer.step(closure)
-        return self.outcome(p)
+        with suppress(OutOfBudget):  # the last line search may take a few more
+            optimizer.step(closure)
+            self.last = p.detach()
+        return self.outcome(self.last)
 
-    def by_scipy(self, method: str, iterations: int = 2000, **options: object) -> Outcome:
+    def by_scipy(self, method: str, **options: object) -> Outcome:
+        limits = {"maxiter": self.budget} | ({"maxfun": self.budget + 1} if method == "L-BFGS-B" else {})
+
         def value_and_gradient(x: numpy.ndarray) -> tuple[float, numpy.ndarray]:
             p = torch.tensor(x, dtype=self.dtype, requires_grad=True)
             loss = self.loss(p)
             loss.backward()
             return loss.item(), p.grad.double().numpy()
 
-        with numpy.errstate(all="ignore"):
+        with suppress(OutOfBudget), numpy.errstate(all="ignore"):
             found = scipy.optimize.minimize(
                 value_and_gradient,
                 self.start.double().numpy(),
                 jac=True,
                 method=method,
-                options={"maxiter": iterations, **options},
+                options={**limits, **options},
             )
-        return self.outcome(torch.from_numpy(found.x))
+            self.last = torch.from_numpy(found.x)
+        return self.outcome(self.last)
 
     def largest_gradient(self) -> float:
         """At the start: what tolerances are relative to."""

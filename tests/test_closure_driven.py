@@ -537,6 +537,133 @@ def test_a_search_with_nothing_finite_raises_and_goes_back(cls) -> None:
     torch.testing.assert_close(p.detach(), torch.ones(2))
 
 
+@BOTH
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("good_calls", [0, 2])
+def test_a_gradient_that_is_not_finite_is_no_step(cls, bad, good_calls) -> None:
+    """The loss is finite: at the start nothing changes, later the search steps back."""
+    options = {"line_search_fn": "strong_wolfe"} if cls is to.LBFGS else {}
+    start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    p = Parameter(start.clone())
+    optimizer = cls([p], **options)
+    closure = closure_of(optimizer, rosenbrock, [p])
+
+    def sometimes_bad():
+        loss = closure()
+        if good_calls < closure.calls <= good_calls + 2 or not good_calls:
+            p.grad[0] = bad
+        return loss
+
+    optimizer.step(sometimes_bad)
+    assert p.isfinite().all()
+    if good_calls:
+        assert rosenbrock(p.detach()) < rosenbrock(start)
+    else:
+        assert torch.equal(p, start)
+        assert closure.calls == 1
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_search_that_finds_nothing_finite_ends(cls, dtype) -> None:
+    """After 20 trials, the shortest 1e-20 of the first; with parameters of 0 no interval is too narrow before."""
+    options = {"line_search_fn": "strong_wolfe", "tolerance_change": 0.0} if cls is to.LBFGS else {}
+    p = Parameter(torch.zeros(2, dtype=dtype))
+    optimizer = cls([p], max_iter=1000, **options)
+    values = iter([1.0])
+    closure = closure_of(optimizer, lambda p: (p + 1).sum() * 0 + p.sum() + next(values, math.nan), [p])
+    with pytest.raises(RuntimeError, match=r"NaN or Inf at all .* steps tried"):
+        optimizer.step(closure)
+    assert torch.equal(p, torch.zeros_like(p))
+    assert closure.calls <= 21
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_loss_without_a_lower_bound_falls_to_the_end_of_the_dtype(cls, dtype) -> None:
+    """Then the error says so; parameters and loss stay finite throughout."""
+    options = {"line_search_fn": "strong_wolfe"} if cls is to.LBFGS else {}
+    p = Parameter(torch.zeros(2, dtype=dtype))
+    optimizer = cls([p], **options)
+    closure = closure_of(optimizer, lambda p: -p.sum(), [p])
+    raised = False
+    for _ in range(12):
+        try:
+            optimizer.step(closure)
+        except RuntimeError as error:
+            assert "a loss that falls without bound" in str(error)  # noqa: PT017
+            raised = True
+        assert p.isfinite().all()
+        assert torch.isfinite(-p.detach().sum())
+    assert raised == (cls is to.NonlinearCG)  # torch's LBFGS, and so ours, extends a search to 1e25 and stops there
+    assert p.min() > 1e4
+
+
+@BOTH
+def test_where_the_gradient_is_zero_nothing_moves(cls) -> None:
+    """A minimum, a maximum, a saddle, a plateau."""
+    for loss_of, start in (
+        (lambda p: p.square().sum(), 0.0),
+        (lambda p: -p.square().sum(), 0.0),
+        (lambda p: p[0] ** 2 - p[1] ** 2, 0.0),
+        (lambda p: p.relu().sum(), -1.0),
+        (lambda p: 0 * p.sum() + 3, 5.0),
+    ):
+        p = Parameter(torch.full((2,), start))
+        optimizer = cls([p])
+        for _ in range(2):
+            closure = closure_of(optimizer, loss_of, [p])
+            optimizer.step(closure)
+            assert closure.calls == 1
+        assert torch.equal(p, torch.full((2,), start))
+
+
+def test_flat_regions_are_left() -> None:
+    """Gradients of 1e-10 and 1e-7; the absolute tolerances of LBFGS take these for minima."""
+    for loss_of, start, minimum in (
+        (lambda p: -(-((p - 3) ** 2)).exp().sum(), 8.0, 3.0),
+        (lambda p: (p.tanh() ** 2).sum(), 9.0, 0.0),
+    ):
+        p = Parameter(torch.tensor([start], dtype=torch.float64))
+        optimizer = to.NonlinearCG([p], max_iter=50)
+        optimizer.step(closure_of(optimizer, loss_of, [p]))
+        assert p.item() == pytest.approx(minimum, abs=1e-5)
+
+
+def test_a_gradient_that_is_wrong_moves_by_no_more_than_rounding() -> None:
+    """The loss rises where its gradient says that it falls."""
+    for dtype, most in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        p = Parameter(torch.ones(1, dtype=dtype))
+        optimizer = to.NonlinearCG([p])
+        closure = closure_of(optimizer, lambda p: (2 * p.detach() - p).sum() + 1, [p])
+        optimizer.step(closure)
+        assert abs(p.item() - 1) < most
+        assert closure.calls <= 51
+
+
+def test_a_parameter_of_infinity_that_has_no_gradient_stays() -> None:
+    """A mask at -inf; the units of the others are theirs alone."""
+    mask = torch.tensor([0.0, -math.inf, 0.0])
+    p = Parameter(torch.tensor([2.0, -math.inf, -2.0], dtype=torch.float64))
+    optimizer = to.NonlinearCG([p])
+    optimizer.step(closure_of(optimizer, lambda p: ((p[mask == 0] - 1) ** 2).sum(), [p]))
+    torch.testing.assert_close(p.detach(), torch.tensor([1.0, -math.inf, 1.0], dtype=torch.float64))
+
+
+def test_steps_at_the_minimum_take_few_evaluations() -> None:
+    p = Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+    optimizer = to.NonlinearCG([p], max_iter=200)
+    closure = closure_of(optimizer, rosenbrock, [p])
+    optimizer.step(closure)
+    losses = [rosenbrock(p.detach()).item()]
+    for _ in range(5):
+        closure.calls = 0
+        optimizer.step(closure)
+        assert closure.calls <= 10
+        losses.append(rosenbrock(p.detach()).item())
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_without_a_search_a_step_ends_where_the_loss_is_not_finite() -> None:
     p = Parameter(torch.tensor([1.0]))
     optimizer = to.LBFGS([p], lr=10)

@@ -60,13 +60,13 @@ def test_other_units_change_no_iteration(problem, dtype) -> None:
 def test_products_of_gradients_neither_overflow_nor_vanish(s, c, dtype, beta) -> None:
     """Gradients of 1e24 and 1e-24: their squares are no numbers of float32."""
     rosenbrock, beale, *_ = PROBLEMS
-    assert Scaled(rosenbrock, s, c, dtype).by_ours(beta=beta, iterations=100).solved <= 90
-    assert Scaled(beale, s, c, dtype).by_ours(beta=beta, iterations=100).solved <= 45
+    assert Scaled(rosenbrock, s, c, dtype, 100).by_ours(beta=beta).solved <= 90
+    assert Scaled(beale, s, c, dtype, 100).by_ours(beta=beta).solved <= 45
 
 
 @pytest.mark.parametrize("s", [1e-300, 1e-200, 1e200, 1e300])
 def test_losses_near_the_ends_of_the_dtype(s) -> None:
-    outcome = Scaled(PROBLEMS[0], s).by_ours(iterations=100)
+    outcome = Scaled(PROBLEMS[0], s).by_ours()
     assert outcome.solved <= 90
 
 
@@ -108,12 +108,12 @@ def test_tolerances_are_relative() -> None:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_beside_scipys_conjugate_gradients(problem: Problem) -> None:
-    """Scipy's tolerance is of the copy's units too. benchmarks/scaled_problems.py has a hundred copies."""
+    """Scipy's tolerance is of the copy's units too. benchmarks/closure_evaluations.py has a hundred copies."""
     ours, theirs = [], []
     for s, c in [(1.0, 1.0), (1e-12, 1e12), (1e12, 1e-12)]:
-        mine, other = Scaled(problem, s, c), Scaled(problem, s, c)
-        ours.append(mine.by_ours(iterations=300))
-        theirs.append(other.by_scipy("CG", iterations=300, gtol=1e-8 * other.largest_gradient()))
+        mine, other = (Scaled(problem, s, c, budget=300) for _ in range(2))
+        ours.append(mine.by_ours())
+        theirs.append(other.by_scipy("CG", gtol=1e-8 * other.largest_gradient()))
     assert all(outcome.solved < math.inf for outcome in ours)
     # In units of 1, which scipy's first step and tolerances are made for; and in others, where luck with them is more.
     assert ours[0].solved <= 1.25 * theirs[0].solved

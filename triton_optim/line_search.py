@@ -108,7 +108,7 @@ def strong_wolfe(
     # The book's order, in which low has always decreased enough; torch takes the lower, and can lose the minimum.
     low, high = (current, previous) if decreases(current) and current.loss < previous.loss else (previous, current)
     nudged = False
-    while trials < max_trials or (not any_finite and evaluations < MAX_NONFINITE):
+    while trials < max_trials if any_finite else evaluations < MAX_NONFINITE:
         left, right = min(low.t, high.t), max(low.t, high.t)
         width = right - left
         if width == 0 or width < min_width:

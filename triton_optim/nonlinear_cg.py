@@ -21,7 +21,7 @@ CURVATURE = 0.01
 FIRST = 0.1
 MAX_TRIALS = 25
 # Rounding of a loss, in units of its dtype's precision: without it float32 does not solve quadratics of condition 1e4.
-NOISE = 30
+NOISE = 10
 
 
 class NonlinearCG(ClosureOptimizer):
@@ -153,7 +153,8 @@ class NonlinearCG(ClosureOptimizer):
         for _ in range(group["max_iter"]):
             state["n_iter"] += 1
             d, slope = self._direction(state, g)
-            length, reach = largest(self.gather_parameters()), largest(d)
+            # Of what moves: a mask of -inf, which has no gradient, says nothing of the units.
+            length, reach = largest(self.gather_parameters().where(d != 0, 0.0)), largest(d)
             t = 2 * (loss - state["prev_loss"]) / slope if "prev_loss" in state and slope else 0.0
             if not 0 < t < math.inf:
                 t = float(group["lr"]) * (FIRST * length or FIRST * abs(loss / slope) or 1.0)
