@@ -49,7 +49,9 @@ from user_actions import (
     values,
 )
 
-from triton_optim import compiled_backend
+from triton_optim import codecs, compiled_backend
+from triton_optim.averaging import value_of
+from triton_optim.codecs import Codec, held_codec, held_parameter_codec, part_names, read
 
 BY_HAND = int(os.environ.get("TRITON_OPTIM_FUZZ", "0"))
 LOG = os.environ.get("TRITON_OPTIM_FUZZ_LOG")
@@ -110,7 +112,8 @@ class Machine(RuleBasedStateMachine):
     """Sequences of actions; a subclass says what a step must come to."""
 
     backend = "eager"
-    over = False  # where nothing more can be compared
+    shapes: tuple[tuple[int, ...], ...] = ()
+    left_out: tuple[str, ...] = ()  # actions that can't be compared
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,11 +130,12 @@ class Machine(RuleBasedStateMachine):
         self.log(f"{type(self).__name__} {case.name} {options} {dtype} {seed=} {remembers=}")
         self.case = case
         draw = random.Random(seed)
-        shapes = case.shapes if not case.elementwise else SHAPES_OF[draw.random() < 0.2]
+        makers = self.makers(case, options)
+        shapes = self.shapes or (SHAPES_OF[draw.random() < 0.2] if case.elementwise else case.shapes)
         count = draw.choice((3, 4, 5, 8, 8, 40))
         cut = draw.randint(1, count)
         drawn = [values(draw, draw.choice(shapes), dtype) for _ in range(count)]
-        for i, make in enumerate(self.makers(case, options)):
+        for i, make in enumerate(makers):
             params = [Parameter(value.clone()) for value in drawn]
             groups: list[Any] = [{"params": params[:cut]}]
             if cut < count:
@@ -143,7 +147,7 @@ class Machine(RuleBasedStateMachine):
 
     def do(self, act: Callable[[Side, random.Random], None], seed: int, name: str = "") -> bool:
         """The same on all sides, or the same error. Whether it was done."""
-        if self.over or name in KNOWN:
+        if name in KNOWN or name in self.left_out:
             return False
         self.log(f"{name or act} {seed}")
         raised = []
@@ -325,8 +329,6 @@ class BesideTorch(Machine):
     @rule()
     def states_exchanged(self) -> None:
         """Each loads what the other saved."""
-        if self.over:
-            return
         ours, theirs = self.sides
         self.log("states_exchanged")
         try:
@@ -346,8 +348,6 @@ class BesideTorch(Machine):
             self.recover()
 
     def step(self, how: str = "step") -> None:
-        if self.over:
-            return
         ours, theirs = self.sides
         self.log(f"step {how}")
         before, gradients = snapshot(ours), [g if g is None else g.clone() for g in (p.grad for p in ours.params)]
@@ -401,18 +401,157 @@ class BesideTorch(Machine):
                 }
 
     def recover(self) -> None:
-        """After an error: no gradients, no states, the options of the start."""
         for side in self.sides:
-            for group in side.groups:
-                group |= {name: v for name, v in side.opt.defaults.items() if name not in ("foreach", "fused")}
-            for p in side.params:
-                p.grad = None
-                p.data = p.data.clone(memory_format=torch.contiguous_format)
-                p.grad_dtype = p.dtype
-                for name, value in side.opt.state.get(p, {}).items():
-                    side.replaced(value)
-            side.opt.state.clear()
+            restart(side)
         self.follow()
+
+
+class BesideATwin(Machine):
+    """Options that torch has none of: beside an eager optimizer that is made anew from the state before each step."""
+
+    # A copy is not tied; and no parameter of another dtype can be given to a new optimizer with this precision.
+    left_out = ("tied_data", "states_tied", "cast", "data_of_another_dtype")
+    cases = [case for case in RULES if case.elementwise]
+    precisions = ("storage", "stochastic", "kahan", "split24", "split32", "master")
+    dtypes = (None, torch.float32, torch.bfloat16, "int8", "int4")
+
+    @initialize(data=st.data(), seed=SEEDS, remembers=st.booleans())
+    def start(self, data: Any, seed: int, remembers: bool) -> None:
+        case = data.draw(st.sampled_from(self.cases))
+        precision, kept = data.draw(st.sampled_from(self.precisions)), data.draw(st.sampled_from(self.dtypes))
+        whole = data.draw(st.fixed_dictionaries({}, optional=WHOLE))
+        self.begin(case, *self.drawn(case, precision, kept, whole), seed, remembers)
+
+    @staticmethod
+    def drawn(case: Case, precision: str, kept: Any, whole: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
+        options = case.settings | {"lr": 0.1, "param_precision": precision, "state_dtype": kept, "seed": 5} | whole
+        if "ema_decay" not in options:
+            options.pop("ema_dtype", None)
+        return options, torch.float32 if precision == "storage" else torch.bfloat16
+
+    def makers(self, case: Case, options: dict[str, Any]) -> list[Callable[[Any], Any]]:
+        self.chosen = options
+        self.shapes = ((20, 16), (300,), (4, 3), (), (0,), (64,))
+        return [lambda groups: case.ours(groups, **options, backend=self.backend)]
+
+    def twin(self) -> tuple[Any, list[Parameter]]:
+        """An eager optimizer of copies of the parameters and states."""
+        ours = self.sides[0]
+        copies: dict[int, Parameter] = {}
+        for p in ours.params:
+            q = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype).copy_(p.detach())
+            q = copies[id(p)] = Parameter(q, requires_grad=p.requires_grad)
+            q.grad_dtype = p.grad_dtype
+            q.grad = None if p.grad is None else p.grad.clone()
+        groups = [group | {"params": [copies[id(p)] for p in group["params"]]} for group in ours.groups]
+        twin = self.case.ours(groups, **self.chosen, backend="eager")
+        saved = [{**group, "params": list(group["params"])} for group in ours.groups]
+        numbers = iter(range(len(ours.params)))
+        for group in saved:
+            group["params"] = [next(numbers) for _ in group["params"]]
+        states = {i: dict(ours.opt.state[p]) for i, p in enumerate(ours.params) if p in ours.opt.state}
+        twin.load_state_dict(copy.deepcopy({"state": states, "param_groups": saved}))
+        return twin, [copies[id(p)] for p in ours.params]
+
+    def step(self, how: str = "step") -> None:
+        ours = self.sides[0]
+        self.log(f"step {how}")
+        before = snapshot(ours)
+        gradients = [p.grad if p.grad is None else p.grad.clone() for p in ours.params]
+        unmade = None
+        try:
+            twin, copies = self.twin()
+        except Exception as error:
+            unmade = error
+        scaled = "amp" in self.chosen and random.Random(str(before[0][:1])).random() < 0.7
+        found_inf = float(how == "closure")
+        if scaled:
+            for opt in (ours.opt, *([twin] if unmade is None else ())):
+                opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(found_inf)
+        mine = attempt(lambda: take_step(ours, how))
+        other = unmade or attempt(twin.step)
+        if scaled:
+            del ours.opt.grad_scale, ours.opt.found_inf
+        if mine is not None:
+            found[f"ours raises: {type(mine).__name__}: {re.sub('[0-9]+', 'N', str(mine))[:160]} | {other!r:.120}"] += 1
+            assert_unchanged(before, snapshot(ours), mine)
+            if not refused(mine):
+                raise AssertionError(f"ours raised: {mine!r}") from mine
+            self.recover()
+            return
+        if other is not None:
+            raise AssertionError(f"the twin raised: {other!r}") from other
+        for i, (p, g, was) in enumerate(zip(ours.params, [p.grad for p in ours.params], gradients, strict=True)):
+            assert (g is None) == (was is None), f"the gradient of parameter {i} came or went"
+            assert g is None or equal(g, was), f"the step wrote the gradient of parameter {i}"
+            del p
+        ours.memory.check([*ours.params, *(value for _, _, value in ours.states())])
+        for i, (p, q) in enumerate(zip(ours.params, copies, strict=True)):
+            mine, theirs = self.decoded(ours.opt, p), self.decoded(twin, q)
+            assert set(mine) == set(theirs), f"parameter {i} has {sorted(mine)}, the twin's {sorted(theirs)}"
+            for name, (value, near) in theirs.items():
+                assert_near(mine[name][0], value, near, f"{name} of parameter {i}")
+
+    def decoded(self, opt: Any, p: Parameter) -> dict[str, tuple[Tensor, dict[str, float]]]:
+        """The values of a parameter and its states, and how far they may be from the twin's."""
+        state = opt.state.get(p, {})
+        near = tolerance(p, p.grad)
+        values = {"value": (p.detach(), near)}
+        if part_names(held_parameter_codec(state, p), None):
+            values["exact value"] = (value_of(state, p), CORRECTED)
+        for name, held in state.items():
+            codec = held_codec(opt, state, name, p) if name in opt.running_variant(opt.param_groups[0]).state_names else None
+            if codec is not None:
+                parts = [held, *(state[part] for part in part_names(codec, name))]
+                largest = float(held.abs().max()) if held.numel() else 0.0
+                values[name] = (read(codec, parts, p), coarse(codec, near, largest))
+            elif name in NUMBERS:
+                values[name] = (torch.as_tensor(held), tolerance(torch.empty(0)))
+        return values
+
+    def compare(self, loaded: bool = False) -> None:
+        pass
+
+    def recover(self) -> None:
+        ours = self.sides[0]
+        restart(ours)
+
+
+CORRECTED = {"rtol": 1e-3, "atol": 1e-3}
+WHOLE: Any = {
+    "ema_decay": st.just(0.9),
+    "ema_dtype": st.sampled_from((torch.float32, torch.bfloat16)),
+    "max_grad_norm": st.just(0.5),
+    "amp": st.just("fused"),
+}
+
+
+def coarse(codec: Codec, near: dict[str, float], largest: float) -> dict[str, float]:
+    """How far two values may be that were kept so, of which each was rounded."""
+    if codec.sharing:
+        # A step of the codes, of which the finest are near 0.
+        return {"rtol": 0.5 if "4" in codec.name else 0.1, "atol": 1e-2}
+    own = tolerance(*(torch.empty(0, dtype=dtype) for dtype in codec.dtypes))
+    return {name: max(near[name], own[name]) for name in near}
+
+
+def assert_near(mine: Tensor, value: Tensor, near: dict[str, float], what: str) -> None:
+    assert mine.shape == value.shape, f"{what} has shape {mine.shape}, the twin's {value.shape}"
+    a, b = mine.detach().double(), value.detach().double()
+    assert torch.allclose(a, b, **near, equal_nan=True), f"{what}: {a}, the twin's {b}"
+
+
+def restart(side: Side) -> None:
+    """After an error: no gradients, no states, the options of the start."""
+    for group in side.groups:
+        group |= {name: v for name, v in side.opt.defaults.items() if name not in ("foreach", "fused")}
+    for p in side.params:
+        p.grad = None
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+        p.grad_dtype = p.dtype
+        for value in side.opt.state.get(p, {}).values():
+            side.replaced(value)
+    side.opt.state.clear()
 
 
 def settings_of(share: float) -> settings:
@@ -440,4 +579,14 @@ def settings_of(share: float) -> settings:
 )
 def test_beside_torch(backend: str, share: float) -> None:
     machine = type(f"BesideTorch_{backend}", (BesideTorch,), {"backend": backend})
+    run_state_machine_as_test(machine, settings=settings_of(share))
+
+
+@pytest.mark.parametrize(
+    ("backend", "share"),
+    [pytest.param("auto", 0.2, marks=CPP), pytest.param("triton", 0.05, marks=TRITON)],
+)
+def test_beside_a_twin(backend: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs, "CODES_FROM", 64)
+    machine = type(f"BesideATwin_{backend}", (BesideATwin,), {"backend": backend})
     run_state_machine_as_test(machine, settings=settings_of(share))

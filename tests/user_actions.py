@@ -168,6 +168,8 @@ class Side:
         return Parameter(self.laid(values(draw, draw.choice(self.shapes), dtype), draw.choice(DENSE)))
 
 
+# Hyperparameters that are left: torch takes those of the constructor, whatever a group says; and what divides by 0.
+STARTS = ("eps", "initial_accumulator_value")
 NUMBERS = {"step", "mu_product", "eta", "mu", "n_averaged"}
 DENSE = ("plain", "plain", "transposed", "shifted", "padded")
 
@@ -550,7 +552,7 @@ def state_storage_freed_and_back(side: Side, draw: random.Random) -> None:
 
 @action(STATES)
 def state_written(side: Side, draw: random.Random) -> None:
-    if found := side.pick_state(draw):
+    if (found := side.pick_state(draw)) and found[2].is_floating_point():
         found[2].mul_(0.5)
 
 
@@ -782,7 +784,7 @@ def listed_twice(side: Side, draw: random.Random) -> None:
 def change(side: Side, draw: random.Random, *kinds: Callable[[float], Any]) -> None:
     """Another hyperparameter of the same range."""
     group = draw.choice(side.groups)
-    name = draw.choice(sorted(n for n, v in group.items() if isinstance(v, (float, Tensor)) and n != "eps"))
+    name = draw.choice(sorted(n for n, v in group.items() if isinstance(v, (float, Tensor)) and n not in STARTS))
     value = float(group[name])
     group[name] = draw.choice(kinds)(value * draw.choice((0.5, 0.9)) if value else draw.choice((0.0, 0.05)))
 
