@@ -188,11 +188,3 @@ class Cohort:
         if COUNT in self._numbers:
             self._numbers |= {COUNT: self._numbers[COUNT] + 1}
         self.shared[COUNT].add_(1 if skip is None else 1 - skip)
-
-    def rewind(self, started: dict[str, Any]) -> None:
-        self._numbers = {"step": 0} | started
-        if self._counts and "step" not in self.shared:
-            for m in self.members:
-                m.state["step"] = 0
-        for name, value in self.shared.items():
-            value.fill_(self._numbers[name])

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Key
-from .codecs import PRECISION, Codec, held_codec, held_parameter_codec, parameter_codec, part_names, state_codec
+from .codecs import (
+    PRECISION,
+    Codec,
+    check_state,
+    held_codec,
+    held_parameter_codec,
+    parameter_codec,
+    part_names,
+    state_codec,
+)
 from .dispatch import Backend, Choice, LaunchError, Request, choose, this_machine
 from .fallback import prepared, replaced
 from .gather import STEPS, WORTHWHILE, Objects, library
@@ -135,19 +144,6 @@ def check_gradient(optimizer: RuleOptimizer, group: dict[str, Any], index: int, 
         )
 
 
-def check_state(index: int, p: Tensor, name: str, state: Tensor) -> None:
-    """Raise the error of a state that does not belong to its parameter."""
-    placed = [getattr(t, "placements", None) for t in (p, state)]
-    if state.shape != p.shape or placed[0] != placed[1] or local(state).shape != local(p).shape:
-        theirs, ours = (
-            f"{tuple(t.shape)}, placed {where}" for t, where in zip((state, p), reversed(placed), strict=True)
-        )
-        raise RuntimeError(
-            f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
-            "Load a state dict of the same parameters, placed alike, or clear opt.state."
-        )
-
-
 def entries_of(
     optimizer: RuleOptimizer,
     params: list[Tensor],
@@ -191,8 +187,8 @@ def entries_of(
                 "elements share memory and cannot be updated one by one. Make it a parameter of its own (p.clone())."
             )
         for name in names:
-            if state.get(name) is not None and f"{name}_scale" not in state:
-                check_state(index, p, name, state[name])
+            if state.get(name) is not None:
+                check_state(optimizer, index, p, name, state)
         if g is not None:
             check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
             sparse = g.is_sparse
@@ -430,11 +426,6 @@ class Plan:
             if bucket.takes_signal:
                 return bucket.signal_from(partials, scaling, device)
         return signal_from(partials, scaling, device)
-
-    def rewind(self) -> None:
-        """Bring all states back to where they were before the first step."""
-        for bucket in self.buckets:
-            bucket.rewind()
 
 
 class PlanOfOne(Plan):
