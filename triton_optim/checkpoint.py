@@ -169,12 +169,17 @@ def held_states(optimizer: RuleOptimizer, state_dict: Any, options: dict[str, An
     return states
 
 
-def check_groups(optimizer: RuleOptimizer, state_dict: Any) -> None:
-    """Raise where a state dict is none, or one of another library, or its groups are not those of the optimizer."""
-    name = type(optimizer).__name__
+def check_keys(state_dict: Any) -> None:
+    """Raise ValueError where a state dict is none."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else f"a {type(state_dict).__name__}"
         raise ValueError(f"a state dict has the keys 'state' and 'param_groups'; this is {found}. {AGAIN}")
+
+
+def check_groups(optimizer: RuleOptimizer, state_dict: Any) -> None:
+    """Raise where a state dict is none, or that of another library, or its groups are not those of the optimizer."""
+    check_keys(state_dict)
+    name = type(optimizer).__name__
     states, groups = state_dict["state"], state_dict["param_groups"]
     whole = isinstance(groups, (list, tuple)) and all(
         isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups

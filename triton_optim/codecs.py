@@ -134,6 +134,18 @@ def state_codec(
     return plain(wanted or (held.dtypes[0] if held is not None and held.name == "plain" else p.dtype))
 
 
+def check_names(cls: type[RuleOptimizer]) -> None:
+    """Raise TypeError where an optimizer's states have names that are taken, or it declares what it has not."""
+    names = {name for variant in cls.variants for name in variant.state_names}
+    taken = {"step", AVERAGE, COUNT, *CORRECTIONS, *(f"{name}_{SCALE}" for name in names)}
+    if both := sorted(taken & {*names, *cls.prologue_names}):
+        raise TypeError(f"{cls.__name__} has states {both}, which are names of what every optimizer keeps. Rename them.")
+    for what in ("nonnegative", "never_quantized"):
+        declared = cls.__dict__.get(what, ())
+        if isinstance(declared, str) or not names.issuperset(declared):
+            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it is a tuple of names among {sorted(names)}.")
+
+
 def held_codec(optimizer: RuleOptimizer, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
     """How a state that is there is kept; None where there is none. Blocks of any size are known."""
     value, scale = state.get(name), state.get(f"{name}_{SCALE}")

@@ -116,6 +116,7 @@ def master_state_dict(model: Module, optimizer: RuleOptimizer) -> dict[str, Any]
     Returns:
         New tensors by name, which a float32 model of the same kind loads.
     """
+    optimizer._check_not_swapped("master_state_dict()")
     optimizer._forget_probe()
     weights: dict[str, Any] = model.state_dict(keep_vars=True)
     return {name: master(value, optimizer) for name, value in weights.items()}
@@ -144,6 +145,7 @@ def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: 
     Raises:
         RuntimeError: the names or shapes are not the model's.
     """
+    optimizer._check_not_swapped("load_master_state_dict()")
     model.load_state_dict(state_dict)
     optimizer._forget_probe()
     weights: dict[str, Any] = model.state_dict(keep_vars=True)

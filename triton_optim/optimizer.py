@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import chain
@@ -19,13 +19,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from . import compile_ahead, opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
 from .bucket import Key
-from .checkpoint import as_saved, fill_in, held_state, held_states, restore_dtypes, saved_state
+from .checkpoint import as_saved, check_keys, fill_in, held_state, held_states, restore_dtypes, saved_state
 from .codecs import (
     AVERAGE,
     COUNT,
     PRECISION,
     Codec,
     averages,
+    check_names,
     check_precision,
     new_parts,
     part_names,
@@ -173,6 +174,7 @@ class RuleOptimizer(Optimizer):
         if cls.rule is not None and "variants" not in cls.__dict__:
             prologue = cls.prologue is not RuleOptimizer.prologue
             cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
+        check_names(cls)
 
     def __init__(
         self,
@@ -518,9 +520,12 @@ class RuleOptimizer(Optimizer):
                     raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
             plan.step()
 
-    def _check_not_swapped(self) -> None:
+    def _check_not_swapped(self, what: str = "step") -> None:
         if self._swapped:
-            raise RuntimeError("step inside averaged_parameters(): the weights are their averages. Leave it first.")
+            raise RuntimeError(
+                f"{what} inside averaged_parameters(): the weights are their averages, and not those that the states "
+                "belong to. Leave it first."
+            )
 
     def _rounds(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
         """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
@@ -578,13 +583,15 @@ class RuleOptimizer(Optimizer):
         return Scaling(grad_scale, found_inf, looks, self.max_grad_norm)
 
     def averaged_parameters(self) -> AbstractContextManager[None]:
-        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save them.
+        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save the model.
 
         Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
-        kept meanwhile in as much memory as they take.
+        kept meanwhile in as much memory as they take. The optimizer is saved, loaded and copied outside: training would
+        go on from averages, with states that are not theirs.
 
         Raises:
-            RuntimeError: nothing is averaged, it is entered already, or a step is made within it.
+            RuntimeError: nothing is averaged, it is entered already, or a step is made within it, or the optimizer
+                saved, loaded or copied.
 
         Example:
             >>> import torch, triton_optim
@@ -709,6 +716,7 @@ class RuleOptimizer(Optimizer):
         A state in codes is a dict of them, their scales and how they are read, which torch.optim cannot take for a
         tensor: its step raises. It can have :func:`to_torch_state_dict`.
         """
+        self._check_not_swapped("state_dict()")
         if self._probed:
             self._probe_again()
         handle = self.register_state_dict_post_hook(as_saved, prepend=True)  # type: ignore[arg-type]
@@ -724,10 +732,15 @@ class RuleOptimizer(Optimizer):
         parameter's, and float32 moments of bfloat16 parameters would be lost.
 
         Raises:
-            ValueError: the groups, or the names of the states, are not those of this optimizer.
+            ValueError: it is no state dict, or that of another library (:func:`convert_state_dict` takes some), or its
+                groups, or the names of its states, are not those of this optimizer.
             KeyError: a group lacks a hyperparameter.
-            RuntimeError: a state has another shape than its parameter. In all cases nothing was changed.
+            RuntimeError: a state is not of its parameter's shape or kind, or is missing, or in codes that can't be
+                read. In all cases nothing was changed.
         """
+        self._check_not_swapped("load_state_dict()")
+        if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
+            check_keys(state_dict)
         loaded: dict[str, Any] = {}
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -758,6 +771,7 @@ class RuleOptimizer(Optimizer):
             self._release.restart()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped("a copy")
         probed = set(map(id, self._still_probed()))
         states = {p: saved_state(self, state, p) for p, state in self.state.items() if id(p) not in probed}
         kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
