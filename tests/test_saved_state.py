@@ -14,10 +14,9 @@ from table import CASES, Case, rows
 from test_errors import Unchanged, explains
 from torch import Tensor
 from torch.nn import Parameter
+from triton_optim.kernels.adam import adam
 
 import triton_optim as to
-from triton_optim.kernels.adam import adam
-from triton_optim.kernels.language import jit
 
 BF16 = torch.bfloat16
 RULES = [case for case in CASES if case.elementwise and not case.sparse]
@@ -105,10 +104,7 @@ def test_negative_numbers_of_a_state_that_says_it_has_none(how: str) -> None:
     params, opt = trained(Signed, state_dtype="int8")
     other = WronglyNonnegative(twin(params), state_dtype="int8", backend="eager")
     with Unchanged(other), pytest.raises(RuntimeError, match="negative numbers") as error:
-        if how == "loaded":
-            other.load_state_dict(opt.state_dict())
-        else:
-            other.__setstate__(opt.__getstate__())
+        other.load_state_dict(opt.state_dict()) if how == "loaded" else other.__setstate__(opt.__getstate__())
     explains(error, "exp_avg of parameter 0", "WronglyNonnegative")
 
 
@@ -139,7 +135,7 @@ MALFORMED_CODES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("name", MALFORMED_CODES)
 def test_codes_that_are_not_what_they_say(name: str) -> None:
     change, says = MALFORMED_CODES[name]
-    params, opt = trained(to.AdamW, state_dtype="int8")
+    _, opt = trained(to.AdamW, state_dtype="int8")
     saved = copy.deepcopy(opt.state_dict())
     change(saved["state"][0]["exp_avg_sq"])
     with Unchanged(opt), pytest.raises(RuntimeError, match=says) as error:

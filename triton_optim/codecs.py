@@ -139,7 +139,7 @@ def check_names(cls: type[RuleOptimizer]) -> None:
     names = {name for variant in cls.variants for name in variant.state_names}
     taken = {"step", AVERAGE, COUNT, *CORRECTIONS, *(f"{name}_{SCALE}" for name in names)}
     if both := sorted(taken & {*names, *cls.prologue_names}):
-        raise TypeError(f"{cls.__name__} has states {both}, which are names of what every optimizer keeps. Rename them.")
+        raise TypeError(f"{cls.__name__} has states {both}, names of what every optimizer may keep. Rename them.")
     for what in ("nonnegative", "never_quantized"):
         declared = cls.__dict__.get(what, ())
         if isinstance(declared, str) or not names.issuperset(declared):
