@@ -156,6 +156,16 @@ def test_copies_keep_codes(copied: Any, state_dtype: str) -> None:
     assert torch.equal(params[0], twins[0])
 
 
+def test_codes_that_do_not_say_how_they_are_read() -> None:
+    """As they are held, and as they once were saved."""
+    params, opt = trained(to.AdamW, state_dtype="int8")
+    saved = opt.state_dict()
+    saved["state"][0] = dict(opt.state[params[0]])
+    with Unchanged(opt), pytest.raises(RuntimeError, match="do not say how they are read") as error:
+        opt.load_state_dict(saved)
+    explains(error, "exp_avg of parameter 0", "to_torch_state_dict")
+
+
 # States that are never in codes.
 
 

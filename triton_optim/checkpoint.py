@@ -229,6 +229,12 @@ def checked_state(optimizer: RuleOptimizer, group: dict[str, Any], index: Any, p
             f"the state of parameter {index} holds {sorted(state)}, {name} keeps {sorted(known)}: this state dict is "
             "of another optimizer. Load it into that one."
         )
+    for part in elementwise:
+        if isinstance(state.get(f"{part}_{SCALE}"), Tensor):
+            raise RuntimeError(
+                f"{part} of parameter {index} is in codes that do not say how they are read: its scale is a state of "
+                "its own. Load the optimizer's state_dict(), or to_torch_state_dict(optimizer) of where it was saved."
+            )
     held = held_state(optimizer, index, p, dict(state))
     there = {part: value for part, value in held.items() if value is not None}
     for part, value in there.items():

@@ -509,7 +509,8 @@ class RuleOptimizer(Optimizer):
     def update_one(self, place: int) -> None:
         """Apply a step of the parameter number `place` alone, with its gradient."""
         self._check_not_swapped()
-        self._forget_probe()
+        if self._probed:
+            self._forget_probe()
         p = self._flat[place]
         with torch.no_grad():
             gradients: dict[int, Tensor | None] = {place: None if p.grad is None else local_gradient(p, p.grad)}
@@ -544,7 +545,8 @@ class RuleOptimizer(Optimizer):
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self._repeats:
             self._plan = None  # made for one of the parameter's places
-        self._forget_probe()
+        if self._probed:
+            self._forget_probe()
         fresh = not self.state
         plan = self._plan if self._plan is not None and self._plan.covers(self._flat) else None
         if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
@@ -646,10 +648,11 @@ class RuleOptimizer(Optimizer):
 
     def _forget_probe(self) -> None:
         """Undo what a probe did."""
-        if self._probed:
-            for p in self._still_probed():
-                del self.state[p]
-            self._probed, self._plan, self._plans_of_one = {}, None, {}
+        if not self._probed:
+            return
+        for p in self._still_probed():
+            del self.state[p]
+        self._probed, self._plan, self._plans_of_one = {}, None, {}
 
     def _probe_again(self) -> None:
         """Make the states of a probe anew, of the weights and options that there are now."""
