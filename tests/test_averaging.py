@@ -53,8 +53,8 @@ def train(params: Any, opt: Any, steps: Any) -> None:
 
 
 def bits(opt: Any) -> Any:
-    params = [p.detach() for group in opt.param_groups for p in group["params"]]
-    return copy.deepcopy((params, opt.state_dict()["state"]))
+    params = [p for group in opt.param_groups for p in group["params"]]
+    return copy.deepcopy(([p.detach() for p in params], [dict(opt.state.get(p, {})) for p in params]))
 
 
 def averaged(opt: Any) -> list[Tensor]:
@@ -299,6 +299,33 @@ def test_a_step_within_averaged_parameters(backend, device):
     opt.step()
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda model, opt, saved: opt.state_dict(),
+        lambda model, opt, saved: opt.load_state_dict(saved),
+        lambda model, opt, saved: copy.deepcopy(opt),
+        lambda model, opt, saved: to.to_torch_state_dict(opt),
+        lambda model, opt, saved: to.load_torch_state_dict(opt, saved),
+        lambda model, opt, saved: to.master_state_dict(model, opt),
+        lambda model, opt, saved: to.load_master_state_dict(model, opt, model.state_dict()),
+    ],
+    ids=["state_dict", "load", "deepcopy", "to torch", "from torch", "masters", "load masters"],
+)
+def test_no_checkpoint_within_averaged_parameters(what, device):
+    """It would go on from the averages, with the states of the weights."""
+    params, opt = small(device)
+    saved, before = copy.deepcopy(opt.state_dict()), bits(opt)
+    with opt.averaged_parameters():
+        inside = bits(opt)
+        with pytest.raises(RuntimeError, match="inside averaged_parameters") as error:
+            what(params, opt, saved)
+        assert_same_bits(bits(opt), inside)
+    explains(error, "averages", "Leave it first")
+    assert_same_bits(bits(opt), before)
+    what(params, opt, saved)
+
+
 def test_averaged_parameters_of_who_keeps_none(device):
     _, opt = small(device, ema_decay=None)
     with pytest.raises(RuntimeError, match="keeps no averages") as error, opt.averaged_parameters():
@@ -310,6 +337,18 @@ def test_before_the_first_step_the_parameters_stay_as_they_are(device):
     params = model(device)
     opt = to.AdamW(params, ema_decay=0.9)
     assert_same_bits(averaged(opt), [p.detach() for p in params])
+
+
+@pytest.mark.parametrize("cls", [to.AdamW, to.Adagrad])
+def test_an_average_of_no_steps_is_not_taken(cls, device):
+    """Adagrad's states are there from the start, when the weights are not loaded yet."""
+    params = model(device)
+    opt = cls(params, ema_decay=0.9)
+    loaded = [p.detach() + 1 for p in params]
+    with torch.no_grad():
+        for p, value in zip(params, loaded, strict=True):
+            p.copy_(value)
+    assert_same_bits(averaged(opt), loaded)
 
 
 def tensors() -> int:

@@ -684,8 +684,8 @@ def test_another_block_size_is_read() -> None:
         for name, nonnegative in (("exp_avg", False), ("exp_avg_sq", True)):
             small = codes("int8", nonnegative)._replace(each=(1, 64))
             value = triton_optim.to_torch_state_dict(optimizer)["state"][i][name]
-            parts = new_parts(small, value.flatten())
-            saved["state"][i][name], saved["state"][i][f"{name}_scale"] = parts
+            parts = dict(zip(("codes", "scale"), new_parts(small, value.flatten()), strict=True))
+            saved["state"][i][name] |= parts | {"block": 64}
     twins = [Parameter(p.detach().clone()) for p in params]
     other = triton_optim.AdamW(twins, state_dtype="int8", backend="eager")
     other.load_state_dict(saved)
@@ -699,15 +699,15 @@ def test_another_block_size_is_read() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda state: state.update(exp_avg_scale=state["exp_avg_scale"][:-1]),
-        lambda state: state.update(exp_avg=state["exp_avg"][:-256]),
-        lambda state: state.update(exp_avg=state["exp_avg"].float()),
+        lambda kept: kept.update(scale=kept["scale"][:-1]),
+        lambda kept: kept.update(codes=kept["codes"][:-256]),
+        lambda kept: kept.update(codes=kept["codes"].float()),
     ],
 )
-def test_codes_of_another_model_are_refused(broken: Callable[[dict[str, Any]], None]) -> None:
+def test_codes_of_another_model_are_refused(broken: Callable[[dict[str, Any]], Any]) -> None:
     params, optimizer = trained(triton_optim.AdamW, "int8", "eager", torch.device("cpu"))
     saved = copy.deepcopy(optimizer.state_dict())
-    broken(saved["state"][0])
+    broken(saved["state"][0]["exp_avg"])
     before = everything(params, optimizer)
     with pytest.raises(RuntimeError, match="scales"):
         optimizer.load_state_dict(saved)

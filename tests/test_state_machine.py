@@ -13,13 +13,12 @@ With ``TRITON_OPTIM_FUZZ_LOG=FILE`` the actions of the last sequence are in that
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ import torch
 from conftest import CPP, TRITON
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from table import CASES, Case
 from torch import Tensor
 from torch.nn import Parameter
@@ -45,11 +44,10 @@ from user_actions import (
     equal,
     give_all,
     in_another_thread,
-    storage_of,
     values,
 )
 
-from triton_optim import codecs, compiled_backend
+from triton_optim import codecs
 from triton_optim.averaging import value_of
 from triton_optim.codecs import Codec, held_codec, held_parameter_codec, part_names, read
 
@@ -500,7 +498,11 @@ class BesideATwin(Machine):
         if part_names(held_parameter_codec(state, p), None):
             values["exact value"] = (value_of(state, p), CORRECTED)
         for name, held in state.items():
-            codec = held_codec(opt, state, name, p) if name in opt.running_variant(opt.param_groups[0]).state_names else None
+            codec = (
+                held_codec(opt, state, name, p)
+                if name in opt.running_variant(opt.param_groups[0]).state_names
+                else None
+            )
             if codec is not None:
                 parts = [held, *(state[part] for part in part_names(codec, name))]
                 largest = float(held.abs().max()) if held.numel() else 0.0

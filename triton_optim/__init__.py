@@ -11,6 +11,7 @@ from .asgd import ASGD
 from .clipping import clip_grad_norm_, clip_grad_value_
 from .convert import load_master_state_dict, load_torch_state_dict, master_state_dict, to_torch_state_dict
 from .explain import explain
+from .foreign import convert_state_dict
 from .gradient_release import GradientRelease, enable_gradient_release
 from .lbfgs import LBFGS
 from .lion import Lion
@@ -52,6 +53,7 @@ __all__ = [
     "Variant",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "convert_state_dict",
     "dispatch",
     "enable_gradient_release",
     "explain",

@@ -21,7 +21,7 @@ class ASGD(RuleOptimizer):
         \eta_{t+1} &= \gamma / (1 + \lambda \gamma t)^\alpha, \qquad \mu_{t+1} = 1 / \max(1, t - t_0)
 
     State of a parameter: ``step``, ``eta`` :math:`\eta` and ``mu`` :math:`\mu` (0-dim float32, on its device), ``ax``
-    :math:`a`, the average. A changed learning rate acts one step later, through :math:`\eta`.
+    :math:`a`, the average, which is never in codes. A changed learning rate acts one step later, through :math:`\eta`.
 
     Args:
         params: parameters, named parameters or groups.
@@ -49,6 +49,7 @@ class ASGD(RuleOptimizer):
 
     rule = asgd
     state_names = ("ax",)
+    never_quantized = ("ax",)
     counts_on_device = True
     option_names = ("foreach", "maximize", "differentiable", "capturable")
 

@@ -82,7 +82,8 @@ def averaged_parameters(optimizer: RuleOptimizer) -> Iterator[None]:
     if not any(map(averages, optimizer.param_groups)):
         raise RuntimeError(f"{type(optimizer).__name__} keeps no averages. Give it ema_decay, such as ema_decay=0.999.")
     params = [p for group in optimizer.param_groups if averages(group) for p in group["params"]]
-    own = [(p, optimizer.state[p][AVERAGE]) for p in params if AVERAGE in optimizer.state.get(p, {})]
+    # An average of no values is what the parameter was when the state was made.
+    own = [(p, optimizer.state[p][AVERAGE]) for p in params if float(optimizer.state.get(p, {}).get(COUNT, 0))]
     kept = [local(p).detach().clone() for p, _ in own]
     optimizer._swapped = True
     try:

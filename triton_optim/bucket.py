@@ -393,21 +393,6 @@ class Bucket(ABC):
             written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
         torch.autograd.graph.increment_version(written)
 
-    def rewind(self) -> None:
-        """Bring the states back to where they were before the first step."""
-        for m in self.members:
-            group = self.optimizer.param_groups[m.group]
-            param, *states = self.parts_of(m)
-            if self.key.codecs[0].suffixes:
-                write(self.key.codecs[0], param, param[0].clone())
-            for name, codec, parts in zip(self.key.variant.state_names, self.key.codecs[1:], states, strict=True):
-                write(codec, parts, local(self.optimizer.first_state(name, m.p, group, codec)))
-            if self.key.variant.prologue:
-                for name, value in self.optimizer.prologue_state(m.p, group).items():
-                    m.state[name].copy_(value)
-        for cohort in self.cohorts:
-            cohort.rewind(self.optimizer.started(self.optimizer.param_groups[cohort.group]))
-
     # Fitting.
 
     def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:

@@ -29,6 +29,7 @@ HALVES = (torch.bfloat16, torch.float16)
 CODES_FROM = 4096
 
 SCALE = "scale"
+CODES_VERSION = 1  # of what codes stand for (kernels/codecs.py); it is saved with them
 _decode, _encode = torch_form(decode), torch_form(encode)
 
 
@@ -125,7 +126,8 @@ def state_codec(
         return average_codec(group, p)
     wanted: Any = group.get("state_dtype")
     if wanted in STATE_CODES:
-        if local(p).numel() < CODES_FROM or not local(p).is_contiguous() or is_wrapper(local(p)):
+        small = local(p).numel() < CODES_FROM or not local(p).is_contiguous() or is_wrapper(local(p))
+        if small or name in optimizer.never_quantized:
             return plain(torch.promote_types(p.dtype, torch.float32))
         return codes(wanted, name in optimizer.nonnegative)
     if wanted == torch.bfloat16 and not p.is_complex():
@@ -133,18 +135,76 @@ def state_codec(
     return plain(wanted or (held.dtypes[0] if held is not None and held.name == "plain" else p.dtype))
 
 
+def check_names(cls: type[RuleOptimizer]) -> None:
+    """Raise TypeError where an optimizer's states have names that are taken, or it declares what it has not."""
+    names = {name for variant in cls.variants for name in variant.state_names}
+    taken = {"step", AVERAGE, COUNT, *CORRECTIONS, *(f"{name}_{SCALE}" for name in names)}
+    if both := sorted(taken & {*names, *cls.prologue_names}):
+        raise TypeError(f"{cls.__name__} has states {both}, names of what every optimizer may keep. Rename them.")
+    for what in ("nonnegative", "never_quantized"):
+        declared = cls.__dict__.get(what, ())
+        if isinstance(declared, str) or not names.issuperset(declared):
+            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it is a tuple of names among {sorted(names)}.")
+
+
 def held_codec(optimizer: RuleOptimizer, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
     """How a state that is there is kept; None where there is none. Blocks of any size are known, and the dtype of the
     scales tells how many bits a code has.
     """
-    value = state.get(name)
-    if value is None:
+    value, scale = state.get(name), state.get(f"{name}_{SCALE}")
+    if not isinstance(value, Tensor):
         return None
-    scale = state.get(f"{name}_{SCALE}")
-    if scale is None:
+    if scale is None or value.is_floating_point() or value.is_complex():  # a value put in place of codes is no code
         return plain(value.dtype)
     code = codes("int8" if scale.dtype == torch.float32 else "int4", name in optimizer.nonnegative)
-    return code._replace(each=(code.each[0], value.numel() * code.each[0] // max(scale.numel(), 1)))
+    return in_blocks(code, value.numel() * code.each[0] // max(scale.numel(), 1))
+
+
+def in_blocks(codec: Codec, size: int) -> Codec:
+    """These codes in blocks of another size."""
+    return codec._replace(each=(codec.each[0], size))
+
+
+def check_state(optimizer: RuleOptimizer, index: int, p: Tensor, name: str, state: dict[str, Any]) -> None:
+    """Raise RuntimeError where a state that is there does not belong to its parameter."""
+    value = state[name]
+    if not isinstance(value, Tensor):
+        raise RuntimeError(
+            f"{name} of parameter {index} is {value!r:.80}, no tensor. Load a state dict of the same parameters, or "
+            "clear opt.state."
+        )
+    codec = held_codec(optimizer, state, name, p)
+    if codec is not None and codec.sharing:
+        scale = state[f"{name}_{SCALE}"]
+        held = value.numel() * codec.each[0]
+        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= held - p.numel() < codec.sharing
+        if not fits or held != codec.sharing * scale.numel():
+            raise RuntimeError(
+                f"{name} of parameter {index} has {value.numel():,} items of {value.dtype} and {scale.numel():,} "
+                f"scales of {scale.dtype}, which is not how {p.numel():,} elements are kept. Load a state dict of the "
+                "same parameters, or clear opt.state."
+            )
+        return
+    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
+        raise RuntimeError(
+            f"{name} of parameter {index} is {value.dtype}, the parameter {p.dtype}. A state is of floating-point "
+            "numbers, complex ones of a complex parameter; codes need their scales beside them. Load a state dict of "
+            "the same parameters, or clear opt.state."
+        )
+    check_shape(index, p, name, value)
+
+
+def check_shape(index: int, p: Tensor, name: str, value: Tensor) -> None:
+    """Raise RuntimeError where a state is not of its parameter's shape, or placed otherwise."""
+    placed = [getattr(t, "placements", None) for t in (p, value)]
+    if value.shape != p.shape or placed[0] != placed[1] or local(value).shape != local(p).shape:
+        theirs, ours = (
+            f"{tuple(t.shape)}, placed {where}" for t, where in zip((value, p), reversed(placed), strict=True)
+        )
+        raise RuntimeError(
+            f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
+            "Load a state dict of the same parameters, placed alike, or clear opt.state."
+        )
 
 
 def held_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .checkpoint import OPTIONAL, group_of
+from .checkpoint import OPTIONAL, group_of, held_state
 from .codecs import (
     AVERAGE,
     CORRECTIONS,
@@ -62,7 +62,7 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
     for i, p in zip(indices, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
         if i not in saved["state"]:
             continue
-        state = dict(saved["state"][i])
+        state = held_state(optimizer, i, p, saved["state"][i])
         for name, codec in kept_states(optimizer, state, p):
             parts = [state.pop(part) for part in (name, *part_names(codec, name))]
             value = with_local(p, read(codec, parts, local(p))) if codec.sharing else parts[0]
@@ -116,6 +116,8 @@ def master_state_dict(model: Module, optimizer: RuleOptimizer) -> dict[str, Any]
     Returns:
         New tensors by name, which a float32 model of the same kind loads.
     """
+    optimizer._check_not_swapped("master_state_dict()")
+    optimizer._forget_probe()
     weights: dict[str, Any] = model.state_dict(keep_vars=True)
     return {name: master(value, optimizer) for name, value in weights.items()}
 
@@ -143,7 +145,9 @@ def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: 
     Raises:
         RuntimeError: the names or shapes are not the model's.
     """
+    optimizer._check_not_swapped("load_master_state_dict()")
     model.load_state_dict(state_dict)
+    optimizer._forget_probe()
     weights: dict[str, Any] = model.state_dict(keep_vars=True)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in weights.items():

@@ -55,7 +55,7 @@ class Unread:
         return True
 
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is  # type: ignore[assignment]
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 def unread(value: Any) -> Any:

@@ -207,15 +207,3 @@ class Cohort:
             self._numbers |= {COUNT: self._numbers[COUNT] + 1}
         self.columns[COUNT].add_(1 if skip is None else 1 - skip)
         self._versions = self._versions_now()
-
-    def rewind(self, started: dict[str, Any]) -> None:
-        self._numbers = {"step": 0} | started
-        if self._counts and "step" not in self.columns:
-            for m in self.members:
-                m.state["step"] = 0
-        for name, column in self.columns.items():
-            if name in self._cells:
-                self._write(name, self._numbers[name])
-            else:
-                column.fill_(self._numbers[name])
-        self._versions = self._versions_now()

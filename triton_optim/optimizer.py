@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import chain
@@ -23,13 +23,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from . import compile_ahead, opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
 from .bucket import Key
-from .checkpoint import check_state_dict, fill_in, own_memory, restore_dtypes, with_own_memory
+from .checkpoint import as_saved, check_keys, fill_in, held_state, held_states, restore_dtypes, saved_state
 from .codecs import (
     AVERAGE,
     COUNT,
     PRECISION,
     Codec,
     averages,
+    check_names,
     check_precision,
     new_parts,
     part_names,
@@ -41,11 +42,11 @@ from .gradient_norm import Scaling, Signal
 from .gradient_release import GradientRelease, check_alone
 from .hyperparameters import GroupValues, plain_group, unread
 from .kernels.straight import check_signature, straight
-from .layout import is_sharded, local_gradient, local_gradients, placements_of
+from .layout import is_sharded, local, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
 from .rows import counted_dtype
-from .state import watch
+from .state import are_contents, contents, watch
 
 OPTIONS: dict[str, Any] = {
     "maximize": False,
@@ -142,6 +143,7 @@ class RuleOptimizer(Optimizer):
         step_is_tensor: False keeps ``step`` as an int.
         prologue_names: names of the states that :meth:`prologue` keeps.
         nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
+        never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
         option_names: the options that every parameter group carries, whatever their value.
 
     Args:
@@ -193,6 +195,7 @@ class RuleOptimizer(Optimizer):
     step_is_tensor: ClassVar[bool] = True
     prologue_names: ClassVar[tuple[str, ...]] = ()
     nonnegative: ClassVar[tuple[str, ...]] = ()
+    never_quantized: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
 
@@ -206,6 +209,7 @@ class RuleOptimizer(Optimizer):
         if cls.rule is not None and "variants" not in cls.__dict__:
             prologue = cls.prologue is not RuleOptimizer.prologue
             cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
+        check_names(cls)
 
     @_disable_dynamo
     def __init__(
@@ -242,6 +246,7 @@ class RuleOptimizer(Optimizer):
         self._sizes: list[int] = []  # how many of them each group has
         self.group_values: list[GroupValues] = []
         self._repeats = False  # whether one of them is there twice
+        self._probed: dict[Tensor, list[Any]] = {}  # parameters whose states a probe made, and these
         self._plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
         self._handle = opaque.register(self)
@@ -576,6 +581,8 @@ class RuleOptimizer(Optimizer):
     def update_one(self, place: int, g: Tensor | None) -> None:
         """Apply a step of the parameter number `place` alone, with this gradient."""
         self._check_not_swapped()
+        if self._probed:
+            self._forget_probe()
         self.read_groups()
         p = self._flat[place]
         with torch.no_grad():
@@ -587,9 +594,12 @@ class RuleOptimizer(Optimizer):
                     raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
             plan.step()
 
-    def _check_not_swapped(self) -> None:
+    def _check_not_swapped(self, what: str = "step") -> None:
         if self._swapped:
-            raise RuntimeError("step inside averaged_parameters(): the weights are their averages. Leave it first.")
+            raise RuntimeError(
+                f"{what} inside averaged_parameters(): the weights are their averages, and not those that the states "
+                "belong to. Leave it first."
+            )
 
     def _rounds(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
         """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
@@ -608,6 +618,8 @@ class RuleOptimizer(Optimizer):
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self._repeats:
             self._plan = None  # made for one of the parameter's places
+        if self._probed:
+            self._forget_probe()
         fresh, plan = not self.state, self._plan
         if plan.sharded if plan is not None else any(map(is_sharded, self._flat)):
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
@@ -621,11 +633,12 @@ class RuleOptimizer(Optimizer):
             plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
             if not plan.fits(gradients):
                 raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+        if fresh and self.state and self._is_probed(gradients):
+            self._note_probe()
+            return
         self._run(plan)
         if any(capturing(bucket.key.device) for bucket in plan.buckets):
             self._captured.append(plan)  # a replay uses its memory
-        if fresh and self.state and self._was_probed(gradients):
-            plan.rewind()
 
     def _run(self, plan: Plan) -> None:
         self._signal = plan.step(self.scaling())
@@ -644,13 +657,15 @@ class RuleOptimizer(Optimizer):
         return Scaling(grad_scale, found_inf, looks, self.max_grad_norm)
 
     def averaged_parameters(self) -> AbstractContextManager[None]:
-        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save them.
+        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save the model.
 
         Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
-        kept meanwhile in as much memory as they take.
+        kept meanwhile in as much memory as they take. The optimizer is saved, loaded and copied outside: training would
+        go on from averages, with states that are not theirs.
 
         Raises:
-            RuntimeError: nothing is averaged, it is entered already, or a step is made within it.
+            RuntimeError: nothing is averaged, it is entered already, or a step is made within it, or the optimizer
+                saved, loaded or copied.
 
         Example:
             >>> import torch, triton_optim
@@ -680,8 +695,8 @@ class RuleOptimizer(Optimizer):
         kind = self.sparse_gradients(group)
         return kind == "dense" or (kind == "rows" and not rows)
 
-    def _was_probed(self, gradients: list[Tensor | None]) -> bool:
-        """Whether a first step was only made to see the states: torch.distributed.checkpoint makes one of a fresh
+    def _is_probed(self, gradients: list[Tensor | None]) -> bool:
+        """Whether a first step is only made to see the states: torch.distributed.checkpoint makes one of a fresh
         optimizer, with a learning rate of 0 and gradients of 0. It must not count.
         """
         rates = [group.get("lr") for group in self.param_groups]
@@ -690,6 +705,36 @@ class RuleOptimizer(Optimizer):
         return all(rate is not None and rate == 0 for rate in rates) and not any(
             (g._values() if g.is_sparse else g).any() for g in gradients if g is not None
         )
+
+    def _note_probe(self) -> None:
+        """Take note that the states that there are were made for a probe: they are of weights that may yet be loaded,
+        and of options that may yet change.
+        """
+        self._plan = None
+        self._probed = {p: contents(state) for p, state in self.state.items()}
+
+    def _still_probed(self) -> list[Tensor]:
+        """The parameters whose states are as a probe made them."""
+        states = self.state
+        return [p for p, made in self._probed.items() if p in states and are_contents(states[p], made)]
+
+    def _forget_probe(self) -> None:
+        """Undo what a probe did."""
+        if not self._probed:
+            return
+        for p in self._still_probed():
+            del self.state[p]
+        self._probed, self._plan, self._plans_of_one = {}, None, {}
+
+    def _probe_again(self) -> None:
+        """Make the states of a probe anew, of the weights and options that there are now."""
+        self._take_flat()
+        again = self._still_probed()
+        self._forget_probe()
+        own = {id(p) for p in again}
+        with torch.no_grad():
+            Plan(self, self._flat, [torch.zeros_like(local(p)) if id(p) in own else None for p in self._flat])
+        self._note_probe()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""
@@ -737,8 +782,15 @@ class RuleOptimizer(Optimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in torch.optim. Steps that share memory are handed out as tensors of their own."""
-        handle = self.register_state_dict_post_hook(own_memory, prepend=True)
+        """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
+
+        A state in codes is a dict of them, their scales and how they are read, which torch.optim cannot take for a
+        tensor: its step raises. It can have :func:`to_torch_state_dict`.
+        """
+        self._check_not_swapped("state_dict()")
+        if self._probed:
+            self._probe_again()
+        handle = self.register_state_dict_post_hook(as_saved, prepend=True)  # type: ignore[arg-type]
         try:
             return super().state_dict()
         finally:
@@ -751,22 +803,27 @@ class RuleOptimizer(Optimizer):
         parameter's, and float32 moments of bfloat16 parameters would be lost.
 
         Raises:
-            ValueError: the groups, or the names of the states, are not those of this optimizer.
+            ValueError: it is no state dict, or that of another library (:func:`convert_state_dict` takes some), or its
+                groups, or the names of its states, are not those of this optimizer.
             KeyError: a group lacks a hyperparameter.
-            RuntimeError: a state has another shape than its parameter. In all cases nothing was changed.
+            RuntimeError: a state is not of its parameter's shape or kind, or is missing, or in codes that can't be
+                read. In all cases nothing was changed.
         """
+        self._check_not_swapped("load_state_dict()")
+        if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
+            check_keys(state_dict)
         loaded: dict[str, Any] = {}
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            check_state_dict(self, state_dict)
+            states = held_states(self, state_dict, OPTIONS)
             # How values are kept is this optimizer's own: the next step brings what is loaded into it.
             groups = [
                 {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
                 | {name: value for name, value in saved.items() if name not in PRECISION}
                 | {name: own[name] for name in PRECISION if name in own}
-                for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+                for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
             ]
-            loaded.update(state_dict, param_groups=[*groups, *state_dict["param_groups"][len(groups) :]])
+            loaded.update(state_dict, param_groups=groups, state=states)
             return dict(loaded)
 
         def restore(_: Optimizer) -> None:
@@ -785,12 +842,16 @@ class RuleOptimizer(Optimizer):
             self._release.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = defaultdict(dict, {p: with_own_memory(values) for p, values in self.state.items()})
+        self._check_not_swapped("a copy")
+        probed = set(map(id, self._still_probed()))
+        states = {p: saved_state(self, state, p) for p, state in self.state.items() if id(p) not in probed}
         kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
-        return {name: getattr(self, name) for name in kept} | {"state": state}
+        return {name: getattr(self, name) for name in kept} | {"state": defaultdict(dict, states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        params = chain.from_iterable(group["params"] for group in state["param_groups"])
+        states = {p: held_state(self, i, p, state["state"][p]) for i, p in enumerate(params) if p in state["state"]}
+        super().__setstate__(state | {"state": defaultdict(dict, {**state["state"], **states})})
         watch(self)
         # A copy has none of these; who loads a state dict keeps them.
         absent = {"backend": "auto", "amp": None, "_max_grad_norm": None, "_swapped": False, "_release": None}
@@ -799,7 +860,7 @@ class RuleOptimizer(Optimizer):
         self.__dict__.setdefault("_on_device", {})
         self.__dict__.setdefault("failed", {})
         self.__dict__.setdefault("_captured", [])
-        self._signal, self._limited = None, False
+        self._signal, self._limited, self._probed = None, False, {}
         self.group_values, self._plan, self._plans_of_one = [], None, {}
         self._flat, self._sizes, self._repeats = [], [], False
         self._take_flat()

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .bucket import Bucket, Key
-from .checkpoint import check_codes
 from .codecs import (
     CORRECTIONS,
     PRECISION,
-    SCALE,
     Codec,
+    check_shape,
+    check_state,
     held_codec,
     held_parameter_codec,
     parameter_codec,
@@ -185,19 +185,6 @@ def check_place(optimizer: RuleOptimizer, index: int, p: Tensor, name: str, stat
     check_memory(optimizer, index, name, local(state))
 
 
-def check_state(index: int, p: Tensor, name: str, state: Tensor) -> None:
-    """Raise the error of a state that does not belong to its parameter."""
-    placed = [getattr(t, "placements", None) for t in (p, state)]
-    if state.shape != p.shape or placed[0] != placed[1] or local(state).shape != local(p).shape:
-        theirs, ours = (
-            f"{tuple(t.shape)}, placed {where}" for t, where in zip((state, p), reversed(placed), strict=True)
-        )
-        raise RuntimeError(
-            f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
-            "Load a state dict of the same parameters, placed alike, or clear opt.state."
-        )
-
-
 def entries_of(
     optimizer: RuleOptimizer,
     params: list[Tensor],
@@ -246,12 +233,11 @@ def entries_of(
         for name, value in state.items():
             if isinstance(value, Tensor) and name not in counted[group]:
                 check_place(optimizer, index, p, name, value)
-        for name in (*names, *CORRECTIONS):
+        for name in names:
             if state.get(name) is not None:
-                if f"{name}_{SCALE}" in state:
-                    check_codes(optimizer, state, name, index, p)
-                else:
-                    check_state(index, p, name, state[name])
+                check_state(optimizer, index, p, name, state)
+        for name in CORRECTIONS.keys() & state.keys():
+            check_shape(index, p, name, state[name])
         if g is not None:
             check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
             sparse = g.is_sparse
@@ -500,11 +486,6 @@ class Plan:
             if bucket.takes_signal:
                 return bucket.signal_from(partials, scaling, device)
         return signal_from(partials, scaling, device)
-
-    def rewind(self) -> None:
-        """Bring all states back to where they were before the first step."""
-        for bucket in self.buckets:
-            bucket.rewind()
 
 
 class PlanOfOne(Plan):

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
@@ -53,3 +55,18 @@ def watch(optimizer: RuleOptimizer) -> None:
     """Make the states of an optimizer, those to come too, such dicts."""
     states = {p: State(state) if type(state) is dict else state for p, state in optimizer.state.items()}
     optimizer.state = States(State, states)
+
+
+def contents(state: dict[str, Any]) -> list[tuple[str, Any, int]]:
+    """What a state holds, and how often each tensor was written."""
+    return [(name, value, _writes(value)) for name, value in state.items()]
+
+
+def are_contents(state: dict[str, Any], before: list[tuple[str, Any, int]]) -> bool:
+    """Whether a state holds what it held, and nothing was written since."""
+    same = ((n, w) == (name, _writes(v)) and v is value for (n, value, w), (name, v) in zip(before, state.items()))  # noqa: B905
+    return len(state) == len(before) and all(same)
+
+
+def _writes(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
