@@ -54,8 +54,8 @@ class Unread:
     def _is(self, _: object) -> bool:
         return True
 
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is  # type: ignore[assignment]
-    __hash__ = None
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is
+    __hash__ = None  # type: ignore[assignment]
 
 
 def unread(value: Any) -> Any:
