@@ -389,3 +389,27 @@ def test_a_tensor_of_inference_mode_is_refused(what: str, backend: str, device: 
     with pytest.raises(RuntimeError, match=f"parameter {MIDDLE}, or .* was made in inference mode"):
         opt.step()
     assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize(
+    ("options", "part", "dtype"),
+    [({"param_precision": "master"}, "master", torch.float64),
+     ({"param_precision": "kahan"}, "compensation", torch.float64),
+     ({"param_precision": "split32"}, "residual_low", torch.int32),
+     ({"state_dtype": "int8"}, "momentum_buffer_scale", torch.float64),
+     ({"state_dtype": "int8"}, "momentum_buffer", torch.int32),
+     ({"state_dtype": "int4"}, "momentum_buffer_scale", torch.float64)],
+)  # fmt: skip
+def test_a_part_of_another_dtype_is_refused(
+    options: dict[str, Any], part: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    for backend in ("eager", "triton" if this_machine().triton else "cpp"):
+        p = Parameter(torch.ones(4096, dtype=torch.float32 if "state_dtype" in options else torch.bfloat16).to(device))
+        opt = to.SGD([p], lr=0.1, momentum=0.5, backend=backend, **options)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.state[p][part] = opt.state[p][part].to(dtype)
+        before = p.detach().clone()
+        with pytest.raises(RuntimeError, match=f"{part.removesuffix('_scale')} of parameter 0 "):
+            opt.step()
+        assert torch.equal(p, before)

@@ -194,6 +194,20 @@ def check_state(optimizer: RuleOptimizer, index: int, p: Tensor, name: str, stat
     check_shape(index, p, name, value)
 
 
+def check_corrections(index: int, p: Tensor, state: dict[str, Any]) -> None:
+    """Raise RuntimeError where what is kept beside a parameter does not belong to it."""
+    codec = held_parameter_codec(state, p)
+    for name, dtype in zip(part_names(codec, None), codec.dtypes[1:], strict=True):
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.dtype != dtype:
+            found = value.dtype if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise RuntimeError(
+                f"{name} of parameter {index} is {found}, and {dtype} beside a parameter of {p.dtype}. Load a state "
+                "dict of the same parameters, or clear opt.state."
+            )
+        check_shape(index, p, name, value)
+
+
 def check_shape(index: int, p: Tensor, name: str, value: Tensor) -> None:
     """Raise RuntimeError where a state is not of its parameter's shape, or placed otherwise."""
     placed = [getattr(t, "placements", None) for t in (p, value)]

@@ -19,10 +19,9 @@ from torch.nn.parameter import is_lazy
 
 from .bucket import Bucket, Key
 from .codecs import (
-    CORRECTIONS,
     PRECISION,
     Codec,
-    check_shape,
+    check_corrections,
     check_state,
     held_codec,
     held_parameter_codec,
@@ -236,8 +235,7 @@ def entries_of(
         for name in names:
             if state.get(name) is not None:
                 check_state(optimizer, index, p, name, state)
-        for name in CORRECTIONS.keys() & state.keys():
-            check_shape(index, p, name, state[name])
+        check_corrections(index, p, state)
         if g is not None:
             check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
             sparse = g.is_sparse
