@@ -49,7 +49,7 @@ class Unread:
     def _is(self, _: object) -> bool:
         return True
 
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is  # type: ignore[assignment]
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is
     __hash__ = None  # type: ignore[assignment]
 
 
