@@ -120,15 +120,13 @@ def test_every_rule_is_replayed_bit_for_bit(case: Case, device: torch.device, mo
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=TRITON)])
-@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
 def test_numbers_of_every_kind_reach_the_replays(
     kind: Any, backend: str, device: torch.device, monkeypatch: Any
 ) -> None:
     """A new object in every step, of a number that all kinds have."""
     if HAS_GPU:
         pytest.skip("a tape of what a CPU does; test_cuda_graph is the real thing")
-    if backend == "triton" and kind is torch.tensor:
-        pytest.skip("what is a tensor on the device is read where it lies")
     results = []
     for change, tape in ((float, None), (kind, Tape(monkeypatch))):
         params = start(device, torch.float32)
@@ -152,6 +150,27 @@ def test_numbers_of_every_kind_reach_the_replays(
         results.append(everything(params, optimizer))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_numbers_that_are_tensors_on_the_host_are_brought_to_the_device(device: torch.device) -> None:
+    params = start(device, torch.float32)
+    optimizer = triton_optim.AdamW(params, lr=torch.tensor(0.5), capturable=True)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].fill_(0.25)
+    optimizer.push_hyperparameters()
+    assert optimizer.on_device(device).group(0)["lr"] == 0.25
+
+
+def test_numbers_of_every_kind_are_pushed(device: torch.device) -> None:
+    params = start(device, torch.float32)
+    optimizer = triton_optim.AdamW(params, capturable=True, backend="eager")
+    optimizer.step()
+    for value in (torch.tensor(0.25), np.float32(0.5), np.array(0.125), 1):
+        optimizer.param_groups[0] |= {"lr": value, "betas": (value / 2, value / 4)}
+        optimizer.push_hyperparameters()
+        held = optimizer.on_device(device).group(0)
+        assert (held["lr"], *held["betas"]) == (float(value), float(value) / 2, float(value) / 4)
 
 
 WHOLE = {"max_grad_norm": 1.0, "amp": "fused", "ema_decay": 0.9, "ema_warmup": True}

@@ -108,6 +108,11 @@ def guards_of(tensors: list[Tensor]) -> Any:
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
+def kinds_of(tensors: list[Tensor]) -> list[Any]:
+    """The sizes, strides and dtype of each."""
+    return [(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
 class Bucket(ABC):
     """Members that one backend updates together."""
 
@@ -129,7 +134,7 @@ class Bucket(ABC):
         self.numels = [value.numel() for value in values]
         self.addresses = [value.data_ptr() for value in values]
         # Not the values themselves: who moves a parameter's data elsewhere wants this memory back.
-        self._kinds = [(value.shape, value.stride(), value.dtype) for value in values]
+        self._kinds = kinds_of(values)
         self._params = [m.p for m in members]
         self.gradients: list[Tensor | None] = []
         self.signal: Signal | None = None  # in a step that has one
@@ -148,6 +153,7 @@ class Bucket(ABC):
         self._states: list[Tensor] = []  # the tensors among them, and as they were noted
         self._state_addresses: list[int] = []
         self._state_guards: Any = None
+        self._state_kinds: list[Any] = []
         self._guards: Any = None
         self._examined = False  # whether gradients were found fit before
         self._gatherer: Gatherer | None = None
@@ -272,7 +278,7 @@ class Bucket(ABC):
             self._states = states
             here = self._states_here()
             self._state_addresses = list(map(Tensor.data_ptr, here))
-            self._state_guards = guards_of(here)
+            self._state_guards, self._state_kinds = guards_of(here), kinds_of(here)
             if self._gatherer is not None:
                 self._gatherer.watch(states)
 
@@ -455,7 +461,8 @@ class Bucket(ABC):
         here = self._states_here()
         if list(map(Tensor.data_ptr, here)) != self._state_addresses:
             return False
-        return self._state_guards is None or bool(self._state_guards.check(*here))
+        # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
+        return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
 
     def _values(self) -> list[Tensor]:
         """The parameters, as they are here."""
