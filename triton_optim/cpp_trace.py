@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .kernels.language import PRIMITIVES, Cpp, python_function, source_of, tl
+from .kernels.language import PRIMITIVES, Cpp, lines_of, python_function, source_of, tl
 
 ONE, BLOCK, PAIR, ELEMENT = "one", "block", "pair", "element"  # the shapes
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "int32_t", "bool"
@@ -146,6 +146,8 @@ class Trace:
         """What a jit function returns for these values, constants and tuples."""
         own = python_function(function)
         if own not in self._bodies:
+            if lines_of(own) is None:
+                raise UntranslatableError(f"the source of {own.__name__} is not installed. Install its .py file, too")
             self._bodies[own] = source_of(own)
         return Walk(self, own, *self._bodies[own]).run(arguments)
 
