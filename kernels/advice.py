@@ -9,11 +9,11 @@ IN_SCALARS = "it is of scalars alone. Form it in scalars(), in float64"
 DTYPE = "values have one dtype, float32, or float64 for float64 parameters. Leave it out"
 # What to write instead of other words, by their names.
 INSTEAD = {
-    **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), "Write minimum(maximum(x, low), high)"),
-    **dict.fromkeys(("max", "amax", "fmax", "maximum_"), "Of two values write maximum(x, y)"),
-    **dict.fromkeys(("min", "amin", "fmin", "minimum_"), "Of two values write minimum(x, y)"),
+    **dict.fromkeys(("clamp", "clip", "clamp_"), "Write minimum(maximum(x, low), high)"),
+    **dict.fromkeys(("max", "amax", "fmax"), "Of two values write maximum(x, y)"),
+    **dict.fromkeys(("min", "amin", "fmin"), "Of two values write minimum(x, y)"),
     **dict.fromkeys(("sum", "mean", "norm", "cumsum", "reduce", "argmax", "argmin", "sort", "std", "var"), OF_ALL),
-    **dict.fromkeys(("for", "while", "range", "static_range"), LOOP),
+    **dict.fromkeys(("range", "static_range"), LOOP),
     **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "dtype", "type", "cast"), DTYPE),
     **dict.fromkeys(("load", "store", "program_id", "arange", "shape"), "a rule is on values; it has no addresses"),
     **dict.fromkeys(("rand", "randn", "randint"), "nothing is random in a rule"),
@@ -33,7 +33,6 @@ INSTEAD = {
     "tanh": "Write 1 - 2 / (exp(2 * x) + 1)",
     "ceil": "Write -floor(-x)",
     "round": "Write floor(x + 0.5)",
-    "fmod": "Write x - y * floor(x / y)",
 }
 OPERATORS: dict[type, str] = {
     ast.FloorDiv: "Write floor(x / y)",

@@ -15,7 +15,8 @@ from itertools import count
 from typing import Any
 
 from .language import PRIMITIVES, RuleError, jit, lines_of, python_function, source_of
-from .walk import VALUE, WORDS, Constant, Lines, Scalars, Value, Walk
+from .lines import VALUE, WORDS, Constant, Lines, Scalars, Value
+from .walk import Walk
 
 _numbers = count(1)
 

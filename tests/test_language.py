@@ -32,7 +32,7 @@ from triton_optim.kernels.language import (
     torch_form,
     where,
 )
-from triton_optim.kernels.straight import WORDS
+from triton_optim.kernels.lines import WORDS
 
 import triton_optim
 from triton_optim import RuleOptimizer, cpp_backend, cpp_source

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import linecache
 import math
+import py_compile
 import re
 import sys
 import warnings
@@ -37,7 +38,7 @@ from triton_optim.kernels.language import (
 from triton_optim.kernels.straight import straight
 
 import triton_optim
-from triton_optim import RuleOptimizer
+from triton_optim import RuleOptimizer, fallback
 
 tl = language.tl
 F32, F64 = torch.float32, torch.float64
@@ -532,6 +533,24 @@ def test_a_rule_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for backend in ("eager", *(["cpp"] if not CPP.args[0] else []), *(["triton"] if TRITON_LOOPS else [])):
         assert stepped(module.rule, backend)[1] == pytest.approx([m + 2 for m in M])
     sys.modules.pop("zipped_rule")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
+def test_a_rule_of_which_only_compiled_code_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs where no source is needed, unchecked; automatically, too."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "sourceless_rule.py"
+    source.write_text(TEXT)
+    py_compile.compile(str(source), cfile=str(tmp_path / "sourceless_rule.pyc"))
+    source.unlink()
+    module = importlib.import_module("sourceless_rule")
+    assert stepped(module.rule, "eager")[1] == pytest.approx([m + 2 for m in M])
+    monkeypatch.setattr(fallback, "next_best", lambda *_: "eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert stepped(module.rule, "auto")[1] == pytest.approx([m + 2 for m in M])
+    assert all("Install its .py file, too" in str(warning.message) for warning in said)
+    sys.modules.pop("sourceless_rule")
 
 
 def test_a_file_that_no_longer_holds_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

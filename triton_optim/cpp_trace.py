@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .kernels.language import PRIMITIVES, Cpp, python_function, source_of, tl
+from .kernels.language import PRIMITIVES, Cpp, lines_of, python_function, source_of, tl
 
 ONE, BLOCK, PAIR, ELEMENT = "one", "block", "pair", "element"  # the shapes
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "int32_t", "bool"
@@ -146,6 +146,8 @@ class Trace:
         """What a jit function returns for these values, constants and tuples."""
         own = python_function(function)
         if own not in self._bodies:
+            if lines_of(own) is None:
+                raise UntranslatableError(f"the source of {own.__name__} is not installed. Install its .py file, too")
             self._bodies[own] = source_of(own)
         return Walk(self, own, *self._bodies[own]).run(arguments)
 
@@ -191,8 +193,7 @@ class Walk:
         word = ast.unparse(node).splitlines()[0]
         line = self.line + getattr(node, "lineno", 0)
         raise UntranslatableError(
-            f"{self.function.__name__} uses `{word}` ({self.file}, line {line}), "
-            f"{why or 'which is none of the words that rules may use'}"
+            f"{self.function.__name__} uses `{word}` ({self.file}, line {line}), {why or 'which has no form in C++'}"
         )
 
     def run(self, arguments: Sequence[Any]) -> Any:
@@ -214,9 +215,6 @@ class Walk:
                 value = self.value(node.value)
                 for target in node.targets:
                     self.assign(target, value)
-            elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-                own = ast.copy_location(ast.Name(node.target.id, ast.Load()), node)
-                self.assign(node.target, self.value(ast.copy_location(ast.BinOp(own, node.op, node.value), node)))
             elif isinstance(node, ast.If):
                 found = self.body(node.body if self.decided(node.test) else node.orelse)
                 if found is not None:
@@ -241,7 +239,7 @@ class Walk:
     def decided(self, test: ast.expr) -> bool:
         condition = self.value(test)
         if isinstance(condition, Value):
-            self.refuse(test, "a condition on what differs between elements or steps: write where(condition, x, y)")
+            self.refuse(test, "a condition on what differs between elements or steps")
         return bool(condition)
 
     def value(self, node: ast.expr) -> Any:
@@ -314,7 +312,7 @@ class Walk:
 
     def meant(self, value: Any, node: ast.expr) -> Any:
         """What a name stands for."""
-        if isinstance(value, (Value, int, float, str, tuple)) or value is None or value is tl:
+        if isinstance(value, (Value, int, float, str, tuple)) or value is None:
             return value
         for name, (in_triton, in_torch, in_cpp) in PRIMITIVES.items():
             if value is in_triton or value is in_torch:
@@ -327,8 +325,6 @@ class Walk:
 
     def attribute(self, node: ast.Attribute) -> Any:
         of = self.value(node.value)
-        if of is tl and tl is not None and node.attr in PRIMITIVES:
-            return node.attr, PRIMITIVES[node.attr][2]
         if node.attr in getattr(of, "_fields", ()):
             return getattr(of, node.attr)
         self.refuse(node)
