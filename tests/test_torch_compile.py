@@ -380,3 +380,39 @@ def test_a_train_step_with_clipping_averaging_and_codecs(
     tolerance = {"rtol": 2**-8, "atol": 2**-8} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+class Scaled(triton_optim.RuleOptimizer):
+    """Reads in its methods what it kept before torch's part of the constructor."""
+
+    variants = triton_optim.SGD.variants
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.inner = triton_optim.SGD(params, lr=2 * lr)
+        super().__init__(self.inner.param_groups[0]["params"], self.inner.defaults)
+
+    def variant(self, group: dict[str, Any]) -> triton_optim.Variant:
+        return self.inner.variant(group)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Any:
+        return self.inner.scalars(group, step)
+
+
+@pytest.mark.parametrize("cls", [triton_optim.AdamW, triton_optim.LBFGS, Scaled])
+def test_optimizer_made_inside_a_compiled_function(cls: type) -> None:
+    def trained(start: torch.Tensor) -> torch.Tensor:
+        p = torch.nn.Parameter(start.clone())
+        optimizer = cls([p], lr=0.1)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (p - 1).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        return p.detach() * 2
+
+    start = torch.linspace(-1, 1, 6).reshape(2, 3)
+    assert torch.equal(torch.compile(trained, backend="eager")(start), trained(start))
