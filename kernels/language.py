@@ -22,6 +22,9 @@ try:
 except ImportError:
     triton = tl = None
 
+# Triton reads the source of what it compiles.
+HAS_SOURCE = not __file__.endswith(".pyc")
+
 
 def _bits_of(x: torch.Tensor) -> torch.Tensor:
     """The bits of float32 numbers, as int32."""
@@ -59,7 +62,7 @@ def _interleave(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack((x, y), -1).flatten(-2)
 
 
-if triton is not None:
+if triton is not None and HAS_SOURCE:
 
     def jit(fn: Callable[..., Any]) -> Any:
         """``triton.jit`` for rules. Triton's interpreter insists on finding its language among a function's globals."""
