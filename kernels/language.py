@@ -27,6 +27,9 @@ try:
 except ImportError:
     triton = tl = None
 
+# Triton reads the source of what it compiles.
+HAS_SOURCE = not __file__.endswith(".pyc")
+
 
 class RuleError(TypeError):
     """A rule, or a function that it calls, is not of the language of rules, or its source cannot be read."""
@@ -128,7 +131,7 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
     return _like(taken, other) if isinstance(other, torch.Tensor) and not isinstance(taken, torch.Tensor) else taken
 
 
-if triton is not None:
+if triton is not None and HAS_SOURCE:
 
     def jit(fn: Callable[..., Any]) -> Any:
         """``triton.jit`` for rules. Triton's interpreter insists on finding its language among a function's globals."""

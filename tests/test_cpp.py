@@ -24,7 +24,8 @@ from triton_optim.kernels.language import abs, jit, sqrt, where
 from triton_optim.kernels.straight import straight
 
 import triton_optim
-from triton_optim import RuleOptimizer, cpp_build, cpp_chunks, cpp_norm, once
+from triton_optim import RuleOptimizer, compiled_norm, cpp_build, cpp_chunks, cpp_norm, gradient_norm, once
+from triton_optim.cli import doctor
 from triton_optim.codecs import codes, plain
 from triton_optim.cpp_source import source
 from triton_optim.dispatch import cxx_compiler, this_machine
@@ -452,9 +453,54 @@ def test_clipping_alone_falls_back_too(fresh: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(cpp_build, "cxx_compiler", lambda: compiler)
     p = Parameter(torch.zeros(20))
     p.grad = torch.full((20,), 3.0)
+    monkeypatch.setattr(gradient_norm, "_instead", {})
     with pytest.warns(RuntimeWarning, match="takes the norm instead"):
         norm = triton_optim.clip_grad_norm_([p], 1.0)
     assert float(norm) == pytest.approx(math.sqrt(180))
+
+
+def test_clipping_where_nothing_compiles(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly, at last; and what failed is not tried again."""
+    compiler, tried = fake_compiler(tmp_path, "exit 3"), []
+
+    def refuse(*arguments: Any) -> None:
+        tried.append(arguments)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_build, "cxx_compiler", lambda: compiler)
+    monkeypatch.setattr(compiled_norm, "graph_for", refuse)
+    monkeypatch.setattr(gradient_norm, "_instead", {})
+    p = Parameter(torch.zeros(40_000))
+    for turn in range(2):
+        p.grad = torch.full((40_000,), 3.0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            norm = triton_optim.clip_grad_norm_([p], 1.0)
+        assert float(norm) == pytest.approx(600)
+        assert len(said) == (0 if turn else 2)
+    assert len(tried) == 1
+
+
+def test_no_home_directory(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is a number: HOME is not set, and there is no entry of the user."""
+    for name in ("HOME", "XDG_CACHE_HOME", cpp_build.CACHE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(number: int) -> Any:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(compiled_norm, "graph_for", lambda *_: pytest.fail("the gradient is too small for a graph"))
+    monkeypatch.setattr(gradient_norm, "_instead", {})
+    p = Parameter(torch.zeros(20))
+    p.grad = torch.full((20,), 3.0)
+    with pytest.warns(RuntimeWarning, match="no home directory; set TRITON_OPTIM_CACHE_DIR"):
+        norm = triton_optim.clip_grad_norm_([p], 1.0)
+    assert float(norm) == pytest.approx(math.sqrt(180))
+    assert "no home directory" in doctor.libraries()
+    optimizer = triton_optim.SGD([p], lr=1.0, backend="cpp")
+    with pytest.raises(RuntimeError, match="no home directory; set TRITON_OPTIM_CACHE_DIR"):
+        optimizer.step()
 
 
 def test_codes_of_blocks_wait_for_their_scale() -> None:

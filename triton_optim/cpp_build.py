@@ -59,10 +59,17 @@ _failed: dict[str, str] = {}
 
 
 def folder() -> Path:
-    """Where libraries are kept: ``$TRITON_OPTIM_CACHE_DIR``, else a folder of the user's cache."""
+    """Where libraries are kept: ``$TRITON_OPTIM_CACHE_DIR``, else a folder of the user's cache.
+
+    Raises:
+        BuildError: the user has no home directory.
+    """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton_optim"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton_optim"
+    except RuntimeError as error:
+        raise BuildError(f"libraries cannot be kept: there is no home directory; set {CACHE_VARIABLE}") from error
 
 
 @cache

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpp_build import BuildError, library
+from .cpp_build import library
 from .cpp_chunks import Chunks
 from .cpp_source import header, storage
 from .gradient_norm import Norm, eager_partial_norms
-from .once import warn_once
 
 KINDS = {"1": "SUM", "2": "SQUARES", "inf": "LARGEST"}
 _TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
@@ -47,12 +46,5 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
     """See gradient_norm.partial_norms; dense tensors of one dtype on the CPU."""
     if norm.kind not in KINDS:
         return eager_partial_norms(tensors, norm)
-    try:
-        sums_of(norm.kind, tensors[0].dtype)
-    except BuildError as error:
-        from . import compiled_norm
-
-        warn_once(f"the cpp backend failed to compile: {error}. The compiled backend takes the norm instead.")
-        return compiled_norm.partial_norms(tensors, norm)
     addresses = array("q", [t.data_ptr() for t in tensors])
     return chunk_sums(Chunks([t.numel() for t in tensors]), addresses, tensors[0].dtype, norm)

@@ -20,6 +20,8 @@ COMPILED_DEVICES = ("cpu", "mps", *GPUS)
 CPP_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+NO_SOURCES = "compiles the .py files of triton_optim, of which only .pyc files are installed"
+
 stub_driver: Any = None  # of stub_driver.install
 
 
@@ -31,6 +33,7 @@ class Machine(NamedTuple):
     compiler: bool  # a C++ compiler, which torch.compile needs on a CPU
     cpp: bool  # whether the C++ backend can be built here
     stub: bool = False  # a stub driver is active: Triton compiles for a GPU, and launches nothing, on CPU tensors
+    sources: bool = True  # the package's own .py files, which Triton and C++ are compiled from
 
     @property
     def triton_devices(self) -> tuple[str, ...]:
@@ -70,10 +73,11 @@ def this_machine() -> Machine:
         True
     """
     triton = importlib.util.find_spec("triton") is not None
-    interpreter = triton and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+    sources = not __file__.endswith(".pyc")
+    interpreter = triton and sources and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
     compiler = cxx_compiler() is not None
-    # Elsewhere OpenMP is another library's, and takes other options.
-    return Machine(triton, interpreter, compiler, compiler and sys.platform == "linux", stub_driver is not None)
+    cpp = compiler and sys.platform == "linux"  # elsewhere OpenMP is another library's, and takes other options
+    return Machine(triton, interpreter, compiler, cpp, stub_driver is not None, sources)
 
 
 def cxx_compiler() -> str | None:
@@ -109,12 +113,16 @@ def unable(backend: Backend, request: Request, machine: Machine) -> str | None:
     if backend == "triton":
         if not machine.triton:
             return "Triton is not installed"
+        if not machine.sources:
+            return f"Triton {NO_SOURCES}"
         if request.device not in machine.triton_devices:
             return f"it needs GPU tensors; these are on {request.device}"
         return None
     if backend == "cpp":
         if request.device != "cpu":
             return f"it needs CPU tensors; these are on {request.device}"
+        if not machine.sources:
+            return f"the C++ backend {NO_SOURCES}"
         if not machine.compiler:
             return "no C++ compiler was found"
         if not machine.cpp:
@@ -129,10 +137,12 @@ def unable(backend: Backend, request: Request, machine: Machine) -> str | None:
     return None
 
 
-def remedy(request: Request) -> str:
+def remedy(request: Request, machine: Machine) -> str:
     """What to do where a pinned backend is unable."""
     if only_eager(request):
         return 'Use backend="eager", or leave backend out to choose automatically.'
+    if not machine.sources and request.pinned != "compiled":
+        return "Install them, or leave backend out to choose automatically."
     if request.pinned == "cpp" and request.device != "cpu":
         return "Move the parameters to the CPU, or leave backend out to choose automatically."
     if request.pinned == "triton":
@@ -166,7 +176,7 @@ def choose(request: Request, machine: Machine) -> Choice:
         if reason := unable(request.pinned, request, machine):
             raise RuntimeError(
                 f'backend="{request.pinned}" cannot run {request.dtype} parameters on {request.device}: {reason}. '
-                f"{remedy(request)}"
+                f"{remedy(request, machine)}"
             )
         return Choice(request.pinned, "asked for by backend=")
     if reason := only_eager(request):

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .dispatch import Backend, Request, choose, this_machine
+from .cpp_build import BuildError
+from .dispatch import Backend, LaunchError, Request, choose, next_best, this_machine
 from .layout import is_sharded, layout
+from .once import warn_once
 
 _MODULES = {"triton": "triton_norm", "cpp": "cpp_norm", "compiled": "compiled_norm"}
 
+# What takes the norm where a backend failed in this process; it is not tried again.
+_instead: dict[tuple[Backend, torch.device, torch.dtype, str], Backend] = {}
 
 _KINDS = {1.0: "1", 2.0: "2", math.inf: "inf"}
 
@@ -71,14 +75,33 @@ def partial_norms(tensors: Sequence[Tensor], norm: Norm, backend: Backend | None
     for t in tensors:
         t = t.coalesce().values() if t.is_sparse else t
         alike.setdefault((t.device, t.dtype, backend_of(t, backend)), []).append(t)
-    found = []
-    for (_, _, which), own in alike.items():
-        if which == "eager":
-            found.append(eager_partial_norms(own, norm))
-        else:
-            module = importlib.import_module(f".{_MODULES[which]}", __package__)
-            found.append(cast(Tensor, module.partial_norms(own, norm)))
-    return found
+    return [partial_norms_by(which, own, norm, backend is not None) for (_, _, which), own in alike.items()]
+
+
+def partial_norms_by(backend: Backend, tensors: Sequence[Tensor], norm: Norm, in_step: bool) -> Tensor:
+    """:func:`partial_norms` of tensors of one device and dtype. Where a backend fails, the next best one takes over.
+
+    Args:
+        in_step: whether a step asks, which goes on by itself where a kernel cannot be started.
+    """
+    device, dtype = tensors[0].device, tensors[0].dtype
+    while backend != "eager":
+        key = backend, device, dtype, norm.kind
+        if key in _instead:
+            backend = _instead[key]
+            continue
+        try:
+            module = importlib.import_module(f".{_MODULES[backend]}", __package__)
+            return cast(Tensor, module.partial_norms(tensors, norm))
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or (in_step and isinstance(error, LaunchError)):
+                raise
+            _instead[key] = next_best(backend, Request(device.type, dtype), this_machine())
+            why = str(error) if isinstance(error, (BuildError, LaunchError)) else f"{type(error).__name__}: {error}"
+            warn_once(
+                f"the {backend} backend failed to compile: {why}. The {_instead[key]} backend takes the norm instead."
+            )
+    return eager_partial_norms(tensors, norm)
 
 
 def backend_of(t: Tensor, backend: Backend | None) -> Backend:

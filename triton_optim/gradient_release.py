@@ -144,7 +144,7 @@ def enable_gradient_release(optimizer: RuleOptimizer) -> GradientRelease:
 
     No more than a few gradients are alive at a time, so that training takes the memory of the gradients less. What the
     steps compute is the same. ``optimizer.step()`` then only ends the round, for schedulers as ever, and
-    ``zero_grad()`` finds nothing to clear.
+    ``zero_grad()`` finds nothing to clear. Parameter groups and states may be edited between two rounds.
 
     Args:
         optimizer: one of this package's, without `max_grad_norm` and `amp`: both need all gradients at once.
@@ -155,7 +155,8 @@ def enable_gradient_release(optimizer: RuleOptimizer) -> GradientRelease:
 
     Raises:
         RuntimeError: the optimizer limits the norm or unscales gradients, its parameters share memory or are listed
-            twice, or their gradients are released already. Later: a gradient arrives twice in a round.
+            twice, or their gradients are released already; or one of these comes about later. Later: a gradient
+            arrives twice in a round.
 
     Example:
         >>> import torch, triton_optim

@@ -256,7 +256,9 @@ class RuleOptimizer(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The largest norm of all gradients together; None for any. It may be set at any time."""
+        """The largest norm of all gradients together; None for any. It may be set at any time, except while gradients
+        are released in backward.
+        """
         return self._max_grad_norm
 
     @max_grad_norm.setter

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..cpp_build import folder
+from ..cpp_build import BuildError, folder
 from ..dispatch import BACKENDS, Machine, Request, choose, cxx_compiler, this_machine, unable
 from ..gather import library
 from ..stub_driver import TARGETS
@@ -46,6 +46,14 @@ def devices() -> dict[str, str]:
     return found
 
 
+def libraries() -> str:
+    """Where C++ libraries are kept, or why there is no such place."""
+    try:
+        return str(folder())
+    except BuildError as error:
+        return str(error)
+
+
 def diagnosis(machine: Machine) -> dict[str, Any]:
     """All that the command tells."""
     library.load()  # as a training would, once it has gone on for a while
@@ -72,11 +80,11 @@ def diagnosis(machine: Machine) -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": present,
         "cxx_compiler": cxx_compiler(),
-        "cpp_libraries": str(folder()),
+        "cpp_libraries": libraries(),
         "gathers_gradients": library.loaded is not None,
         "gathers_gradients_obstacle": library.obstacle,
         "interpreter": machine.interpreter,
-        "triton_launches": [check_launch(where) for where in places()] if machine.triton else [],
+        "triton_launches": [check_launch(where) for where in places()] if machine.triton and machine.sources else [],
         "choices": choices,
     }
 
