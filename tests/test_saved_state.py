@@ -517,7 +517,7 @@ def test_a_malformed_state_dict_changes_nothing(name: str) -> None:
     train(params, opt, range(2))
     saved = copy.deepcopy(opt.state_dict())
     change(saved)
-    with Unchanged(opt), pytest.raises((ValueError, RuntimeError), match=says) as error:
+    with Unchanged(opt), pytest.raises((ValueError, KeyError, RuntimeError), match=says) as error:
         opt.load_state_dict(saved)
     explains(error)
 
@@ -525,7 +525,7 @@ def test_a_malformed_state_dict_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("what", [None, "state", [1], 3, torch.ones(2)], ids=str)
 def test_what_is_no_state_dict(what: Any) -> None:
     opt = to.AdamW(parameters((3,)), backend="eager")
-    with pytest.raises(ValueError, match="a state dict has the keys"):
+    with pytest.raises(TypeError, match="a state dict is a dict"):
         opt.load_state_dict(what)
 
 
@@ -553,7 +553,7 @@ def test_malformed_corrections(precision: str, change: Any, says: str) -> None:
     train(params, opt, range(2))
     saved = copy.deepcopy(opt.state_dict())
     change(saved["state"][0])
-    with Unchanged(opt), pytest.raises(RuntimeError, match=says) as error:
+    with Unchanged(opt), pytest.raises((RuntimeError, ValueError), match=says) as error:
         opt.load_state_dict(saved)
     explains(error)
 
@@ -569,6 +569,6 @@ def test_a_state_that_lacks_anything_is_refused(case: Case) -> None:
     for name in names if len(names) > 1 else []:
         saved = copy.deepcopy(full)
         del saved["state"][0][name]
-        with Unchanged(opt), pytest.raises(RuntimeError, match=rf"parameter 0 holds .* and lacks \['{name}'\]"):
+        with Unchanged(opt), pytest.raises(ValueError, match=rf"parameter 0 holds .* and lacks \['{name}'\]"):
             opt.load_state_dict(saved)
     opt.load_state_dict(full)

@@ -170,10 +170,12 @@ def held_states(optimizer: RuleOptimizer, state_dict: Any, options: dict[str, An
 
 
 def check_keys(state_dict: Any) -> None:
-    """Raise ValueError where a state dict is none."""
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else f"a {type(state_dict).__name__}"
-        raise ValueError(f"a state dict has the keys 'state' and 'param_groups'; this is {found}. {AGAIN}")
+    """Raise where a state dict is none."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"a state dict is a dict, and this a {type(state_dict).__name__}. {AGAIN}")
+    if not {"state", "param_groups"} <= state_dict.keys():
+        found = sorted(map(str, state_dict))
+        raise KeyError(f"a state dict has the keys 'state' and 'param_groups', and this {found}. {AGAIN}")
 
 
 def check_groups(optimizer: RuleOptimizer, state_dict: Any) -> None:
@@ -297,7 +299,7 @@ def check_part(index: Any, p: Tensor, name: str, value: Any) -> None:
 def check_complete(
     optimizer: RuleOptimizer, group: dict[str, Any], index: Any, p: Tensor, state: dict[str, Any]
 ) -> None:
-    """Raise RuntimeError where a state that has been started lacks what the group's variant keeps."""
+    """Raise ValueError where a state that has been started lacks what the group's variant keeps."""
     variant = optimizer.variant(group)
     needed = {*variant.state_names}
     if variant.prologue and optimizer.prologue_names:
@@ -310,7 +312,7 @@ def check_complete(
     for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), ("residual_low", "residual")):
         needed |= {other} if one in state else set()
     if missing := sorted(needed - state.keys()):
-        raise RuntimeError(
+        raise ValueError(
             f"the state of parameter {index} holds {sorted(state)} and lacks {missing}: {type(optimizer).__name__} "
             f"can't go on from it. {AGAIN}"
         )

@@ -805,11 +805,12 @@ class RuleOptimizer(Optimizer):
         parameter's, and float32 moments of bfloat16 parameters would be lost.
 
         Raises:
-            ValueError: it is no state dict, or that of another library (:func:`convert_state_dict` takes some), or its
-                groups, or the names of its states, are not those of this optimizer.
-            KeyError: a group lacks a hyperparameter.
-            RuntimeError: a state is not of its parameter's shape or kind, or is missing, or in codes that can't be
-                read. In all cases nothing was changed.
+            TypeError: it is no dict.
+            ValueError: it is that of another library (:func:`convert_state_dict` takes some), or its
+                groups, or the names of its states, are not those of this optimizer, or a state lacks some.
+            KeyError: it lacks its groups or states, or a group a hyperparameter.
+            RuntimeError: a state is not of its parameter's shape or kind, or in codes that can't be read. In all cases
+                nothing was changed.
         """
         self._check_not_swapped("load_state_dict()")
         if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
