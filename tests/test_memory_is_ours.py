@@ -182,6 +182,18 @@ def test_a_count_is_written_in_place(backend: str, device: torch.device) -> None
     assert all(opt.state[p]["step"] is t for p, t in zip(params, held, strict=True))
 
 
+def test_a_count_that_a_user_gives_is_counted_on(backend: str, device: torch.device) -> None:
+    params = made(device)
+    opt = to.AdamW(params, lr=0.1, backend=backend)
+    give_gradients(params, 0)
+    opt.step()
+    given = opt.state[params[MIDDLE]]["step"] = torch.tensor(5.0)
+    for _ in range(2):
+        opt.step()
+    assert given.item() == 7
+    assert [opt.state[p]["step"].item() for p in params] == [3] * MIDDLE + [7] + [3] * (COUNT - MIDDLE - 1)
+
+
 # Memory that there is none.
 
 

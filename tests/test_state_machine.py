@@ -409,7 +409,7 @@ class BesideATwin(Machine):
 
     # A copy is not tied; and no parameter of another dtype can be given to a new optimizer with this precision.
     left_out = ("tied_data", "states_tied", "cast", "data_of_another_dtype")
-    cases = [case for case in RULES if case.elementwise]
+    cases = tuple(case for case in RULES if case.elementwise)
     precisions = ("storage", "stochastic", "kahan", "split24", "split32", "master")
     dtypes = (None, torch.float32, torch.bfloat16, "int8", "int4")
 

@@ -416,3 +416,20 @@ def test_optimizer_made_inside_a_compiled_function(cls: type) -> None:
 
     start = torch.linspace(-1, 1, 6).reshape(2, 3)
     assert torch.equal(torch.compile(trained, backend="eager")(start), trained(start))
+
+
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
+@pytest.mark.parametrize("foreach", [False, None])
+def test_complex_parameters_are_stepped_outside_the_graph(foreach: bool | None) -> None:
+    ends = []
+    for cls, compiled in ((triton_optim.SGD, True), (torch.optim.SGD, False)):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(3, 2, dtype=dtype)) for dtype in (torch.complex64, torch.float32)]
+        optimizer = cls(params, lr=0.1, momentum=0.9, foreach=foreach)
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            step()
+        ends.append([p.detach() for p in params])
+    torch.testing.assert_close(*ends)

@@ -70,7 +70,8 @@ class Member:
             held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
             dtype = counted_dtype(group, name)
             if isinstance(held, Tensor):
-                self.state[name] = held.to(device, dtype).reshape(())
+                held = held.to(device, dtype)
+                self.state[name] = held.reshape(()) if held.dim() else held
             else:
                 if (held, dtype, device) not in begun:
                     begun[held, dtype, device] = torch.tensor(held, dtype=dtype, device=device)
@@ -115,9 +116,16 @@ class Cohort:
             first = members[0].state.get(name)
             if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
                 column = self.columns[name] = first.detach().expand(len(members)).clone()
+                here = column.device == CPU and not captured  # what is written past torch is in no graph
+                seen: set[int] = set()
                 for m, own in zip(members, column.unbind(), strict=True):
-                    m.state[name] = own
-                if column.device == CPU and not captured:  # what is written past torch is in no graph
+                    held = m.state[name]
+                    if not here or id(held) in seen or held.is_inference() or held.requires_grad:
+                        m.state[name] = own  # which counts writes with the column
+                    else:  # who holds it sees the count go on
+                        held.data = own
+                        seen.add(id(held))
+                if here:
                     self._write(name, numbers[name])
         self._versions = self._versions_now()
 

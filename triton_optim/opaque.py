@@ -73,7 +73,7 @@ def groups_of(optimizer: "RuleOptimizer") -> list[dict[str, Any]]:
 
 
 @_disable_dynamo  # torch.compiler.disable would import Dynamo, which takes longer than all else here
-def step_wrapper_subclasses(optimizer: "RuleOptimizer") -> None:
+def step_outside_the_graph(optimizer: "RuleOptimizer") -> None:
     """A step that breaks the graph."""
     if optimizer._release is None:
         optimizer.update()
@@ -84,9 +84,10 @@ def step_wrapper_subclasses(optimizer: "RuleOptimizer") -> None:
 def traced_step(optimizer: "RuleOptimizer") -> None:
     """What Dynamo traces in place of a step."""
     params = [p for group in groups_of(optimizer) for p in group["params"]]
-    # The operator would be called for each of the tensors that such a one holds.
-    if any(hasattr(type(p), "__tensor_flatten__") for p in params):
-        step_wrapper_subclasses(optimizer)
+    # The operator would be called for each of the tensors that a wrapper holds; and Inductor compiles no operator that
+    # writes complex tensors.
+    if any(p.is_complex() or hasattr(type(p), "__tensor_flatten__") for p in params):
+        step_outside_the_graph(optimizer)
         return
     indices = [i for i in range(len(params)) if params[i].grad is not None]
     if indices or optimizer._release is not None:
