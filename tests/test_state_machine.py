@@ -19,6 +19,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,9 +48,10 @@ from user_actions import (
     values,
 )
 
-from triton_optim import codecs
+from triton_optim import codecs, compiled_backend
 from triton_optim.averaging import value_of
 from triton_optim.codecs import Codec, held_codec, held_parameter_codec, part_names, read
+from triton_optim.layout import flat
 
 BY_HAND = int(os.environ.get("TRITON_OPTIM_FUZZ", "0"))
 LOG = os.environ.get("TRITON_OPTIM_FUZZ_LOG")
@@ -78,6 +80,9 @@ KNOWN: dict[str, str] = {
         ),
         "only the first and the last member's states are looked at",
     ),
+    "twin: state_in_another_dtype": "parts of codecs are known by their names, whatever their dtype",
+    "step: inference": "a state that is laid out anew in inference mode can't be written later",
+    "triton: amp": "StopIteration where no member of a bucket has a gradient when rows are recorded",
     "states_tied": "states that share memory are not updated one after the other",
     "one_count_moved": "a count's data is that of all of its cohort",
 }
@@ -89,8 +94,7 @@ REFUSALS = (
     "of parameter .* has shape .*the parameter",
 )
 
-# How a step is made. Not in inference mode: a state that is laid out anew there can't be written later.
-WAYS = ("step", "closure", "thread", "no_grad")
+WAYS = ("step", "closure", "thread", "no_grad", "inference")  # how a step is made
 BY_NAME = {case.name: case for case in CASES}
 RULES = [case for case in CASES if not case.sparse]
 ROUNDED = ("SGD", "AdamW", "Adam", "Adamax", "Adagrad")  # that torch can take a step of in bfloat16
@@ -130,7 +134,7 @@ class Machine(RuleBasedStateMachine):
         draw = random.Random(seed)
         makers = self.makers(case, options)
         shapes = self.shapes or (SHAPES_OF[draw.random() < 0.2] if case.elementwise else case.shapes)
-        count = draw.choice((3, 4, 5, 8, 8, 40))
+        count = draw.choice((3, 4, 5, 8, 8, 40) if self.backend != "triton" or BY_HAND else (3, 4))
         cut = draw.randint(1, count)
         drawn = [values(draw, draw.choice(shapes), dtype) for _ in range(count)]
         for i, make in enumerate(makers):
@@ -145,7 +149,7 @@ class Machine(RuleBasedStateMachine):
 
     def do(self, act: Callable[[Side, random.Random], None], seed: int, name: str = "") -> bool:
         """The same on all sides, or the same error. Whether it was done."""
-        if name in KNOWN or name in self.left_out:
+        if name in KNOWN or (f"twin: {name}" in KNOWN and len(self.sides) == 1) or name in self.left_out:
             return False
         self.log(f"{name or act} {seed}")
         raised = []
@@ -210,7 +214,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(WAYS))
     def step_with_what_is_there(self, how: str) -> None:
-        self.step(how)
+        if f"step: {how}" not in KNOWN:
+            self.step(how)
 
     def step(self, how: str = "step") -> None:
         raise NotImplementedError
@@ -308,7 +313,7 @@ def assert_alike(ours: Side, theirs: Side, rounded: bool = False) -> None:
 class BesideTorch(Machine):
     """Ours beside torch's for-loop. After a step torch's goes on with our values, so that no rounding adds up."""
 
-    cases = RULES
+    cases = tuple(RULES)
 
     @initialize(data=st.data(), seed=SEEDS, remembers=st.booleans())
     def start(self, data: Any, seed: int, remembers: bool) -> None:
@@ -420,9 +425,11 @@ class BesideATwin(Machine):
         whole = data.draw(st.fixed_dictionaries({}, optional=WHOLE))
         self.begin(case, *self.drawn(case, precision, kept, whole), seed, remembers)
 
-    @staticmethod
-    def drawn(case: Case, precision: str, kept: Any, whole: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
+    @classmethod
+    def drawn(cls, case: Case, precision: str, kept: Any, whole: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
         options = case.settings | {"lr": 0.1, "param_precision": precision, "state_dtype": kept, "seed": 5} | whole
+        if f"{cls.backend}: amp" in KNOWN:
+            options.pop("amp", None)
         if "ema_decay" not in options:
             options.pop("ema_dtype", None)
         return options, torch.float32 if precision == "storage" else torch.bfloat16
@@ -556,39 +563,77 @@ def restart(side: Side) -> None:
     side.opt.state.clear()
 
 
-def settings_of(share: float) -> settings:
+def settings_of(share: float, steps: int) -> settings:
     """Of so much of all sequences."""
     return settings(
         max_examples=max(1, round((BY_HAND or IN_CI) * share)),
-        stateful_step_count=50 if BY_HAND else 25,
+        stateful_step_count=50 if BY_HAND else steps,
         derandomize=not BY_HAND,
         database=None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink] if BY_HAND else [Phase.generate],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
 
 
+class Uncompiled:
+    """In place of a compiled graph: the body as it is. To compile it takes seconds, and which tensors it gets is
+    decided before.
+    """
+
+    def __init__(self, name: str, body: Any, slot: list[Any], key: bool, *_: Any) -> None:
+        self.body, self.roles = body, len(slot) + key
+        self.flat = [not shape for _, shape in slot] + [False] * key
+
+    def __call__(self, row: Tensor, tensors: list[Tensor]) -> None:
+        with torch.no_grad():
+            for start in range(0, len(tensors), self.roles):
+                own = zip(self.flat, tensors[start : start + self.roles], strict=True)
+                self.body([flat(t) if as_flat else t for as_flat, t in own], row)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_backend, "Graph", Uncompiled)
+    for name in ("graph_for", "codes_graph_for"):
+        monkeypatch.setattr(compiled_backend, name, cache(getattr(compiled_backend, name).__wrapped__))
+
+
+def run(machine: type[Machine], backend: str, share: float, **attributes: Any) -> None:
+    machine = type(f"{machine.__name__}_{backend}", (machine,), {"backend": backend, **attributes})
+    run_state_machine_as_test(machine, settings=settings_of(share, 10 if backend == "triton" else 20))
+
+
+# Each rule is compiled by C++ in a second, and interpreted slowly.
+SOME = [BY_NAME[name] for name in ("SGD", "AdamW", "NAdam")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "share", "cases"),
+    [
+        pytest.param("eager", 0.28, RULES),
+        pytest.param("auto", 0.35, RULES if BY_HAND else SOME, marks=CPP),
+        pytest.param("compiled", 0.2, RULES),
+        pytest.param("triton", 0.05, RULES if BY_HAND else SOME, marks=TRITON),
+    ],
+)
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore")
+def test_beside_torch(backend: str, share: float, cases: list[Case]) -> None:
+    run(BesideTorch, backend, share, cases=cases)
+
+
 @pytest.mark.parametrize(
     ("backend", "share"),
     [
-        pytest.param("eager", 0.2),
-        pytest.param("auto", 0.3, marks=CPP),
-        pytest.param("cpp", 0.1, marks=CPP),
-        pytest.param("triton", 0.15, marks=TRITON),
+        pytest.param("auto", 0.07, marks=CPP),
+        pytest.param("compiled", 0.03),
+        pytest.param("triton", 0.02, marks=TRITON),
     ],
 )
-def test_beside_torch(backend: str, share: float) -> None:
-    machine = type(f"BesideTorch_{backend}", (BesideTorch,), {"backend": backend})
-    run_state_machine_as_test(machine, settings=settings_of(share))
-
-
-@pytest.mark.parametrize(
-    ("backend", "share"),
-    [pytest.param("auto", 0.2, marks=CPP), pytest.param("triton", 0.05, marks=TRITON)],
-)
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore")
 def test_beside_a_twin(backend: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "CODES_FROM", 64)
-    machine = type(f"BesideATwin_{backend}", (BesideATwin,), {"backend": backend})
-    run_state_machine_as_test(machine, settings=settings_of(share))
+    run(BesideATwin, backend, share, cases=BesideATwin.cases if BY_HAND else [BY_NAME["AdamW"]])

@@ -199,7 +199,7 @@ def give(side: Side, p: Parameter, draw: random.Random, kind: str) -> None:
     other = draw.choice((torch.float32, torch.float64, torch.bfloat16))
     if kind == "in place" and p.grad is not None and p.grad.shape == p.shape and writable(p.grad):
         p.grad.copy_(value)
-    elif kind == "data" and p.grad is not None:
+    elif kind == "data" and p.grad is not None and not p.grad.is_inference():
         p.grad.data = side.laid(value, draw.choice(LAYOUTS))
     elif kind == "expanded":
         p.grad = values(draw, (), p.dtype).expand(p.shape)
@@ -833,7 +833,7 @@ def momentum(side: Side, draw: random.Random) -> None:
 @action(OPTIONS)
 def switch(side: Side, draw: random.Random) -> None:
     group = draw.choice(side.groups)
-    names = ("maximize", "nesterov", "amsgrad", "centered", "decoupled_weight_decay")
+    names = ("maximize", "nesterov", "amsgrad", "centered")  # torch sets decoupled_weight_decay back when it loads
     name = draw.choice([n for n in names if n in group])
     group[name] = not group[name]
 
