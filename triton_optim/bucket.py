@@ -277,10 +277,10 @@ class Bucket(ABC):
         if list(map(id, states)) != list(map(id, self._states)):
             self._states = states
             here = self._states_here()
-            self._state_addresses = list(map(Tensor.data_ptr, here))
             self._state_guards, self._state_kinds = guards_of(here), kinds_of(here)
-            if self._gatherer is not None:
-                self._gatherer.watch(states)
+        self._state_addresses = list(map(Tensor.data_ptr, self._states_here()))
+        if self._gatherer is not None:
+            self._gatherer.watch(self._states)
 
     def _states_here(self) -> list[Tensor]:
         """The tensors among the states, of sharded ones the local parts."""

@@ -25,10 +25,11 @@ _CODES = {torch.float32: "f", torch.float64: "d"}
 class Member:
     """A parameter in a plan."""
 
-    __slots__ = ("begins", "group", "index", "numbers", "p", "state")
+    __slots__ = ("begins", "given", "group", "index", "numbers", "p", "state")
 
     def __init__(self, optimizer: RuleOptimizer, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
+        self.given: set[str] = set()  # of its numbers those that were tensors before: who holds one sees it go on
         self.state: dict[str, Any] = optimizer.state.get(p, State())
         own_group = optimizer.param_groups[group]
         # Of a rule that does not count its steps all that matters is whether it has made one: its states say so, not
@@ -71,7 +72,11 @@ class Member:
             dtype = counted_dtype(group, name)
             if isinstance(held, Tensor):
                 held = held.to(device, dtype)
-                self.state[name] = held.reshape(()) if held.dim() else held
+                held = held.reshape(()) if held.dim() else held
+                if not (id(held) in begun or held.is_inference() or held.requires_grad):
+                    begun[id(held)] = held  # another parameter's is another
+                    self.given.add(name)
+                self.state[name] = held
             else:
                 if (held, dtype, device) not in begun:
                     begun[held, dtype, device] = torch.tensor(held, dtype=dtype, device=device)
@@ -117,14 +122,11 @@ class Cohort:
             if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
                 column = self.columns[name] = first.detach().expand(len(members)).clone()
                 here = column.device == CPU and not captured  # what is written past torch is in no graph
-                seen: set[int] = set()
                 for m, own in zip(members, column.unbind(), strict=True):
-                    held = m.state[name]
-                    if not here or id(held) in seen or held.is_inference() or held.requires_grad:
+                    if here and name in m.given:
+                        m.state[name].data = own
+                    else:
                         m.state[name] = own  # which counts writes with the column
-                    else:  # who holds it sees the count go on
-                        held.data = own
-                        seen.add(id(held))
                 if here:
                     self._write(name, numbers[name])
         self._versions = self._versions_now()
