@@ -104,6 +104,23 @@ def test_groups_have_rows_of_their_own_and_a_missing_gradient_counts_nothing(
         torch.testing.assert_close(a[there], b[there], rtol=1e-13, atol=0)
 
 
+def test_a_bucket_without_any_gradient_is_left_out(device: torch.device) -> None:
+    """Of parameters of two dtypes, in the step that records their rows and later."""
+    params = [Parameter(torch.ones(3, device=device, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = triton_optim.SGD(params, lr=1.0, momentum=0.5, backend="triton", capturable=True, ema_decay=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer._plan = None
+    params[1].grad = None
+    optimizer.step()
+    assert [p[0].item() for p in params] == [-1.5, 0.0]
+    optimizer.param_groups[0]["lr"] = 0.0
+    params[1].grad = torch.ones(3, device=device, dtype=torch.float64)
+    optimizer.step()
+    assert [p[0].item() for p in params] == [-1.5, 0.0]
+
+
 class Scalars(NamedTuple):
     lr: float
     factor: float

@@ -207,6 +207,8 @@ class TritonRows:
         Returns:
             Rows of which the type of ``h`` is all that is known here.
         """
+        if not any(active):
+            return [None] * len(cohorts)
         optimizer, groups = self._optimizer, self._optimizer.param_groups
         # The same objects as in the last step, of which nothing but the values of numbers has changed.
         values = [optimizer.group_values[c.group] for c in cohorts]
