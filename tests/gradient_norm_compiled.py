@@ -64,7 +64,7 @@ def main() -> None:
         need = resources(compiled(kernels.step_signal, SIGNAL, forms, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
         rows.append({"kernel": "step_signal", "arch": arch, **figures})
-        constants = {"WIDTH": 10, "SLOTS": 64, "SIGNAL": "form", "RANDOM": True, **forms}
+        constants = {"WIDTH": 10, "SLOTS": 64, "SIGNAL": "form", "RANDOM": True, **forms, "KEPT": 2}
         options = {"num_warps": 4, "enable_fp_fusion": True}
         need = resources(compiled(of_rows.form_rows, ROWS, constants, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
