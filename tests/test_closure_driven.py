@@ -595,7 +595,9 @@ def test_a_loss_without_a_lower_bound_falls_to_the_end_of_the_dtype(cls, dtype) 
             raised = True
         assert p.isfinite().all()
         assert torch.isfinite(-p.detach().sum())
-    assert raised == (cls is to.NonlinearCG)  # torch's LBFGS, and so ours, extends a search to 1e25 and stops there
+    # torch's LBFGS, and so ours, extends a search to 1e25 and stops there; float16 parameters stay at the end of their
+    # dtype, where shorter steps are rounded away.
+    assert raised == (cls is to.NonlinearCG and dtype != torch.float16)
     assert p.min() > 1e4
 
 

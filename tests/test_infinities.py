@@ -167,7 +167,7 @@ def test_an_average_of_infinities_is_theirs(backend: str, device: torch.device) 
         p = Parameter(torch.tensor([-INF, INF, INF, 0.5], device=device))
         optimizer = triton_optim.SGD([p], lr=0.0, ema_decay=decay, backend=backend)
         for _ in range(2):
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.ones_like(p)
             optimizer.step()
         with torch.no_grad():
             p.copy_(torch.tensor([-INF if decay else 0.5, INF, -INF, 0.5]))

@@ -66,9 +66,9 @@ class SparseAdam(RuleOptimizer):
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, backend=backend, maximize=maximize, **options)
         if lr == 0:  # later a schedule may pass through it
             raise ValueError(f"Invalid learning rate: {lr}. It must be greater than 0.")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, backend=backend, maximize=maximize, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
