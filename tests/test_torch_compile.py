@@ -378,9 +378,13 @@ def test_a_train_step_with_clipping_averaging_and_codecs(
             params = call.split("(", 1)[1].split("]")[0]
             assert "buf" not in params, call
     tolerance = {"rtol": 2**-8, "atol": 2**-8} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    if dtype == torch.float32 and kept:  # gradients that were rounded otherwise may have another code
-        tolerance["atol"] = 2**-13
     for a, b in zip(*results, strict=True):
+        if (
+            dtype == torch.float32 and kept
+        ):  # gradients that were rounded otherwise may give a few elements another code
+            assert int((~torch.isclose(a, b, **tolerance)).sum()) <= 2
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2**-15)
+            continue
         torch.testing.assert_close(a, b, **tolerance)
 
 
