@@ -1,169 +1,242 @@
 // The addresses of the gradients of many parameters, gathered in one call that makes no Python object of any: to ask
 // for them one by one takes longer than all else that the host does in a step. Parameters and states are looked at, too:
 // whether each lies where it did.
-//
-// Of a Python object, only words are read of which gather.py found out, in this process, what they hold.
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
+extern "C" {
+
+// Of Python's stable interface, so that its headers need not be installed.
+void Py_DecRef(PyObject *);
+void PyErr_Clear();
+ssize_t PyList_Size(PyObject *);
+PyObject *PyList_GetItem(PyObject *, ssize_t);
+PyObject *PyObject_GetAttr(PyObject *, PyObject *);
+PyObject *PyObject_Type(PyObject *);
+PyObject *PyUnicode_InternFromString(const char *);
+}
+
 namespace {
 
 using c10::TensorImpl;
 
-// Where in an object is what, in bytes.
-struct Words {
-    int64_t type;    // in a Python object: its class
-    int64_t tensor;  // in a tensor's Python object: the tensor itself
-    int64_t object;  // in a tensor: its Python object
-    int64_t local;   // in a DTensor's Python object: its local part's
-    int64_t spec;    // in a DTensor's Python object: how it is sharded
-};
+int64_t place = 0;     // where in a tensor's Python object the tensor is, in bytes: see gather.py
+PyObject *PLAIN;       // torch.Tensor
+PyObject *LOCAL, *SPEC;  // names of a DTensor's attributes
 
-char *word(const void *object, int64_t place) {
-    return *reinterpret_cast<char *const *>(static_cast<const char *>(object) + place);
+// For so few numbers a call takes longer than a loop.
+bool same(c10::IntArrayRef a, c10::IntArrayRef b) {
+    if (a.size() != b.size()) return false;
+    for (size_t i = 0; i < a.size(); ++i)
+        if (a[i] != b[i]) return false;
+    return true;
 }
 
-// A parameter or state as it was when it was noted.
-struct Known {
-    const char *object;
-    const char *spec;  // of a DTensor's gradient; null for an ordinary tensor; of a sharded state not null
-    const void *data;
+// How a tensor is kept.
+struct Kind {
     c10::DispatchKeySet keys;
     caffe2::TypeMeta dtype;
-    size_t rank, dims;  // its sizes and then its strides start there
+    bool contiguous;
+    std::vector<int64_t> sizes, strides;
+
+    // To read the strides, too, would be to wait for one more line of memory.
+    bool is_of(const TensorImpl *t) const {
+        return t->key_set() == keys && t->dtype() == dtype && same(t->sizes(), sizes) &&
+               (contiguous ? t->is_contiguous() : same(t->strides(), strides));
+    }
+};
+
+// A parameter's values or a state as they were when they were noted.
+struct Known {
+    PyObject *object;    // of an ordinary tensor, or of a DTensor's local part
+    TensorImpl *tensor;  // of `object`
+    c10::StorageImpl *storage;
+    const void *memory;  // that the storage has
+    int64_t offset;      // where in it the tensor begins, in elements
+    size_t kind;
+};
+
+struct Tensors {
+    std::vector<Known> known;
+    std::vector<PyObject *> sharded;  // the DTensor of each, null for an ordinary tensor; empty where all are ordinary
+};
+
+// What has a gradient: a parameter.
+struct Owner {
+    PyObject *object;
+    TensorImpl *tensor;
+    const c10::AutogradMetaInterface *meta;  // what autograd keeps of it
+    const at::Tensor *gradient;              // a part of `meta`
+};
+
+// On the way to where a gradient lies.
+struct Gradient {
+    TensorImpl *tensor;  // null for none; in the end a sharded one's local part
+    PyObject *object;    // of a sharded one
 };
 
 struct Bucket {
-    Words words;
-    const char *plain_type;  // torch.Tensor
-    caffe2::TypeMeta gradient;
-    std::vector<Known> known, states;
-    std::vector<int64_t> dims;
-    bool watched = true;  // whether all states can be looked at
+    caffe2::TypeMeta dtype;  // of the gradients
+    Tensors values, states;
+    std::vector<Owner> owners;
+    std::vector<PyObject *> specs;  // how the gradient of each is sharded, null for an ordinary one
+    std::vector<Kind> kinds;
+    std::vector<Gradient> gradients;  // in a call
+    bool sharded = false;             // whether there are sharded parameters
+    bool watched = true;              // whether all states can be looked at
 };
 
 // The keys that say how a tensor is kept, and not whether autograd follows it.
 c10::DispatchKeySet kept(c10::DispatchKeySet keys) { return keys - c10::autograd_dispatch_keyset_with_ADInplaceOrView; }
 
-TensorImpl *tensor_of(const Words &words, const void *object) {
-    return reinterpret_cast<TensorImpl *>(word(object, words.tensor));
+TensorImpl *tensor_of(const PyObject *object) {
+    return *reinterpret_cast<TensorImpl *const *>(reinterpret_cast<const char *>(object) + place);
 }
 
-// The tensor of a parameter's object, or of its local part, null where that is not an ordinary tensor.
-TensorImpl *values_of(const Bucket &bucket, const char *object, bool sharded) {
-    if (sharded) {
-        object = word(object, bucket.words.local);
-        if (object == nullptr || word(object, bucket.words.type) != bucket.plain_type) return nullptr;
-    }
-    return tensor_of(bucket.words, object);
+c10::StorageImpl *storage_of(const TensorImpl *t) { return t->unsafe_storage().unsafeGetStorageImpl(); }
+
+// A tensor's Python object, null for none.
+template <class Slot>
+PyObject *object_in(const Slot &slot) {
+    if constexpr (requires { slot.load_pyobj(); })
+        return slot.load_pyobj();
+    else
+        return slot._unchecked_untagged_pyobj();  // before torch 2.12
 }
 
-// A tensor's Python object. The pointer's lowest bit is a flag in some releases of torch.
-const char *object_of(const Words &words, const TensorImpl *tensor) {
-    return reinterpret_cast<const char *>(reinterpret_cast<uintptr_t>(word(tensor, words.object)) & ~uintptr_t(1));
+// An attribute that its object holds, null where it has none.
+PyObject *held(PyObject *object, PyObject *name) {
+    PyObject *value = PyObject_GetAttr(object, name);
+    if (value == nullptr)
+        PyErr_Clear();
+    else
+        Py_DecRef(value);
+    return value;
+}
+
+bool is_plain(PyObject *object) {
+    PyObject *type = PyObject_Type(object);
+    Py_DecRef(type);
+    return type == PLAIN;
+}
+
+// The object of a DTensor's local part, null where that is not an ordinary tensor.
+PyObject *local_of(PyObject *sharded) {
+    PyObject *object = held(sharded, LOCAL);
+    return object != nullptr && is_plain(object) ? object : nullptr;
 }
 
 // Takes note of a tensor. False where it is of a kind that Python must look at.
-bool take(Bucket &bucket, std::vector<Known> &list, const char *object, const char *spec) {
-    TensorImpl *t = values_of(bucket, object, spec != nullptr);
-    if (t == nullptr || t->is_inference() || t->is_python_dispatch() || t->layout() != c10::kStrided) return false;
-    const size_t rank = t->dim(), dims = bucket.dims.size();
-    const void *data = t->mutable_data();
-    if (data == nullptr && t->numel() != 0) return false;
-    list.push_back({object, spec, data, t->key_set(), t->dtype(), rank, dims});
-    bucket.dims.insert(bucket.dims.end(), t->sizes().begin(), t->sizes().end());
-    bucket.dims.insert(bucket.dims.end(), t->strides().begin(), t->strides().end());
+bool take(Bucket &bucket, Tensors &tensors, PyObject *object, bool sharded) {
+    if (sharded) {
+        tensors.sharded.resize(tensors.known.size());
+        tensors.sharded.push_back(object);
+        object = local_of(object);
+        if (object == nullptr) return false;
+    } else if (!tensors.sharded.empty()) {
+        tensors.sharded.push_back(nullptr);
+    }
+    TensorImpl *t = tensor_of(object);
+    if (t->is_inference() || t->is_python_dispatch() || t->layout() != c10::kStrided) return false;
+    if (t->mutable_data() == nullptr && t->numel() != 0) return false;
+    c10::StorageImpl *storage = storage_of(t);
+    std::vector<Kind> &kinds = bucket.kinds;
+    size_t kind = tensors.known.empty() ? 0 : tensors.known.back().kind;
+    if (kind >= kinds.size() || !kinds[kind].is_of(t))
+        for (kind = 0; kind < kinds.size() && !kinds[kind].is_of(t);) ++kind;
+    if (kind == kinds.size()) kinds.push_back({t->key_set(), t->dtype(), t->is_contiguous(), t->sizes().vec(), t->strides().vec()});
+    tensors.known.push_back({object, t, storage, storage->mutable_data(), t->storage_offset(), kind});
     return true;
 }
 
-// A parameter's values and its gradient, of sharded ones the local parts; null where Python must look.
-struct Pair {
-    TensorImpl *p, *g;
-    bool missing;  // there is no gradient
-};
+// After a backward pass none of what is read is in a cache. While one tensor is looked at, the processor is asked for
+// what the next ones will need, so that it waits for many places at once, not for one after the other. Where something
+// was replaced, it is asked for what nobody reads.
+constexpr int64_t AHEAD = 8;
 
-constexpr int64_t BATCH = 16;
-
-void ask_for(const void *place, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(place) + i);
+void ask_for(const void *object, int64_t start, int64_t end) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(object) + start, last = first + (end - start) - 1;
+    for (uintptr_t line = first / 64; line <= last / 64; ++line)
+        __builtin_prefetch(reinterpret_cast<const void *>(line * 64));
 }
 
-// Each place tells where the next one lies, and after a backward pass none is in a cache. For the places of one tensor
-// after the other the processor would wait again and again: it is asked for those of a batch side by side.
-void find(const Bucket &bucket, const Known *known, int64_t n, Pair *pairs) {
-    const Words &words = bucket.words;
-    const auto ask_for_tensor = [](const TensorImpl *t) { ask_for(t, sizeof(TensorImpl)); };
-    const auto ask_for_storage = [](const TensorImpl *t) {
-        if (t != nullptr) ask_for(t->unsafe_storage().unsafeGetStorageImpl(), 64);
-    };
-    const char *objects[BATCH];
-    for (int64_t i = 0; i < n; ++i) ask_for(known[i].object, 128);
-    for (int64_t i = 0; i < n; ++i) {
-        ask_for_tensor(tensor_of(words, known[i].object));
-        if (known[i].spec != nullptr) ask_for(word(known[i].object, words.local), 64);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        ask_for_tensor(pairs[i].p = values_of(bucket, known[i].object, known[i].spec != nullptr));
-        ask_for(tensor_of(words, known[i].object)->autograd_meta(), 128);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        const at::Tensor &gradient = tensor_of(words, known[i].object)->grad();
-        pairs[i].missing = !gradient.defined();
-        pairs[i].g = pairs[i].missing ? nullptr : gradient.unsafeGetTensorImpl();
-        ask_for_tensor(pairs[i].g);
-        ask_for_storage(pairs[i].p);
-    }
-    const auto sharded = [&](int64_t i) { return known[i].spec != nullptr && pairs[i].g != nullptr; };
-    for (int64_t i = 0; i < n; ++i)
-        if (sharded(i)) ask_for(objects[i] = object_of(words, pairs[i].g), 128);
-    for (int64_t i = 0; i < n; ++i)
-        if (sharded(i)) {
-            const auto is_a = [&](const char *object) { return word(object, words.type); };
-            const bool alike = objects[i] != nullptr && is_a(objects[i]) == is_a(known[i].object);
-            if (alike && word(objects[i], words.spec) == known[i].spec)
-                ask_for(word(objects[i], words.local), 64);
-            else
-                pairs[i].g = nullptr;
-        }
-    for (int64_t i = 0; i < n; ++i)
-        if (sharded(i)) ask_for_tensor(pairs[i].g = values_of(bucket, objects[i], true));
-    for (int64_t i = 0; i < n; ++i) ask_for_storage(pairs[i].g);
+// Of each only the lines that are read: of a tensor those of its storage and sizes, and then of its dtype and keys.
+// Where torch keeps them otherwise, this asks for others, and that is all.
+void ask_for_object(const PyObject *object) { ask_for(object, 8, 24); }
+void ask_for_sharded(const PyObject *object) { ask_for(object, 0, 128); }
+void ask_for_storage(const void *storage) { ask_for(storage, 16, 24); }
+void ask_for_tensor(const TensorImpl *t) {
+    ask_for(t, 16, 80);
+    ask_for(t, sizeof(TensorImpl) - 32, sizeof(TensorImpl));
 }
 
-bool as_known(const Bucket &bucket, const Known &known, const TensorImpl *p) {
-    const int64_t *sizes = bucket.dims.data() + known.dims, *strides = sizes + known.rank;
-    return p->key_set() == known.keys && p->dtype() == known.dtype && p->sizes().equals({sizes, known.rank}) &&
-           p->strides().equals({strides, known.rank});
+void ask_for_known(const Tensors &tensors, int64_t i) {
+    const Known &known = tensors.known[i];
+    ask_for_object(known.object);
+    ask_for_tensor(known.tensor);
+    ask_for_storage(known.storage);
+    if (!tensors.sharded.empty()) ask_for_sharded(tensors.sharded[i]);
 }
 
-// Whether these tensors are what they were, and lie where they did.
-bool are_as_known(const Bucket &bucket, const std::vector<Known> &list) {
-    const int64_t count = list.size();
-    for (int64_t start = 0; start < count; start += BATCH) {
-        const Known *known = list.data() + start;
-        const int64_t n = std::min(BATCH, count - start);
-        TensorImpl *tensors[BATCH];
-        for (int64_t i = 0; i < n; ++i) ask_for(known[i].object, 64);
-        for (int64_t i = 0; i < n; ++i) {
-            tensors[i] = values_of(bucket, known[i].object, known[i].spec != nullptr);
-            ask_for(tensors[i], sizeof(TensorImpl));
-        }
-        for (int64_t i = 0; i < n; ++i) {
-            if (tensors[i] == nullptr) return false;
-            ask_for(tensors[i]->unsafe_storage().unsafeGetStorageImpl(), 64);
-        }
-        for (int64_t i = 0; i < n; ++i)
-            if (!as_known(bucket, known[i], tensors[i]) || tensors[i]->data() != known[i].data) return false;
+// Whether a tensor is what it was, and lies where it did.
+bool as_known(const Bucket &bucket, const Tensors &tensors, int64_t i) {
+    const Known &known = tensors.known[i];
+    if (!tensors.sharded.empty() && tensors.sharded[i] != nullptr && held(tensors.sharded[i], LOCAL) != known.object)
+        return false;
+    const TensorImpl *t = known.tensor;
+    // Of memory that is shared until it is written, the storage makes its own copy here, which lies elsewhere.
+    return tensor_of(known.object) == t && storage_of(t) == known.storage && t->storage_offset() == known.offset &&
+           known.storage->mutable_data() == known.memory && bucket.kinds[known.kind].is_of(t);
+}
+
+bool states_as_known(const Bucket &bucket) {
+    const int64_t count = bucket.states.known.size();
+    for (int64_t i = 0; i < count; ++i) {
+        if (i + AHEAD < count) ask_for_known(bucket.states, i + AHEAD);
+        if (!as_known(bucket, bucket.states, i)) return false;
     }
+    return true;
+}
+
+// The stages of finding a gradient. False where Python must look.
+
+bool find_gradient(const Owner &owner, Gradient &gradient) {
+    if (tensor_of(owner.object) != owner.tensor || owner.tensor->autograd_meta() != owner.meta) return false;
+    gradient.tensor = owner.gradient->defined() ? owner.gradient->unsafeGetTensorImpl() : nullptr;
+    ask_for_tensor(gradient.tensor);
+    return true;
+}
+
+bool find_object(const PyObject *spec, Gradient &gradient) {
+    if (spec == nullptr || gradient.tensor == nullptr) return true;
+    gradient.object = gradient.tensor->is_python_dispatch() ? object_in(*gradient.tensor->pyobj_slot()) : nullptr;
+    ask_for_sharded(gradient.object);
+    return gradient.object != nullptr;
+}
+
+bool find_local(const PyObject *spec, Gradient &gradient) {
+    if (spec == nullptr || gradient.tensor == nullptr) return true;
+    if (held(gradient.object, SPEC) != spec) return false;
+    gradient.object = held(gradient.object, LOCAL);
+    ask_for_object(gradient.object);
+    return gradient.object != nullptr;
+}
+
+bool find_values(const PyObject *spec, Gradient &gradient) {
+    if (spec == nullptr || gradient.tensor == nullptr) return true;
+    if (!is_plain(gradient.object)) return false;
+    gradient.tensor = tensor_of(gradient.object);
+    ask_for_tensor(gradient.tensor);
     return true;
 }
 
 // Whether the elements of a gradient lie as the parameter's.
 bool alike(const TensorImpl *p, const TensorImpl *g) {
-    if (p->sizes() != g->sizes() || kept(p->key_set()) != kept(g->key_set())) return false;
+    if (!same(p->sizes(), g->sizes()) || kept(p->key_set()) != kept(g->key_set())) return false;
+    if (p->is_contiguous() && g->is_contiguous()) return true;
     const auto sizes = p->sizes(), ours = p->strides(), theirs = g->strides();
     for (size_t i = 0; i < sizes.size(); ++i)
         if (sizes[i] != 1 && ours[i] != theirs[i]) return false;
@@ -174,19 +247,26 @@ bool alike(const TensorImpl *p, const TensorImpl *g) {
 
 extern "C" {
 
-// Of Python's stable interface, so that its headers need not be installed.
-ssize_t PyList_Size(PyObject *);
-PyObject *PyList_GetItem(PyObject *, ssize_t);
+void begin(int64_t place_of_tensor, PyObject *plain) {
+    place = place_of_tensor;
+    PLAIN = plain;
+    LOCAL = PyUnicode_InternFromString("_local_tensor");
+    SPEC = PyUnicode_InternFromString("_spec");
+}
 
 // Notes parameters. `specs` has a null for each that is an ordinary tensor; `like` is a tensor of the gradients' dtype.
 // Null where one of them is of a kind that Python must look at.
-void *note(const Words *words, int64_t n, const char *const *objects, const char *const *specs, const void *like) try {
+void *note(int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like) try {
     auto bucket = std::make_unique<Bucket>();
-    bucket->words = *words;
-    bucket->plain_type = word(like, words->type);
-    bucket->gradient = tensor_of(*words, like)->dtype();
+    bucket->dtype = tensor_of(like)->dtype();
+    bucket->gradients.resize(n);
+    bucket->specs.assign(specs, specs + n);
     for (int64_t i = 0; i < n; ++i) {
-        if (!take(*bucket, bucket->known, objects[i], specs[i])) return nullptr;
+        TensorImpl *t = tensor_of(objects[i]);
+        if (!take(*bucket, bucket->values, objects[i], specs[i] != nullptr) || t->autograd_meta() == nullptr)
+            return nullptr;
+        bucket->owners.push_back({objects[i], t, t->autograd_meta(), &t->grad()});
+        bucket->sharded |= specs[i] != nullptr;
     }
     return bucket.release();
 } catch (...) {
@@ -194,11 +274,10 @@ void *note(const Words *words, int64_t n, const char *const *objects, const char
 }
 
 // Notes the states of the parameters, in place of those that were noted before.
-void watch(void *of, int64_t n, const char *const *objects, const char *const *sharded) try {
+void watch(void *of, int64_t n, PyObject *const *objects, const int64_t *sharded) try {
     Bucket &bucket = *static_cast<Bucket *>(of);
+    bucket.states = {};
     bucket.watched = false;
-    if (!bucket.states.empty()) bucket.dims.resize(bucket.states.front().dims);
-    bucket.states.clear();
     for (int64_t i = 0; i < n; ++i)
         if (!take(bucket, bucket.states, objects[i], sharded[i])) return;
     bucket.watched = true;
@@ -210,37 +289,50 @@ void forget(void *bucket) { delete static_cast<Bucket *>(bucket); }
 // Fills in where the gradients lie, 0 for none. Negative where Python must look: a parameter or state is not what it was,
 // or a gradient is not kept as its parameter, or has no memory. Else the sum of 1, if all addresses are multiples of 16,
 // and 2, if none is 0.
-int gather(const void *of, int64_t *addresses) try {
-    const Bucket &bucket = *static_cast<const Bucket *>(of);
-    if (!bucket.watched || !are_as_known(bucket, bucket.states)) return -1;
+int gather(void *of, int64_t *addresses) try {
+    Bucket &bucket = *static_cast<Bucket *>(of);
+    if (!bucket.watched) return -1;
+    const int64_t count = bucket.owners.size(), stages = bucket.sharded ? 6 : 3;
+    Gradient *gradients = bucket.gradients.data();
     int64_t all = 0;
     bool complete = true;
-    const int64_t count = bucket.known.size();
-    for (int64_t start = 0; start < count; start += BATCH) {
-        const Known *known = bucket.known.data() + start;
-        const int64_t n = std::min(BATCH, count - start);
-        Pair pairs[BATCH];
-        find(bucket, known, n, pairs);
-        for (int64_t i = 0; i < n; ++i) {
-            const auto [p, g, missing] = pairs[i];
-            if (p == nullptr || !as_known(bucket, known[i], p) || p->mutable_data() != known[i].data) return -1;
-            int64_t address = 0;
-            if (!missing) {
-                if (g == nullptr || g->dtype() != bucket.gradient || !alike(p, g)) return -1;
-                address = reinterpret_cast<int64_t>(g->data());
-                if (address == 0) return -1;
-            }
-            *addresses++ = address;
-            all |= address;
-            complete &= !missing;
+    for (int64_t i = -stages * AHEAD; i < count; ++i) {
+        // What is `stage` stages from being looked at, if there is such.
+        const auto at = [=](int64_t stage) {
+            const int64_t j = i + stage * AHEAD;
+            return 0 <= j && j < count ? j : -1;
+        };
+        if (const int64_t j = at(stages); j >= 0) {
+            ask_for_known(bucket.values, j);
+            ask_for(bucket.owners[j].gradient, 0, sizeof(void *));
+            if (bucket.sharded) ask_for_tensor(bucket.owners[j].tensor);
         }
+        if (const int64_t j = at(stages - 1); j >= 0 && !find_gradient(bucket.owners[j], gradients[j])) return -1;
+        if (bucket.sharded) {
+            if (const int64_t j = at(4); j >= 0 && !find_object(bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = at(3); j >= 0 && !find_local(bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = at(2); j >= 0 && !find_values(bucket.specs[j], gradients[j])) return -1;
+        }
+        if (const int64_t j = at(1); j >= 0 && gradients[j].tensor != nullptr)
+            ask_for_storage(storage_of(gradients[j].tensor));
+        if (i < 0) continue;
+        if (!as_known(bucket, bucket.values, i)) return -1;
+        const TensorImpl *g = gradients[i].tensor;
+        int64_t address = 0;
+        if (g != nullptr) {
+            if (g->dtype() != bucket.dtype || !alike(bucket.values.known[i].tensor, g)) return -1;
+            address = reinterpret_cast<int64_t>(g->data());
+            if (address == 0) return -1;
+        }
+        addresses[i] = address;
+        all |= address;
+        complete &= g != nullptr;
     }
+    if (!states_as_known(bucket)) return -1;
     return (all % 16 == 0) + 2 * complete;
 } catch (...) {
     return -1;
 }
-
-int64_t tensor_size() { return sizeof(TensorImpl); }
 
 // Whether a list of Python's holds these objects. None of them is read: a thousand may lie outside of all caches.
 bool holds(PyObject *list, int64_t n, const PyObject *const *objects) {
@@ -251,17 +343,16 @@ bool holds(PyObject *list, int64_t n, const PyObject *const *objects) {
 }
 
 // Whether none of these parameters has a gradient.
-bool without(const Words *words, int64_t n, const char *const *objects) {
+bool without(int64_t n, const PyObject *const *objects) {
     for (int64_t i = 0; i < n; ++i)
-        if (tensor_of(*words, objects[i])->grad().defined()) return false;
+        if (tensor_of(objects[i])->grad().defined()) return false;
     return true;
 }
 
 // Tells autograd that the parameters that have gradients were written.
 void written(const void *of) {
     const Bucket &bucket = *static_cast<const Bucket *>(of);
-    for (const Known &known : bucket.known)
-        if (tensor_of(bucket.words, known.object)->grad().defined())
-            values_of(bucket, known.object, known.spec != nullptr)->bump_version();
+    for (size_t i = 0; i < bucket.owners.size(); ++i)
+        if (bucket.owners[i].gradient->defined()) bucket.values.known[i].tensor->bump_version();
 }
 }

@@ -423,8 +423,9 @@ class Bucket(ABC):
         found = self._gatherer
         self._gathered = (
             found is not None
-            and self._states_fit(gathered=True)
+            and self._states_are_held()
             and found.gather()
+            and self._counts_fit()
             and self.accept_addresses(found.addresses, found.aligned)
         )
         self.complete = found is not None and found.complete
@@ -441,28 +442,32 @@ class Bucket(ABC):
         if self.takes_addresses and not self.key.variant.prologue:
             self._gatherer = gatherer_of(self._params, self._states, self.key.dtypes[1]) or self._gatherer
 
-    def _states_fit(self, gathered: bool = False) -> bool:
-        """Whether the states are those that were noted, in the memory that they had.
+    def _states_fit(self) -> bool:
+        """Whether the states are those that were noted, in the memory that they had."""
+        if not self._states_are_held():
+            return False
+        here = self._states_here()
+        if list(map(Tensor.data_ptr, here)) != self._state_addresses or not self._counts_fit():
+            return False
+        # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
+        return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
 
-        Args:
-            gathered: whether the library looks where they lie.
-        """
+    def _states_are_held(self) -> bool:
+        """Whether the states hold the objects that were noted."""
         if self._changes != State.changes:
             changes = State.changes
             found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
             if not all(map(is_, found, self._state_known)):
                 return False
             self._changes = None if self._changes is None else changes
-        for cohort in self.cohorts:
+        return True
+
+    def _counts_fit(self) -> bool:
+        """Whether nobody else has written the counts, which must lie where they did."""
+        for cohort in self.cohorts:  # noqa: SIM110  a generator takes as long as what it asks
             if not cohort.untouched():
                 return False
-        if gathered:
-            return True
-        here = self._states_here()
-        if list(map(Tensor.data_ptr, here)) != self._state_addresses:
-            return False
-        # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
-        return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
+        return True
 
     def _values(self) -> list[Tensor]:
         """The parameters, as they are here."""

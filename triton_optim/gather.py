@@ -31,40 +31,19 @@ WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
 STEPS = 16  # from one look to the next
 
 
-class Words(ctypes.Structure):
-    """Where in an object is what, in bytes: kernels/gather.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("type", "tensor", "object", "local", "spec")]
-
-
-def place_of(value: int, start: int, length: int) -> int | None:
-    """Where in `length` bytes from `start` on this word stands; None if nowhere. Its lowest bit is not looked at: in a
-    tensor's pointer to its Python object some releases of torch keep a flag there.
-    """
-    words = (ctypes.c_size_t * (length // WORD)).from_address(start)
-    return next((i * WORD for i, word in enumerate(words) if word & ~1 == value), None)
-
-
 @cache
-def plain_words() -> tuple[int, int, int] | None:
-    """Where a Python tensor has its class and the tensor, and the tensor the Python one; None if that is not found."""
+def tensor_place() -> int | None:
+    """Where in a tensor's Python object the tensor is, in bytes; None if that cannot be told.
+
+    It comes first, after what every Python object begins with; up to torch 2.11 a flag stands before it. What is found
+    there is compared with what torch itself says.
+    """
     made = torch.empty(0, device="cpu")
-    length = type(made).__basicsize__
-    kind, tensor = place_of(id(type(made)), id(made), length), place_of(made._cdata, id(made), length)
-    back = place_of(id(made), made._cdata, library.loaded.tensor_size())
-    return None if kind is None or tensor is None or back is None else (kind, tensor, back)
-
-
-def words_of(params: Sequence[Tensor]) -> Words | None:
-    """Where all is in these parameters; None if it cannot be found out."""
-    plain = plain_words()
-    sharded: Any = next(filter(is_sharded, params), None)
-    if plain is None or sharded is None:
-        return None if plain is None else Words(*plain, 0, 0)
-    length = type(sharded).__basicsize__
-    local = place_of(id(sharded._local_tensor), id(sharded), length)
-    spec = place_of(id(sharded._spec), id(sharded), length)
-    return None if local is None or spec is None else Words(*plain, local, spec)
+    first = object.__basicsize__
+    for place in (first, first + WORD):
+        if place < type(made).__basicsize__ and ctypes.c_size_t.from_address(id(made) + place).value == made._cdata:
+            return place
+    return None
 
 
 class Library:
@@ -85,8 +64,13 @@ class Library:
     def load(self) -> None:
         """Compile it, or take it from disk."""
         try:
+            place = tensor_place()
             if not this_machine().cpp:
                 raise cpp_build.BuildError("it is built on Linux only, and needs a C++ compiler")
+            if place is None:
+                raise cpp_build.BuildError(
+                    f"torch {torch.__version__} keeps its tensors elsewhere in their Python objects"
+                )
             # As a library loads what it needs by name, it finds the one that torch has loaded.
             found = cpp_build.library(source(), flags(), ctypes.PyDLL)
         except cpp_build.BuildError as error:
@@ -94,17 +78,18 @@ class Library:
             return
         table, size = ctypes.c_void_p, ctypes.c_int64
         for name, result, arguments in (
-            ("note", table, (table, size, table, table, table)),
+            ("begin", None, (size, ctypes.py_object)),
+            ("note", table, (size, table, table, ctypes.py_object)),
             ("watch", None, (table, size, table, table)),
             ("forget", None, (table,)),
             ("gather", ctypes.c_int, (table, table)),
             ("holds", ctypes.c_bool, (ctypes.py_object, size, table)),
-            ("tensor_size", size, ()),
-            ("without", ctypes.c_bool, (table, size, table)),
+            ("without", ctypes.c_bool, (size, table)),
             ("written", None, (table,)),
         ):
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
+        found.begin(place, Tensor)
         self.loaded = found
 
     def _end(self) -> None:
@@ -182,12 +167,11 @@ def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch
     if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
         return None
     specs = [spec_of(p) for p in params]
-    words, like = words_of(params), torch.empty(0, dtype=dtype, device="cpu")
-    if words is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
+    if any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
         return None
     objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
-    tables = (objects.buffer_info()[0], known.buffer_info()[0], id(like))
-    bucket = library.loaded.note(ctypes.addressof(words), len(params), *tables)
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    bucket = library.loaded.note(len(params), objects.buffer_info()[0], known.buffer_info()[0], like)
     return None if bucket is None else Gatherer(bucket, len(params), specs, states)
 
 
@@ -219,10 +203,4 @@ class Objects:
 
     def have_no_gradients(self) -> bool:
         """Whether these are tensors none of which has a gradient."""
-        if not self._count:
-            return True
-        plain = plain_words()
-        if plain is None:
-            return False
-        words = Words(*plain, 0, 0)
-        return bool(library.loaded.without(ctypes.addressof(words), self._count, self._address))
+        return not self._count or bool(library.loaded.without(self._count, self._address))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from .optimizer import RuleOptimizer
 
 CPU = torch.device("cpu")
-_CODES = {torch.float32: "f", torch.float64: "d"}
 
 
 class Member:
@@ -114,13 +112,15 @@ class Cohort:
         self._numbers = numbers
         self._counts = "step" in counted
         self.columns: dict[str, Tensor] = {}
-        # Those on the CPU, which are written where they lie: an operation of torch takes longer than all else that is
-        # done to them. Of each the address and what was written.
-        self._cells: dict[str, tuple[int, bytes]] = {}
+        # Those on the CPU, of which it is looked what is in their memory: of each its cells, all but the last of them,
+        # all but the first, and what was written. No copy is made: to allocate 4 kB once a step takes up to 0.3 ms, as
+        # glibc then tidies up the many small pieces that a backward pass has freed.
+        self._cells: dict[str, tuple[memoryview, memoryview, memoryview, int]] = {}
         for name in counted:
             first = members[0].state.get(name)
             if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
-                column = self.columns[name] = first.detach().expand(len(members)).clone()
+                with torch.inference_mode(False):  # later steps may be made outside of it
+                    column = self.columns[name] = first.detach().expand(len(members)).clone()
                 here = column.device == CPU and not captured  # what is written past torch is in no graph
                 for m, own in zip(members, column.unbind(), strict=True):
                     if here and name in m.given:
@@ -129,19 +129,15 @@ class Cohort:
                         m.state[name] = own  # which counts writes with the column
                 if here:
                     self._write(name, numbers[name])
-        self._versions = self._versions_now()
+        self._torchs = [t for name, t in self.columns.items() if name not in self._cells]
+        self._versions = [t._version for t in self._torchs]
 
     def untouched(self) -> bool:
-        """Whether nobody else has written the members' numbers since the last step."""
-        for name, (address, held) in self._cells.items():
-            if self.columns[name].data_ptr() != address or ctypes.string_at(address, len(held)) != held:
+        """Whether nobody else has written the members' numbers since the last step. They must lie where they did."""
+        for cells, before, after, written in self._cells.values():
+            if cells[0] != written or before != after:
                 return False
-        return self._versions == self._versions_now()
-
-    def _versions_now(self) -> list[int]:
-        """How often torch has written the columns that it writes."""
-        torchs = [t for name, t in self.columns.items() if name not in self._cells]
-        return [0 if t.is_inference() else t._version for t in torchs]
+        return not self._torchs or self._versions == [t._version for t in self._torchs]
 
     @property
     def counted(self) -> tuple[Any, ...]:
@@ -197,16 +193,19 @@ class Cohort:
                 column.copy_(carried[name])
             else:
                 column.fill_(carried[name])
-        self._versions = self._versions_now()
+        self._versions = [t._version for t in self._torchs]
 
     def _write(self, name: str, value: Any) -> None:
         """Give all members this number."""
         column = self.columns[name]
-        own = array(_CODES[column.dtype], [value])
-        self._numbers[name] = int(value) if name == "step" else own[0]  # as it is kept
-        address, held = column.data_ptr(), (own * len(column)).tobytes()
-        ctypes.memmove(address, held, len(held))
-        self._cells[name] = address, held
+        if name not in self._cells:
+            memory = memoryview((ctypes.c_char * column.nbytes).from_address(column.data_ptr())).cast("B")
+            cells = memory.cast("I") if column.itemsize == 4 else memory.cast("Q")  # integers: NaN is unlike itself
+            self._cells[name] = cells, cells[:-1], cells[1:], 0
+        cells, before, after, _ = self._cells[name]
+        column.fill_(value)
+        self._numbers[name] = int(value) if name == "step" else column[0].item()  # as it is kept
+        self._cells[name] = cells, before, after, cells[0]
 
     def count_average(self, skip: Tensor | None) -> None:
         """Count a step in which the parameters stayed as they were."""
@@ -216,4 +215,4 @@ class Cohort:
         if COUNT in self._numbers:
             self._numbers |= {COUNT: self._numbers[COUNT] + 1}
         self.columns[COUNT].add_(1 if skip is None else 1 - skip)
-        self._versions = self._versions_now()
+        self._versions = [t._version for t in self._torchs]
