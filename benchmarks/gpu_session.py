@@ -153,7 +153,7 @@ class Session:
                 log.write(f"{tool}: {error}\n".encode())
         code = (
             "import json, torch; from triton_optim.provenance import provenance as p; "
-            "print(json.dumps(p(torch.accelerator.current_accelerator() or torch.device('cpu'))))"
+            "print(json.dumps(p(torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu'))))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],

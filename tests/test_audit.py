@@ -27,7 +27,7 @@ if find_spec("triton") is None:
 import triton
 from triton_optim.kernels import multi_tensor
 
-from triton_optim import audit, triton_launch
+from triton_optim import audit, audit_bounds, triton_launch
 from triton_optim.cli import audit as command
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
@@ -98,6 +98,10 @@ def test_nothing_spills(rows: list[Row]) -> None:
     assert not failing(rows, lambda row: row["spills"] == row["stack_bytes"] == 0, "spills", "stack_bytes")
 
 
+@pytest.mark.skipif(
+    not triton.__version__.startswith(f"{audit_bounds.RELEASE}."),
+    reason=f"registers are bounded as Triton {audit_bounds.RELEASE} shares them out",
+)
 def test_registers(rows: list[Row]) -> None:
     """64 leave an SM 1,024 threads; 72 leave 7 of 8 waves on gfx942; `audit.BOUNDS` has the reasons for more."""
 

@@ -110,7 +110,8 @@ def instruction(text: str, line: str) -> Instruction:
     if match := _GUARD.fullmatch(text):
         negated, guard, rest = match[1] == "!", match[2], match[3]
     head, *tail = rest.split(None, 1)
-    opcode, *modifiers = head.split(".")
+    # Triton 3.8 says it in full: the shared memory of the program's own group.
+    opcode, *modifiers = head.replace("shared::cta", "shared").split(".")
     operands = tuple(map(operand, _OPERANDS.split(tail[0]))) if tail else ()
     return Instruction(opcode, tuple(modifiers), operands, guard, negated, line, text)
 
