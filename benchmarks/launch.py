@@ -36,15 +36,29 @@ def run(triton: str, folder: Path) -> Record:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "triton")]
         subprocess.run([*pip, f"triton=={triton}"], check=True)
         environment["PYTHONPATH"] = str(folder / "triton")
+    return tested("launch", f"Triton {triton}", [sys.executable, "-n0", *TESTS], environment, folder)
+
+
+def tested(topic: str, case: str, command: list[str], environment: dict[str, str], folder: Path) -> Record:
+    """What came of tests.
+
+    Args:
+        topic: of the record.
+        case: of the record.
+        command: a Python interpreter, and pytest's arguments.
+        environment: that they run in.
+        folder: for pytest's report.
+    """
     report = folder / "report.xml"
-    pytest = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+    python, *arguments = command
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
     subprocess.run(pytest, cwd=ROOT, env=environment, check=False)
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     tests, failures, errors, skipped = (int(suite.attrib[k]) for k in ("tests", "failures", "errors", "skipped"))
     failed = failures + errors
     figures = {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped}
     text = ", ".join(f"{count} {what}" for what, count in figures.items())
-    return Record("launch", f"Triton {triton}", text, figures, value=failed, target=0)
+    return Record(topic, case, text, figures, value=failed, target=0)
 
 
 def main() -> None:
