@@ -11,21 +11,22 @@ extern "C" {
 
 // Of Python's stable interface, so that its headers need not be installed.
 void Py_DecRef(PyObject *);
-void PyErr_Clear();
 ssize_t PyList_Size(PyObject *);
 PyObject *PyList_GetItem(PyObject *, ssize_t);
-PyObject *PyObject_GetAttr(PyObject *, PyObject *);
 PyObject *PyObject_Type(PyObject *);
-PyObject *PyUnicode_InternFromString(const char *);
 }
 
 namespace {
 
 using c10::TensorImpl;
 
-int64_t place = 0;     // where in a tensor's Python object the tensor is, in bytes: see gather.py
-PyObject *PLAIN;       // torch.Tensor
-PyObject *LOCAL, *SPEC;  // names of a DTensor's attributes
+// What gather.py knows of Python's objects: where in a DTensor what it holds is, in bytes, and the classes.
+struct Places {
+    int64_t local, spec;
+    const PyObject *plain, *sharded;
+};
+
+int64_t tensor_place = 0;  // where in a tensor's object the tensor is
 
 // For so few numbers a call takes longer than a loop.
 bool same(c10::IntArrayRef a, c10::IntArrayRef b) {
@@ -79,6 +80,7 @@ struct Gradient {
 };
 
 struct Bucket {
+    Places places;
     caffe2::TypeMeta dtype;  // of the gradients
     Tensors values, states;
     std::vector<Owner> owners;
@@ -92,9 +94,12 @@ struct Bucket {
 // The keys that say how a tensor is kept, and not whether autograd follows it.
 c10::DispatchKeySet kept(c10::DispatchKeySet keys) { return keys - c10::autograd_dispatch_keyset_with_ADInplaceOrView; }
 
-TensorImpl *tensor_of(const PyObject *object) {
-    return *reinterpret_cast<TensorImpl *const *>(reinterpret_cast<const char *>(object) + place);
+template <class T>
+T *at(const PyObject *object, int64_t place) {
+    return *reinterpret_cast<T *const *>(reinterpret_cast<const char *>(object) + place);
 }
+
+TensorImpl *tensor_of(const PyObject *object) { return at<TensorImpl>(object, tensor_place); }
 
 c10::StorageImpl *storage_of(const TensorImpl *t) { return t->unsafe_storage().unsafeGetStorageImpl(); }
 
@@ -107,26 +112,10 @@ PyObject *object_in(const Slot &slot) {
         return slot._unchecked_untagged_pyobj();  // before torch 2.12
 }
 
-// An attribute that its object holds, null where it has none.
-PyObject *held(PyObject *object, PyObject *name) {
-    PyObject *value = PyObject_GetAttr(object, name);
-    if (value == nullptr)
-        PyErr_Clear();
-    else
-        Py_DecRef(value);
-    return value;
-}
-
-bool is_plain(PyObject *object) {
-    PyObject *type = PyObject_Type(object);
-    Py_DecRef(type);
-    return type == PLAIN;
-}
-
-// The object of a DTensor's local part, null where that is not an ordinary tensor.
-PyObject *local_of(PyObject *sharded) {
-    PyObject *object = held(sharded, LOCAL);
-    return object != nullptr && is_plain(object) ? object : nullptr;
+bool is_a(const PyObject *type, PyObject *object) {
+    PyObject *own = PyObject_Type(object);
+    Py_DecRef(own);
+    return own == type;
 }
 
 // Takes note of a tensor. False where it is of a kind that Python must look at.
@@ -134,8 +123,9 @@ bool take(Bucket &bucket, Tensors &tensors, PyObject *object, bool sharded) {
     if (sharded) {
         tensors.sharded.resize(tensors.known.size());
         tensors.sharded.push_back(object);
-        object = local_of(object);
-        if (object == nullptr) return false;
+        if (!is_a(bucket.places.sharded, object)) return false;
+        object = at<PyObject>(object, bucket.places.local);
+        if (object == nullptr || !is_a(bucket.places.plain, object)) return false;
     } else if (!tensors.sharded.empty()) {
         tensors.sharded.push_back(nullptr);
     }
@@ -184,7 +174,8 @@ void ask_for_known(const Tensors &tensors, int64_t i) {
 // Whether a tensor is what it was, and lies where it did.
 bool as_known(const Bucket &bucket, const Tensors &tensors, int64_t i) {
     const Known &known = tensors.known[i];
-    if (!tensors.sharded.empty() && tensors.sharded[i] != nullptr && held(tensors.sharded[i], LOCAL) != known.object)
+    if (!tensors.sharded.empty() && tensors.sharded[i] != nullptr &&
+        at<PyObject>(tensors.sharded[i], bucket.places.local) != known.object)
         return false;
     const TensorImpl *t = known.tensor;
     // Of memory that is shared until it is written, the storage makes its own copy here, which lies elsewhere.
@@ -217,17 +208,17 @@ bool find_object(const PyObject *spec, Gradient &gradient) {
     return gradient.object != nullptr;
 }
 
-bool find_local(const PyObject *spec, Gradient &gradient) {
+bool find_local(const Places &places, const PyObject *spec, Gradient &gradient) {
     if (spec == nullptr || gradient.tensor == nullptr) return true;
-    if (held(gradient.object, SPEC) != spec) return false;
-    gradient.object = held(gradient.object, LOCAL);
+    if (!is_a(places.sharded, gradient.object) || at<PyObject>(gradient.object, places.spec) != spec) return false;
+    gradient.object = at<PyObject>(gradient.object, places.local);
     ask_for_object(gradient.object);
     return gradient.object != nullptr;
 }
 
-bool find_values(const PyObject *spec, Gradient &gradient) {
+bool find_values(const Places &places, const PyObject *spec, Gradient &gradient) {
     if (spec == nullptr || gradient.tensor == nullptr) return true;
-    if (!is_plain(gradient.object)) return false;
+    if (!is_a(places.plain, gradient.object)) return false;
     gradient.tensor = tensor_of(gradient.object);
     ask_for_tensor(gradient.tensor);
     return true;
@@ -247,17 +238,13 @@ bool alike(const TensorImpl *p, const TensorImpl *g) {
 
 extern "C" {
 
-void begin(int64_t place_of_tensor, PyObject *plain) {
-    place = place_of_tensor;
-    PLAIN = plain;
-    LOCAL = PyUnicode_InternFromString("_local_tensor");
-    SPEC = PyUnicode_InternFromString("_spec");
-}
+void begin(int64_t place) { tensor_place = place; }
 
 // Notes parameters. `specs` has a null for each that is an ordinary tensor; `like` is a tensor of the gradients' dtype.
 // Null where one of them is of a kind that Python must look at.
-void *note(int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like) try {
+void *note(const Places *places, int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like) try {
     auto bucket = std::make_unique<Bucket>();
+    bucket->places = *places;
     bucket->dtype = tensor_of(like)->dtype();
     bucket->gradients.resize(n);
     bucket->specs.assign(specs, specs + n);
@@ -298,22 +285,22 @@ int gather(void *of, int64_t *addresses) try {
     bool complete = true;
     for (int64_t i = -stages * AHEAD; i < count; ++i) {
         // What is `stage` stages from being looked at, if there is such.
-        const auto at = [=](int64_t stage) {
+        const auto from = [=](int64_t stage) {
             const int64_t j = i + stage * AHEAD;
             return 0 <= j && j < count ? j : -1;
         };
-        if (const int64_t j = at(stages); j >= 0) {
+        if (const int64_t j = from(stages); j >= 0) {
             ask_for_known(bucket.values, j);
             ask_for(bucket.owners[j].gradient, 0, sizeof(void *));
             if (bucket.sharded) ask_for_tensor(bucket.owners[j].tensor);
         }
-        if (const int64_t j = at(stages - 1); j >= 0 && !find_gradient(bucket.owners[j], gradients[j])) return -1;
+        if (const int64_t j = from(stages - 1); j >= 0 && !find_gradient(bucket.owners[j], gradients[j])) return -1;
         if (bucket.sharded) {
-            if (const int64_t j = at(4); j >= 0 && !find_object(bucket.specs[j], gradients[j])) return -1;
-            if (const int64_t j = at(3); j >= 0 && !find_local(bucket.specs[j], gradients[j])) return -1;
-            if (const int64_t j = at(2); j >= 0 && !find_values(bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = from(4); j >= 0 && !find_object(bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = from(3); j >= 0 && !find_local(bucket.places, bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = from(2); j >= 0 && !find_values(bucket.places, bucket.specs[j], gradients[j])) return -1;
         }
-        if (const int64_t j = at(1); j >= 0 && gradients[j].tensor != nullptr)
+        if (const int64_t j = from(1); j >= 0 && gradients[j].tensor != nullptr)
             ask_for_storage(storage_of(gradients[j].tensor));
         if (i < 0) continue;
         if (!as_known(bucket, bucket.values, i)) return -1;

@@ -125,7 +125,7 @@ class Bucket(ABC):
 
     def __init__(self, optimizer: RuleOptimizer, key: Key, members: list[Member]) -> None:
         self.optimizer, self.key, self.members = optimizer, key, members
-        self.compute = key.compute
+        self.compute, self.random = key.compute, key.random
         self._reads_constants = bool(constants_of(key.variant.rule))
         # Whether it reads the signal itself. A prologue before it can't be skipped there.
         self.takes_signal = self.reads_signal and not key.variant.prologue

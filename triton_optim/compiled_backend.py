@@ -407,7 +407,7 @@ class CompiledBucket(Bucket):
     def run(self, rows: list[Row | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged).unbind()
         keys: list[Tensor] | list[None] = [None] * len(self.pieces)
-        if self.key.random:
+        if self.random:
             keys = list(self.random_keys(rows).unbind())
         if self.key.sharing:
             self._run_blocks(rows, table, keys)

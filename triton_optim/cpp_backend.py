@@ -77,7 +77,7 @@ class CppBucket(Bucket):
         for row in rows:
             own = [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
             cells.extend(map(float, own))
-        keys = self.random_keys(rows) if self.key.random else self.tensors
+        keys = self.random_keys(rows) if self.random else self.tensors
         self.call(
             *self.chunks.arguments(),
             self.tensors.data_ptr(),

@@ -27,7 +27,7 @@ class EagerBucket(Bucket):
     takes_memory = False
 
     def run(self, rows: list[Row | None]) -> None:
-        keys = self.random_keys(rows) if self.key.random else None
+        keys = self.random_keys(rows) if self.random else None
         for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:

@@ -31,6 +31,12 @@ WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
 STEPS = 16  # from one look to the next
 
 
+class Places(ctypes.Structure):
+    """Where in a DTensor what it holds is, in bytes, and the classes of tensors: kernels/gather.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("local", "spec", "plain", "sharded")]
+
+
 @cache
 def tensor_place() -> int | None:
     """Where in a tensor's Python object the tensor is, in bytes; None if that cannot be told.
@@ -44,6 +50,26 @@ def tensor_place() -> int | None:
         if place < type(made).__basicsize__ and ctypes.c_size_t.from_address(id(made) + place).value == made._cdata:
             return place
     return None
+
+
+def places_of(params: Sequence[Tensor]) -> Places | None:
+    """Where all is in these parameters; None if it cannot be told.
+
+    What a class has in its ``__slots__`` comes in the order of its names, after all that its base class has. What is
+    found there is compared with what the attributes are.
+    """
+    sharded: Any = next(filter(is_sharded, params), None)
+    if sharded is None:
+        return Places(plain=id(Tensor))
+    kind: Any = type(sharded)
+    slots, start = sorted(getattr(kind, "__slots__", ())), kind.__base__.__basicsize__
+    if not {"_local_tensor", "_spec"} <= set(slots) or start + WORD * len(slots) > kind.__basicsize__:
+        return None
+    local, spec = (start + WORD * slots.index(name) for name in ("_local_tensor", "_spec"))
+    found = [ctypes.c_size_t.from_address(id(sharded) + place).value for place in (local, spec)]
+    return (
+        Places(local, spec, id(Tensor), id(kind)) if found == [id(sharded._local_tensor), id(sharded._spec)] else None
+    )
 
 
 class Library:
@@ -78,8 +104,8 @@ class Library:
             return
         table, size = ctypes.c_void_p, ctypes.c_int64
         for name, result, arguments in (
-            ("begin", None, (size, ctypes.py_object)),
-            ("note", table, (size, table, table, ctypes.py_object)),
+            ("begin", None, (size,)),
+            ("note", table, (table, size, table, table, ctypes.py_object)),
             ("watch", None, (table, size, table, table)),
             ("forget", None, (table,)),
             ("gather", ctypes.c_int, (table, table)),
@@ -89,7 +115,7 @@ class Library:
         ):
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
-        found.begin(place, Tensor)
+        found.begin(place)
         self.loaded = found
 
     def _end(self) -> None:
@@ -167,11 +193,14 @@ def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch
     if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
         return None
     specs = [spec_of(p) for p in params]
-    if any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
+    places = places_of(params)
+    if places is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
         return None
     objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
     like = torch.empty(0, dtype=dtype, device="cpu")
-    bucket = library.loaded.note(len(params), objects.buffer_info()[0], known.buffer_info()[0], like)
+    bucket = library.loaded.note(
+        ctypes.addressof(places), len(params), objects.buffer_info()[0], known.buffer_info()[0], like
+    )
     return None if bucket is None else Gatherer(bucket, len(params), specs, states)
 
 

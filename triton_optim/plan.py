@@ -351,8 +351,14 @@ class Plan:
             and self._still_holds()
             and not (self.sharded and self.optimizer.scales_gradients)  # ranks speak of their norm
             and self._idle.have_no_gradients()
-            and all(bucket.gather() for bucket in self.buckets)
+            and self._buckets_gather()
         )
+
+    def _buckets_gather(self) -> bool:
+        for bucket in self.buckets:  # noqa: SIM110  a generator takes as long as what it asks
+            if not bucket.gather():
+                return False
+        return True
 
     def _are_still_those_of(self, groups: list[dict[str, Any]]) -> bool:
         own = self._groups

@@ -238,12 +238,12 @@ class TritonBucket(Bucket):
         table: Any = cells
         keys: Any = self.chunks  # not read
         if only is not None and cells is not None:
-            keys = host_row_key(self._seed(0), only.step) if key.random else keys
+            keys = host_row_key(self._seed(0), only.step) if self.random else keys
         elif any(row is not None and row.counted for row in rows):
             table, keys = self._rows_on_device.form(self.signal)
         else:
             table = self._table_of(rows)
-            keys = self.brought(self.row_keys(rows)) if key.random else keys
+            keys = self.brought(self.row_keys(rows)) if self.random else keys
         some = only or next(row for row in rows if row is not None)
         compiled_for = (type(some.h), self.signal is not None, cells is not None)
         if compiled_for not in self._launchers:
