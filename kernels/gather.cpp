@@ -339,7 +339,12 @@ bool without(int64_t n, const PyObject *const *objects) {
 // Tells autograd that the parameters that have gradients were written.
 void written(const void *of) {
     const Bucket &bucket = *static_cast<const Bucket *>(of);
-    for (size_t i = 0; i < bucket.owners.size(); ++i)
-        if (bucket.owners[i].gradient->defined()) bucket.values.known[i].tensor->bump_version();
+    const int64_t count = bucket.owners.size();
+    const auto values = [&](int64_t i) { return bucket.values.known[i].tensor; };
+    for (int64_t i = 0; i < count; ++i) {
+        if (i + AHEAD < count)  // all that it has is a pointer to the number
+            __builtin_prefetch(*reinterpret_cast<void *const *>(&values(i + AHEAD)->version_counter()));
+        if (bucket.owners[i].gradient->defined()) values(i)->bump_version();
+    }
 }
 }
