@@ -20,6 +20,7 @@ from .muon import Muon, muon_param_groups
 from .nadam import NAdam
 from .nonlinear_cg import NonlinearCG
 from .optimizer import RuleOptimizer, Variant
+from .options import Options
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
@@ -45,6 +46,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NonlinearCG",
+    "Options",
     "RAdam",
     "RMSprop",
     "Rprop",

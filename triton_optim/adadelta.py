@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.adadelta import AdadeltaScalars, adadelta
 from .optimizer import RuleOptimizer, check_range
+from .options import OptionsAfterForeach
 
 
 class Adadelta(RuleOptimizer):
@@ -29,7 +31,7 @@ class Adadelta(RuleOptimizer):
         rho: :math:`\rho`, in [0, 1].
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, added to the gradient as :math:`\lambda p_{t-1}`.
-        foreach, capturable, maximize, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        foreach, options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -59,13 +61,7 @@ class Adadelta(RuleOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0,
         foreach: bool | None = None,
-        *,
-        capturable: bool = False,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[OptionsAfterForeach],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -73,14 +69,7 @@ class Adadelta(RuleOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "capturable": capturable,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

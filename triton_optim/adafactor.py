@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .hyperparameters import exact_number
 from .kernels.adafactor import AdafactorScalars, adafactor
 from .layout import gathered, placed_as
 from .optimizer import RuleOptimizer, check_range
+from .options import Options
 
 ONE_BY_ONE = ("cpu",)
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -45,7 +47,7 @@ class Adafactor(RuleOptimizer):
             dtype's machine epsilon.
         d: the clipping threshold, :math:`\ge 1`.
         weight_decay: :math:`\lambda \ge 0`.
-        foreach, maximize, differentiable, fused, capturable, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -77,14 +79,7 @@ class Adafactor(RuleOptimizer):
         eps: tuple[float | None, float] = (None, 1e-3),
         d: float = 1.0,
         weight_decay: float = 0.0,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -93,14 +88,7 @@ class Adafactor(RuleOptimizer):
             "d": d,
             "weight_decay": weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.adagrad import AdagradScalars, adagrad
 from .optimizer import RuleOptimizer, check_range, filled_like
+from .options import OptionsAfterForeach
 
 
 class Adagrad(RuleOptimizer):
@@ -29,7 +31,7 @@ class Adagrad(RuleOptimizer):
         weight_decay: :math:`\lambda \ge 0`, added to the gradient as :math:`\lambda p_{t-1}`.
         initial_accumulator_value: :math:`s_0 \ge 0`.
         eps: :math:`\epsilon \ge 0`.
-        foreach, maximize, differentiable, fused, capturable, backend: see :class:`RuleOptimizer`.
+        foreach, options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -60,13 +62,7 @@ class Adagrad(RuleOptimizer):
         initial_accumulator_value: float = 0,
         eps: float = 1e-10,
         foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[OptionsAfterForeach],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -75,14 +71,7 @@ class Adagrad(RuleOptimizer):
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

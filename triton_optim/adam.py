@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.adam import AdamScalars, adam, adam_amsgrad, adamw, adamw_amsgrad
 from .optimizer import RuleOptimizer, Variant, check_range
+from .options import Options
 
 
 class Adam(RuleOptimizer):
@@ -34,7 +36,7 @@ class Adam(RuleOptimizer):
         weight_decay: :math:`\lambda \ge 0`; a number or a 1-element tensor.
         amsgrad: divide by the largest second moment so far.
         decoupled_weight_decay: decay the parameter, not the gradient (AdamW).
-        foreach, maximize, capturable, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a tensor where ``foreach`` is True and ``capturable`` False.
@@ -69,17 +71,11 @@ class Adam(RuleOptimizer):
         weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-            if isinstance(value, Tensor) and foreach and not capturable:
+            if isinstance(value, Tensor) and options.get("foreach") and not options.get("capturable"):
                 raise ValueError(
                     f"{name} as a Tensor is not supported for capturable=False and foreach=True, as in torch; got "
                     f"{value}. Leave foreach out: every backend takes a tensor."
@@ -92,14 +88,7 @@ class Adam(RuleOptimizer):
             "amsgrad": amsgrad,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
@@ -164,31 +153,9 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            backend=backend,
-            **precision,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.adamax import AdamaxScalars, adamax
 from .optimizer import RuleOptimizer, check_range
+from .options import OptionsAfterForeach
 
 
 class Adamax(RuleOptimizer):
@@ -28,7 +30,7 @@ class Adamax(RuleOptimizer):
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, added to the gradient as :math:`\lambda p_{t-1}`.
-        foreach, maximize, differentiable, capturable, fused, backend: see :class:`RuleOptimizer`.
+        foreach, options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -58,13 +60,7 @@ class Adamax(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0,
         foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        differentiable: bool = False,
-        capturable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[OptionsAfterForeach],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -72,14 +68,7 @@ class Adamax(RuleOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

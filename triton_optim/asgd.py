@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.asgd import ASGDScalars, asgd
 from .optimizer import RuleOptimizer, check_range
+from .options import OwnOptions
 
 
 class ASGD(RuleOptimizer):
@@ -30,7 +32,7 @@ class ASGD(RuleOptimizer):
         alpha: :math:`\alpha \ge 0`, the power of the decay of :math:`\eta`.
         t0: :math:`t_0`, the step at which averaging begins.
         weight_decay: :math:`w \ge 0`, added to the gradient as :math:`w p_{t-1}`.
-        foreach, maximize, differentiable, capturable, fused, backend: see :class:`RuleOptimizer`.
+        foreach, maximize, differentiable, capturable, options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -65,10 +67,7 @@ class ASGD(RuleOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        *,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[OwnOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -77,14 +76,15 @@ class ASGD(RuleOptimizer):
             "t0": t0,
             "weight_decay": weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(
+            params,
+            defaults,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+            **options,
+        )
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

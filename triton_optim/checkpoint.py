@@ -31,6 +31,7 @@ from .codecs import (
 )
 from .foreign import origin, refusal
 from .layout import local
+from .options import OPTIONS
 from .prologue import check_states
 from .rows import counted_dtype
 
@@ -144,7 +145,7 @@ def held_codes(optimizer: RuleOptimizer, index: Any, p: Tensor, name: str, saved
     return dict(zip((name, *part_names(own, name)), new_parts(own, value), strict=True))
 
 
-def held_states(optimizer: RuleOptimizer, state_dict: Any, options: dict[str, Any]) -> dict[Any, Any]:
+def held_states(optimizer: RuleOptimizer, state_dict: Any) -> dict[Any, Any]:
     """The states of a state dict, by what it calls the parameters, as they will be held.
 
     Raises:
@@ -162,7 +163,7 @@ def held_states(optimizer: RuleOptimizer, state_dict: Any, options: dict[str, An
         )
     states = dict(state_dict["state"])
     for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        group = filled(optimizer, saved, options)
+        group = filled(optimizer, saved)
         for i, p in zip(saved["params"], own["params"], strict=True):
             if i in states:
                 states[i] = checked_state(optimizer, group, i, p, state_dict["state"][i])
@@ -346,23 +347,23 @@ def own_number(optimizer: RuleOptimizer, p: Tensor, name: str) -> None:
     optimizer.state[p][name] = value.to(device, counted_dtype(group, name), copy=True).reshape(())
 
 
-def filled(optimizer: RuleOptimizer, group: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def filled(optimizer: RuleOptimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     """The group of a checkpoint, with what it lacks because it is older."""
     written = inspect.signature(type(optimizer).__init__).parameters
     full = dict(group)
     # A checkpoint from before an option existed lacks its key, and was made with what is its default now.
     for name, value in optimizer.defaults.items():
-        if name in options and name not in optimizer.option_names:
+        if name in OPTIONS and name not in optimizer.option_names:
             continue  # a group has it only where it was asked for
-        default = written[name].default if name in written else options.get(name, value)
+        default = written[name].default if name in written else OPTIONS.get(name, value)
         full.setdefault(name, value if default is inspect.Parameter.empty else default)
     return full
 
 
-def fill_in(optimizer: RuleOptimizer, options: dict[str, Any]) -> None:
+def fill_in(optimizer: RuleOptimizer) -> None:
     """Give the groups and states of a checkpoint what they lack because it is older."""
     for group in optimizer.param_groups:
-        group.update(filled(optimizer, group, options))
+        group.update(filled(optimizer, group))
         for p in group["params"]:
             for name in optimizer.counted_names(group):
                 if name in optimizer.state.get(p, ()) and not isinstance(optimizer.state[p][name], Tensor):

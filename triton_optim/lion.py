@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.lion import LionScalars, lion
 from .optimizer import RuleOptimizer, check_range
+from .options import Options
 
 
 class Lion(RuleOptimizer):
@@ -26,7 +28,7 @@ class Lion(RuleOptimizer):
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor. A tenth to a third of AdamW's is usual.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1); numbers or 1-element tensors.
         weight_decay: :math:`\lambda \ge 0`; three to ten times AdamW's is usual.
-        maximize, foreach, fused, capturable, differentiable, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -53,26 +55,9 @@ class Lion(RuleOptimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
         weight_decay: float | Tensor = 0.0,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay},
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-            backend=backend,
-            **precision,
-        )
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

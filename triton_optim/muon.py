@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from typing_extensions import Unpack
 
 from .adam import AdamW, adam_scalars
 from .kernels.adam import adamw
@@ -15,6 +16,7 @@ from .kernels.muon import MuonScalars, muon
 from .layout import gathered, placed_as
 from .newton_schulz import newton_schulz
 from .optimizer import RuleOptimizer, Variant, check_range
+from .options import Options
 
 # The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
 ADJUST: dict[str | None, Callable[[int, int], float]] = {
@@ -62,7 +64,7 @@ class Muon(RuleOptimizer):
         ns_steps: number of iterations, below 100.
         adjust_lr_fn: None or ``"original"``, ``"match_rms_adamw"``, with which AdamW's rates and decays fit, or
             ``"spectral_unclamped"``, with which an update's spectral norm goes with the square root of its shape.
-        maximize, foreach, capturable, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter has not two dimensions.
@@ -102,14 +104,7 @@ class Muon(RuleOptimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -121,14 +116,7 @@ class Muon(RuleOptimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
         }
-        options: dict[str, Any] = {
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         if not uses_muon(group):

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.nadam import NAdamScalars, nadam
 from .optimizer import RuleOptimizer, check_range
+from .options import Options
 
 
 class NAdam(RuleOptimizer):
@@ -36,7 +38,7 @@ class NAdam(RuleOptimizer):
         weight_decay: :math:`\lambda \ge 0`.
         momentum_decay: :math:`\psi \ge 0`.
         decoupled_weight_decay: decay the parameter, not the gradient.
-        foreach, maximize, capturable, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -67,14 +69,7 @@ class NAdam(RuleOptimizer):
         weight_decay: float = 0,
         momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -84,14 +79,7 @@ class NAdam(RuleOptimizer):
             "momentum_decay": momentum_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

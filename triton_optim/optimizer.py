@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Unpack
 
 from . import compile_ahead, opaque
 from .averaging import averaged_parameters, check_averaging, initial_average
@@ -44,23 +45,10 @@ from .hyperparameters import GroupValues, plain_group, unread
 from .kernels.straight import check_signature, straight
 from .layout import is_sharded, local, local_gradient, local_gradients, placements_of
 from .on_device import OnDevice, capturing
+from .options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
 from .plan import Plan, PlanOfOne, check_captured, request_for, warm_up
 from .rows import counted_dtype
 from .state import are_contents, contents, watch
-
-OPTIONS: dict[str, Any] = {
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "state_dtype": None,
-    "param_precision": "storage",
-    "seed": 0,
-    "ema_decay": None,
-    "ema_dtype": None,
-    "ema_warmup": False,
-}
 
 
 class Variant(NamedTuple):
@@ -149,36 +137,7 @@ class RuleOptimizer(Optimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in torch.optim.
         defaults: the hyperparameters of a group.
-        maximize: ascend instead of descend.
-        foreach: True prefers the compiled backend.
-        fused: True prefers the one-kernel backend of the device: Triton on a GPU, C++ on a CPU. ``foreach`` or
-            ``fused`` False, with neither True, is eager.
-        state_dtype: what the states are kept in: None for the parameter's dtype; ``torch.float32``;
-            ``torch.bfloat16``, rounded stochastically; ``"int8"`` or ``"int4"``: codes that share a scale, 256 and 64
-            of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of
-            others are float32. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
-        param_precision: of bfloat16 and float16 parameters: ``"storage"`` rounds to the nearest, and loses updates of
-            less than half a step; ``"stochastic"`` rounds up or down so that the mean is exact; the others keep what
-            rounding leaves, beside the parameter: ``"kahan"`` in its dtype, ``"split24"`` in 8 more bits, rounded
-            stochastically, ``"split32"`` in 16, with which a bfloat16 parameter is an exact float32, and ``"master"``
-            a float32 copy.
-        seed: of the random bits, an int. They depend on it, on the number of the update, on the place of the parameter
-            among the optimizer's and on that of the element, and on nothing else.
-        capturable: keep ``step`` on the device and form the scalars there, so that a step can be captured.
-        differentiable: let autograd record the step (eager).
-        ema_decay: of an exponential moving average of the weights, such as 0.999, kept in the same pass: as
-            ``torch.optim.swa_utils.AveragedModel`` that is updated after every step. None keeps none.
-        ema_dtype: what it is kept in: None for float32 (or the parameter's, where that is wider), ``torch.float32``,
-            ``torch.bfloat16``, rounded stochastically.
-        ema_warmup: let the decay rise to `ema_decay`: (1 + n) / (10 + n) after n steps.
-        backend: ``"auto"``, or a backend that must run: ``"triton"``, ``"cpp"``, ``"compiled"``, ``"eager"``.
-        amp: ``"fused"`` takes the factor of a ``torch.amp.GradScaler`` out of the gradients inside the update, and
-            skips there the step whose gradients are not finite; the host waits for nothing where Triton runs the rule.
-            `max_grad_norm` is then of the gradients without their factor, and ``unscale_`` is not needed. None leaves
-            both to the scaler.
-        max_grad_norm: limit the norm of all gradients together, as ``clip_grad_norm_`` does, without writing them:
-            they are read once, and the update multiplies by what comes of it. ``grad_norm`` is the norm of the last
-            step, a 0-dim tensor on the device.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: `backend` or `amp` is unknown, or torch's own checks of `params` fail.
@@ -198,6 +157,7 @@ class RuleOptimizer(Optimizer):
     never_quantized: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
+    __signature__ = OptimizerSignature()
 
     # What a gradient scaler sets for the time of a step.
     grad_scale: Any
@@ -210,30 +170,24 @@ class RuleOptimizer(Optimizer):
             prologue = cls.prologue is not RuleOptimizer.prologue
             cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
         check_names(cls)
+        describe_options(cls)
 
     @_disable_dynamo
     def __init__(
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
-        *,
-        backend: str = "auto",
-        amp: str | None = None,
-        max_grad_norm: float | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        if unknown := options.keys() - OPTIONS.keys():
-            raise TypeError(
-                f"{type(self).__name__} got unknown options {sorted(unknown)}; known are "
-                f"{sorted({*OPTIONS, 'amp', 'backend', 'max_grad_norm'})}"
-            )
+        check_known(type(self), options)
+        carried: dict[str, Any] = {**OPTIONS, **options}
+        backend, amp, max_grad_norm = (carried.pop(name) for name in ("backend", "amp", "max_grad_norm"))
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))
         if amp not in (None, "fused"):
             raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
-        options = OPTIONS | options
         self.check_hyperparameters(defaults)
-        check_options(options)
+        check_options(carried)
         self._release: GradientRelease | None = None
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
         self.failed: dict[Key, Key] = {}  # buckets whose backend failed, and what they became
@@ -250,7 +204,7 @@ class RuleOptimizer(Optimizer):
         self._plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
         self._handle = opaque.register(self)
-        carried = {name: v for name, v in options.items() if name in self.option_names or v != OPTIONS[name]}
+        carried = {name: v for name, v in carried.items() if name in self.option_names or v != OPTIONS[name]}
         super().__init__(ordered(params), defaults | carried)
         watch(self)
 
@@ -818,7 +772,7 @@ class RuleOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            states = held_states(self, state_dict, OPTIONS)
+            states = held_states(self, state_dict)
             # How values are kept is this optimizer's own: the next step brings what is loaded into it.
             groups = [
                 {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
@@ -869,15 +823,7 @@ class RuleOptimizer(Optimizer):
         self._take_flat()
         if "_handle" not in self.__dict__:
             self._handle = opaque.register(self)
-        fill_in(self, OPTIONS)
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Raise RuntimeError where options of a group exclude each other."""
-    if options.get("fused") and options.get("differentiable"):
-        raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
-    if options.get("fused") and options.get("foreach"):
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
+        fill_in(self)
 
 
 def filled_like(p: Tensor, value: float) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.radam import RAdamScalars, radam
 from .optimizer import RuleOptimizer, check_range
+from .options import Options
 
 
 class RAdam(RuleOptimizer):
@@ -35,7 +37,7 @@ class RAdam(RuleOptimizer):
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`.
         decoupled_weight_decay: decay the parameter, not the gradient.
-        foreach, maximize, capturable, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -65,14 +67,7 @@ class RAdam(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0,
         decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -81,14 +76,7 @@ class RAdam(RuleOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        options: dict[str, Any] = {
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.rmsprop import RMSpropScalars, rmsprop, rmsprop_centered, rmsprop_centered_momentum, rmsprop_momentum
 from .optimizer import RuleOptimizer, Variant, check_range
+from .options import OwnOptions
 
 
 class RMSprop(RuleOptimizer):
@@ -35,7 +37,7 @@ class RMSprop(RuleOptimizer):
         weight_decay: :math:`\lambda \ge 0`, added to the gradient as :math:`\lambda p_{t-1}`.
         momentum: :math:`\mu \ge 0`.
         centered: divide by the standard deviation of the gradients.
-        capturable, foreach, maximize, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        foreach, maximize, differentiable, capturable, options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -75,10 +77,7 @@ class RMSprop(RuleOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[OwnOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -88,14 +87,15 @@ class RMSprop(RuleOptimizer):
             "centered": centered,
             "weight_decay": weight_decay,
         }
-        options: dict[str, Any] = {
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(
+            params,
+            defaults,
+            capturable=capturable,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            **options,
+        )
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

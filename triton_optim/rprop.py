@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.rprop import RpropScalars, rprop
 from .optimizer import RuleOptimizer, check_range, filled_like
+from .options import Options
 
 
 class Rprop(RuleOptimizer):
@@ -28,7 +30,7 @@ class Rprop(RuleOptimizer):
         lr: :math:`\gamma \ge 0`, the first step size; a number or a 1-element tensor.
         etas: :math:`(\eta^-, \eta^+)`, with :math:`0 < \eta^- < 1 < \eta^+`.
         step_sizes: :math:`(s_{\min}, s_{\max})`.
-        capturable, foreach, maximize, differentiable, fused, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -56,28 +58,14 @@ class Rprop(RuleOptimizer):
         lr: float | Tensor = 1e-2,
         etas: tuple[float, float] = (0.5, 1.2),
         step_sizes: tuple[float, float] = (1e-6, 50),
-        *,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
             "etas": etas,
             "step_sizes": step_sizes,
         }
-        options: dict[str, Any] = {
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

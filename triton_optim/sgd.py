@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.sgd import SGDScalars, sgd, sgd_momentum, sgd_nesterov
 from .optimizer import RuleOptimizer, Variant, check_range
+from .options import Options
 
 
 class SGD(RuleOptimizer):
@@ -29,7 +31,7 @@ class SGD(RuleOptimizer):
         dampening: :math:`\tau`.
         weight_decay: :math:`\lambda \ge 0`; a number or a 1-element tensor.
         nesterov: Nesterov's momentum; needs a momentum and no dampening.
-        maximize, foreach, differentiable, fused, capturable, backend: see :class:`RuleOptimizer`.
+        options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -63,14 +65,7 @@ class SGD(RuleOptimizer):
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        capturable: bool = False,
-        backend: str = "auto",
-        **precision: Any,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -79,14 +74,7 @@ class SGD(RuleOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        options: dict[str, Any] = {
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, backend=backend, **options, **precision)
+        super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)

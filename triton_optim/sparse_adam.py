@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .kernels.adam import AdamScalars, adam
 from .optimizer import RuleOptimizer, check_range
+from .options import OwnOptions
 
 
 class SparseAdam(RuleOptimizer):
@@ -29,7 +31,7 @@ class SparseAdam(RuleOptimizer):
         lr: :math:`\gamma > 0`; a number or a 1-element tensor.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\epsilon > 0`.
-        maximize, options, backend: see :class:`RuleOptimizer`. The step runs eagerly.
+        maximize, options: see :class:`Options`. The step runs eagerly.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter is sparse or complex.
@@ -63,10 +65,20 @@ class SparseAdam(RuleOptimizer):
         eps: float = 1e-8,
         maximize: bool = False,
         *,
-        backend: str = "auto",
-        **options: Any,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[OwnOptions],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, backend=backend, maximize=maximize, **options)
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps},
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+            **options,
+        )
         if lr == 0:  # later a schedule may pass through it
             raise ValueError(f"Invalid learning rate: {lr}. It must be greater than 0.")
 

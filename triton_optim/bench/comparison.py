@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import gather
 from ..explain import explain
-from ..optimizer import OPTIONS, RuleOptimizer
+from ..optimizer import RuleOptimizer
+from ..options import OPTIONS
 from .agreement import Contender, Difference, differences
 from .measure import Measurement, Side, measure
 from .models import Shapes, elements, parameters
@@ -215,7 +216,8 @@ def entrants(case: Case, peers: Sequence[str], backends: Sequence[str]) -> tuple
     for name, backend in zip(our_names(backends), backends, strict=True):
         params = list(parameters(case.shapes, case.device, case.dtype))
         try:
-            own = case.optimizer(params, **case.hyperparameters, **case.options, backend=backend)
+            settings: dict[str, Any] = {**case.hyperparameters, **case.options, "backend": backend}
+            own = case.optimizer(params, **settings)
             explain(own)  # says what the first step would
         except Exception as error:  # a user's optimizer may raise anything
             reasons[name] = first_line(error)

@@ -1,0 +1,136 @@
+"""The options of every optimizer: types, defaults, one line each for docstrings, and what is said of an unknown one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, TypedDict, get_type_hints
+
+import torch
+
+from .dispatch import Backend
+
+
+class OwnOptions(TypedDict, total=False):
+    """The options that torch's constructors don't take by position: those of this package, and `fused`."""
+
+    fused: bool | None
+    state_dtype: torch.dtype | Literal["int8", "int4"] | None
+    param_precision: Literal["storage", "stochastic", "kahan", "split24", "split32", "master"]
+    seed: int
+    amp: Literal["fused"] | None
+    max_grad_norm: float | None
+    ema_decay: float | None
+    ema_dtype: torch.dtype | None
+    ema_warmup: bool
+    backend: Literal["auto", Backend]
+
+
+class OptionsAfterForeach(OwnOptions, total=False):
+    """The options of a constructor that takes `foreach` by position, as torch's."""
+
+    maximize: bool
+    capturable: bool
+    differentiable: bool
+
+
+class Options(OptionsAfterForeach, total=False):
+    """The options of every optimizer, as keywords: ``def __init__(self, params, lr=1e-3, **options: Unpack[Options])``.
+
+    foreach: True prefers the compiled backend; False, with fused not True, is eager.
+    maximize: ascend instead of descend.
+    capturable: keep the step count on the device and form the scalars there, so that a step can be captured.
+    differentiable: let autograd record the step (eager).
+    fused: True prefers the one-kernel backend of the device; False, with foreach not True, is eager.
+        It is Triton on a GPU, C++ on a CPU.
+    state_dtype: keep the states in float32, bfloat16, "int8" or "int4"; None for the parameter's dtype.
+        ``torch.bfloat16`` is rounded stochastically. ``"int8"`` and ``"int4"`` are codes that share a scale, 256 and 64
+        of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of others
+        are float32. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
+    param_precision: how 16-bit parameters are rounded, and whether what rounding leaves is kept.
+        ``"storage"`` rounds to the nearest, and loses updates of less than half a step; ``"stochastic"`` rounds up or
+        down so that the mean is exact; the others keep what rounding leaves, beside the parameter: ``"kahan"`` in its
+        dtype, ``"split24"`` in 8 more bits, rounded stochastically, ``"split32"`` in 16, with which a bfloat16
+        parameter is an exact float32, and ``"master"`` a float32 copy.
+    seed: an int that the random bits of stochastic rounding depend on.
+        They depend on the number of the update, too, on the place of the parameter among the optimizer's and on that of
+        the element, and on nothing else.
+    amp: "fused" unscales the gradients of a GradScaler and skips infinite ones, inside the update.
+        The host waits for nothing where Triton runs the rule. `max_grad_norm` is then of the gradients without their
+        factor, and ``unscale_`` is not needed. None leaves both to the scaler.
+    max_grad_norm: limit the norm of all gradients together, as clip_grad_norm_ does, without writing them.
+        They are read once, and the update multiplies by what comes of it. ``grad_norm`` is the norm of the last step, a
+        0-dim tensor on the device.
+    ema_decay: keep an exponential moving average of the weights with this decay, such as 0.999.
+        In the same pass, as ``torch.optim.swa_utils.AveragedModel`` that is updated after every step. None keeps none.
+    ema_dtype: keep the average in float32 or bfloat16; None for float32, or the parameter's dtype where that is wider.
+        ``torch.bfloat16`` is rounded stochastically.
+    ema_warmup: let the decay of the average rise to ema_decay: (1 + n) / (10 + n) after n steps.
+    backend: "auto", or the one that must run: "triton", "cpp", "compiled" or "eager".
+    """
+
+    foreach: bool | None
+
+
+OPTIONS: dict[str, Any] = {
+    "foreach": None,
+    "maximize": False,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "state_dtype": None,
+    "param_precision": "storage",
+    "seed": 0,
+    "amp": None,
+    "max_grad_norm": None,
+    "ema_decay": None,
+    "ema_dtype": None,
+    "ema_warmup": False,
+    "backend": "auto",
+}
+# With ``python -OO`` there are none.
+LINES = re.findall(r"^\w+: .*$", inspect.cleandoc(Options.__doc__ or ""), re.MULTILINE)
+SECTION = "\n    ".join(["Options, of which :class:`triton_optim.Options` says more:", *LINES])
+
+
+class OptimizerSignature:
+    """The signature of a class: its constructor's, with every option in place of ``**options``."""
+
+    def __get__(self, _: object, cls: type) -> inspect.Signature:
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+        if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            types, taken = get_type_hints(Options), {parameter.name for parameter in own}
+            own[-1:] = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[name])
+                for name, default in OPTIONS.items()
+                if name not in taken
+            ]
+        return inspect.Signature(own)
+
+
+def describe_options(cls: type) -> None:
+    """Add a line an option to the docstring of an optimizer whose constructor takes all of them."""
+    code = getattr(inspect.unwrap(cls.__init__), "__code__", None)  # type: ignore[misc]
+    if LINES and code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
+        text = inspect.getdoc(cls) or ""
+        cls.__doc__ = text if SECTION in text else f"{text}\n\n{SECTION}"
+
+
+def check_known(cls: type, options: Mapping[str, Any]) -> None:
+    """Raise TypeError where an option is unknown."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            known = {**inspect.signature(cls).parameters, **OPTIONS}
+            near = get_close_matches(name, known, 1)
+            fix = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
+            raise TypeError(f"{cls.__name__} got an unexpected keyword argument: {name}={value!r}. {fix}")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where options of a group exclude each other."""
+    if options.get("fused") and options.get("differentiable"):
+        raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
+    if options.get("fused") and options.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
