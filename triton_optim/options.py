@@ -123,7 +123,7 @@ def check_known(cls: type, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in OPTIONS:
             known = {**inspect.signature(cls).parameters, **OPTIONS}
-            near = get_close_matches(name, known, 1)
+            near = get_close_matches(name.lower(), known, 1)
             fix = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
             raise TypeError(f"{cls.__name__} got an unexpected keyword argument: {name}={value!r}. {fix}")
 
