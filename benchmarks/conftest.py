@@ -21,7 +21,7 @@ if REHEARSES:
 
 import pytest  # noqa: E402
 
-from triton_optim import stub_driver  # noqa: E402
+from triton_optim.backends.triton import stub_driver  # noqa: E402
 from triton_optim.bench.measure import Measurement  # noqa: E402
 from triton_optim.bench.records import Record, write_records  # noqa: E402
 

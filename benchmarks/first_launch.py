@@ -14,7 +14,7 @@ import torch
 from triton import knobs
 
 import triton_optim
-from triton_optim import stub_driver
+from triton_optim.backends.triton import stub_driver
 
 CASES = {
     "AdamW fp32": (torch.float32, {}),

@@ -152,7 +152,7 @@ class Session:
             except (OSError, subprocess.TimeoutExpired) as error:
                 log.write(f"{tool}: {error}\n".encode())
         code = (
-            "import json, torch; from triton_optim.provenance import provenance as p; "
+            "import json, torch; from triton_optim.util.provenance import provenance as p; "
             "print(json.dumps(p(torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu'))))"
         )
         done = subprocess.run(

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 import triton_optim
-from triton_optim import gather, stub_driver
+from triton_optim.backends.triton import stub_driver
 from triton_optim.bench.models import parameters, shapes
+from triton_optim.util import gather
 
 PACKAGE = str(Path(triton_optim.__file__).parent)
 

@@ -35,9 +35,10 @@ import torch  # noqa: E402
 from steps import Step, every_step  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from triton_optim import RuleOptimizer, stub_driver  # noqa: E402
-from triton_optim.convert import master  # noqa: E402
-from triton_optim.provenance import provenance  # noqa: E402
+from triton_optim import RuleOptimizer  # noqa: E402
+from triton_optim.backends.triton import stub_driver  # noqa: E402
+from triton_optim.core.convert import master  # noqa: E402
+from triton_optim.util.provenance import provenance  # noqa: E402
 
 STEPS = 5  # so many take RAdam into its second phase at betas of 0.8 and 0.95, and every state into use
 FACTOR, MOST = 2.0, 0.5

@@ -6,7 +6,7 @@ imports it before any benchmark takes from the modules what is replaced here.
 
 import torch
 
-from triton_optim import stub_driver
+from triton_optim.backends.triton import stub_driver
 from triton_optim.bench import agreement, measure, models
 
 

@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import triton_optim
-from triton_optim import gather
 from triton_optim.bench.agreement import Contender, assert_agree
 from triton_optim.bench.measure import Measurement, Side, measure
 from triton_optim.bench.models import parameters, shapes
+from triton_optim.util import gather
 
 COUNTS = (10, 100, 1_000, 10_000)
 CLAIMED = 1_000  # tensors that the targets are about

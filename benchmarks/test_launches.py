@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import triton_optim
+from triton_optim.backends.triton.launch import Launcher
 from triton_optim.bench.models import parameters, shapes
-from triton_optim.triton_launch import Launcher
 
 
 def misaligned(p: torch.nn.Parameter) -> torch.nn.Parameter:

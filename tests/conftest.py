@@ -24,8 +24,13 @@ from typing import Any
 import pytest
 import references_matrix
 
-from triton_optim import compiled_backend, compiled_norm, gather, newton_schulz, plan, stub_driver
+from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import norm as compiled_norm
+from triton_optim.backends.triton import stub_driver
 from triton_optim.dispatch import this_machine
+from triton_optim.engine import plan
+from triton_optim.optimizers.matrix import newton_schulz
+from triton_optim.util import gather
 
 # Hundreds of graphs are compiled here: with one slot each takes half the time. See `two_slots` for several; the
 # examples, the demo and the benchmarks, in processes of their own, have them all.

@@ -8,7 +8,7 @@ import pytest
 
 def replace_launches(monkeypatch: pytest.MonkeyPatch, by: Callable[..., None]) -> Callable[..., None]:
     """Call ``by(launcher, programs, *arguments)`` in place of every launch. Returns what makes one, called alike."""
-    from triton_optim.triton_launch import Launcher
+    from triton_optim.backends.triton.launch import Launcher
 
     launch = Launcher.__call__
     monkeypatch.setattr(Launcher, "__call__", by)

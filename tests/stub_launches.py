@@ -15,8 +15,11 @@ import triton
 from torch import Tensor
 from triton_optim.kernels import gradient_norm, multi_tensor, rows, symmetric_product
 
-from triton_optim import RuleOptimizer, stub_driver, triton_norm, triton_signal
-from triton_optim.stub_driver import Launched
+from triton_optim import RuleOptimizer
+from triton_optim.backends.triton import norm as triton_norm
+from triton_optim.backends.triton import signal as triton_signal
+from triton_optim.backends.triton import stub_driver
+from triton_optim.backends.triton.stub_driver import Launched
 
 BLOCK = multi_tensor.BLOCK
 KERNELS = {

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton_optim.audit.audit.assembly import amdgcn_blocks, sass_blocks
+from triton_optim.audit.audit.audit import TARGETS
+from triton_optim.audit.audit.compiling import listings, resources
 from triton_optim.kernels import symmetric_product as kernel
 
-from triton_optim import symmetric_product, triton_launch
-from triton_optim.audit import TARGETS
-from triton_optim.audit_assembly import amdgcn_blocks, sass_blocks
-from triton_optim.audit_compile import listings, resources
+from triton_optim.backends.triton import launch as triton_launch
+from triton_optim.optimizers.matrix import symmetric_product
 
 # The dtype and how float32 is multiplied; whether the rows or the columns of x are contiguous; the sizes M and K.
 CASES = {

@@ -27,7 +27,9 @@ if find_spec("triton") is None:
 import triton
 from triton_optim.kernels import multi_tensor
 
-from triton_optim import audit, audit_bounds, triton_launch
+from triton_optim.audit.audit import audit
+from triton_optim.audit.audit import bounds as audit_bounds
+from triton_optim.backends.triton import launch as triton_launch
 from triton_optim.cli import audit as command
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}

@@ -159,7 +159,7 @@ def test_numbers_that_are_tensors_on_the_host_are_brought_to_the_device(device: 
     optimizer.step()
     optimizer.param_groups[0]["lr"].fill_(0.25)
     optimizer.push_hyperparameters()
-    assert optimizer.on_device(device).group(0)["lr"] == 0.25
+    assert optimizer.hyperparameters.on_device(device).group(0)["lr"] == 0.25
 
 
 def test_numbers_of_every_kind_are_pushed(device: torch.device) -> None:
@@ -169,7 +169,7 @@ def test_numbers_of_every_kind_are_pushed(device: torch.device) -> None:
     for value in (torch.tensor(0.25), np.float32(0.5), np.array(0.125), 1):
         optimizer.param_groups[0] |= {"lr": value, "betas": (value / 2, value / 4)}
         optimizer.push_hyperparameters()
-        held = optimizer.on_device(device).group(0)
+        held = optimizer.hyperparameters.on_device(device).group(0)
         assert (held["lr"], *held["betas"]) == (float(value), float(value) / 2, float(value) / 4)
 
 
@@ -238,7 +238,7 @@ def test_trap_30_capturing_without_a_gradient_raises(device: torch.device, monke
     optimizer = triton_optim.AdamW(params, capturable=True)
     optimizer.step()
     params[1].grad = None
-    monkeypatch.setattr("triton_optim.optimizer.capturing", lambda device: True)
+    monkeypatch.setattr("triton_optim.engine.engine.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="parameter 1 requires a gradient and has none while a graph is captured"):
         optimizer.step()
 
@@ -247,7 +247,7 @@ def test_capturing_numbers_of_the_host_raises(device: torch.device, monkeypatch:
     params = start(device, torch.float32)
     optimizer = triton_optim.AdamW(params)
     optimizer.step()
-    monkeypatch.setattr("triton_optim.optimizer.capturing", lambda device: True)
+    monkeypatch.setattr("triton_optim.engine.engine.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="capturable=True"):
         optimizer.step()
 
@@ -257,7 +257,7 @@ def test_hyperparameters_that_changed_must_be_pushed_before_a_capture(device: to
     optimizer = triton_optim.AdamW(params, capturable=True)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.5
-    monkeypatch.setattr("triton_optim.on_device.capturing", lambda device: True)
+    monkeypatch.setattr("triton_optim.util.on_device.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="push_hyperparameters"):
         optimizer.step()
 
@@ -268,7 +268,7 @@ def test_a_model_that_changed_after_its_capture_is_refused(change: str, device: 
     optimizer = triton_optim.AdamW(params, capturable=True, backend="eager")
     optimizer.step()
     with monkeypatch.context() as patch:
-        patch.setattr("triton_optim.optimizer.capturing", lambda device: True)
+        patch.setattr("triton_optim.engine.engine.capturing", lambda device: True)
         optimizer.step()
     optimizer.push_hyperparameters()
     if change == "moved":

@@ -17,7 +17,8 @@ from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim
 from triton_optim import clip_grad_norm_, clip_grad_value_
-from triton_optim.gradient_norm import Norm, norm_from, on_one_device, partial_norms
+from triton_optim.backends.norms import partial_norms
+from triton_optim.buckets.gradient_norm import Norm, norm_from, on_one_device
 
 torchs_norm, torchs_value = torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_
 ORDERS = [1.0, 2.0, 3.0, 0.5, math.inf]

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim as to
-from triton_optim.line_search import Trial, strong_wolfe
+from triton_optim.optimizers.closure.line_search import Trial, strong_wolfe
 
 BOTH = pytest.mark.parametrize("cls", [to.LBFGS, to.NonlinearCG])
 SEARCHES = pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])

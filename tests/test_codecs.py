@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.cli import memory as command
-from triton_optim.codecs import Codec, codes, corrected, new_parts, read, write
+from triton_optim.core.convert import master
+from triton_optim.precision.codecs import Codec, codes, corrected, new_parts, read, write
 
 CODES = [codes("int8", False), codes("int8", True), codes("int4", False), codes("int4", True)]
 LARGEST = {"int8": 127, "uint8": 255, "int4": 7, "uint4": 15}
@@ -339,7 +340,7 @@ def test_split32_is_training_in_float32(name: str, backend: str, device: torch.d
         exact.step()
         if (step + 1) % (count // 10) == 0:
             for p, w in zip(ours, wide, strict=True):
-                assert torch.equal(triton_optim.convert.master(p, split), w)
+                assert torch.equal(master(p, split), w)
                 assert torch.equal(p, kept_as(codec, w.detach())[0])
     assert not torch.equal(ours[0], start[0])
 
@@ -353,7 +354,7 @@ def test_1000_updates_of_a_thousandth(precision: str, backend: str, device: torc
     for _ in range(count):
         optimizer.step()
     exact = 1 + count * 2.0**-10
-    value = triton_optim.convert.master(p, optimizer)
+    value = master(p, optimizer)
     if precision == "storage":
         assert (p == 1).all()
     elif precision == "kahan":
@@ -372,7 +373,7 @@ def test_split24_is_right_on_average(backend: str, device: torch.device) -> None
     count = steps(200, backend, device)
     for _ in range(count):
         optimizer.step()
-    error = triton_optim.convert.master(p, optimizer).double() / (start.double() * (1 + count * 2.0**-10)) - 1
+    error = master(p, optimizer).double() / (start.double() * (1 + count * 2.0**-10)) - 1
     assert abs(float(error.mean())) < 2.0**-17
     assert float(error.abs().max()) < 2.0**-10
 
@@ -426,7 +427,7 @@ def test_close_to_float32(name: str, backend: str, device: torch.device) -> None
     for p, w in zip(params, wide, strict=True):
         tolerance = 0.012 if "int4" in name else 0.004
         tolerance += 0.016 if "stochastic" in name else 0
-        assert float((triton_optim.convert.master(p, optimizer).float() - w).detach().abs().mean()) < tolerance / 2
+        assert float((master(p, optimizer).float() - w).detach().abs().mean()) < tolerance / 2
     assert any(isinstance(v, Tensor) and v.dtype == torch.int8 for v in optimizer.state[params[0]].values()) == (
         "int" in name or "split" in name
     )
@@ -471,11 +472,14 @@ def test_from_every_codec_into_every_other(name: str, into: str, device: torch.d
             tolerance = 0.3 if "int4" in into else 0.02
             assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
     for p, q in zip(params, twins, strict=True):
-        a, b = triton_optim.convert.master(p, optimizer).double(), triton_optim.convert.master(q, other).double()
+        a, b = (
+            master(p, optimizer).double(),
+            master(q, other).double(),
+        )
         if KEPT[into][1].get("param_precision") in CORRECTED:
             torch.testing.assert_close(a, b, rtol=2.0**-15, atol=1e-6)
-        names = {suffix for suffix in other.state[q] if suffix in triton_optim.codecs.CORRECTIONS}
-        assert names == set(triton_optim.codecs.parameter_codec(KEPT[into][1], q.dtype).suffixes)
+        names = {suffix for suffix in other.state[q] if suffix in triton_optim.precision.codecs.CORRECTIONS}
+        assert names == set(triton_optim.precision.codecs.parameter_codec(KEPT[into][1], q.dtype).suffixes)
 
 
 @rows(*(case for case in RULES if case.peer is not None))
@@ -487,7 +491,7 @@ def test_to_torch_and_back(case: Case, name: str, device: torch.device) -> None:
     before = everything(params, optimizer)
     saved = triton_optim.to_torch_state_dict(optimizer)
     assert_same(before, everything(params, optimizer))
-    wide = [Parameter(triton_optim.convert.master(p, optimizer).float()) for p in params]
+    wide = [Parameter(master(p, optimizer).float()) for p in params]
     theirs = case.peer(wide, **case.settings)
     theirs.load_state_dict(copy.deepcopy(saved))
     fresh = case.peer([Parameter(p.detach().clone()) for p in wide], **case.settings)
@@ -512,7 +516,7 @@ def test_to_torch_and_back(case: Case, name: str, device: torch.device) -> None:
 
 def test_options_may_change_in_mid_training(backend: str, device: torch.device) -> None:
     params, optimizer = trained(triton_optim.AdamW, "kahan", backend, device)
-    value = triton_optim.convert.master(params[0], optimizer)
+    value = master(params[0], optimizer)
     group = optimizer.param_groups[0]
     group["param_precision"], group["state_dtype"] = "split32", "int8"
     saved = triton_optim.to_torch_state_dict(optimizer)["state"][0]["exp_avg"]
@@ -520,7 +524,7 @@ def test_options_may_change_in_mid_training(backend: str, device: torch.device) 
     go_on(params, optimizer, range(3, 4))
     assert "compensation" not in optimizer.state[params[0]]
     assert optimizer.state[params[0]]["exp_avg"].dtype == torch.int8
-    assert torch.equal(triton_optim.convert.master(params[0], optimizer), value)
+    assert torch.equal(master(params[0], optimizer), value)
     random = torch.Generator().manual_seed(4)
     g = torch.randn(SHAPES[0], generator=random).to(device, BF16).float()
     found = triton_optim.to_torch_state_dict(optimizer)["state"][0]["exp_avg"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import triton_optim
-from triton_optim import compile_ahead, dispatch
+from triton_optim import dispatch
+from triton_optim.backends.triton import compile_ahead
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def test_an_optimizer_of_the_triton_backend_begins_where_triton_compiles(
     begun: list[int], interpreter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = dispatch.this_machine()._replace(interpreter=interpreter)
-    monkeypatch.setattr("triton_optim.optimizer.this_machine", lambda: machine)
-    monkeypatch.setattr("triton_optim.optimizer.choose", lambda *_: dispatch.Choice("triton", "a test"))
+    monkeypatch.setattr("triton_optim.core.optimizer.this_machine", lambda: machine)
+    monkeypatch.setattr("triton_optim.core.optimizer.choose", lambda *_: dispatch.Choice("triton", "a test"))
     triton_optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
     assert bool(begun) != interpreter
 
@@ -49,4 +50,4 @@ def test_it_is_begun_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     assert done == []
     go.set()
     compile_ahead.wait()
-    assert done == ["triton_optim.compile_ahead"]
+    assert done == ["triton_optim.backends.triton.compile_ahead"]

@@ -18,9 +18,11 @@ from ptx_machine.global_memory import Span
 from triton_optim.kernels import multi_tensor
 
 import triton_optim
-from triton_optim import dispatch, triton_backend
-from triton_optim.gradient_norm import Norm, partial_norms
-from triton_optim.stub_driver import Launched
+from triton_optim import dispatch
+from triton_optim.backends.norms import partial_norms
+from triton_optim.backends.triton import bucket as triton_backend
+from triton_optim.backends.triton.stub_driver import Launched
+from triton_optim.buckets.gradient_norm import Norm
 
 pytestmark = pytest.mark.compiled
 
@@ -116,7 +118,7 @@ def test_an_offset_of_32_bits(wide: bool, machine: Executor, mutate: Mutate) -> 
     p.grad = torch.ones_like(p)
     optimizer = triton_optim.SGD([p], backend="triton")
     optimizer.step()
-    (bucket,) = optimizer._plan.buckets
+    (bucket,) = optimizer.engine.plan.buckets
     numel = 2**31 + 2048
     machine.spans = [Span(at, at + 4 * numel, name, absent=True) for at, name in ((1 << 45, "p"), (1 << 46, "g"))]
     bucket.chunks[0, 1] = numel // 1024 - 1

@@ -35,7 +35,8 @@ from table import CASES, Case
 from triton_optim.kernels.language import PRIMITIVES, jit, maximum, minimum, sign, where
 
 import triton_optim
-from triton_optim.gradient_norm import Norm, norm_from, on_one_device, partial_norms
+from triton_optim.backends.norms import partial_norms
+from triton_optim.buckets.gradient_norm import Norm, norm_from, on_one_device
 
 pytestmark = pytest.mark.compiled
 ELEMENTWISE = [case for case in CASES if case.elementwise and not case.sparse]

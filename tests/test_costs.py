@@ -11,7 +11,8 @@ import pytest
 import torch
 from steps import every_step, two_steps
 
-from triton_optim import compiled_backend, compiled_norm
+from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import norm as compiled_norm
 
 
 @pytest.fixture

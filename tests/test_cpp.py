@@ -24,12 +24,17 @@ from triton_optim.kernels.language import abs, jit, sqrt, where
 from triton_optim.kernels.straight import straight
 
 import triton_optim
-from triton_optim import RuleOptimizer, compiled_norm, cpp_build, cpp_chunks, cpp_norm, gradient_norm, once
+from triton_optim import RuleOptimizer
+from triton_optim.backends.compiled import norm as compiled_norm
+from triton_optim.backends.cpp import chunks as cpp_chunks
+from triton_optim.backends.cpp import norm as cpp_norm
+from triton_optim.backends.cpp.source import source
+from triton_optim.buckets import gradient_norm
+from triton_optim.buckets.gradient_norm import Norm, eager_partial_norms, norm_from
 from triton_optim.cli import doctor
-from triton_optim.codecs import codes, plain
-from triton_optim.cpp_source import source
 from triton_optim.dispatch import cxx_compiler, this_machine
-from triton_optim.gradient_norm import Norm, eager_partial_norms, norm_from
+from triton_optim.precision.codecs import codes, plain
+from triton_optim.util import cpp_build, once
 
 pytestmark = CPP
 BF16 = torch.bfloat16
@@ -60,7 +65,7 @@ def optimizer_of(a_rule: Any) -> type[RuleOptimizer]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty folder for libraries, in a process that has built none and said nothing."""
-    from triton_optim import cpp_backend
+    from triton_optim.backends.cpp import bucket as cpp_backend
 
     def forget() -> None:
         for remembered in (cpp_backend.step_of, cpp_norm.sums_of, cpp_build.version, this_machine):
@@ -237,7 +242,7 @@ def test_subnormal_numbers_are_not_flushed() -> None:
 
 def test_trap_20_an_index_goes_past_2_32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of a sharded parameter: its elements are numbered on, and the upper half of the index counts."""
-    from triton_optim import bucket
+    from triton_optim.buckets import bucket
 
     first = 2**32 - 1000
     monkeypatch.setattr(bucket, "first_index", lambda p: first)
@@ -309,7 +314,7 @@ def test_a_library_is_built_once_and_kept(fresh: Path) -> None:
     one_step(backend="cpp")
     (library,) = fresh.glob("*.so")
     written = library.stat().st_mtime_ns
-    from triton_optim import cpp_backend
+    from triton_optim.backends.cpp import bucket as cpp_backend
 
     cpp_backend.step_of.cache_clear()
     p, _ = one_step(backend="cpp")
@@ -325,7 +330,7 @@ def test_a_corrupt_library_is_built_again(damage: str, fresh: Path) -> None:
     broken = {"truncated": whole[: len(whole) // 2], "altered": whole[:3000] + b"\0" * 64 + whole[3064:], "empty": b""}
     library.unlink()  # the file itself is in use
     library.write_bytes(broken[damage])
-    from triton_optim import cpp_backend
+    from triton_optim.backends.cpp import bucket as cpp_backend
 
     cpp_backend.step_of.cache_clear()
     p, _ = one_step(backend="cpp")

@@ -22,8 +22,9 @@ from steps import BF16, F32, WHOLE, Step
 from stub_launches import address, forget_kernels
 from torch import Tensor
 
-from triton_optim import AdamW, dispatch, stub_driver
-from triton_optim.triton_launch import Launcher
+from triton_optim import AdamW, dispatch
+from triton_optim.backends.triton import stub_driver
+from triton_optim.backends.triton.launch import Launcher
 
 pytestmark = [
     pytest.mark.compiled,

@@ -13,7 +13,8 @@ from torch.utils._device import _device_constructors
 
 import triton_optim as to
 from triton_optim import kernels
-from triton_optim.gradient_norm import Norm, norm_from, partial_norms
+from triton_optim.backends.norms import partial_norms
+from triton_optim.buckets.gradient_norm import Norm, norm_from
 
 BF16 = torch.bfloat16
 OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_optim.kernels.language import jit
 
 import triton_optim
-from triton_optim.recording import Recorder, Unrecorded, reads_its_arguments_alone
+from triton_optim.backends.triton.recording import Recorder, Unrecorded, reads_its_arguments_alone
 
 pytestmark = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
 F64 = torch.float64
@@ -111,7 +111,7 @@ def test_a_bucket_without_any_gradient_is_left_out(device: torch.device) -> None
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    optimizer._plan = None
+    optimizer.engine.plan = None
     params[1].grad = None
     optimizer.step()
     assert [p[0].item() for p in params] == [-1.5, 0.0]

@@ -154,7 +154,7 @@ def test_buckets_split_by_dtype_and_device_type(device: torch.device) -> None:
 
 
 def test_auto_falls_back_to_eager_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton_optim import compiled_backend
+    from triton_optim.backends.compiled import bucket as compiled_backend
 
     def failing(*_: object) -> None:
         raise OSError("no space left")

@@ -18,7 +18,7 @@ from triton_optim.dispatch import this_machine
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: nothing is launched")
 # The process reads this when it starts, and is then as if its driver did so.
 BROKEN = """
-from triton_optim.stub_driver import {owner}
+from triton_optim.backends.triton.stub_driver import {owner}
 def broken(*_):
     {does}
 {owner}.{method} = broken

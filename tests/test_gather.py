@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import Parameter
 
 import triton_optim as to
-from triton_optim import cpp_build, gather
 from triton_optim.dispatch import this_machine
-from triton_optim.plan import Plan
+from triton_optim.engine.plan import Plan
+from triton_optim.util import cpp_build, gather
 
 pytestmark = pytest.mark.skipif(not this_machine().cpp, reason="what gathers is built on Linux with a compiler")
 SHAPES = [(3, 2, 1, 1), (4, 2, 3, 3), (7,), (), (5, 2), (3, 3)]
@@ -263,8 +263,8 @@ def test_parameters_are_not_kept_alive(device):
     for step in range(3):
         give_gradients(params, step)
         opt.step()
-    assert all(bucket._gatherer is not None for bucket in opt._plan.buckets)
-    gone = [weakref.ref(params[0]), weakref.ref(opt._plan.buckets[0]._gatherer)]
+    assert all(bucket._gatherer is not None for bucket in opt.engine.plan.buckets)
+    gone = [weakref.ref(params[0]), weakref.ref(opt.engine.plan.buckets[0]._gatherer)]
     del params, opt
     gc.collect()
     assert [there() for there in gone] == [None, None]
@@ -318,7 +318,7 @@ def test_a_compiler_that_fails_is_not_in_the_way(device, monkeypatch):
     library._thread.join()
     assert library.loaded is None
     assert "no-such-option" in library.obstacle
-    monkeypatch.setattr("triton_optim.plan.library", library)
+    monkeypatch.setattr("triton_optim.engine.plan.library", library)
     params = made(device)
     opt = to.AdamW(params, lr=0.1)
     for step in range(3):
@@ -349,7 +349,7 @@ def test_a_process_that_ends_meanwhile_leaves_nothing(tmp_path):
 
 
 def test_few_parameters_are_gathered_where_others_had_it_compiled(device, looks, monkeypatch):
-    monkeypatch.setattr("triton_optim.plan.WORTHWHILE", len(SHAPES) + 1)
+    monkeypatch.setattr("triton_optim.engine.plan.WORTHWHILE", len(SHAPES) + 1)
     params = made(device)
     opt = to.AdamW(params, lr=0.1)
     for step in range(3):

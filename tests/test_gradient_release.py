@@ -16,8 +16,8 @@ from torch.nn import Parameter
 from two_tensor import parameter, value_of
 
 import triton_optim as to
-from triton_optim import plan
-from triton_optim.plan import Plan
+from triton_optim.engine import plan
+from triton_optim.engine.plan import Plan
 
 BF16 = torch.bfloat16
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -79,7 +79,7 @@ def train(pairs: list[tuple[Model, Any]], steps: Any, schedules: Any = ()) -> No
     for step in steps:
         for own, opt in pairs:
             backward(own, step)
-            if opt._release is not None:
+            if opt.engine.release is not None:
                 assert all(p.grad is None for p in own.parameters())
             opt.step()
             opt.zero_grad()
@@ -264,7 +264,7 @@ def test_a_copy_of_the_optimizer_releases_nothing(device):
     pairs = pair(device)
     to.enable_gradient_release(pairs[1][1])
     _, opt = copy.deepcopy(pairs[1])
-    assert opt._release is None
+    assert opt.engine.release is None
     assert not opt._step_supports_amp_scaling
 
 
@@ -439,7 +439,7 @@ def test_what_needs_all_gradients_at_once(options, named, device):
     with pytest.raises(RuntimeError, match=next(iter(options))) as error:
         to.enable_gradient_release(opt)
     explains(error, "AdamW", named, "Leave one of them out")
-    assert opt._release is None
+    assert opt.engine.release is None
 
 
 def test_twice(device):
@@ -451,7 +451,7 @@ def test_twice(device):
     with pytest.raises(RuntimeError, match="parameter 0") as error:
         to.enable_gradient_release(other)
     explains(error, "remove()")
-    assert opt._release is handle
+    assert opt.engine.release is handle
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")

@@ -14,8 +14,8 @@ from table import CASES, EVERY, array, each_case, rows, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim as to
-from triton_optim.bucket import Bucket
-from triton_optim.plan import Plan
+from triton_optim.buckets.bucket import Bucket
+from triton_optim.engine.plan import Plan
 
 NEVER = 5  # the last of six parameters never gets a gradient
 BY_NAME = {case.name: case for case in CASES}

@@ -12,14 +12,15 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_optim
-from triton_optim import compiled_backend, compiled_norm
+from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import norm as compiled_norm
 
 BF16 = torch.bfloat16
 SHAPES = [(40, 33), (7,), (3, 5)]
 WHOLE: dict[str, Any] = {"max_grad_norm": 1.0, "ema_decay": 0.9}
 CODED: dict[str, Any] = {"param_precision": "stochastic", "state_dtype": "int8", "ema_dtype": BF16}
 if TRITON_LOOPS:
-    from triton_optim.triton_launch import Launcher
+    from triton_optim.backends.triton.launch import Launcher
 
 needs_triton = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
 

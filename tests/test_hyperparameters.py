@@ -15,7 +15,7 @@ from conftest import BACKENDS
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.hyperparameters import GroupValues
+from triton_optim.util.hyperparameters import GroupValues
 
 START: dict[str, Any] = {"params": [], "lr": 0.1, "betas": (0.9, 0.99), "nesterov": False, "mode": "a"}
 

@@ -35,7 +35,9 @@ from triton_optim.kernels.language import (
 from triton_optim.kernels.lines import WORDS
 
 import triton_optim
-from triton_optim import RuleOptimizer, cpp_backend, cpp_source
+from triton_optim import RuleOptimizer
+from triton_optim.backends.cpp import bucket as cpp_backend
+from triton_optim.backends.cpp import source as cpp_source
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
 UNARY = ["abs", "exp", "floor", "log", "sign", "sqrt"]

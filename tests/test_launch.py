@@ -29,10 +29,13 @@ from stub_launches import (
 )
 from triton_optim.kernels import gradient_norm, symmetric_product
 
-from triton_optim import SGD, AdamW, RuleOptimizer, stub_driver, triton_backend
-from triton_optim.gradient_norm import Norm, partial_norms
-from triton_optim.symmetric_product import symmetric_product as product_of
-from triton_optim.triton_launch import Launcher
+from triton_optim import SGD, AdamW, RuleOptimizer
+from triton_optim.backends.norms import partial_norms
+from triton_optim.backends.triton import bucket as triton_backend
+from triton_optim.backends.triton import stub_driver
+from triton_optim.backends.triton.launch import Launcher
+from triton_optim.buckets.gradient_norm import Norm
+from triton_optim.optimizers.matrix.symmetric_product import symmetric_product as product_of
 
 pytestmark = pytest.mark.compiled
 

@@ -18,7 +18,9 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import PRIMITIVES, jit
 
 import triton_optim
-from triton_optim import dispatch, fallback, plan, stub_driver
+from triton_optim import dispatch
+from triton_optim.backends.triton import stub_driver
+from triton_optim.engine import fallback, plan
 
 pytestmark = pytest.mark.compiled
 

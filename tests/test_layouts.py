@@ -79,7 +79,7 @@ def step(opt, params, gradients):
             p.grad = g
         opt.step()
     else:  # torch < 2.10 refuses such a gradient wherever it is assigned
-        opt.update(list(gradients))
+        opt.engine.update(list(gradients))
 
 
 def array(t):

@@ -111,7 +111,7 @@ def test_a_state_that_stays_takes_no_new_plan(backend: str, device: torch.device
     for step in range(STEPS):
         give_gradients(params, step)
         opt.step()
-        plans.add(id(opt._plan))
+        plans.add(id(opt.engine.plan))
     assert len(plans) == 1
 
 
@@ -282,8 +282,8 @@ def test_a_wrapper_is_stepped_by_its_own_operations(name: str, device: torch.dev
             opt.step()
         ended.append([value_of(p) if isinstance(p, TwoTensor) else p.detach() for p in params])
         if wraps:
-            assert opt._plan is not None
-            assert {b.key.choice.backend for b in opt._plan.buckets if any(m.index == 1 for m in b.members)} == {
+            assert opt.engine.plan is not None
+            assert {b.key.choice.backend for b in opt.engine.plan.buckets if any(m.index == 1 for m in b.members)} == {
                 "eager"
             }
     for plain, wrapped in zip(*ended, strict=True):

@@ -107,7 +107,7 @@ def test_trap_1_more_than_2_31_elements_on_a_gpu(backend, device):
 
 def test_trap_1_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
     """Inductor indexes by 32 bits on a GPU; longer tensors go through in pieces, the last one short."""
-    from triton_optim import compiled_backend
+    from triton_optim.backends.compiled import bucket as compiled_backend
 
     assert compiled_backend.LONGEST < 2**31
     start, gradients = values(2500, 0, device), [values(2500, 1, device), values(2500, 2, device)]

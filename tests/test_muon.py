@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim import newton_schulz as module
-from triton_optim.newton_schulz import newton_schulz
-from triton_optim.symmetric_product import symmetric_product
+from triton_optim.optimizers.matrix import newton_schulz as module
+from triton_optim.optimizers.matrix.newton_schulz import newton_schulz
+from triton_optim.optimizers.matrix.symmetric_product import symmetric_product
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(6, 4), (4, 6), (5, 5), (4, 6), (1, 7), (9, 1), (6, 4)]

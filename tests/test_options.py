@@ -14,9 +14,9 @@ from table import CASES, Case, each_case, rows
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.codecs import PARAM_PRECISIONS, STATE_CODES
 from triton_optim.dispatch import BACKENDS
 from triton_optim.options import LINES, OPTIONS, Options
+from triton_optim.precision.codecs import PARAM_PRECISIONS, STATE_CODES
 
 SGD = triton_optim.SGD.variants[0].rule
 

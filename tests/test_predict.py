@@ -18,11 +18,12 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing to compile", allow_module_level=True)
 
-from triton_optim import audit, predict
+from triton_optim.audit.audit.gpu_model import Kernel, estimate, resident_programs
+from triton_optim.audit.audit.gpus import GPUS, SM_80, Gpu
+
+from triton_optim.audit.audit import audit, predict
 from triton_optim.bench.models import shapes
 from triton_optim.cli import audit as command
-from triton_optim.gpu_model import Kernel, estimate, resident_programs
-from triton_optim.gpus import GPUS, SM_80, Gpu
 
 # 10 units with 4 schedulers each, at 1 GHz, and 1 TB/s of which half is reached.
 GPU = Gpu("", "", "", SM_80, units=10, clock=1e9, memory=1e12, bandwidth=1e12, share=0.5, source="")

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import jit
 
 import triton_optim
-from triton_optim import adafactor, plan
+from triton_optim.engine import plan
+from triton_optim.optimizers import adafactor
 
 
 class DescentScalars(NamedTuple):

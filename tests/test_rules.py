@@ -38,7 +38,8 @@ from triton_optim.kernels.language import (
 from triton_optim.kernels.straight import straight
 
 import triton_optim
-from triton_optim import RuleOptimizer, fallback
+from triton_optim import RuleOptimizer
+from triton_optim.engine import fallback
 
 tl = language.tl
 F32, F64 = torch.float32, torch.float64

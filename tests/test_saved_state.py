@@ -14,7 +14,7 @@ from table import CASES, Case, rows
 from test_errors import Unchanged, explains
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels.adam import adam
+from triton_optim.kernels.rules.adam import adam
 
 import triton_optim as to
 

@@ -31,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_optim as to
-from triton_optim.plan import Plan
+from triton_optim.engine.plan import Plan
 
 RANKS = 4
 SETTINGS = {"lr": 0.1, "weight_decay": 0.1}

@@ -8,8 +8,8 @@ from array import array
 import pytest
 import torch
 
-from triton_optim import staging
-from triton_optim.staging import SLOTS, Staging
+from triton_optim.backends.triton import staging
+from triton_optim.backends.triton.staging import SLOTS, Staging
 
 
 def test_on_the_cpu_a_table_is_written_where_it_lies() -> None:

@@ -48,11 +48,12 @@ from user_actions import (
     values,
 )
 
-from triton_optim import codecs, compiled_backend
-from triton_optim.averaging import value_of
-from triton_optim.checkpoint import saved_state
-from triton_optim.codecs import Codec, held_codec, held_parameter_codec, part_names, read
-from triton_optim.layout import flat
+from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.core.checkpoint import saved_state
+from triton_optim.precision import codecs
+from triton_optim.precision.averaging import value_of
+from triton_optim.precision.codecs import Codec, held_codec, held_parameter_codec, part_names, read
+from triton_optim.util.layout import flat
 
 BY_HAND = int(os.environ.get("TRITON_OPTIM_FUZZ", "0"))
 LOG = os.environ.get("TRITON_OPTIM_FUZZ_LOG")

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.codecs import stochastic, write
-from triton_optim.random_bits import bits_of_elements, host_row_key, row_key, tensor_keys
+from triton_optim.precision.codecs import stochastic, write
+from triton_optim.precision.random_bits import bits_of_elements, host_row_key, row_key, tensor_keys
 
 pytestmark = pytest.mark.usefixtures("two_slots")
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from triton_optim import dispatch
-from triton_optim import symmetric_product as module
-from triton_optim.symmetric_product import symmetric_product
+from triton_optim.optimizers.matrix import symmetric_product as module
+from triton_optim.optimizers.matrix.symmetric_product import symmetric_product
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}

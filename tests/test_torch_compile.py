@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim
-from triton_optim import compiled_backend
+from triton_optim.backends.compiled import bucket as compiled_backend
 
 pytestmark = [
     # torch's own compiler warns: of what torch deprecates, and when it looks at a tensor between two graphs.

@@ -82,7 +82,7 @@ def test_decay_and_power_of_asgd_are_not_negative(name: str, value: float) -> No
 def test_factors_of_muon_are_torchs(shape: tuple[int, int]) -> None:
     """Of each name that the installed torch knows; the new one goes below 1 for wide matrices."""
     rows, columns = shape
-    factors = triton_optim.muon.ADJUST
+    factors = triton_optim.optimizers.matrix.muon.ADJUST
     for name, factor in factors.items():
         if name != "spectral_unclamped" or TORCH >= (2, 14):
             assert factor(*shape) == pytest.approx(torch.optim._muon._adjust_lr(1.0, name, torch.Size(shape)))

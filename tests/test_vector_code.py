@@ -5,8 +5,8 @@ import threading
 import torch
 
 import triton_optim
-from triton_optim import vector_code
-from triton_optim.compiled_backend import rounded
+from triton_optim.backends.compiled import vector_code
+from triton_optim.backends.compiled.bucket import rounded
 
 
 def numbers() -> torch.Tensor:

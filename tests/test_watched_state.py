@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.state import State
+from triton_optim.buckets.state import State
 
 ONES = torch.ones(5)
 

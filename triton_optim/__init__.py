@@ -1,31 +1,32 @@
 """Optimizers for PyTorch, each written once as a Triton function and run by Triton, torch.compile or eagerly."""
 
 from . import dispatch
-from .adadelta import Adadelta
-from .adafactor import Adafactor
-from .adagrad import Adagrad
-from .adam import Adam, AdamW
-from .adamax import Adamax
-from .amp import GradScaler
-from .asgd import ASGD
-from .clipping import clip_grad_norm_, clip_grad_value_
-from .convert import load_master_state_dict, load_torch_state_dict, master_state_dict, to_torch_state_dict
-from .explain import explain
-from .foreign import convert_state_dict
-from .gradient_release import GradientRelease, enable_gradient_release
-from .lbfgs import LBFGS
-from .lion import Lion
-from .memory import MemoryReport, memory_report
-from .muon import Muon, muon_param_groups
-from .nadam import NAdam
-from .nonlinear_cg import NonlinearCG
-from .optimizer import RuleOptimizer, Variant
+from .core.convert import load_master_state_dict, load_torch_state_dict, master_state_dict, to_torch_state_dict
+from .core.explain import explain
+from .core.foreign import convert_state_dict
+from .core.memory import MemoryReport, memory_report
+from .core.optimizer import RuleOptimizer
+from .optimizers.adadelta import Adadelta
+from .optimizers.adafactor import Adafactor
+from .optimizers.adagrad import Adagrad
+from .optimizers.adam import Adam, AdamW
+from .optimizers.adamax import Adamax
+from .optimizers.asgd import ASGD
+from .optimizers.closure.lbfgs import LBFGS
+from .optimizers.closure.nonlinear_cg import NonlinearCG
+from .optimizers.lion import Lion
+from .optimizers.matrix.muon import Muon, muon_param_groups
+from .optimizers.nadam import NAdam
+from .optimizers.radam import RAdam
+from .optimizers.rmsprop import RMSprop
+from .optimizers.rprop import Rprop
+from .optimizers.sgd import SGD
+from .optimizers.sparse_adam import SparseAdam
 from .options import Options
-from .radam import RAdam
-from .rmsprop import RMSprop
-from .rprop import Rprop
-from .sgd import SGD
-from .sparse_adam import SparseAdam
+from .spec import Variant
+from .training.amp import GradScaler
+from .training.clipping import clip_grad_norm_, clip_grad_value_
+from .training.gradient_release import GradientRelease, enable_gradient_release
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Executes what Triton launches: the `on_launch` of `triton_optim.stub_driver`."""
+"""Executes what Triton launches: the `on_launch` of `triton_optim.backends.triton.stub_driver`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from triton_optim.stub_driver import Launched
+from triton_optim.backends.triton.stub_driver import Launched
 
 from .arithmetic import Approximate
 from .global_memory import GlobalMemory, Span

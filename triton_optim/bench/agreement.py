@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..convert import master
-from ..optimizer import RuleOptimizer
+from ..core.convert import master
+from ..core.optimizer import RuleOptimizer
 from .peers import first_line
 
 STEPS = 3

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gather
-from ..explain import explain
-from ..optimizer import RuleOptimizer
+from ..core.explain import explain
+from ..core.optimizer import RuleOptimizer
 from ..options import OPTIONS
+from ..util import gather
 from .agreement import Contender, Difference, differences
 from .measure import Measurement, Side, measure
 from .models import Shapes, elements, parameters

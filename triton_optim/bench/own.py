@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..named import load
+from ..util.named import load
 from .models import Shapes
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..named import load
+from ..util.named import load
 
 
 class Unavailable(Exception):

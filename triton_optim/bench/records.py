@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..provenance import provenance
+from ..util.provenance import provenance
 from .measure import Measurement
 from .peers import PEERS
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..memory import memory_report
-from ..optimizer import RuleOptimizer
+from ..core.memory import memory_report
+from ..core.optimizer import RuleOptimizer
 from .models import NAMED, Shapes, elements, shapes
 
 SHARE = 0.8  # of what is free: compilers and other programs need some

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..gpus import GPUS
-from ..table import table
+from ..audit.gpus import GPUS
+from ..util.table import table
+from .audit_options import KEPT, MODEL, RULES, chosen, default_results
 
 if TYPE_CHECKING:
-    from ..audit import Case, Measurement
+    from ..audit.audit import Case, Measurement
 
-MODEL, RULES, KEPT = "llama3_8b", "adamw", "fp32,bf16 stochastic,bf16 int8"  # that are predicted by default
 HEADER = ("rule", "dtypes", "arch", "regs", "spills", "loaded/floor", "stored/floor", "bits", "instr", "code")
 LEGEND = """\
 regs    registers a thread; on gfx942, vector registers
@@ -45,11 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, default=default_results(), metavar="DIR", help="with --predict: what was measured")
 
 
-def default_results() -> Path:
-    """The results of the checkout that this package lies in."""
-    return Path(__file__).parents[2] / "benchmarks" / "results"
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the audit; 0 if all is well, 1 if a case misses its bounds or the audit cannot start."""
     try:
@@ -59,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
             return audit_predict.run(args)
         cases = chosen_cases(args)
-        from .. import audit, audit_bounds
+        from ..audit import audit
+        from ..audit import bounds as audit_bounds
 
         measured = []
         for m in audit.audit(cases):
@@ -101,20 +97,11 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: an option names what is not there.
     """
-    from .. import audit
+    from ..audit import audit
 
     rules = chosen("--rule", args.rule, [rule.name for rule in audit.every_rule()])
     archs = chosen("--arch", args.arch, list(audit.TARGETS))
     return [case for case in audit.every_case(rules if args.rule else None) if case.arch in archs]
-
-
-def chosen(option: str, given: str | None, known: list[str]) -> list[str]:
-    """The names that an option gives, comma-separated, or all `known` ones."""
-    names = known if given is None else [name.strip() for name in given.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option} {given}: the audit knows no {name!r}. Choose from {', '.join(known)}.")
-    return names
 
 
 def show_progress(done: int, of: int) -> None:
@@ -139,7 +126,7 @@ def record(measured: list[Measurement], found: list[list[str]]) -> dict[str, obj
     """What ``--json`` writes."""
     import triton
 
-    from ..audit_bounds import bound_of
+    from ..audit.bounds import bound_of
 
     return {
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},

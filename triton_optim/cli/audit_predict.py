@@ -11,14 +11,14 @@ from typing import Any
 
 import triton
 
-from ..audit import DTYPES, every_rule
+from ..audit.audit import DTYPES, every_rule
+from ..audit.gpu_model import CACHE_LATENCY, LAUNCH, MEMORY_LATENCY, TABLE_READS
+from ..audit.gpus import GPUS
+from ..audit.predict import Prediction, measured_steps, predictions, what_fits
 from ..bench.models import shapes
-from ..gpu_model import CACHE_LATENCY, LAUNCH, MEMORY_LATENCY, TABLE_READS
-from ..gpus import GPUS
-from ..memory import gibibytes
-from ..predict import Prediction, measured_steps, predictions, what_fits
-from ..table import table
-from .audit import RULES, chosen, default_results
+from ..core.memory import gibibytes
+from ..util.table import table
+from .audit_options import RULES, chosen, default_results
 
 HEADER = ("gpu", "model", "rule", "kept as", "peak", "memory", "issue", "latency", "ends", "step", "limit", "measured")
 LEGEND = """\

@@ -18,11 +18,11 @@ from ..bench.own import own_shapes
 from ..bench.peers import PEERS, Unavailable, check_peer
 from ..bench.records import Record, write_file
 from ..bench.room import SHARE, bytes_per_parameter, cut, fitting_models, free_bytes
-from ..codecs import PARAM_PRECISIONS
+from ..core.memory import gibibytes
+from ..core.optimizer import RuleOptimizer
 from ..dispatch import BACKENDS
-from ..memory import gibibytes
-from ..named import load
-from ..optimizer import RuleOptimizer
+from ..precision.codecs import PARAM_PRECISIONS
+from ..util.named import load
 from .bench_terminal import open_console, print_comparison, progress_bar, say
 from .memory import DTYPES, STATES, optimizers
 

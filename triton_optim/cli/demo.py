@@ -15,7 +15,7 @@ import torch
 
 import triton_optim
 
-from ..provenance import device_name, provenance
+from ..util.provenance import device_name, provenance
 from . import demo_record, demo_training, interpreter_check
 from .demo_terminal import open_console, print_dispatch, print_step_times, print_trainings, progress_bar, say
 from .demo_training import TRAININGS, Training, largest_difference, ratios_to_fused

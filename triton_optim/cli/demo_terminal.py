@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from triton_optim.explain import Explanation
+    from triton_optim.core.explain import Explanation
 
 PIPED_WIDTH = 100
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..cpp_build import BuildError, folder
+from ..backends.triton.stub_driver import TARGETS
 from ..dispatch import BACKENDS, Machine, Request, choose, cxx_compiler, this_machine, unable
-from ..gather import library
-from ..stub_driver import TARGETS
-from ..table import table
+from ..util.cpp_build import BuildError, folder
+from ..util.gather import library
+from ..util.table import table
 from .launch_check import check_launch, places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import triton_optim
 
-from .. import dispatch, stub_driver
+from .. import dispatch
+from ..backends.triton import stub_driver
 from .own_process import ProcessError, run_module
 
 SHAPES = ((), (1,), (33, 5), (1023,), (1025,), (64, 64))
@@ -91,7 +92,7 @@ def main() -> int:
     say(stage="start")
     start = time.perf_counter()
     where = sys.argv[1]
-    from ..triton_launch import Launcher
+    from ..backends.triton.launch import Launcher
 
     launches: list[str] = []
     stub = where in stub_driver.TARGETS

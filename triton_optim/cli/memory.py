@@ -9,9 +9,9 @@ import torch
 
 import triton_optim
 
-from ..codecs import PARAM_PRECISIONS, STATE_CODES
-from ..memory import memory_report, meta_parameter
-from ..optimizer import RuleOptimizer
+from ..core.memory import memory_report, meta_parameter
+from ..core.optimizer import RuleOptimizer
+from ..precision.codecs import PARAM_PRECISIONS, STATE_CODES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **{code: code for code in STATE_CODES}}

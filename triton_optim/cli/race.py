@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..provenance import provenance
 from ..race import RaceError, Results, race
 from ..race.contestants import checked_lrs, known_optimizers, read_options, split_names
 from ..race.names import require
 from ..race.records import write_whole
 from ..race.schedules import SCHEDULES
 from ..race.tasks import TASKS
+from ..util.provenance import provenance
 from . import demo_record
 
 INTERRUPTED = 130  # what shells give for SIGINT

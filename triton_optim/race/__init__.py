@@ -12,10 +12,11 @@ A task of one's own is a function that takes a seed and gives a :class:`Task`; s
 """
 
 from .contestants import Contestant
-from .event import Watcher, race
+from .event import race
 from .names import RaceError
 from .records import Record
 from .results import Results, Standing
+from .runs import Watcher
 from .task import Task
 
 __all__ = ["Contestant", "RaceError", "Record", "Results", "Standing", "Task", "Watcher", "race"]

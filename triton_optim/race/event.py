@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..named import cause_of
 from .contestants import Contestant, OwnOptimizer, contestant
 from .names import RaceError
-from .records import PRUNED, Record, Run, Store, digest, source_of
+from .records import Store
 from .results import Results
-from .schedules import Schedule, schedule_named
+from .runs import Race, Watcher, made_with_seed
+from .schedules import schedule_named
 from .task import MakeTask
-from .tasks import made, task_named
-from .training import Judged, train
-
-
-class Watcher:
-    """Is told how a race goes on; this one does nothing with it."""
-
-    def planned(self, runs: Mapping[str, int]) -> None:
-        """How many runs each contestant will have, by its label."""
-
-    def started(self, run: Run, steps: int) -> None:
-        """A run begins."""
-
-    def judged(self, run: Run, step: int, loss: float) -> None:
-        """The validation loss after `step` steps."""
-
-    def ended(self, run: Run, record: Record, again: bool) -> None:
-        """A run is done; `again` if its record was already there."""
-
-    def skipped(self, label: str, runs: int) -> None:
-        """Some of a contestant's runs were made elsewhere."""
+from .tasks import task_named
+from .tuning import tuned
 
 
 def race(
@@ -99,7 +79,7 @@ def race(
         store=Store(None if out is None else Path(out)),
         watcher=watcher or Watcher(),
     )
-    records = own.grid(lrs, seeds) if not tune else own.tuned(lrs, seeds, tune, storage)
+    records = own.grid(lrs, seeds) if not tune else tuned(own, lrs, seeds, tune, storage)
     return Results(name, own.steps, seeds, str(own.device), records, target)
 
 
@@ -141,121 +121,3 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         cause = str(error).splitlines()[0].rstrip(".")
         raise RaceError(f"The device {device} cannot be used: {cause}. Leave it out to choose automatically.") from None
     return chosen
-
-
-def made_with_seed(name: str, make: MakeTask, seed: int) -> Any:
-    """The task for a seed, and nothing changed in torch's generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return made(name, make, seed)
-
-
-@dataclass
-class Race:
-    """Who races on what, where records are kept, and who watches."""
-
-    name: str
-    make: MakeTask
-    contestants: list[Contestant]
-    schedules: dict[str, Schedule]
-    steps: int
-    device: torch.device
-    store: Store
-    watcher: Watcher
-
-    def grid(self, lrs: Sequence[float], seeds: int) -> list[Record]:
-        """The records of every contestant, schedule, learning rate and seed; a seed of all comes before the next."""
-        pairs = [(c, schedule) for c in self.contestants for schedule in self.schedules]
-        runs = [Run(c, schedule, lr, s) for s in range(seeds) for c, schedule in pairs for lr in c.grid(lrs)]
-        self.watcher.planned({c.label: sum(run.contestant is c for run in runs) for c in self.contestants})
-        self.check(run for run in runs if self.record(run) is None)
-        return [self.perform(run) for run in runs]
-
-    def tuned(self, lrs: Sequence[float], seeds: int, trials: int, storage: str | None) -> list[Record]:
-        """The records of all trials, and those of the best learning rate of each contestant and schedule."""
-        from .tuning import Search
-
-        pairs = [(c, schedule) for c in self.contestants for schedule in self.schedules]
-        self.watcher.planned({c.label: len(self.schedules) * (trials + seeds) for c in self.contestants})
-        usual = [Run(c, schedule, c.usual_lr, 0) for c, schedule in pairs]  # which is the first trial
-        self.check(run for run in usual if self.record(run) is None)
-        search = Search(self, lrs, trials, storage)
-        records, best = [], []
-        for c, schedule in pairs:
-            tried, lr = search.best_lr(c, schedule)
-            records += tried
-            best += [Run(c, schedule, lr, seed) for seed in range(seeds)] if lr else []
-            if lr is None:
-                self.watcher.skipped(c.label, seeds)
-        best.sort(key=lambda run: run.seed)
-        seen = {(r.optimizer, r.schedule, r.lr, r.seed): r for r in records}
-        seen.update({(r.optimizer, r.schedule, r.lr, r.seed): r for r in map(self.perform, best)})
-        return list(seen.values())
-
-    def check(self, runs: Iterable[Run]) -> None:
-        """Take two steps with each contestant and schedule of the runs: what fails, fails before hours are spent.
-
-        Raises:
-            RaceError: so it did.
-        """
-        for run in {(run.contestant.label, run.schedule): run for run in runs}.values():
-            try:
-                self.train(replace(run, seed=0), 2, lambda step, loss: False)
-            except RaceError:
-                raise
-            except Exception as error:
-                who = f"{run.contestant.label} with the schedule {run.schedule}"
-                raise RaceError(f"{who} cannot take a step on {self.name}: {cause_of(error)}") from error
-
-    def perform(self, run: Run, judged: Judged | None = None) -> Record:
-        """The record of a run, which is made if it is not there; a pruned one is made again where nothing judges.
-
-        Args:
-            run: which run.
-            judged: may end the run, see `train`.
-        """
-        record = self.record(run)
-        again = record is not None and (record.status != PRUNED or judged is not None)
-        if record is None or not again:
-            self.watcher.started(run, self.steps)
-
-            def watched(step: int, loss: float) -> bool:
-                self.watcher.judged(run, step, loss)
-                return judged is not None and judged(step, loss)
-
-            record = self.train(run, self.steps, watched)
-            self.store.put(self.key(run), self.content(run), record)
-        self.watcher.ended(run, record, again)
-        return record
-
-    def train(self, run: Run, steps: int, judged: Judged) -> Record:
-        """Make a run, of so many steps."""
-        task = made_with_seed(self.name, self.make, run.seed)
-        return train(run, task, self.schedules[run.schedule], steps, self.device, judged)
-
-    def record(self, run: Run) -> Record | None:
-        """The record of a run, if it was made."""
-        return self.store.get(self.key(run))
-
-    def key(self, run: Run) -> str:
-        """A name that is another one for every run that would give other numbers."""
-        return digest(self.content(run))
-
-    def content(self, run: Run) -> dict[str, Any]:
-        """What a run depends on."""
-        return {**self.search_content(run.contestant, run.schedule), "lr": run.lr, "seed": run.seed}
-
-    def search_content(self, c: Contestant, schedule: str) -> dict[str, Any]:
-        """What a search for the best learning rate depends on."""
-        return {
-            "task": [self.name, digest(source_of(self.make))],
-            "optimizer": [
-                c.label,
-                f"{c.build.__module__}.{getattr(c.build, '__qualname__', '')}",
-                digest(source_of(c.build)),
-            ],
-            "options": dict(c.options),
-            "schedule": [schedule, digest(source_of(self.schedules[schedule]))],
-            "steps": self.steps,
-            "device": self.device.type,
-        }

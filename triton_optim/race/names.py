@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ..named import load
+from ..util.named import load
 
 DISTRIBUTIONS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "optuna": "optuna"}
 

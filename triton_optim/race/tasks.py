@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..named import cause_of
+from ..util.named import cause_of
 from .charlm import charlm
 from .digits import digits
 from .names import RaceError, resolve

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..closure_driven import ClosureOptimizer
+from ..optimizers.closure.closure_driven import ClosureOptimizer
 from .records import DIVERGED, FINISHED, PRUNED, Record, Run
 from .schedules import Schedule
 from .task import Task, forever, moved

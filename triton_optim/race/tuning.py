@@ -11,16 +11,35 @@ from typing import TYPE_CHECKING, Any
 from .contestants import Contestant
 from .names import RaceError, require
 from .records import FINISHED, Record, Run, digest
+from .runs import Race
 
 if TYPE_CHECKING:
     import optuna
-
-    from .event import Race
 
 REACH = 30  # how many times the usual learning rate, and which part of it, is tried
 STARTUP = 3  # trials, at the usual learning rate and near both ends, before the sampler chooses and any is pruned
 ATTEMPTS = 10  # to open a new storage, whose tables another process may be making
 HEARTBEAT, GRACE = 30, 90  # seconds; the trial of a process that died is given up after GRACE
+
+
+def tuned(race: Race, lrs: Sequence[float], seeds: int, trials: int, storage: str | None) -> list[Record]:
+    """The records of all trials, and those of the best learning rate of each contestant and schedule."""
+    pairs = [(c, schedule) for c in race.contestants for schedule in race.schedules]
+    race.watcher.planned({c.label: len(race.schedules) * (trials + seeds) for c in race.contestants})
+    usual = [Run(c, schedule, c.usual_lr, 0) for c, schedule in pairs]  # which is the first trial
+    race.check(run for run in usual if race.record(run) is None)
+    search = Search(race, lrs, trials, storage)
+    records, best = [], []
+    for c, schedule in pairs:
+        tried, lr = search.best_lr(c, schedule)
+        records += tried
+        best += [Run(c, schedule, lr, seed) for seed in range(seeds)] if lr else []
+        if lr is None:
+            race.watcher.skipped(c.label, seeds)
+    best.sort(key=lambda run: run.seed)
+    seen = {(r.optimizer, r.schedule, r.lr, r.seed): r for r in records}
+    seen.update({(r.optimizer, r.schedule, r.lr, r.seed): r for r in map(race.perform, best)})
+    return list(seen.values())
 
 
 class Search:

@@ -1,0 +1,327 @@
+"""Compiles every rule for GPUs that need not be there, and measures what comes out.
+
+The time of an optimizer's step is the time to move its bytes, so much of its speed shows without a GPU: how many bytes
+an element are moved beside the fewest possible, by accesses of which width, with how many registers and instructions.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+import triton_optim
+
+from ..backends.triton.bucket import kept_as
+from ..backends.triton.tables import TRITON_DTYPES
+from ..buckets.rows import row_for
+from ..core.optimizer import RuleOptimizer
+from ..kernels import multi_tensor
+from ..kernels.straight import straight
+from ..precision.codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
+from ..spec import AVERAGE
+from .assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
+from .compiling import code_bytes, compile_kernel, listings, ptx_functions, resources, wrapping_offsets
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Kept(NamedTuple):
+    """How the parameter, the gradient and each state are kept: their dtypes, as an optimizer's options say more."""
+
+    parameter: torch.dtype
+    gradient: torch.dtype
+    state: torch.dtype
+    param_precision: str = "storage"
+    state_dtype: Any = None
+    whole: bool = False  # the step takes a signal, which scales and clips, and keeps an average of the weights
+
+
+_BF16 = (torch.bfloat16,) * 3
+DTYPES = {
+    "fp32": Kept(torch.float32, torch.float32, torch.float32),
+    "bf16": Kept(*_BF16),
+    "fp16": Kept(torch.float16, torch.float16, torch.float16),
+    "fp64": Kept(torch.float64, torch.float64, torch.float64),
+    "bf16+fp32": Kept(torch.bfloat16, torch.bfloat16, torch.float32),
+    "bf16 stochastic": Kept(*_BF16, "stochastic", torch.bfloat16),
+    "bf16 kahan": Kept(*_BF16, "kahan"),
+    "bf16 split24": Kept(*_BF16, "split24"),
+    "bf16 split32": Kept(*_BF16, "split32"),
+    "bf16 master": Kept(*_BF16, "master"),
+    "bf16 int8": Kept(*_BF16, "stochastic", "int8"),
+    "bf16 int4": Kept(*_BF16, "stochastic", "int4"),
+    "fp32 int8": Kept(torch.float32, torch.float32, torch.float32, state_dtype="int8"),
+    "fp32 whole": Kept(torch.float32, torch.float32, torch.float32, whole=True),
+}
+# What every rule is compiled as, and for which targets: two or one stand for all where more would say the same again.
+OF_EVERY_RULE = {"fp32": tuple(TARGETS), "bf16": ("sm_90",), "bf16 stochastic": ("sm_90", "gfx942")}
+# How values are kept is made beside the rule, in the same way for every one, and so are misaligned addresses: two rules
+# stand for all, each with signed and unsigned states, the second with the most.
+IN_EVERY_WAY = {"adamw": tuple(TARGETS), "adamw_amsgrad": ("sm_90", "gfx942")}
+BATCH = 24  # cases that a process reads together
+MISALIGNED = "bf16"  # of the narrowest elements, so that any wider access shows
+
+
+class AuditedRule(NamedTuple):
+    """A rule, the type of its scalars, and the optimizers that run it."""
+
+    name: str
+    rule: Any
+    state_names: tuple[str, ...]
+    scalars: type
+    optimizers: tuple[str, ...]
+    nonnegative: frozenset[str] = frozenset()
+
+
+class Case(NamedTuple):
+    """One compilation, in words that another process can look up."""
+
+    rule: str
+    dtypes: str
+    arch: str
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one compilation came to.
+
+    Attributes:
+        rule, optimizers, dtypes, arch, aligned: what was compiled; not aligned is the bucket of misaligned addresses.
+        roles: how each of p, g and the states is stored.
+        block, num_warps: the launch shape.
+        registers: a thread; on gfx942, vector registers.
+        scalar_registers: a wave, on gfx942.
+        spills: instructions that access the stack, and registers that AMD's compiler says it spilled.
+        stack_bytes, shared_bytes: a thread, a program.
+        loaded, stored: bytes an element that the full-chunk branch moves.
+        floor_loaded, floor_stored: the fewest possible: each role is read once, and each but g written once.
+        narrowest_bits, widest_bits: of the accesses of the full-chunk branch.
+        masked_accesses: how many of these a predicate may skip, on NVIDIA (a mask shows in no access on AMD).
+        instructions: an element, in the full-chunk branch, without the subroutines that it calls.
+        code_bytes: the whole kernel.
+        wrapping_offsets: values in the IR that may wrap at 2^31 elements.
+        fp_fusion: what the launch says of contraction to fused multiply-adds; None leaves it to Triton's default.
+        ptx_functions: for divisions, roots and the like, some of them inexact; empty on AMD.
+    """
+
+    rule: str
+    optimizers: tuple[str, ...]
+    dtypes: str
+    arch: str
+    aligned: bool
+    roles: dict[str, str]
+    block: int
+    num_warps: int
+    registers: int
+    scalar_registers: int | None
+    spills: int
+    stack_bytes: int
+    shared_bytes: int
+    loaded: float
+    stored: float
+    floor_loaded: float
+    floor_stored: float
+    narrowest_bits: int
+    widest_bits: int
+    masked_accesses: int
+    instructions: float
+    code_bytes: int
+    wrapping_offsets: list[str]
+    fp_fusion: bool | None
+    ptx_functions: list[str]
+
+
+@cache
+def every_rule() -> tuple[AuditedRule, ...]:
+    """The rules of all optimizers that the package exports, each once.
+
+    Raises:
+        ValueError: two rules have the same name.
+    """
+    optimizers: dict[str, RuleOptimizer] = {}
+    for name in triton_optim.__all__:
+        cls = getattr(triton_optim, name)
+        if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants:
+            optimizers[name] = cls([torch.zeros(1, 1, device="cpu", requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
+    # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
+    scalars = {name: type(row_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
+    by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
+    found: dict[str, AuditedRule] = {}
+    for name, opt in optimizers.items():
+        for rule, state_names, *_ in opt.variants:
+            rule = straight(rule)
+            known = found.get(rule.__name__)
+            if known is not None and (known.rule, known.state_names) != (rule, state_names):
+                raise ValueError(
+                    f"{name} and {known.optimizers[0]} have different rules named {known.name}: rename one"
+                )
+            users = (*(known.optimizers if known else ()), name)
+            own = by_default.get(rule, scalars[name])
+            unsigned = frozenset(opt.nonnegative)
+            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, users, unsigned)
+    return tuple(found.values())
+
+
+def role_codecs(rule: AuditedRule, dtypes: str) -> tuple[Codec, ...]:
+    """How p and the states of `rule` are kept in ``DTYPES[dtypes]``."""
+    kept = DTYPES[dtypes]
+    group = {"param_precision": kept.param_precision}
+    if kept.state_dtype in STATE_CODES:
+        states = [codes(kept.state_dtype, name in rule.nonnegative) for name in rule.state_names]
+    else:
+        of_state = plain if kept.state_dtype is None else stochastic
+        states = [of_state(kept.state)] * len(rule.state_names)
+    average = [plain(torch.float32)] * kept.whole
+    return (parameter_codec(group, kept.parameter), *states, *average)
+
+
+def every_case(rules: Sequence[str] | None = None) -> list[Case]:
+    """Rules in sets of dtypes for targets, and for misaligned addresses.
+
+    Args:
+        rules: their names, each in every set for every target; None is every rule, of which some stand for others.
+    """
+
+    def targets_of(rule: str, dtypes: str | None) -> list[str]:
+        every = rules is not None
+        return [a for a in TARGETS if every or a in (*IN_EVERY_WAY.get(rule, ()), *OF_EVERY_RULE.get(dtypes or "", ()))]
+
+    cases = []
+    for rule in every_rule():
+        if rules is not None and rule.name not in rules:
+            continue
+        different: dict[Any, str] = {}  # without states, two of the sets are the same
+        for dtypes, kept in DTYPES.items():
+            different.setdefault((role_codecs(rule, dtypes), kept.gradient), dtypes)
+        cases += [Case(rule.name, d, arch, True) for d in different.values() for arch in targets_of(rule.name, d)]
+        cases += [Case(rule.name, MISALIGNED, arch, False) for arch in targets_of(rule.name, None)]
+    return cases
+
+
+def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measurement]:
+    """Measure `cases`, in their order, in so many `processes` (default: one a core, at most 8).
+
+    Raises:
+        RuntimeError: Triton's interpreter has replaced its compiler.
+    """
+    if not isinstance(multi_tensor.multi_tensor, JITFunction):
+        raise RuntimeError(
+            f"TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '1')} puts an interpreter in the place of Triton's "
+            "compiler, so there is nothing to audit. Run it without: env -u TRITON_INTERPRET triton-optim audit"
+        )
+    batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
+    processes = min(processes or os.cpu_count() or 1, 8, len(batches))
+    if processes < 2:
+        measured = map(measure_cases, batches)
+        yield from chain.from_iterable(measured)
+        return
+    # Not forked: torch may have threads by now.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from chain.from_iterable(pool.map(measure_cases, batches))
+
+
+def measure_cases(cases: Sequence[Case]) -> list[Measurement]:
+    """Compile and measure some."""
+    rules = {rule.name: rule for rule in every_rule()}
+    return read([build(rules[case.rule], case.dtypes, case.arch, case.aligned) for case in cases])
+
+
+class Built(NamedTuple):
+    """A compiled case that is not yet read: what :func:`build` was given, and what it made."""
+
+    rule: AuditedRule
+    case: Case
+    kernel: ModuleType
+    kept: dict[str, Any]
+    compiled: Any
+
+
+def build(rule: AuditedRule, dtypes: str, arch: str, aligned: bool = True, kernel: ModuleType = multi_tensor) -> Built:
+    """Compile `rule` for ``TARGETS[arch]``, stored as ``DTYPES[dtypes]``.
+
+    Args:
+        aligned: whether every address is a multiple of 16.
+        kernel: the module of the multi-tensor kernel.
+    """
+    target, (parameter, gradient, *_), whole = TARGETS[arch], DTYPES[dtypes], DTYPES[dtypes].whole
+    kept = kept_as(role_codecs(rule, dtypes), gradient, target.warp_size, kernel, whole) | {"SIGNAL": whole}
+    compiled = compile_kernel(kernel, rule.rule, rule.scalars, parameter, kept, target, aligned)
+    return Built(rule, Case(rule.name, dtypes, arch, aligned), kernel, kept, compiled)
+
+
+def read(built: Sequence[Built]) -> list[Measurement]:
+    """Measure what was compiled.
+
+    Raises:
+        ValueError: the full-chunk branch cannot be found in what was compiled.
+    """
+    return [_measurement(one, text) for one, text in zip(built, listings([one.compiled for one in built]), strict=True)]
+
+
+def _measurement(built: Built, listing: str) -> Measurement:
+    rule, (_, dtypes, arch, aligned), kernel, kept, compiled = built
+    target, codecs, gradient = TARGETS[arch], role_codecs(rule, dtypes), DTYPES[dtypes].gradient
+    whole = DTYPES[dtypes].whole
+    blocks = (sass_blocks if target.backend == "cuda" else amdgcn_blocks)(listing)
+    instructions = [x for block in blocks for x in block.instructions]
+    branch = full_chunk_branch(blocks)
+    # A scale is read by each thread of its block, at one address, and written by one. Nothing else is as narrow.
+    scales = [(codec.dtypes[-1].itemsize, codec.sharing) for codec in codecs if codec.sharing]
+    accesses = [x for x in branch.accesses if x.moved not in {size for size, _ in scales}]
+    widths = [8 * x.moved for x in accesses]
+    elements = kernel.BLOCK / (kept["num_warps"] * target.warp_size)  # a thread
+    of_scales = sum(size / sharing for size, sharing in scales)
+    unread = codecs[0].dtypes[0].itemsize if codecs[0].name == "master" else 0
+    floor = sum(codec.nbytes for codec in codecs)
+    need = resources(compiled)
+    return Measurement(
+        rule=rule.name,
+        optimizers=rule.optimizers,
+        dtypes=dtypes,
+        arch=arch,
+        aligned=aligned,
+        roles={
+            role: "+".join(str(TRITON_DTYPES[dtype]) for dtype in codec.dtypes)
+            for role, codec in zip(
+                ("p", "g", *rule.state_names, *([AVERAGE] if whole else [])),
+                (codecs[0], plain(gradient), *codecs[1:]),
+                strict=True,
+            )
+        },
+        block=kernel.BLOCK,
+        num_warps=kept["num_warps"],
+        registers=need.registers,
+        scalar_registers=need.scalar_registers,
+        spills=need.spilled + sum(x.local for x in instructions),
+        stack_bytes=need.stack_bytes,
+        shared_bytes=need.shared_bytes,
+        loaded=sum(x.loaded for x in accesses) / elements + of_scales,
+        stored=sum(x.stored for x in accesses) / elements + of_scales,
+        floor_loaded=floor - unread + gradient.itemsize,
+        floor_stored=floor,
+        narrowest_bits=min(widths),
+        widest_bits=max(widths),
+        masked_accesses=sum(x.guarded for x in accesses),
+        instructions=sum(x.opcode != "NOP" for x in branch.instructions) / elements,
+        code_bytes=code_bytes(compiled, len(instructions)),
+        wrapping_offsets=wrapping_offsets(compiled.asm["ttir"]),
+        fp_fusion=kept.get("enable_fp_fusion"),
+        ptx_functions=ptx_functions(compiled),
+    )

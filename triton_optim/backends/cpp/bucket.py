@@ -1,0 +1,88 @@
+"""The C++ backend: one call updates every member of a bucket on a CPU, by a loop made of the rule's syntax tree."""
+
+from __future__ import annotations
+
+from array import array
+from ctypes import c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...buckets.bucket import Bucket
+from ...buckets.gradient_norm import EUCLIDEAN, Norm
+from ...buckets.key import Key
+from ...buckets.members import Member
+from ...buckets.rows import Row, row_for
+from ...precision.codecs import Codec
+from ...spec import Update
+from ...util.cpp_build import library
+from .chunks import Chunks
+from .norm import KINDS, chunk_sums, sums_of
+from .source import source
+
+
+@cache
+def step_of(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> Any:
+    """The compiled update, one for a process; see kernels/cpp/multi_tensor.h. A failure is not remembered here."""
+    step = library(source(rule, scalars, codecs, gradient, averaged)).step
+    step.argtypes, step.restype = [c_int64, *[c_void_p] * 6, c_int64], None
+    return step
+
+
+class CppBucket(Bucket):
+    """Holds the loop's tables: chunks and tensors, made once; gradients and rows, refreshed."""
+
+    takes_addresses = True
+
+    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
+        super().__init__(optimizer, key, members)
+        self.chunks = Chunks(self.numels)
+        kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
+        own = zip(self.numels, kept, strict=True)
+        self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
+        self.gradient_table = array("q")
+        self.call = self.prepare(optimizer, key, members)
+
+    @classmethod
+    def prepare(cls, optimizer: Update, key: Key, members: list[Member]) -> Any:
+        super().prepare(optimizer, key, members)
+        group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
+        scalars: Any = type(row_for(optimizer, group, 1).h)
+        if optimizer.max_grad_norm is not None or optimizer.amp is not None:
+            sums_of(EUCLIDEAN.kind, key.gradient)
+        return step_of(key.variant.rule, scalars, key.codecs, key.gradient, key.variant.averaged)
+
+    @classmethod
+    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
+        return 1
+
+    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
+        self.gradient_table = addresses
+        return True
+
+    def partial_norms(self, norm: Norm) -> list[Tensor] | None:
+        if self.key.variant.prologue or norm.kind not in KINDS:  # then the gradients are not in the table yet
+            return None
+        return [chunk_sums(self.chunks, self.gradient_table, self.key.gradient, norm)]
+
+    def run(self, rows: list[Row | None]) -> None:
+        if self.regrouped:
+            self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
+            self.regrouped = False
+        width = 1 + len(next(row.h for row in rows if row is not None)) + self.key.variant.averaged
+        cells = array("d")
+        for row in rows:
+            own = [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
+            cells.extend(map(float, own))
+        keys = self.random_keys(rows) if self.random else self.tensors
+        self.call(
+            *self.chunks.arguments(),
+            self.tensors.data_ptr(),
+            self.gradient_table.buffer_info()[0],
+            cells.buffer_info()[0],
+            keys.data_ptr(),
+            self.chunks.threads(),
+        )
+        self.mark_written()

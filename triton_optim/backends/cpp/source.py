@@ -1,0 +1,328 @@
+"""The C++ source of an update: a rule and how its roles are kept, as loops over the elements of a block or a chunk.
+
+What is kept with a scale a block takes several loops: one up to the new values, which wait in a buffer until the
+largest of the block is known, and one for the codes. A value is computed in the last loop that is early enough for its
+readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from ... import kernels
+from ...kernels.average import lerp
+from ...kernels.codecs import decode, encode, hashed
+from ...precision.codecs import Codec, plain
+from .chunks import CHUNK
+from .trace import BLOCK, DOUBLE, ELEMENT, FLOAT, INT, ONE, PAIR, Trace, UntranslatableError, Value
+
+# Of each dtype: its type in memory, and what reads an element of it and makes one.
+_STORAGE = {
+    torch.float64: ("double", "{0}", "{0}"),
+    torch.float32: ("float", "{0}", "{0}"),
+    torch.bfloat16: ("uint16_t", "from_bfloat16({0})", "to_bfloat16({0})"),
+    torch.float16: ("uint16_t", "from_float16({0})", "to_float16({0})"),
+    torch.int8: ("int8_t", "(int32_t){0}", "(int8_t){0}"),
+}
+# Read and made by functions for elements in a row, which are named as those for one.
+_IN_A_ROW = {torch.float16: ("from_float16", "to_float16")}
+# Elements that are taken at a time where some wait in buffers, which are to stay in the nearest cache. Of blocks it is
+# more than one, so that what one waits for is hidden behind the other.
+BATCH, BLOCKS = 256, 2
+
+_WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; else float
+
+
+def header(name: str) -> str:
+    """The text of a C++ file among the kernels."""
+    return files(kernels).joinpath("cpp").joinpath(name).read_text()
+
+
+def storage(dtypes: Container[torch.dtype]) -> str:
+    """The C++ text of what reads and makes numbers of these dtypes."""
+    return header("storage.h") + (header("float16.h") if torch.float16 in dtypes else "")
+
+
+class Part:
+    """A tensor of a role."""
+
+    def __init__(self, number: int, dtype: torch.dtype, each: int, padded: bool) -> None:
+        self.number, self.dtype, self.each = number, dtype, each
+        self.padded = padded  # there is an item for each element of an incomplete block
+        self.kind = _WIDE.get(dtype, FLOAT)
+        self.type, self.reading, self.making = _STORAGE[dtype]
+        self.in_a_row = _IN_A_ROW.get(dtype)
+
+
+class Source:
+    """The translation of an update; see :func:`source`."""
+
+    def __init__(
+        self, rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool
+    ) -> None:
+        self.scalars, self.codecs, self.averaged = scalars, codecs, averaged
+        self.compute = DOUBLE if codecs[0].dtypes[0] == torch.float64 else FLOAT
+        self.trace = Trace(self.compute)
+        self.sharing = max(codec.sharing for codec in codecs)
+        self.batch = max(BATCH, BLOCKS * self.sharing)
+        self.first = f"b * {self.sharing} + " if self.sharing else ""  # the number of a block's first element
+        self.parts: list[list[Part]] = []
+        self.loaded: dict[Value, Part] = {}
+        self.stores: list[tuple[Part, Value]] = []
+        number = 0
+        for codec in (codecs[0], plain(gradient), *codecs[1:]):
+            own = zip(codec.dtypes, codec.each, strict=True)
+            self.parts.append([Part(number + i, d, e, bool(codec.sharing)) for i, (d, e) in enumerate(own)])
+            number += len(codec.dtypes)
+        self.width = 1 + len(scalars._fields) + averaged
+        self._translate(rule)
+        self._place()
+
+    def _translate(self, rule: Any) -> None:
+        trace, codecs = self.trace, self.codecs
+        row = [trace.new(DOUBLE, ONE, f"row[{i}]", name="h") for i in range(self.width)]
+        roles = []
+        for parts, codec in zip(self.parts, (codecs[0], plain(self.parts[1][0].dtype), *codecs[1:]), strict=True):
+            value = self._codec(decode, tuple(map(self._load, parts)), codec.name)
+            roles.append(trace.as_kind(value, self.compute))
+        p, g, *states = roles
+        average = states.pop() if self.averaged else None
+        h = self.scalars(*row[1 : 1 + len(self.scalars._fields)])
+        new = trace.call(rule, p, trace.operation("{0} * {1}", (g, row[0])), *states, h)
+        if not isinstance(new, tuple) or len(new) != 1 + len(states):
+            raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(states)} states.")
+        bits = None
+        if any(codec.random for codec in codecs):
+            low, high, first, second = (
+                trace.new(INT, ONE, code, name="key") for code in ("low", "high", "key[2]", "key[3]")
+            )
+            index = trace.operation("{0} + {1}", (low, trace.new(INT, ELEMENT, f"(int32_t)({self.first}i)", name="i")))
+            bits = trace.call(hashed, index, high, first, second)
+        written = [self.parts[0], *self.parts[2:]]
+        for role, (codec, value) in enumerate(zip(codecs, new, strict=False)):
+            stored = self._keep(written[role], codec, trace.as_kind(value, self.compute), bits, role)
+            if role == 0 and average is not None:
+                again = trace.as_kind(self._codec(decode, stored, codec.name), self.compute)
+                new = (*new, trace.call(lerp, average, again, row[-1]))
+        if average is not None:
+            self._keep(written[-1], codecs[-1], new[-1], bits, len(codecs) - 1)
+
+    def _codec(self, function: Any, *arguments: Any) -> Any:
+        """What `decode` or `encode` returns: they are in float32, whatever the rule is in."""
+        self.trace.real = FLOAT
+        try:
+            return self.trace.call(function, *arguments)
+        finally:
+            self.trace.real = self.compute
+
+    def _load(self, part: Part) -> Value:
+        item = {1: ("[i]", ELEMENT), 2: ("[i]", PAIR)}.get(part.each, ("[0]", BLOCK))
+        value = self.trace.new(part.kind, item[1], part.reading.format(f"part{part.number}{item[0]}"), name="part")
+        self.loaded[value] = part
+        return value
+
+    def _keep(self, parts: list[Part], codec: Codec, value: Value, bits: Value | None, role: int) -> tuple[Value, ...]:
+        """Note the stores of a new value; what would be read again."""
+        trace = self.trace
+        if value.shape == ONE:
+            value = trace.new(value.kind, ELEMENT, "{0}", [value])
+        if codec.sharing:
+            value = trace.new(value.kind, ELEMENT, "{0}", [value], "there", "end")
+        kept = (value,)
+        if codec.name != "plain":
+            kept = self._codec(encode, trace.as_kind(value, FLOAT), bits, role, codec.name)
+        again = []
+        for i, (part, x) in enumerate(zip(parts, kept, strict=True)):
+            wide = trace.as_kind(x, part.kind)
+            making = part.making
+            if part.dtype == torch.bfloat16 and i == 0 and codec.exact:
+                making = "upper_half({0})"  # it is a bfloat16 number already
+            item = trace.new(part.type, wide.shape, making, [wide], "kept")
+            self.stores.append((part, item))
+            again.append(trace.new(part.kind, wide.shape, part.reading, [item], "again"))
+        return tuple(again)
+
+    # Which loop a value is computed in.
+
+    def _place(self) -> None:
+        """Number the loops, and note in which each value is made and which wait in buffers for later ones."""
+        earliest: dict[Value, int] = {}
+        for x in self.trace.values:
+            earliest[x] = max((earliest[a] + later(a, x) for a in x.arguments if a in earliest), default=0)
+        self.loop: dict[Value, int] = {}
+        last: dict[Value, int] = {}  # the loop that its first reader is in
+        pinned = {item for _, item in self.stores}
+        for x in reversed(self.trace.values):
+            if x in pinned:
+                last[x] = earliest[x]
+            if x not in last:
+                continue  # nobody reads it
+            self.loop[x] = earliest[x] if x.moves == "fold" or x.shape in (ONE, BLOCK) else last[x]
+            for a in x.arguments:
+                if a in earliest:
+                    last[a] = min(last.get(a, self.loop[x]), self.loop[x] - later(a, x))
+        self.written = {item: part for part, item in self.stores}
+        # Bytes of blocks are widened in a loop of their own, and made in one. So is what is made in a row, unless it is
+        # read again: what waits is not what is kept.
+        read = {a for x in self.loop for a in x.arguments}
+        self.narrow = {
+            x: part
+            for x, part in {**self.loaded, **self.written}.items()
+            if x in self.loop and x.shape != BLOCK
+            if part.padded or (part.in_a_row and not (x in self.written and x in read))
+        }
+        self.block = self.batch if self.sharing or self.narrow else CHUNK
+        self.waiting = {
+            a
+            for x in self.loop
+            for a in x.arguments
+            if a.shape in (PAIR, ELEMENT)
+            and (x.moves not in ("", "end") or self.loop[a] != self.loop[x] or a.shape != x.shape)
+        }
+
+    # The text.
+
+    def expression(self, x: Value) -> str:
+        if x.moves == "pick":
+            return f"{x.arguments[0].name}_b[{x.code}]"
+        if x.moves == "weave" or x in self.narrow:
+            return f"{x.name}_b[i]"
+        own = []
+        for a in x.arguments:
+            here = a.shape in (ONE, BLOCK) or (self.loop[a] == self.loop[x] and a.shape == x.shape)
+            own.append(a.name if here else f"{a.name}_b[i]")
+        return x.code.format(*own)
+
+    def lines(self) -> Iterable[str]:
+        """The statements of a call: loops over its blocks, one for each number of a loop. What is made in one and read
+        in a later one waits in memory.
+        """
+        live = [x for x in self.trace.values if x in self.loop]
+        parts = [part for parts in self.parts for part in parts]
+        gradient = self.parts[1][0]
+        buffers = {x: self.narrow[x].kind if x in self.narrow else x.kind for x in live
+                   if x in self.waiting or x.moves == "weave" or x in self.narrow}  # fmt: skip
+        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing or self.batch, BLOCK: 1}
+        # Of a block, read in a later loop than it is made in.
+        kept = {a for x in live for a in x.arguments if a.shape == BLOCK and self.loop[a] < self.loop[x]}
+        blocks = self.batch // (self.sharing or self.batch)
+        for x, kind in [*buffers.items(), *((x, x.kind) for x in live if x in kept)]:
+            yield f"alignas(64) {kind} {x.name}_a[{blocks * sizes[x.shape]}];"
+        yield from self._statements(x for x in live if x.shape == ONE)
+        count = f"(n + {self.sharing - 1}) / {self.sharing}" if self.sharing else "1"
+        for number in range(max(self.loop.values()) + 1):
+            yield f"for (int64_t b = 0; b < {count}; ++b) {{"
+            for part in parts:
+                const = "const " if part is gradient else ""
+                start = f" + b * {self.sharing // part.each}" if self.sharing else ""
+                yield f"    {const}{part.type} *part{part.number} = ({const}{part.type} *)parts[{part.number}]{start};"
+            for x, kind in buffers.items():
+                yield f"    {kind} *{x.name}_b = {x.name}_a + b * {sizes[x.shape]};"
+            own = [x for x in live if self.loop[x] == number]
+            read = {a for x in own for a in x.arguments}
+            for x in (x for x in live if x in kept and x in read and self.loop[x] < number):
+                yield f"    const {x.kind} {x.name} = {x.name}_a[b];"
+            yield from (f"    {line}" for line in self._of_block(live, own, number))
+            for x in (x for x in own if x in kept):
+                yield f"    {x.name}_a[b] = {x.name};"
+            yield "}"
+
+    def _of_block(self, live: list[Value], own: list[Value], number: int) -> Iterable[str]:
+        yield from self._statements(x for x in own if x.shape == BLOCK and not x.moves)
+        for shape, end in ((ELEMENT, self.sharing or "n"), (PAIR, self.sharing // 2)):
+            yield from self._loop([x for x in own if x.shape == shape], end)
+        for x in (x for x in live if x.moves == "weave" and self.loop[x] == number + 1):
+            first, second = x.arguments
+            yield f"for (int64_t i = 0; i < {self.sharing // 2}; ++i) {{"
+            yield f"    {x.name}_b[2 * i] = {first.name}_b[i], {x.name}_b[2 * i + 1] = {second.name}_b[i];"
+            yield "}"
+        for x in (x for x in own if x.moves == "end"):
+            yield f"for (int64_t i = n - b * {self.sharing}; i < {self.sharing}; ++i) {x.name}_b[i] = 0;"
+        for x in (x for x in own if x.moves == "fold"):
+            yield f"const {x.kind} {x.name} = {x.code}<{self.sharing}>({x.arguments[0].name}_b);"
+
+    def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
+        """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both
+        widths, as many elements would be taken at a time as a vector has bytes, of which the registers hold few values.
+        """
+        if not values:
+            return
+        head = f"for (int64_t i = 0; i < {end}; ++i)"
+        for x in values:
+            if x in self.narrow and x not in self.written:
+                yield from self._converted(head, end, x, self.narrow[x])
+        yield "#pragma omp simd"
+        yield f"{head} {{"
+        for x in values:
+            if x in self.narrow and x in self.written:
+                yield f"    {x.name}_b[i] = {x.arguments[0].name};"
+                continue
+            yield from (f"    {line}" for line in self._statements([x]))
+            if x in self.waiting:
+                yield f"    {x.name}_b[i] = {x.name};"
+        yield "}"
+        for x in values:
+            if x in self.narrow and x in self.written:
+                yield from self._converted(head, end, x, self.narrow[x])
+
+    def _converted(self, head: str, end: int | str, x: Value, part: Part) -> Iterable[str]:
+        """What is kept, read into a buffer, or made of one."""
+        kept, buffer = f"part{part.number}", f"{x.name}_b"
+        made = x in self.written
+        if part.in_a_row:
+            read, make = part.in_a_row
+            yield f"{make}({buffer}, {kept}, {end});" if made else f"{read}({kept}, {buffer}, {end});"
+        else:
+            yield "#pragma omp simd"
+            yield f"{head} {kept}[i] = {x.code.format(f'{buffer}[i]')};" if made else f"{head} {buffer}[i] = {x.code};"
+
+    def _statements(self, values: Iterable[Value]) -> Iterable[str]:
+        for x in values:
+            yield f"const {x.kind} {x.name} = {self.expression(x)};"
+            if x in self.written:
+                yield f"part{self.written[x].number}[{'0' if x.shape == BLOCK else 'i'}] = {x.name};"
+
+    def text(self) -> str:
+        parts = [part for parts in self.parts for part in parts]
+        table = ", ".join(f"{{sizeof({p.type}), {p.each}, {str(p.padded).lower()}}}" for p in parts)
+        lines = "\n".join("    " + line for line in self.lines())
+        whole = str(bool(self.sharing)).lower()
+        of_run = f"PARTS, {len(parts)}, {self.parts[1][0].number}, {self.width}, {self.block}, {whole}"
+        return f"""
+static constexpr Part PARTS[] = {{{table}}};
+
+static inline __attribute__((always_inline)) void update(
+    char *const *parts, const double *row, const int32_t *key, int32_t low, int32_t high, int64_t n) {{
+{lines}
+}}
+
+extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); }}
+"""
+
+
+def later(a: Value, x: Value) -> bool:
+    """Whether `x` is computed in a later loop than its argument `a`, which all elements of the block are for."""
+    return a.moves in ("fold", "end") or x.moves in ("pick", "weave")
+
+
+def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> str:
+    """The C++ source of an update.
+
+    Args:
+        rule: and the NamedTuple of its scalars.
+        codecs: of the parameter and the states, with `averaged` that of the average last.
+        gradient: its dtype.
+
+    Raises:
+        UntranslatableError: the rule uses what C++ has no word for.
+    """
+    own = Source(rule, scalars, codecs, gradient, averaged)
+    dtypes = {part.dtype for parts in own.parts for part in parts}
+    return storage(dtypes) + header("multi_tensor.h") + own.text()
+
+
+__all__ = ["UntranslatableError", "header", "source", "storage"]

@@ -1,0 +1,306 @@
+"""Rows of scalars where the device counts the steps: one launch forms them and counts."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Hashable
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...buckets.gradient_norm import Signal
+from ...buckets.rows import Row, row_for, to_device
+from ...kernels import rows as kernel
+from ...spec import Update
+from ...util.hyperparameters import PLAIN, plain_group
+from ...util.on_device import OnDevice, capturing
+from .launch import Launcher
+from .recording import Recorder, Value, reads_its_arguments_alone
+from .signal import Kind, TritonSignal, signal_constants, signal_types
+
+if TYPE_CHECKING:
+    from ...buckets.key import Key
+    from ...buckets.members import Cohort
+
+SLOTS = (64, 128, 256)  # values of a row, at most
+_KINDS = {name: number for number, name in enumerate(kernel.KINDS)}
+_READS = {torch.float32: "read32", torch.float64: "read64"}
+_KEEPS = {torch.float32: kernel.KEPT32, torch.float64: kernel.KEPT64}
+_ONE = (1.0).hex()
+
+
+class Recording(NamedTuple):
+    """How a row is formed."""
+
+    h: Any  # the NamedTuple that scalars returned
+    code: list[list[int]]  # of each value: its kind, what it is made of, where it goes
+    sources: list[Hashable]  # of each, its bits, or the name of where it is read
+    keeps: list[Hashable]  # of each, the name of where it is kept, 0 for nowhere
+
+    @property
+    def names(self) -> list[Hashable]:
+        """Of all that is read and kept, in the order of the tables."""
+        return [x for x in chain(self.sources, self.keeps) if not isinstance(x, int)]
+
+    @property
+    def kept(self) -> list[int]:
+        """The places of the values that are kept."""
+        return [place for place, name in enumerate(self.keeps) if not isinstance(name, int)]
+
+
+class Numbers(NamedTuple):
+    """What the row of a cohort is formed of."""
+
+    fixed: dict[str, Any]  # the group, without what the device reads
+    counted: dict[str, Any]  # ``step``, and what else is carried, where the host counts
+    read: dict[str, Any]  # hyperparameters: the name and dtype of where each is read; of a tuple a list
+    kept: dict[str, torch.dtype]  # what is counted on the device
+
+
+def record(optimizer: Update, numbers: Numbers, averaged: bool) -> Recording | None:
+    """How a row is formed; None where `scalars` does what cannot be recorded."""
+    recorder = Recorder()
+    dtypes: dict[Hashable, torch.dtype] = {}
+
+    def symbol(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(map(symbol, value))
+        dtypes[value[0]] = value[1]
+        return recorder.read(value[0])
+
+    recorder.note("constant", source=_ONE)  # the first, in which the kernel finds the passes
+    hyper = {name: symbol(value) for name, value in numbers.read.items()}
+    carried = numbers.counted | {name: symbol((("kept", name), dtype)) for name, dtype in numbers.kept.items()}
+    seed = hyper.pop("seed")
+    before = carried.pop("step")
+    try:
+        with recorder:
+            step = before + 1
+            row = row_for(optimizer, numbers.fixed, step, carried, on_device=hyper)
+        cells = [row.factor, *row.h, row.weight][: 1 + len(row.h) + averaged]
+        goes: list[tuple[int, int, Hashable]] = [(recorder.number_of(x), cell, 0) for cell, x in enumerate(cells)]
+        for name, dtype in numbers.kept.items():
+            value = step if name == "step" else row.carried[name]
+            goes.append((recorder.number_of(value), _KEEPS[dtype], ("kept", name)))
+        key = zip((*seed, step), (kernel.LOW, kernel.HIGH, kernel.STEP), strict=True)
+        goes += [(recorder.number_of(x), place, 0) for x, place in key]
+    except Exception:
+        # Done again without a recorder, where it raises if it is wrong.
+        return None
+    return assembled(row.h, recorder.values, goes, dtypes)
+
+
+def assembled(
+    h: Any, values: list[Value], goes: list[tuple[int, int, Hashable]], dtypes: dict[Hashable, torch.dtype]
+) -> Recording | None:
+    """The values as the kernel has them; None of too many.
+
+    Args:
+        goes: a place among the values, where that goes, and the name of where it is kept.
+        dtypes: of what is read, by name.
+    """
+    values = list(values)
+    ends: dict[int, tuple[int, Hashable]] = {}
+    for place, where, name in goes:
+        if place in ends:  # a value goes to one place; to the next goes a copy
+            values.append(Value("mul", (place, 0)))
+            place = len(values) - 1
+        ends[place] = (where, name)
+    if len(values) > SLOTS[-1]:
+        return None
+    code: list[list[int]] = []
+    sources: list[Hashable] = []
+    depth: list[int] = []
+    for place, (kind, of, source) in enumerate(values):
+        depth.append(1 + max((depth[x] for x in of), default=-1))
+        if kind == "constant":
+            sources.append(struct.unpack("q", struct.pack("d", float.fromhex(str(source))))[0])
+        else:
+            sources.append(source if kind == "read" else 0)
+        kind = _READS[dtypes[source]] if kind == "read" else kind
+        code.append([_KINDS[kind], *of, *[0] * (3 - len(of)), ends.get(place, (kernel.NOWHERE, 0))[0]])
+    keeps = [ends.get(place, (kernel.NOWHERE, 0))[1] for place in range(len(values))]
+    code[0][2] = max(depth)  # the passes
+    return Recording(h, code, sources, keeps)
+
+
+def numbers_of(group: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
+    """What the row of a cohort is formed of now."""
+    read = held.names(cohort.group)
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
+            read[name] = (("own", name), value.dtype)
+    fixed = {name: value for name, value in group.items() if name not in read and name not in ("params", "param_names")}
+    kept = {name: value.dtype for name, value in cohort.columns.items()}
+    return Numbers(plain_group(fixed), cohort.unshared, read, kept)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a hyperparameter that is equal to another is no other, whatever was written into it."""
+    fixed = type(value) in PLAIN or type(value) in (torch.dtype, torch.device)
+    return fixed or (type(value) in (tuple, list) and all(map(is_plain, value)))
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether there is a tensor among hyperparameters."""
+    if isinstance(value, dict):
+        return any(map(has_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(has_tensor, value)))
+
+
+def address(name: Any, cohort: Cohort, group: dict[str, Any], held: OnDevice) -> int:
+    """Where the number of this name lies."""
+    kind, which = name
+    if kind == "hyper":
+        return held.address(which)
+    tensor: Tensor = cohort.columns[which] if kind == "kept" else group[which]
+    return tensor.data_ptr()
+
+
+def launcher_for(key: Key, width: int, slots: int, kept: int, signal: str, kind: Kind | None) -> Launcher:
+    """What starts the kernel.
+
+    Args:
+        width: cells of a row.
+        slots: values of a row, at most.
+        kept: how many of them are kept.
+        signal: "none", "read" or "form".
+        kind: of triton_signal.kind_of, where it is formed.
+    """
+    forms = signal == "form"
+    kind = kind or ("none", False, False, False)
+    constants = {"WIDTH": width, "SLOTS": slots, "SIGNAL": signal, "RANDOM": key.random, "KEPT": kept}
+    constants |= signal_constants(kind)
+    # The rows alone are few numbers, which a warp shuffles without shared memory.
+    options = {"num_warps": 4 if forms else 1, "enable_fp_fusion": True}
+    tables = (torch.int32, torch.int64, key.compute, torch.int32)
+    return Launcher(kernel.form_rows, (*tables, *signal_types(kind)), constants | options, key.device)
+
+
+class TritonRows:
+    """Forms the rows of a bucket: the tables of kernels/rows.py, made anew where more than a value changed.
+
+    Where `scalars` reads more than its arguments, be it the optimizer's attributes or a dict in a group, nobody can
+    tell what changed: what it does is recorded in each step.
+    """
+
+    def __init__(self, optimizer: Update, key: Key) -> None:
+        self._optimizer, self._key = optimizer, key
+        self._numbers: list[Numbers | None] = []
+        self._recordings: list[Recording | None] = []
+        self._formulas: Any = None  # what was recorded
+        self._are_pure = False  # whether they read their arguments alone
+        self._are_known = False  # whether what was recorded is right while the numbers are the same
+        self._laid: Any = None  # what is in the tables
+        self._cohorts: list[Cohort] = []
+        self._seen: list[Any] = []
+        self._rows: list[Row | None] = []
+        self._tables: tuple[Tensor, ...] = ()
+        self._launchers: dict[Any, Launcher] = {}
+
+    def rows(self, cohorts: list[Cohort], active: list[bool], held: OnDevice) -> list[Row | None] | None:
+        """Make ready to form the rows of the active cohorts; None where they cannot be formed so.
+
+        Returns:
+            Rows of which the type of ``h`` is all that is known here.
+        """
+        if not any(active):
+            return [None] * len(cohorts)
+        optimizer, groups = self._optimizer, self._optimizer.param_groups
+        # The same objects as in the last step, of which nothing but the values of numbers has changed.
+        values = [optimizer.hyperparameters.values[c.group] for c in cohorts]
+        kept = [t.data_ptr() for c in cohorts for t in c.columns.values()]
+        formulas = (optimizer.scalars, optimizer.carry)
+        seen = [held.rebuilt, active, kept, [v.rebuilt for v in values], [c.unshared for c in cohorts], formulas]
+        if self._are_known and cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
+            return self._rows
+        self._cohorts, self._seen = [], []
+        numbers = [
+            numbers_of(groups[c.group], c, held) if there else None for c, there in zip(cohorts, active, strict=True)
+        ]
+        if any(has_tensor(n.fixed) for n in numbers if n is not None):
+            return None
+        if formulas != self._formulas:
+            self._formulas, self._numbers, self._recordings = formulas, [], []
+            self._are_pure = all(map(reads_its_arguments_alone, formulas))
+        fixed = [value for n in numbers if n is not None for value in n.fixed.values()]
+        self._are_known = self._are_pure and all(map(is_plain, fixed))
+        if numbers != self._numbers or not self._are_known:
+            earlier = zip(self._numbers, self._recordings, strict=True) if self._are_known else ()
+            known = [(n, r) for n, r in earlier if n is not None]
+            averaged = self._key.variant.averaged
+            self._recordings = [
+                n and (next((r for old, r in known if old == n), None) or record(optimizer, n, averaged))
+                for n in numbers
+            ]
+            self._numbers = numbers
+        if any((n is None) != (r is None) for n, r in zip(numbers, self._recordings, strict=True)):
+            return None
+        addresses = [
+            address(name, c, groups[c.group], held)
+            for c, r in zip(cohorts, self._recordings, strict=True)
+            for name in ([] if r is None else r.names)
+        ]
+        copies = [len(c.members) for c in cohorts]
+        laid = [None if r is None else r[1:] for r in self._recordings], addresses, copies
+        if laid != self._laid:
+            self._place(addresses, copies)
+            self._laid = laid
+        self._cohorts, self._seen = cohorts, seen
+        self._rows = [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
+        return self._rows
+
+    def _place(self, addresses: list[int], copies: list[int]) -> None:
+        """Bring the tables to the device."""
+        if capturing(self._key.device):
+            raise RuntimeError(
+                "what the scalars are formed of changed since the last step, and can't be brought to the device while "
+                "a graph is captured. Make a few steps first, on a side stream."
+            )
+        recordings = self._recordings
+        slots = next(n for n in SLOTS if all(r is None or len(r.code) <= n for r in recordings))
+        code, memory, place = array("i"), array("q"), iter(addresses)
+        for r, count in zip(recordings, copies, strict=True):
+            columns = [[0, 0, 0, 0, kernel.NOWHERE]] * slots
+            written = [0] * slots
+            sources = kept = [0] * slots
+            if r is not None:
+                first = [*r.code[0]]
+                first[3] = count
+                columns = [first, *r.code[1:], *columns[len(r.code) :]]
+                written = r.kept + written[len(r.kept) :]
+                sources = [x if isinstance(x, int) else next(place) for x in r.sources] + sources[len(r.code) :]
+                kept = [x if isinstance(x, int) else next(place) for x in r.keeps] + kept[len(r.code) :]
+            code.extend(chain(*zip(*columns, strict=True), written))
+            memory.extend(sources + kept)
+        device = self._key.device
+        h = next(r.h for r in recordings if r is not None)
+        width = 1 + len(h) + self._key.variant.averaged
+        rows = torch.zeros(len(recordings), width, dtype=self._key.compute, device=device)
+        keys = torch.zeros(len(recordings), dtype=torch.int32, device=device)
+        self._tables = (to_device(code, torch.int32, device), to_device(memory, torch.int64, device), rows, keys)
+        self._shape = (width, slots, max(len(r.kept) for r in recordings if r is not None))
+        self._launchers = {}
+
+    def form(self, signal: Signal | None) -> tuple[Tensor, Tensor]:
+        """Form the rows and count the step, unless the signal says to skip it. A signal that was not formed yet is
+        formed in the same launch.
+
+        Returns:
+            The table of rows, and int32 ``(rows,)``, what the random bits of each depend on.
+        """
+        code, memory, rows, keys = self._tables
+        if isinstance(signal, TritonSignal) and not signal.is_formed:
+            which: tuple[str, Kind | None] = ("form", signal.kind)
+            given: tuple[Any, ...] = signal.arguments
+            signal.is_formed = True
+        else:  # what is not read is any table
+            tensor = code if signal is None else signal.tensor
+            which, given = ("none" if signal is None else "read", None), (tensor, code, 0, code, code, code)
+        if which not in self._launchers:
+            self._launchers[which] = launcher_for(self._key, *self._shape, *which)
+        self._launchers[which](len(self._rows), code, memory, rows, keys, *given)
+        return rows, keys

@@ -1,0 +1,84 @@
+"""What becomes of the sums of the norm pass, on the device: formed by one launch of its own, or by the one that forms
+the rows of scalars.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...buckets.gradient_norm import EUCLIDEAN, Scaling, Signal
+from ...kernels import gradient_norm as kernels
+from .launch import Launcher, warp_size
+
+THREADS = 256  # a program
+
+
+class TritonSignal(Signal):
+    """What becomes of the sums of one step, formed by the kernel that needs it first.
+
+    Args:
+        partials: of all gradients, ``(n, 2)``; None where they were not read.
+        scaling: what the step is to do with them.
+        max_norm: the largest norm allowed, infinite for any, float64 ``(1,)`` on the device.
+    """
+
+    def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> None:
+        device = max_norm.device
+        out = torch.empty(4, dtype=torch.float64, device=device)
+        super().__init__(out)
+        # In the order of the kernels' arguments; what is not read is any table.
+        sums, count = (out, 0) if partials is None else (partials, partials.shape[0])
+        scale = out if scaling.grad_scale is None else placed(scaling.grad_scale, device)
+        found = out if scaling.found_inf is None else placed(scaling.found_inf, device)
+        self.arguments = (out, sums, count, max_norm, scale, found)
+        self.kind = kind_of(scaling)
+        self.is_formed = False
+
+    @property
+    def tensor(self) -> Tensor:
+        if not self.is_formed:
+            signal_launcher(self.kind, self._tensor.device)(1, *self.arguments)
+            self.is_formed = True
+        return self._tensor
+
+
+_READS = EUCLIDEAN.kind
+Kind = tuple[str, bool, bool, bool]
+
+
+def kind_of(scaling: Scaling) -> Kind:
+    """What the kernels are compiled for: KIND, SCALED, FOUND, SKIP."""
+    grad_scale, found_inf, look, max_norm = scaling
+    looks = look and found_inf is None
+    reads = looks or max_norm is not None
+    return _READS if reads else "none", grad_scale is not None, found_inf is not None, looks
+
+
+def signal_constants(kind: Kind) -> dict[str, Any]:
+    """The constants of a kernel that forms the signal."""
+    return {**dict(zip(("KIND", "SCALED", "FOUND", "SKIP"), kind, strict=True)), "BLOCK": 4 * THREADS}
+
+
+def signal_types(kind: Kind) -> tuple[Any, ...]:
+    """The types of its arguments."""
+    _, scaled, told, _ = kind
+    given = (torch.float32 if there else torch.float64 for there in (scaled, told))
+    return (torch.float64, torch.float64, 2, torch.float64, *given)
+
+
+@cache
+def signal_launcher(kind: Kind, device: torch.device) -> Launcher:
+    """What starts the kernel that forms the signal alone."""
+    options = {"num_warps": THREADS // warp_size(device), "enable_fp_fusion": True}
+    return Launcher(kernels.step_signal, signal_types(kind), signal_constants(kind) | options, device)
+
+
+def placed(value: Tensor, device: torch.device) -> Tensor:
+    """A 1-element tensor as the kernel reads it."""
+    if value.dtype == torch.float32 and value.device == device:
+        return value
+    return value.detach().to(device, torch.float32, non_blocking=True)

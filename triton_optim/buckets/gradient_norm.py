@@ -1,0 +1,140 @@
+"""The norm of many gradients as one vector: what a step does with it, and sums of powers in torch operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import Update
+
+_KINDS = {1.0: "1", 2.0: "2", math.inf: "inf"}
+
+
+class Norm(NamedTuple):
+    r""":math:`(\sum |x|^p)^{1/p}`, or the largest :math:`|x|` for an infinite p."""
+
+    power: float
+
+    @property
+    def kind(self) -> str:
+        """What the kernels call it: "1", "2", "p" or "inf"."""
+        return _KINDS.get(self.power, "p")
+
+
+EUCLIDEAN = Norm(2.0)
+
+
+class Scaling(NamedTuple):
+    """What a step is to do with all gradients alike.
+
+    Attributes:
+        grad_scale: what they have been multiplied by, 1-element; None for nothing.
+        found_inf: not 0 where one is not finite, 1-element; None where nobody has looked.
+        look: whether to skip the step where one is not finite, and to look for it where nobody has.
+        max_norm: the largest norm allowed; None for any.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    look: bool = False
+    max_norm: float | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the gradients are read before the update."""
+        return self.max_norm is not None or (self.look and self.found_inf is None)
+
+
+def scaling_of(optimizer: Update) -> Scaling | None:
+    """What a step of an optimizer does with all gradients now; None where that is nothing."""
+    grad_scale = found_inf = None
+    if optimizer.amp is not None:
+        # Of no gradients at all torch's scaler says 0, no tensor.
+        told = (getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+        grad_scale, found_inf = (t if isinstance(t, Tensor) else None for t in told)
+    looks, max_norm = grad_scale is not None or found_inf is not None, optimizer.max_grad_norm
+    return Scaling(grad_scale, found_inf, looks, max_norm) if looks or max_norm is not None else None
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def eager_partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
+    """:func:`partial_norms` of tensors of one device in torch operations, one row a tensor that is not empty."""
+    wide = exact_dtype(tensors[0].device)
+    parts = [t.resolve_conj().abs() if t.is_complex() else t for t in tensors if t.numel()]
+    if not parts:  # nothing has no largest magnitude
+        return torch.zeros(1, 2, dtype=wide, device=tensors[0].device)
+    norms = torch.stack([torch.linalg.vector_norm(t, norm.power, dtype=wide) for t in parts])
+    sums = norms if norm.kind == "inf" else norms**norm.power
+    return torch.stack((sums, (~sums.isfinite()).to(wide)), dim=1)
+
+
+def on_one_device(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All rows on `device`; one of zeros where there are none."""
+    if len(partials) == 1 and partials[0].device == device:
+        return partials[0]
+    rows = [part.to(device, exact_dtype(device), non_blocking=True) for part in partials]
+    return torch.cat(rows) if rows else torch.zeros(1, 2, dtype=exact_dtype(device), device=device)
+
+
+def norm_from(partials: Tensor, norm: Norm) -> Tensor:
+    """The norm, 0-dim."""
+    if norm.kind == "inf":
+        return partials[:, 0].amax()
+    whole = partials[:, 0].sum()
+    return whole.sqrt() if norm.kind == "2" else whole ** (1 / norm.power)
+
+
+class Signal:
+    """What a step does with all gradients.
+
+    Attributes:
+        tensor: the factor, whether the step is skipped (1, else 0), the norm without the scale, and whether an element
+            is not finite (not 0).
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        return self._tensor
+
+    def on(self, device: torch.device) -> Signal:
+        """The same on another device; the host does not wait."""
+        return self if self._tensor.device == device else Signal(self.tensor.to(device, non_blocking=True))
+
+
+def signal_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
+    """What a step does with all gradients, in torch operations.
+
+    Args:
+        partials: of :func:`partial_norms`, all on `device`; None where the gradients were not read.
+    """
+    wide = exact_dtype(device)
+    factor, skip = torch.ones((), dtype=wide, device=device), torch.zeros((), dtype=wide, device=device)
+    norm = faults = skip
+    if scaling.grad_scale is not None:
+        factor = scaling.grad_scale.to(device, wide).reshape(()).reciprocal()
+    if scaling.found_inf is not None:
+        skip = (scaling.found_inf.to(device).reshape(()) != 0).to(wide)
+    if partials is not None:
+        norm = norm_from(partials, EUCLIDEAN) * factor
+        faults = partials[:, 1].sum()
+        if scaling.max_norm is not None:
+            factor = factor * clip_coefficient(norm, scaling.max_norm)
+        if scaling.look and scaling.found_inf is None:
+            skip = (faults != 0).to(wide)
+    return Signal(torch.stack((factor, skip, norm, faults)))
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of this norm to at most `max_norm`, as in torch; NaN where it is."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

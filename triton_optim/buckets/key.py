@@ -1,0 +1,56 @@
+"""What the parameters that one backend updates together have in common."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..dispatch import Choice
+from ..precision.codecs import Codec
+from ..spec import Variant
+
+
+class Key(NamedTuple):
+    """What the tensors of a bucket have in common."""
+
+    choice: Choice
+    device: torch.device
+    variant: Variant
+    gradient: torch.dtype
+    codecs: tuple[Codec, ...]  # a result of the rule: the parameter, the states
+    aligned: bool  # every address is a multiple of 16
+    capturable: bool
+    differentiable: bool
+    sparse: bool = False  # the gradients are, and only the elements that they hold are updated
+    piece: int = 0  # of a step that is taken in pieces
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """A role: parameter, gradient, states; of what has parts, the first's."""
+        param, *states = (codec.dtypes[0] for codec in self.codecs)
+        return (param, self.gradient, *states)
+
+    @property
+    def random(self) -> bool:
+        """Whether a codec takes random bits."""
+        return any(codec.random for codec in self.codecs)
+
+    @property
+    def sharing(self) -> int:
+        """How many elements share a scale; 0 where there is none."""
+        return max(codec.sharing for codec in self.codecs)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What the arithmetic is done in."""
+        return torch.float64 if self.dtypes[0] in (torch.float64, torch.complex128) else torch.float32
+
+
+class Piece(NamedTuple):
+    """Elements of a member, as they lie in memory."""
+
+    member: int
+    start: int
+    stop: int
+    first: int  # the index of the first in the whole parameter

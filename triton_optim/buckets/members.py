@@ -1,0 +1,265 @@
+"""A parameter in a plan, and those of a group that were counted alike, which share a row of scalars."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..precision.averaging import initial_average
+from ..precision.codecs import Codec, keep_parameter, keep_state, new_parts, part_names, state_codec
+from ..spec import AVERAGE, COUNT, Update
+from .key import Key
+from .rows import counted_dtype, requires_grad
+from .state import State
+
+CPU = torch.device("cpu")
+_CODES = {torch.float32: "f", torch.float64: "d"}
+
+
+class Member:
+    """A parameter in a plan."""
+
+    __slots__ = ("begins", "given", "group", "index", "numbers", "p", "state")
+
+    def __init__(self, optimizer: Update, index: int, group: int, p: Tensor) -> None:
+        self.index, self.group, self.p = index, group, p
+        self.given: set[str] = set()  # of its numbers those that were tensors before: who holds one sees it go on
+        self.state: dict[str, Any] = optimizer.state.get(p, State())
+        own_group = optimizer.param_groups[group]
+        # Of a rule that does not count its steps all that matters is whether it has made one: its states say so, not
+        # the count, nor what else the options of the group keep.
+        names = optimizer.variant(own_group).state_names
+        begun = any(self.state.get(name) is not None for name in names)
+        self.begins = bool(names) and not begun and not optimizer.counts_steps
+        count = 0 if self.begins else int(self.state.get("step", begun and not optimizer.counts_steps))
+        started = optimizer.started(own_group)
+        if COUNT in started and self.state.get(AVERAGE) is None:
+            started[COUNT] = optimizer.averaged_so_far()
+        # The number of steps so far, and what else is carried: members that have these in common share scalars.
+        self.numbers: dict[str, Any] = {"step": count}
+        for name, value in started.items():
+            held = self.state.get(name, value)
+            # What autograd is to follow stays the tensor it is.
+            follows = own_group.get("differentiable") and requires_grad(held)
+            self.numbers[name] = held if follows else float(held)
+
+    def start(self, optimizer: Update, key: Key, begun: dict[Any, Tensor]) -> None:
+        """Make the states that are not there yet, and ``step`` and its like tensors where they belong.
+
+        Args:
+            begun: tensors of numbers, for all members of a plan: a cohort will give each its own.
+        """
+        group = optimizer.param_groups[self.group]
+        counted = optimizer.counted_names(group)
+        param, *kept = key.codecs
+        if not (key.variant.state_names or counted or key.variant.prologue or param.suffixes or self.state):
+            return
+        self.state = optimizer.state[self.p]
+        device = self.p.device if key.capturable or optimizer.counts_on_device else CPU
+        for name in counted:
+            if requires_grad(self.numbers.get(name)):
+                continue
+            if name == "step" and not optimizer.step_is_tensor:
+                self.state[name] = self.numbers[name]
+                continue
+            held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
+            dtype = counted_dtype(group, name)
+            if isinstance(held, Tensor):
+                held = held.to(device, dtype)
+                held = held.reshape(()) if held.dim() else held
+                if not (id(held) in begun or held.is_inference() or held.requires_grad):
+                    begun[id(held)] = held  # another parameter's is another
+                    self.given.add(name)
+                self.state[name] = held
+            else:
+                if (held, dtype, device) not in begun:
+                    begun[held, dtype, device] = torch.tensor(held, dtype=dtype, device=device)
+                self.state[name] = begun[held, dtype, device]
+        keep_parameter(self.state, self.p, param)
+        for name, codec in zip(key.variant.state_names, kept, strict=True):
+            if self.state.get(name) is None:
+                self.state |= new_state(optimizer, name, self.p, group, codec)
+            else:
+                keep_state(optimizer, self.state, name, self.p, codec)
+        if key.variant.prologue:
+            self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
+
+
+class Cells:
+    """The memory of a column on the CPU, written and compared where it lies: an operation of torch takes longer than
+    all else that is done to it. Nothing of its size is allocated: to ask for 4 kB takes up to 0.3 ms after a backward
+    pass, as glibc then tidies up the many small pieces that were freed.
+    """
+
+    __slots__ = ("_after", "_before", "_bits", "_code", "_values", "_written")
+
+    def __init__(self, column: Tensor) -> None:
+        memory = memoryview((ctypes.c_char * column.nbytes).from_address(column.data_ptr())).cast("B")
+        self._code = _CODES[column.dtype]
+        self._values: Any = memory.cast(self._code)  # type: ignore[call-overload]
+        self._bits: Any = memory.cast("I") if column.itemsize == 4 else memory.cast("Q")  # NaN is unlike itself
+        self._before, self._after = self._bits[:-1], self._bits[1:]
+        self._written = 0
+
+    def untouched(self) -> bool:
+        """Whether all cells hold what was written last."""
+        return bool(self._bits[0] == self._written and self._before == self._after)
+
+    def write(self, value: float) -> float:
+        """Write it into all cells; returns it as they keep it."""
+        values = self._values
+        some = array(self._code, [value]) * min(len(values), 128)
+        for start in range(0, len(values), 128):
+            values[start : start + 128] = some[: len(values) - start]
+        self._written = self._bits[0]
+        return float(values[0])
+
+
+class Cohort:
+    """Members of one group whose steps were counted alike, and so share one row of scalars.
+
+    Their ``step`` tensors, and those of what else is carried, are elements of one column: incrementing a thousand
+    tensors would cost more than all other host work of a step. What a user writes into one of them is noticed.
+
+    Attributes:
+        columns: by name, ``(members,)``, where the members' own numbers lie.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        numbers: dict[str, Any],
+        counted: list[str],
+        members: list[Member],
+        places: list[int],
+        captured: bool = False,
+    ) -> None:
+        self.group, self.members, self.places = group, members, places
+        self._numbers = numbers
+        self._counts = "step" in counted
+        self.columns: dict[str, Tensor] = {}
+        self._cells: dict[str, Cells] = {}  # those on the CPU
+        for name in counted:
+            first = members[0].state.get(name)
+            if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
+                with torch.inference_mode(False):  # later steps may be made outside of it
+                    column = self.columns[name] = first.detach().expand(len(members)).clone()
+                here = column.device == CPU and not captured  # what is written past torch is in no graph
+                for m, own in zip(members, column.unbind(), strict=True):
+                    if here and name in m.given:
+                        m.state[name].data = own
+                    else:
+                        m.state[name] = own  # which counts writes with the column
+                if here:
+                    self._write(name, numbers[name])
+        self._torchs = [t for name, t in self.columns.items() if name not in self._cells]
+        self._versions = [t._version for t in self._torchs]
+
+    def untouched(self) -> bool:
+        """Whether nobody else has written the members' numbers since the last step. They must lie where they did."""
+        for cells in self._cells.values():
+            if not cells.untouched():
+                return False
+        return not self._torchs or self._versions == [t._version for t in self._torchs]
+
+    @property
+    def counted(self) -> tuple[Any, ...]:
+        """What the members of the group that share a row have in common."""
+        return (self.group, *self._numbers.values())
+
+    def numbers(self, on_device: bool = False) -> dict[str, Any]:
+        """``step`` and what else is carried, as they are before the step; with `on_device` 0-dim float64 tensors."""
+        if on_device:
+            return self._numbers | {name: column[0].double() for name, column in self.columns.items()}
+        # A device is not asked: the host would wait for it.
+        here = {n: t[0].item() for n, t in self.columns.items() if n not in self._cells and t.device == CPU}
+        if "step" in here:
+            here["step"] = int(here["step"])
+        return self._numbers | here
+
+    @property
+    def unshared(self) -> dict[str, Any]:
+        """Those of the numbers that the host counts."""
+        return {name: value for name, value in self._numbers.items() if name not in self.columns}
+
+    def count(self, carried: dict[str, Any]) -> None:
+        """Note here that a step was counted."""
+        # Where no step is kept, all that is known is that there was one.
+        count = self._numbers["step"] + 1 if self._counts else 1
+        self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
+
+    def advance(self, carried: dict[str, Any], skip: Tensor | None = None) -> None:
+        """Count a step.
+
+        Args:
+            carried: what the state carries on.
+            skip: 0-dim, on the device: 1 where the step was none.
+        """
+        self.count(carried)
+        if self._counts and "step" not in self.columns:
+            for m in self.members:
+                m.state["step"] = self._numbers["step"]
+        for name, value in carried.items():
+            if name not in self.columns or requires_grad(value):  # replaced, as a graph holds the last one
+                for m in self.members:
+                    m.state[name] = value
+        for name, column in self.columns.items():
+            if name in self._cells:
+                self._write(name, self._numbers[name] if name in self._numbers else carried[name])
+            elif name == "step":
+                column.add_(1 if skip is None else 1 - skip)
+            elif requires_grad(carried[name]):
+                continue
+            elif skip is not None:
+                column.copy_(torch.where(skip != 0, column, carried[name]))
+            elif isinstance(carried[name], Tensor):
+                column.copy_(carried[name])
+            else:
+                column.fill_(carried[name])
+        self._versions = [t._version for t in self._torchs]
+
+    def _write(self, name: str, value: Any) -> None:
+        """Give all members this number."""
+        if name not in self._cells:
+            self._cells[name] = Cells(self.columns[name])
+        kept = self._cells[name].write(value)
+        self._numbers[name] = int(value) if name == "step" else kept
+
+    def count_average(self, skip: Tensor | None) -> None:
+        """Count a step in which the parameters stayed as they were."""
+        if COUNT in self._cells:
+            self._write(COUNT, self._numbers[COUNT] + 1)
+            return
+        if COUNT in self._numbers:
+            self._numbers |= {COUNT: self._numbers[COUNT] + 1}
+        self.columns[COUNT].add_(1 if skip is None else 1 - skip)
+        self._versions = [t._version for t in self._torchs]
+
+
+def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> dict[str, Tensor]:
+    """A state or average before the first step as `codec` keeps it: its parts by name."""
+    first = (
+        initial_average(optimizer.state[p], p, codec) if name == AVERAGE else optimizer.initial_state(name, p, group)
+    )
+    return dict(zip((name, *part_names(codec, name)), new_parts(codec, first), strict=True))
+
+
+def make_states(optimizer: Update, group: dict[str, Any]) -> None:
+    """Give the parameters of a group their states before their first step."""
+    counted = {"step": 0} if "step" in optimizer.counted_names(group) else {}
+    for p in group["params"]:
+        if is_lazy(p):  # the first step makes them
+            continue
+        started = counted | optimizer.started(group)
+        device = p.device if group.get("capturable") or optimizer.counts_on_device else CPU
+        for name, value in started.items():
+            dtype = counted_dtype(group, name)
+            optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
+        for name in optimizer.running_variant(group).state_names:
+            optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))
+        optimizer.state[p] |= optimizer.prologue_state(p, group)

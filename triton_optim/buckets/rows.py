@@ -1,0 +1,119 @@
+"""The scalars of a step: formed on the host, or on the device where its numbers are, and handed over as rows."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..precision.averaging import weight
+from ..spec import COUNT, Update, rounds
+from ..util.hyperparameters import plain_group
+
+_NUMBERS = {float, int, bool}
+
+
+class Row(NamedTuple):
+    """The scalars of one cohort in one step."""
+
+    factor: Any  # of the gradient
+    h: Any  # the rule's
+    carried: dict[str, Any]  # what the state carries to the next step
+    step: Any  # the number of the update
+    weight: Any = 0.0  # of the parameter in its average
+    counted: bool = False  # whether the device forms it, and counts the step as it does
+
+
+def requires_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def counted_dtype(group: dict[str, Any], name: str) -> torch.dtype:
+    """The dtype of ``step`` or what else is carried, as in torch: float32, but float64 where that is the default; and
+    of counts that random bits depend on, for float32 stands still at 2^24.
+    """
+    wide = torch.get_default_dtype() == torch.float64 or (name in ("step", COUNT) and rounds(group))
+    return torch.float64 if wide else torch.float32
+
+
+def row_for(
+    optimizer: Update,
+    group: dict[str, Any],
+    step: Any,
+    carried: dict[str, Any] | None = None,
+    keep: bool = False,
+    on_device: dict[str, Any] | None = None,
+    values: dict[str, Any] | None = None,
+) -> Row:
+    """The scalars of a group's members in their update number `step`; without `carried`, as before the first.
+
+    Args:
+        on_device: hyperparameters that are to be read there.
+        values: the others, if they are known.
+    """
+    values = dict(plain_group(group, keep) if values is None else values)
+    if on_device:
+        values |= on_device
+    carried = optimizer.started(group) if carried is None else dict(carried)
+    averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
+    h: Any = optimizer.scalars(values, step, **carried)
+    if not hasattr(h, "_fields"):
+        raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
+    if not _NUMBERS.issuperset(map(type, h)):
+        for name, value in zip(h._fields, h, strict=True):
+            if not isinstance(value, (int, float, Tensor)):
+                raise TypeError(
+                    f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
+                )
+    factor = -1.0 if group.get("maximize") else 1.0
+    carried = optimizer.carry(values, step, **carried) if carried else {}
+    if not averaged:
+        return Row(factor, h, carried, step)
+    count = averaged[COUNT]
+    return Row(factor, h, carried | {COUNT: count + 1}, step, weight(values, count))
+
+
+def one_kind(rows: list[Row], optimizer: Update) -> None:
+    """Raise TypeError unless the rows of one rule are of one type."""
+    if len(kinds := {type(row.h) for row in rows}) > 1:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
+
+
+def plain_cells(row: Row, averaged: bool) -> tuple[float, ...] | None:
+    """What a kernel reads of a row; None where some of it is a tensor.
+
+    Args:
+        averaged: whether the row ends with the weight of the parameter in its average.
+    """
+    cells = (row.factor, *row.h, row.weight) if averaged else (row.factor, *row.h)
+    if not _NUMBERS.issuperset(map(type, cells)) and any(isinstance(x, Tensor) for x in cells):
+        return None
+    return tuple(map(float, cells))
+
+
+def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:
+    """The rows as a table on the device, made without waiting for it; zeros where there is no row.
+
+    Args:
+        averaged: whether a row ends with the weight of the parameter in its average.
+    """
+    width = 1 + len(next(row.h for row in rows if row is not None)) + averaged
+    cells: list[Any] = []
+    for row in rows:
+        cells += [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
+    if any(isinstance(x, Tensor) for x in cells):
+        cells = [x if isinstance(x, Tensor) else torch.full((), x, device=device, dtype=torch.float64) for x in cells]
+        return torch.stack([x.to(device, dtype) for x in cells]).view(-1, width)
+    return to_device(array("d" if dtype == torch.float64 else "f", cells), dtype, device).view(-1, width)
+
+
+def to_device(values: array[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host values as a tensor on the device, without waiting for it.
+
+    Every copy has pinned memory of its own, which torch's caching allocator does not reuse while it is in flight.
+    """
+    staged = torch.frombuffer(values, dtype=dtype)
+    return staged if device.type == "cpu" else staged.pin_memory().to(device, non_blocking=True)

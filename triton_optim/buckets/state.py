@@ -1,0 +1,71 @@
+"""An optimizer's states as dicts that count their changes, so that a step need not look at every value of every one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..spec import Update
+
+
+class State(dict[str, Any]):
+    """A dict in all that it does. It is saved and copied as a plain one.
+
+    Example:
+        >>> from triton_optim.buckets.state import State
+        >>> state, before = State(step=1), State.changes
+        >>> state["step"] = 2
+        >>> State.changes - before
+        1
+    """
+
+    changes: ClassVar[int] = 0  # of all states there are, and of which parameters have which
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class States(defaultdict[Any, Any]):
+    """The state of each parameter, a defaultdict in all that it does, and saved and copied as one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+
+def _counted(kind: type, name: str) -> Callable[..., Any]:
+    method = getattr(kind, name)
+
+    def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        State.changes += 1
+        return method(self, *args, **kwargs)
+
+    return changing
+
+
+for _kind in (State, States):
+    for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+        setattr(_kind, _name, _counted(_kind, _name))
+
+
+def watch(optimizer: Update) -> None:
+    """Make the states of an optimizer, those to come too, such dicts."""
+    states = {p: State(state) if type(state) is dict else state for p, state in optimizer.state.items()}
+    optimizer.state = States(State, states)
+
+
+def contents(state: dict[str, Any]) -> list[tuple[str, Any, int]]:
+    """What a state holds, and how often each tensor was written."""
+    return [(name, value, _writes(value)) for name, value in state.items()]
+
+
+def are_contents(state: dict[str, Any], before: list[tuple[str, Any, int]]) -> bool:
+    """Whether a state holds what it held, and nothing was written since."""
+    same = ((n, w) == (name, _writes(v)) and v is value for (n, value, w), (name, v) in zip(before, state.items()))  # noqa: B905
+    return len(state) == len(before) and all(same)
+
+
+def _writes(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

@@ -1,0 +1,160 @@
+"""Into any codec and out of it in mid-training: full-precision checkpoints of torch.optim, and float32 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..precision.codecs import (
+    CORRECTIONS,
+    Codec,
+    held_codec,
+    held_parameter_codec,
+    keep_parameter,
+    keep_state,
+    parameter_codec,
+    part_names,
+    read,
+    state_codec,
+    write,
+)
+from ..spec import AVERAGE, COUNT
+from ..util.layout import local, with_local
+from .checkpoint import OPTIONAL, group_of, held_state
+from .optimizer import RuleOptimizer
+
+
+def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
+    """The state dict in the form of torch.optim's optimizer of the same name, in full precision.
+
+    Codes are decoded, to float32 (states of float64 parameters are as they are). What torch has no name for is left
+    out: our options, the corrections of parameters (:func:`master_state_dict` has them), averages, and ``step``
+    where torch keeps none.
+
+    Args:
+        optimizer: one of this package's; it is not changed.
+
+    Returns:
+        What ``torch.optim.<the same>.load_state_dict`` takes, and :func:`load_torch_state_dict`.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> p = torch.nn.Parameter(torch.zeros(4096))
+        >>> ours = triton_optim.AdamW([p], state_dtype="int8", backend="eager")
+        >>> p.grad = torch.ones(4096)
+        >>> ours.step()
+        >>> theirs = torch.optim.AdamW([p])
+        >>> theirs.load_state_dict(triton_optim.to_torch_state_dict(ours))
+        >>> theirs.state[p]["exp_avg"].dtype
+        torch.float32
+    """
+    saved = optimizer.state_dict()
+    groups = [{n: v for n, v in group.items() if n not in OPTIONAL} for group in saved["param_groups"]]
+    indices = [i for group in groups for i in group["params"]]
+    states: dict[Any, dict[str, Any]] = {}
+    for i, p in zip(indices, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
+        if i not in saved["state"]:
+            continue
+        state = held_state(optimizer, i, p, saved["state"][i])
+        for name, codec in kept_states(optimizer, state, p):
+            parts = [state.pop(part) for part in (name, *part_names(codec, name))]
+            value = with_local(p, read(codec, parts, local(p))) if codec.sharing else parts[0]
+            half = value.is_floating_point() and value.itemsize < 4
+            state[name] = value.float() if half else value
+        for name in (*CORRECTIONS, AVERAGE, COUNT):
+            state.pop(name, None)
+        if not optimizer.counts_steps:
+            state.pop("step", None)
+        if state:
+            states[i] = state
+    return {"state": states, "param_groups": groups}
+
+
+def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load a full-precision state dict, of torch.optim's or of :func:`to_torch_state_dict`, and bring its states into
+    the codecs of `optimizer` at once. Its options of precision stay its own.
+
+    Raises:
+        As :meth:`RuleOptimizer.load_state_dict`; nothing was changed then.
+    """
+    optimizer.load_state_dict(state_dict)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if state is None:
+                continue
+            for name in optimizer.running_variant(group).state_names:
+                held = held_codec(optimizer, state, name, p)
+                if held is not None:
+                    keep_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))
+
+
+def kept_states(optimizer: RuleOptimizer, state: dict[str, Any], p: Tensor) -> Iterator[tuple[str, Codec]]:
+    """The states of a parameter that are there, of any variant of the optimizer, and how each is kept."""
+    for name in dict.fromkeys(name for variant in optimizer.variants for name in variant.state_names):
+        codec = held_codec(optimizer, state, name, p)
+        if codec is not None:
+            yield name, codec
+
+
+def master_state_dict(model: Module, optimizer: RuleOptimizer) -> dict[str, Any]:
+    """The model's state dict with float32 weights: those that ``param_precision`` keeps.
+
+    Args:
+        model: its bfloat16 and float16 parameters come in float32, exact with ``"split32"`` (bfloat16) and
+            ``"master"``, nearly so with ``"split24"`` and ``"kahan"``, and as they are where nothing is kept beside
+            them. Buffers, and parameters of other dtypes, come as they are.
+        optimizer: of these parameters; others than these may be among the model's.
+
+    Returns:
+        New tensors by name, which a float32 model of the same kind loads.
+    """
+    optimizer.engine.check_not_swapped("master_state_dict()")
+    optimizer.engine.forget_probe()
+    weights: dict[str, Any] = model.state_dict(keep_vars=True)
+    return {name: master(value, optimizer) for name, value in weights.items()}
+
+
+def master(value: Any, optimizer: RuleOptimizer) -> Any:
+    """The float32 value of a parameter; of anything else a copy."""
+    if not isinstance(value, Tensor):
+        return value
+    own = value.detach()
+    state = optimizer.state.get(value, {})
+    codec = held_parameter_codec(state, value)
+    if codec.suffixes:
+        parts = [local(own), *(local(state[name]) for name in part_names(codec, None))]
+        return with_local(own, read(codec, parts, local(own)).clone())
+    half = isinstance(value, torch.nn.Parameter) and value.dtype in (torch.bfloat16, torch.float16)
+    return own.float() if half else own.clone()
+
+
+def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load float32 weights into a model of bfloat16 or float16 parameters: the way back from :func:`master_state_dict`.
+
+    The parameters become the nearest values of their dtypes, and what is left goes where the ``param_precision`` of
+    their groups keeps it. The optimizer's other states stay as they are.
+
+    Raises:
+        RuntimeError: the names or shapes are not the model's.
+    """
+    optimizer.engine.check_not_swapped("load_master_state_dict()")
+    model.load_state_dict(state_dict)
+    optimizer.engine.forget_probe()
+    weights: dict[str, Any] = model.state_dict(keep_vars=True)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in weights.items():
+        if id(p) not in known:
+            continue
+        codec = parameter_codec(group_of(optimizer, p), p.dtype)
+        if codec.suffixes:
+            state = optimizer.state[p]
+            keep_parameter(state, p, codec)
+            value = local(state_dict[name]).to(local(p).device)
+            with torch.no_grad():
+                write(codec, [local(p).detach(), *(local(state[part]) for part in part_names(codec, None))], value)
+    optimizer.engine.plan = None

@@ -1,0 +1,113 @@
+"""What the dispatcher chose for an optimizer, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+
+from ..backends import bucket_class
+from ..backends.eager.bucket import prologue_traffic
+from ..buckets.key import Key
+from ..buckets.members import Member
+from ..engine.plan import entries_of, sort_members
+from ..util.layout import local
+from ..util.table import table
+from .optimizer import RuleOptimizer
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """One bucket: parameters that a backend updates together."""
+
+    backend: str
+    reason: str
+    device: torch.device
+    tensors: int
+    elements: int
+    dtypes: dict[str, torch.dtype]  # a role: "p", "g" and the states' names
+    launches: int  # kernels, compiled calls or torch operations a step
+    bytes_per_parameter: float  # read and written, a step
+
+
+class Explanation(Sequence[BucketReport]):
+    """The buckets of an optimizer; prints as a table."""
+
+    def __init__(self, rows: Sequence[BucketReport]) -> None:
+        self._rows = list(rows)
+
+    @overload
+    def __getitem__(self, index: int) -> BucketReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[BucketReport]: ...
+    def __getitem__(self, index: int | slice) -> BucketReport | Sequence[BucketReport]:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[BucketReport]:
+        return iter(self._rows)
+
+    def __repr__(self) -> str:
+        header = ["backend", "device", "tensors", "elements", "dtypes", "launches", "bytes/parameter", "reason"]
+        rows = [
+            [
+                r.backend,
+                str(r.device),
+                f"{r.tensors:,}",
+                f"{r.elements:,}",
+                " ".join(f"{role}:{str(dtype).removeprefix('torch.')}" for role, dtype in r.dtypes.items()),
+                f"{r.launches:,}",
+                f"{r.bytes_per_parameter:g}",
+                r.reason,
+            ]
+            for r in self
+        ]
+        return table(header, rows)
+
+
+def explain(optimizer: RuleOptimizer) -> Explanation:
+    """What runs each bucket of `optimizer`, why, in how many launches, and how many bytes it moves.
+
+    Before the first step, gradients and states are taken to be like their parameters. Nothing is changed.
+
+    Args:
+        optimizer: one of this package's.
+
+    Returns:
+        A sequence of :class:`BucketReport`, which prints as a table.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = triton_optim.AdamW(model.parameters(), backend="eager")
+        >>> bucket, = triton_optim.explain(optimizer)
+        >>> bucket.backend, bucket.tensors, bucket.elements
+        ('eager', 2, 10)
+    """
+    if optimizer.engine.plan is not None:
+        buckets = {bucket.key: bucket.members for bucket in optimizer.engine.plan.buckets}
+    else:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        buckets = sort_members(optimizer, entries_of(optimizer, params, [p.grad for p in params], every=True))
+    return Explanation([report(optimizer, key, members) for key, members in buckets.items()])
+
+
+def report(optimizer: RuleOptimizer, key: Key, members: list[Member]) -> BucketReport:
+    """One row of an explanation."""
+    runs = bucket_class(key)
+    elements = sum(local(m.p).numel() for m in members)
+    operations, nbytes = prologue_traffic(optimizer, key, members) if key.variant.prologue else (0, 0)
+    return BucketReport(
+        key.choice.backend,
+        key.choice.reason,
+        key.device,
+        len(members),
+        elements,
+        dict(zip(("p", "g", *key.variant.state_names), key.dtypes, strict=True)),
+        operations + runs.launches(optimizer, key, members),
+        nbytes / max(elements, 1) + runs.bytes_per_parameter(optimizer, key),
+    )

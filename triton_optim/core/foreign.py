@@ -1,0 +1,260 @@
+"""Checkpoints of bitsandbytes, torchao, optimi and flashoptim, whose states are ours in forms of their own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import Update
+from ..util.layout import local, with_local
+
+# The states of each optimizer that another library has, too.
+STATES = {
+    "Adam": ("exp_avg", "exp_avg_sq"),
+    "RAdam": ("exp_avg", "exp_avg_sq"),
+    "Lion": ("exp_avg",),
+    "SGD": ("momentum_buffer",),
+    "RMSprop": ("square_avg",),
+    "Adagrad": ("sum",),
+}
+KINDS = {
+    "bitsandbytes": ("Adam", "Lion", "SGD", "RMSprop", "Adagrad"),
+    "torchao": ("Adam",),
+    "optimi": ("Adam", "RAdam", "Lion", "SGD"),
+    "flashoptim": ("Adam", "Lion", "SGD"),
+}
+# What a converted group takes from the other's, where both have it.
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "amsgrad", "name")
+
+WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts the tensors of a state
+BLOCKS = (256, 2048)  # of bitsandbytes' codes, today and before version 0.44
+GROUP = 32  # of flashoptim's
+
+
+def origin(state_dict: Mapping[str, Any]) -> str | None:
+    """The library that saved a state dict, if its form is one of those that are known; None of torch's and ours."""
+    states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
+    groups = state_dict["param_groups"]
+    if any(WRAPPED in state or "state1" in state for state in states):
+        return "bitsandbytes"
+    if any("master_bytewidth" in group for group in groups):
+        return "flashoptim"
+    if any({"decouple_lr", "kahan_sum"} <= group.keys() for group in groups):
+        return "optimi"
+    if any(has_codes(value) for state in states for value in state.values()):
+        return "torchao"
+    return None
+
+
+def refusal(library: str, name: str) -> str:
+    """What is said to who loads a state dict of `library` into an optimizer of this name."""
+    return (
+        f"this state dict was saved by {library}, which keeps states in a form of its own. Load "
+        f"triton_optim.convert_state_dict(optimizer, state_dict), where optimizer is this {name}."
+    )
+
+
+def convert_state_dict(optimizer: Update, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of bitsandbytes, torchao, optimi or flashoptim in the form that `optimizer` loads.
+
+    Codes become float32, which the next step brings into the optimizer's own `state_dtype`. Learning rate, betas,
+    epsilon, decay and momentum are the checkpoint's, all other options the optimizer's own.
+
+    - bitsandbytes: ``Adam``, ``AdamW``, ``Lion``, ``SGD``, ``RMSprop``, ``Adagrad``, of 32 bits or 8, paged or not. Its
+      ``Adam`` decays as ``AdamW`` does, and so will the one here.
+    - torchao: ``Adam8bit``, ``AdamW4bit``, ``AdamWFp8`` and their like. Only with torchao can the file be read.
+    - optimi: ``Adam``, ``AdamW``, ``RAdam``, ``Lion``, ``SGD``. Its moments have their bias corrected, and get it back
+      here. What its Kahan summation keeps goes on with ``param_precision="kahan"``.
+    - flashoptim: ``FlashAdam``, ``FlashAdamW``, ``FlashLion``, ``FlashSGD``. Its ``error_bits`` are left out, with a
+      warning.
+
+    Args:
+        optimizer: of the kind that saved it, of the same parameters in the same order. It is not changed.
+        state_dict: it is not changed. One of torch.optim's or ours is returned as it is.
+
+    Raises:
+        ValueError: the library has no optimizer of this kind, or its state holds what this one has not.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> p = torch.nn.Parameter(torch.zeros(3))
+        >>> optimizer = triton_optim.AdamW([p], backend="eager")
+        >>> group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        >>> state = {"step": 5, "state1": torch.ones(3), "state2": torch.ones(3)}  # as bitsandbytes has it
+        >>> saved = {"state": {0: state}, "param_groups": [group]}
+        >>> optimizer.load_state_dict(triton_optim.convert_state_dict(optimizer, saved))
+        >>> sorted(optimizer.state[p]), optimizer.param_groups[0]["lr"]
+        (['exp_avg', 'exp_avg_sq', 'step'], 0.1)
+    """
+    library = origin(state_dict)
+    if library is None:
+        return dict(state_dict)
+    name = type(optimizer).__name__
+    kind = next((c.__name__ for c in type(optimizer).__mro__ if c.__name__ in KINDS[library]), None)
+    if kind is None:
+        raise ValueError(
+            f"of the checkpoints of {library} those of {', '.join(KINDS[library])} can be converted, each for the "
+            f"optimizer of that name; this is {name}. Make the optimizer that saved it."
+        )
+    theirs, ours = ([len(g["params"]) for g in which] for which in (state_dict["param_groups"], optimizer.param_groups))
+    if theirs != ours:
+        raise ValueError(
+            f"the state dict of {library} has groups of {theirs} parameters, this {name} of {ours}. Convert it for the "
+            "same parameters in the same groups."
+        )
+    states, groups = {}, []
+    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        taken = {n: plain(saved[n]) for n in HYPERPARAMETERS if n in saved and (n in own or n == "name")}
+        taken |= {n: plain(saved[n]) for n in ("initial_lr",) if n in saved}
+        groups.append({**own, **taken, **GROUPS[library](kind, saved), "params": list(saved["params"])})
+        for i, p in zip(saved["params"], own["params"], strict=True):
+            if i in state_dict["state"]:
+                state = CONVERTERS[library](kind, saved, i, p, dict(state_dict["state"][i]))
+                states[i] = {n: v for n, v in state.items() if n != "step" or optimizer.counts_steps}
+    return {"state": states, "param_groups": groups}
+
+
+def plain(value: Any) -> Any:
+    """A number that a library keeps in a tensor."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def unknown(library: str, index: Any, names: Any, kind: str) -> ValueError:
+    return ValueError(
+        f"the state of parameter {index} holds {sorted(map(str, names))}, which is not what {kind} of {library} keeps. "
+        "Convert it for the optimizer that saved it."
+    )
+
+
+# bitsandbytes: states without names, their codes an index into a table of 256 values, a scale for each block.
+
+
+def from_bitsandbytes(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    parts = {name: value for name, value in state.items() if name != WRAPPED} | state.get(WRAPPED, {})
+    numbered = [name for name in ("state1", "state2") if name in parts]
+    known = {"step", *(f"{part}{number}" for part in ("state", "qmap", "absmax") for number in (1, 2))}
+    shapes = {parts[name].shape for name in numbered}
+    if len(numbered) != len(STATES[kind]) or "step" not in parts or parts.keys() - known or shapes != {p.shape}:
+        raise unknown("bitsandbytes", index, parts, kind)
+    converted = {"step": parts["step"]}
+    for name, numbered_name in zip(STATES[kind], numbered, strict=True):
+        value, number = parts[numbered_name], numbered_name[-1]
+        if value.dtype == torch.uint8:
+            scales, table = parts.get(f"absmax{number}"), parts.get(f"qmap{number}")
+            blocks = 0 if scales is None else scales.numel()
+            size = next((size for size in BLOCKS if -(-value.numel() // size) == blocks), None)
+            if size is None or table is None:
+                raise ValueError(
+                    f"{numbered_name} of parameter {index} is {value.numel():,} codes with {blocks} scales; what can "
+                    f"be read has blocks of {BLOCKS}. Load it with bitsandbytes as it is today, and save it there."
+                )
+            decoded = table[value.flatten().long()] * scales.repeat_interleave(size)[: value.numel()]
+            value = decoded.view(value.shape)
+        converted[name] = value
+    return converted
+
+
+def bitsandbytes_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    first = group["betas"][0]
+    own = {
+        "SGD": {"momentum": first, "dampening": 0.0},
+        "RMSprop": {"alpha": first},
+        "Adam": {"decoupled_weight_decay": True},
+    }
+    return own.get(kind, {})
+
+
+# torchao: tensors that know how they are decoded.
+
+
+def has_codes(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    own = local(value)
+    return hasattr(own, "__tensor_flatten__") and type(own).dequantize is not Tensor.dequantize
+
+
+def from_torchao(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    decoded = {name: value for name, value in state.items() if has_codes(value)}
+    return state | {name: with_local(p, local(value).dequantize().float()) for name, value in decoded.items()}
+
+
+# optimi: one count for a group, and moments whose bias is corrected as they are updated.
+
+
+def from_optimi(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    step = plain(state.pop("step", group.get("step", 1)))
+    kept, _ = state.pop("kahan_comp", None), state.pop("group", None)
+    moments = ("exp_avg", "exp_avg_sq")[: len(STATES[kind])]
+    if state.keys() != {*moments}:
+        raise unknown("optimi", index, state, kind)
+    converted = {"step": step}
+    for name, moment, beta in zip(STATES[kind], moments, ("beta1", "beta2"), strict=False):
+        value = state[moment]
+        if len(moments) == 2:
+            value = value.float() * (1 - group[beta] ** step)
+        converted[name] = value
+    if isinstance(kept, Tensor) and kept.is_floating_point():
+        converted["compensation"] = kept
+    return converted
+
+
+def optimi_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    decay, decoupled = group["weight_decay"], group.get("decouple_wd", True)
+    if decay and ((kind == "SGD" and (decoupled or group["decouple_lr"])) or (group["decouple_lr"] and not decoupled)):
+        raise ValueError(
+            f"a group of optimi has weight_decay={decay}, decouple_wd={decoupled}, decouple_lr={group['decouple_lr']}: "
+            f"{kind} has no such decay. Set the group's weight_decay to 0, and decay the parameters yourself."
+        )
+    if group["decouple_lr"]:  # of it the learning rate is a fraction of the largest
+        own["weight_decay"] = decay / group["max_lr"]
+    if kind in ("Adam", "RAdam"):
+        own["decoupled_weight_decay"] = decoupled
+    if kind == "SGD":
+        own["dampening"] = group["momentum"] if group["dampening"] else 0.0
+    else:
+        own["betas"] = (group["beta1"], group["beta2"])
+    return own
+
+
+# flashoptim: codes of softsign, of second moments those of the root, a float16 scale for each group.
+
+
+def from_flashoptim(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    if state.pop("error_bits", None) is not None:
+        warnings.warn(
+            f"error_bits of parameter {index} are left out: its weights stay as the model has them, rounded. Give "
+            "load_master_state_dict what get_fp32_model_state_dict of flashoptim returns: it keeps what rounding left.",
+            stacklevel=3,
+        )
+    for coded in [name for name in state if name.endswith("::quantized")]:
+        name = coded.removesuffix("::quantized")
+        held, scales = state.pop(coded), state.pop(f"{name}::scales")
+        q, second = local(held).flatten().float(), name == "exp_avg_sq"
+        # The scales of a bfloat16 parameter are said to be bfloat16, so that torch casts them to nothing else.
+        scale = local(scales).view(torch.float16).float().repeat_interleave(GROUP)[: q.numel()]
+        part = q / (255 if second else 127)
+        value = (part * scale).square() if second else part / (2 - part.abs()) * scale
+        state[name] = with_local(p, value.view(local(held).shape))
+    if state.keys() - {"step", *STATES[kind]}:
+        raise unknown("flashoptim", index, state, kind)
+    return state
+
+
+def no_more(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+Converter = Callable[[str, Any, Any, Tensor, dict[str, Any]], dict[str, Any]]
+CONVERTERS: dict[str, Converter] = {
+    "bitsandbytes": from_bitsandbytes,
+    "torchao": from_torchao,
+    "optimi": from_optimi,
+    "flashoptim": from_flashoptim,
+}
+GROUPS = {"bitsandbytes": bitsandbytes_group, "torchao": no_more, "optimi": optimi_group, "flashoptim": no_more}

@@ -1,0 +1,119 @@
+"""How much memory training takes, and what of it an optimizer's options save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..precision.codecs import parameter_codec, plain, state_codec
+from ..util.layout import local
+from ..util.table import table
+from .optimizer import RuleOptimizer
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that training keeps; prints as a table.
+
+    Attributes:
+        parameters: how many elements they have.
+        weights, gradients: bytes of these.
+        states: bytes of each state, by name.
+        corrections: bytes of what ``param_precision`` keeps beside the parameters.
+        torch_states: bytes of the states of torch's own, which keeps them in the parameter's dtype.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    states: dict[str, int]
+    corrections: int
+    torch_states: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything."""
+        return self.weights + self.gradients + sum(self.states.values()) + self.corrections
+
+    @property
+    def torch_total(self) -> int:
+        """Bytes of everything with torch's own optimizer."""
+        return self.weights + self.gradients + sum(self.torch_states.values())
+
+    @property
+    def kept(self) -> int:
+        """Bytes of everything but the gradients, which need not outlive the step."""
+        return self.total - self.gradients
+
+    def __repr__(self) -> str:
+        rows = [("weights", self.weights, self.weights), ("gradients", self.gradients, self.gradients)]
+        rows += [(name, nbytes, self.torch_states[name]) for name, nbytes in self.states.items()]
+        rows += [("corrections", self.corrections, 0), ("total", self.total, self.torch_total)]
+        rows += [("without gradients", self.kept, self.torch_total - self.gradients)]
+        count = max(self.parameters, 1)
+        cells = [
+            [what, f"{ours / count:.3f}", f"{theirs / count:.3f}", gibibytes(ours), gibibytes(theirs)]
+            for what, ours, theirs in rows
+        ]
+        return table(["", "bytes/parameter", "torch's", "GiB", "torch's"], cells)
+
+
+def gibibytes(nbytes: int) -> str:
+    """A number of bytes in GiB."""
+    return f"{nbytes / 2**30:,.3f}"
+
+
+def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
+    """What training with `optimizer` keeps in memory on this process, beside the same with torch's own optimizer.
+
+    It is computed from the parameters and options, so that it may be asked for before the first step, and of parameters
+    on the meta device. Activations, and what is only there during a step, are not part of it.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> model = torch.nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16)
+        >>> optimizer = triton_optim.AdamW(model.parameters(), state_dtype="int8", param_precision="stochastic")
+        >>> report = triton_optim.memory_report(optimizer)
+        >>> round(report.total / report.parameters, 2), round(report.torch_total / report.parameters, 2)
+        (6.03, 8.0)
+    """
+    sums = {"parameters": 0, "weights": 0, "gradients": 0, "corrections": 0}
+    states: dict[str, int] = {}
+    torch_states: dict[str, int] = {}
+
+    def add(name: str, ours: int, theirs: int) -> None:
+        states[name] = states.get(name, 0) + ours
+        torch_states[name] = torch_states.get(name, 0) + theirs
+
+    for group in optimizer.param_groups:
+        variant = optimizer.running_variant(group)
+        for p in group["params"]:
+            own = local(p)
+            numel, codec = own.numel(), parameter_codec(group, p.dtype)
+            sums["parameters"] += numel
+            sums["weights"] += own.nbytes
+            sums["gradients"] += numel * (p.dtype if p.grad is None else p.grad.dtype).itemsize
+            sums["corrections"] += nbytes(codec.dtypes[1:], codec.each[1:], numel)
+            for name in variant.state_names:
+                wanted = state_codec(optimizer, group, name, p)
+                add(name, nbytes(wanted.dtypes, wanted.each, numel), nbytes(plain(p.dtype).dtypes, (1,), numel))
+            if variant.prologue:
+                like = torch.empty(own.shape, dtype=p.dtype, device="meta")
+                for name, value in optimizer.prologue_state(like, group).items():
+                    add(name, value.nbytes, value.nbytes)
+    return MemoryReport(**sums, states=states, torch_states=torch_states)
+
+
+def nbytes(dtypes: tuple[torch.dtype, ...], each: tuple[int, ...], numel: int) -> int:
+    """Bytes of parts, of which a block that is not full takes as much as one that is."""
+    sharing = max(each, default=1)
+    padded = -(-numel // sharing) * sharing
+    return sum(dtype.itemsize * padded // items for dtype, items in zip(dtypes, each, strict=True))
+
+
+def meta_parameter(numel: int, dtype: torch.dtype) -> Tensor:
+    """A parameter of about so many elements without memory: a matrix, as most of a model's are."""
+    columns = 4096
+    return torch.nn.Parameter(torch.empty(max(round(numel / columns), 1), columns, dtype=dtype, device="meta"))

@@ -1,0 +1,471 @@
+"""The base of every optimizer: torch.optim.Optimizer's contract around a rule."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import wraps
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Unpack
+
+from ..backends.triton import compile_ahead
+from ..buckets.state import watch
+from ..dispatch import BACKENDS, choose, this_machine
+from ..engine import compile_op
+from ..engine.engine import Engine
+from ..engine.plan import request_for
+from ..kernels.straight import check_signature, straight
+from ..options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
+from ..precision.averaging import check_averaging, largest_count
+from ..precision.codecs import PRECISION, check_names, check_precision
+from ..spec import Update, Variant
+from ..util.hyperparameters import Hyperparameters, unread
+from .averages import averaged_parameters
+from .checkpoint import as_saved, check_keys, fill_in, held_state, held_states, restore_dtypes, saved_state
+
+
+def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A method ``step`` as torch wraps it: hooks before and after it, and a range for the profiler. Without any of them
+    torch's wrapper would take longer than the step of a small model, so that it is left out.
+    """
+    hooked = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def wrapper(self: RuleOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if type(self).step is not wrapper:  # a subclass's own, which torch has wrapped, and which called this one
+            return step(self, *args, **kwargs)
+        if (
+            torch.compiler.is_compiling()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        ):
+            return hooked(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch wraps it no more
+    return wrapper
+
+
+def ordered(params: Any) -> Any:
+    """The parameters as they are; a set as a list, with the warning that torch has for it from 2.15 on. It points at
+    the line that made the optimizer: what Dynamo and the classes lay around their constructors differs.
+    """
+    if not isinstance(params, (set, frozenset)):
+        return params
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("triton_optim", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"optimizer parameters need to be organized in ordered collections, got a {type(params).__name__}: its order, "
+        "and with it a state dict's, changes from run to run. Give a list.",
+        FutureWarning,
+        stacklevel=level,
+    )
+    return list(params)
+
+
+def leave_to_python(cls: type[Optimizer], *methods: str) -> None:
+    """Let no compiled function trace these methods of a class. Of a constructor Dynamo leaves torch's part to Python,
+    and what was set before it would then be set on no object.
+    """
+    for name in methods:
+        if name in cls.__dict__:
+            setattr(cls, name, _disable_dynamo(cls.__dict__[name]))
+
+
+def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None:
+    """Raise RuntimeError where an optimizer of this name can't release gradients one by one."""
+    if max_grad_norm is not None:
+        raise RuntimeError(
+            f"{name}: max_grad_norm={max_grad_norm} limits the norm of all gradients, which gradient release never has "
+            "at once. Leave one of them out, or remove() the handle of gradient release."
+        )
+    if amp is not None:
+        raise RuntimeError(
+            f'{name}: amp="{amp}" skips a step whose gradients are not all finite, which gradient release never has at '
+            "once. Leave one of them out, or remove() the handle; bfloat16 needs no scaler."
+        )
+
+
+class RuleOptimizer(Optimizer, Update):
+    r"""An optimizer from a rule: subclass it with ``rule``, ``state_names`` and :meth:`scalars`.
+
+    The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
+    updated on its own. ``h`` is what :meth:`scalars` returns, formed on the host in float64. Arithmetic is float32
+    (float64 for float64 parameters), however the values are stored. What is not in the language of rules
+    (kernels/language.py) is refused when an optimizer is made.
+
+    Class attributes:
+        rule: the update.
+        state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
+        counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
+            ``capturable``, else on the CPU); float64 where something is rounded stochastically, as float32 counts to
+            2^24.
+        counts_on_device: whether ``step`` and what else is carried are on the parameter's device always.
+        takes_dense_gradients: False for an optimizer that is for sparse gradients only.
+        step_is_tensor: False keeps ``step`` as an int.
+        prologue_names: names of the states that :meth:`prologue` keeps.
+        nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
+        never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
+        option_names: the options that every parameter group carries, whatever their value.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in torch.optim.
+        defaults: the hyperparameters of a group.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: `backend` or `amp` is unknown, or torch's own checks of `params` fail.
+        TypeError: an option is unknown, or `params` is a tensor.
+        RuleError: a TypeError: a rule is not of the language of rules, or has other states than ``state_names``.
+        RuntimeError: the options exclude each other, or the pinned backend cannot run these parameters here.
+    """
+
+    __signature__ = OptimizerSignature()
+
+    # What a gradient scaler sets for the time of a step.
+    grad_scale: Any
+    found_inf: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        leave_to_python(cls, "__init__")
+        if cls.rule is not None and "variants" not in cls.__dict__:
+            prologue = cls.prologue is not RuleOptimizer.prologue
+            cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
+        check_names(cls)
+        describe_options(cls)
+
+    @_disable_dynamo
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        **options: Unpack[Options],
+    ) -> None:
+        check_known(type(self), options)
+        carried: dict[str, Any] = {**OPTIONS, **options}
+        backend, amp, max_grad_norm = (carried.pop(name) for name in ("backend", "amp", "max_grad_norm"))
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))
+        if amp not in (None, "fused"):
+            raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
+        self.check_hyperparameters(defaults)
+        check_options(carried)
+        self.engine = Engine(self, self._check_edited)
+        self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
+        carried = {name: v for name, v in carried.items() if name in self.option_names or v != OPTIONS[name]}
+        super().__init__(ordered(params), defaults | carried)
+        watch(self)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The largest norm of all gradients together; None for any. It may be set at any time, except while gradients
+        are released in backward.
+        """
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None and not value > 0:
+            raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
+        if self.engine.release is not None:
+            check_alone(type(self).__name__, value, self.amp)
+        self._max_grad_norm = None if value is None else float(value)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients of the last step, 0-dim, on the device; None where ``max_grad_norm`` was None."""
+        engine = self.engine
+        return engine.signal.tensor[2] if engine.signal is not None and engine.limited else None
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """Whether the last step was skipped, 1 or 0; 0-dim, on the device. None of a step that could not be."""
+        return None if self.engine.signal is None else self.engine.signal.tensor[1]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's scaler asks. Where gradients are released it is to call ``step``, too, which refuses it."""
+        return self.amp is not None or self.engine.release is not None
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Those of all groups, as they were when a step last read them."""
+        return self.engine.hyperparameters
+
+    # torch.optim.Optimizer's contract.
+
+    @with_hooks
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse where that has no meaning, or differs from its parameter in shape or
+                device. Nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            compile_op.traced_step(self.engine, compile_op.groups_of(self))
+        else:
+            self.engine.step()
+        return loss
+
+    # A scheduler wraps `step` to note that it was called, in a file that Dynamo refuses to trace. The engine notes
+    # it instead, which leaves `torch.compile(optimizer.step, fullgraph=True)` whole.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _check_edited(self, group: dict[str, Any], more: bool) -> None:
+        """Raise where a group has come to hold what the constructor refuses.
+
+        Args:
+            more: whether more than the values of numbers changed.
+        """
+        if more:
+            self._check_group(group)
+        else:
+            self.check_hyperparameters(unread(group))
+            check_averaging(self, unread(group))
+
+    def warmup(self) -> None:
+        """Compile all that the first step will need, without stepping: no parameter or state changes, none is made.
+
+        Gradients that are not there yet are taken to be like their parameters. What fails to compile runs eagerly in
+        the first step, as ever, with a warning now.
+
+        Example:
+            >>> import torch, triton_optim
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = triton_optim.AdamW(model.parameters(), max_grad_norm=1.0)
+            >>> optimizer.warmup()
+            >>> len(optimizer.state)
+            0
+        """
+        self.engine.warm_up()
+
+    def push_hyperparameters(self) -> None:
+        """Bring the hyperparameters to the device, where captured steps read them: call it before a replay.
+
+        A step of ``capturable=True`` that is captured into a CUDA graph reads learning rate, weight decay, betas and
+        all other numbers of the parameter groups, the seed and `max_grad_norm` in device memory. After a scheduler or
+        you changed one, this copies them there, without waiting for the device. Numbers that are device tensors
+        themselves need no push, and no ordinary step needs one.
+
+        Raises:
+            RuntimeError: the parameters or groups are not those of the last step that was captured.
+        """
+        self.engine.push_hyperparameters()
+
+    def averaged_so_far(self) -> float:
+        """Of how many values the averages are, which a parameter that is new to them joins."""
+        # While gradients are released, some have been counted in this round already.
+        release = self.engine.release
+        return largest_count(self) if release is None else release.averaged
+
+    def averaged_parameters(self) -> AbstractContextManager[None]:
+        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save the model.
+
+        Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
+        kept meanwhile in as much memory as they take. The optimizer is saved, loaded and copied outside: training would
+        go on from averages, with states that are not theirs.
+
+        Raises:
+            RuntimeError: nothing is averaged, it is entered already, or a step is made within it, or the optimizer
+                saved, loaded or copied.
+
+        Example:
+            >>> import torch, triton_optim
+            >>> p = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = triton_optim.SGD([p], lr=1.0, ema_decay=0.5, backend="eager")
+            >>> for _ in range(2):
+            ...     p.grad = torch.ones(1)
+            ...     optimizer.step()
+            >>> with optimizer.averaged_parameters():
+            ...     print(p.item())
+            -1.5
+            >>> p.item()
+            -2.0
+        """
+        return averaged_parameters(self, self.engine)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        groups = compile_op.groups_of(self) if torch.compiler.is_compiling() else self.param_groups
+        for group in groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch.optim, checking that a pinned backend can run it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            self.engine.take_params()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        numbers = unread(group)
+        self.check_hyperparameters(numbers)
+        check_options(group)
+        for variant in (*self.variants, self.variant(group)):
+            check_signature(straight(variant.rule), len(variant.state_names))
+        check_precision(self, group)
+        check_averaging(self, numbers)
+        for i, p in enumerate(group["params"]):
+            self.check_parameter(i, p, group)
+            if is_lazy(p):
+                continue
+            choice = choose(request_for(self, group, p), this_machine())
+            if choice.backend == "triton" and not this_machine().interpreter:
+                compile_ahead.begin()
+
+    def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""
+        if not (p.is_floating_point() or p.is_complex()):
+            raise RuntimeError(
+                f"parameter {index} is {p.dtype} on {p.device}; {type(self).__name__} optimizes floating-point and "
+                "complex tensors. Leave it out of params."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
+
+        A state in codes is a dict of them, their scales and how they are read, which torch.optim cannot take for a
+        tensor: its step raises. It can have :func:`to_torch_state_dict`.
+        """
+        self.engine.check_not_swapped("state_dict()")
+        self.engine.probe_again()
+        handle = self.register_state_dict_post_hook(as_saved, prepend=True)  # type: ignore[arg-type]
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours or of torch.optim's.
+
+        Unlike torch's, it keeps the dtype in which each state was saved: torch casts all but ``step`` to the
+        parameter's, and float32 moments of bfloat16 parameters would be lost.
+
+        Raises:
+            TypeError: it is no dict.
+            ValueError: it is that of another library (:func:`convert_state_dict` takes some), or its
+                groups, or the names of its states, are not those of this optimizer, or a state lacks some.
+            KeyError: it lacks its groups or states, or a group a hyperparameter.
+            RuntimeError: a state is not of its parameter's shape or kind, or in codes that can't be read. In all cases
+                nothing was changed.
+        """
+        self.engine.check_not_swapped("load_state_dict()")
+        if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
+            check_keys(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            states = held_states(self, state_dict)
+            # How values are kept is this optimizer's own: the next step brings what is loaded into it.
+            groups = [
+                {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
+                | {name: value for name, value in saved.items() if name not in PRECISION}
+                | {name: own[name] for name in PRECISION if name in own}
+                for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            ]
+            loaded.update(state_dict, param_groups=groups, state=states)
+            return dict(loaded)
+
+        def restore(_: Optimizer) -> None:
+            restore_dtypes(self, loaded)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.engine.release is not None:
+            self.engine.release.restart()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.engine.check_not_swapped("a copy")
+        probed = set(map(id, self.engine.probe.params(self)))
+        states = {p: saved_state(self, state, p) for p, state in self.state.items() if id(p) not in probed}
+        kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
+        return {name: getattr(self, name) for name in kept} | {"state": defaultdict(dict, states)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        params = chain.from_iterable(group["params"] for group in state["param_groups"])
+        states = {p: held_state(self, i, p, state["state"][p]) for i, p in enumerate(params) if p in state["state"]}
+        super().__setstate__(state | {"state": defaultdict(dict, {**state["state"], **states})})
+        watch(self)
+        # A copy has none of these; who loads a state dict keeps them.
+        for name, value in {"backend": "auto", "amp": None, "_max_grad_norm": None}.items():
+            self.__dict__.setdefault(name, value)
+        if "engine" in self.__dict__:
+            self.engine.reset()
+        else:
+            self.engine = Engine(self, self._check_edited)
+        self.engine.take_params()
+        fill_in(self)
+
+
+def filled_like(p: Tensor, value: float) -> Tensor:
+    """A tensor like the parameter, full of `value`; of a complex parameter both parts are."""
+    value = float(value)
+    fill = complex(value, value) if p.is_complex() else value
+    return torch.full_like(p, fill, memory_format=torch.preserve_format)
+
+
+# Of what torch's message about tensors calls by the argument, as `check_range` is told it.
+_ARGUMENTS = {
+    "learning rate": "lr",
+    "beta parameter at index 0": "betas[0]",
+    "beta parameter at index 1": "betas[1]",
+}
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise torch's ValueError unless low <= value < high.
+
+    Args:
+        name: as torch spells it in its message, such as ``"learning rate"``.
+        value: a number or a 1-element tensor.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        shape = tuple(value.shape)
+        argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
+        raise ValueError(f"Tensor {argument} must be 1-element, got shape {shape}. Use groups to give each its own.")
+    if not low <= value or not value < high:
+        bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+        raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")

@@ -1,0 +1,293 @@
+"""What runs an optimizer's steps, and all that is kept from one to the next: the only owner of plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..buckets.gradient_norm import Signal, scaling_of
+from ..buckets.key import Key
+from ..spec import Update
+from ..util.hyperparameters import Hyperparameters
+from ..util.layout import is_sharded, local_gradient, local_gradients, placements_of
+from ..util.on_device import capturing
+from . import compile_op
+from .plan import Plan, PlanOfOne, check_captured, warm_up
+from .probe import Probe
+
+
+class Release(Protocol):
+    """Who is told of steps while gradients are released in backward."""
+
+    @property
+    def averaged(self) -> float:
+        """Of how many values the averages were at the start of the round."""
+
+    def step(self, gradients: list[Tensor | None] | None = None) -> None:
+        """End a round."""
+
+    def restart(self) -> None:
+        """Start a round with the states as they are."""
+
+    def follow(self, params: list[Tensor], repeats: bool) -> None:
+        """Release the gradients of these, and of no others."""
+
+
+class Engine:
+    """Runs the steps of an optimizer.
+
+    Args:
+        optimizer: whose parameter groups and states are used as they are in each step.
+        check: called with a group that was edited, and whether more than the values of numbers changed.
+
+    Attributes:
+        params: the parameters, in the order of the groups.
+        repeats: whether one of them is there twice.
+        plan: how the last step ran; None where the next has to make one.
+        hyperparameters: those of all groups as they were when a step last read them.
+        failed: buckets whose backend failed, and what they became.
+        release: who releases gradients in backward, if anybody does.
+        swapped: whether the weights are their averages now.
+        signal: what the last step did with all gradients.
+        limited: whether it limited their norm.
+        handle: by which the operator of compiled steps finds the engine.
+    """
+
+    def __init__(self, optimizer: Update, check: Callable[[dict[str, Any], bool], None]) -> None:
+        self._optimizer, self._check = optimizer, check
+        self.release: Release | None = None
+        self.swapped = False
+        self.hyperparameters = Hyperparameters()
+        self.failed: dict[Key, Key] = {}
+        self._captured: list[Plan] = []
+        self.handle = compile_op.register(self)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was kept of the parameters, states and groups, which have become others."""
+        self.params: list[Tensor] = []
+        self._sizes: list[int] = []  # how many of them each group has
+        self.repeats = False
+        self.plan: Plan | None = None
+        self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
+        self.probe = Probe()
+        self.signal: Signal | None = None
+        self.limited = False
+        self.hyperparameters.values = []
+
+    def step(self, given: list[Tensor | None] | None = None) -> None:
+        """Run a step, or end a round of released gradients; `given` as of :meth:`update`."""
+        if self.release is None:
+            self.update(given)
+            return
+        told = [self._optimizer.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+        if any(value is not None for value in told):
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}: a gradient scaler can't step gradients that were released in "
+                "backward. Use bfloat16, which needs none, or remove() the handle of gradient release."
+            )
+        self.release.step(given)
+
+    def update(self, given: list[Tensor | None] | None = None) -> None:
+        """Run a step.
+
+        Args:
+            given: the gradients, one for each parameter in the order of the groups; None skips a parameter. Left out,
+                those that the parameters have.
+        """
+        self.check_not_swapped()
+        self.read_groups()
+        self._optimizer._opt_called = True
+        plan = None if given is not None or self.repeats or self._is_capturing() else self.plan
+        if plan is not None and plan.gather():
+            recording = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)  # the context manager takes as long as the launch
+            try:
+                self._run(plan)
+            finally:
+                torch._C._set_grad_enabled(recording)
+            return
+        self.take_params()
+        gradients = [p.grad for p in self.params] if given is None else given
+        self._check_capture(gradients)
+        recording = any(group.get("differentiable") for group in self._optimizer.param_groups)
+        with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
+            for own in self._turns(gradients):
+                self._update(own)
+        if given is None and self.plan is not None and not self.repeats:
+            self.plan.note_gradients()
+
+    def update_one(self, place: int, g: Tensor | None) -> None:
+        """Run a step of the parameter number `place` alone, with this gradient."""
+        self.check_not_swapped()
+        self.forget_probe()
+        self.read_groups()
+        p = self.params[place]
+        with torch.no_grad():
+            gradients = {place: None if g is None else local_gradient(p, g)}
+            plan = self._plans_of_one.get(place)
+            if plan is None or not plan.fits(gradients):
+                plan = self._plans_of_one[place] = PlanOfOne(
+                    self._optimizer, self.failed, self.params, gradients, place=place
+                )
+                check_fits(plan, gradients)
+            plan.step()
+
+    def take_params(self) -> None:
+        """Take note of the parameters that there are. Where they are others than before, or those of other groups, all
+        that was made for them is dropped.
+        """
+        lists = list(map(itemgetter("params"), self._optimizer.param_groups))
+        params, sizes = list(chain.from_iterable(lists)), list(map(len, lists))
+        if sizes == self._sizes and all(map(is_, params, self.params)):
+            return
+        repeats = len(set(map(id, params))) < len(params)
+        if self.release is not None:
+            self.release.follow(params, repeats)
+        self.params, self._sizes, self.repeats = params, sizes, repeats
+        self.plan, self._plans_of_one = None, {}
+
+    def read_groups(self) -> None:
+        """Take note of the hyperparameters as they are now, once a step. What the constructor would refuse raises, in
+        every step that finds it.
+        """
+        optimizer = self._optimizer
+        self.hyperparameters.read(optimizer.param_groups, optimizer.max_grad_norm, self._check)
+
+    def check_not_swapped(self, what: str = "step") -> None:
+        """Raise RuntimeError within ``averaged_parameters()``."""
+        if self.swapped:
+            raise RuntimeError(
+                f"{what} inside averaged_parameters(): the weights are their averages, and not those that the states "
+                "belong to. Leave it first."
+            )
+
+    def _is_capturing(self) -> bool:
+        return bool(self.params) and capturing(self.params[0].device)
+
+    def _check_capture(self, gradients: list[Tensor | None]) -> None:
+        """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""
+        if not self._is_capturing():
+            return
+        name = type(self._optimizer).__name__
+        if not all(group.get("capturable") for group in self._optimizer.param_groups):
+            raise RuntimeError(
+                f"{name}: a captured step reads its numbers on the device. Make the optimizer with capturable=True."
+            )
+        for i, (p, g) in enumerate(zip(self.params, gradients, strict=True)):
+            if p.requires_grad and g is None:
+                raise RuntimeError(
+                    f"{name}: parameter {i} requires a gradient and has none while a graph is captured; replays would "
+                    "never update it. Capture backward with the step, or give it a gradient before."
+                )
+
+    def _turns(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
+        """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
+        if not self.repeats:
+            return [gradients]
+        seen: dict[int, int] = {}
+        turns = []
+        for p in self.params:
+            turns.append(seen.get(id(p), 0))
+            seen[id(p)] = turns[-1] + 1
+        return [
+            [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)]
+            for now in range(max(turns) + 1)
+        ]
+
+    def _update(self, gradients: list[Tensor | None]) -> None:
+        if self.repeats:
+            self.plan = None  # made for one of the parameter's places
+        self.forget_probe()
+        optimizer, plan = self._optimizer, self.plan
+        fresh = not optimizer.state
+        if plan.sharded if plan is not None else any(map(is_sharded, self.params)):
+            # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
+            placed = plan.placements if plan is not None else list(map(placements_of, self.params))
+            gradients = local_gradients(self.params, gradients, placed)
+        fits = plan is not None and plan.fits(gradients)
+        if not fits and any(g is not None and g.is_sparse for g in gradients):
+            gradients = self._without_needless_sparsity(gradients)
+            fits = plan is not None and plan.fits(gradients)
+        if plan is None or not fits:
+            plan = self.plan = self._new_plan(gradients)
+            check_fits(plan, gradients)
+        if fresh and optimizer.state and self.probe.is_made_by(optimizer, gradients):
+            self._note_probe()
+            return
+        self._run(plan)
+        if any(capturing(bucket.key.device) for bucket in plan.buckets):
+            self._captured.append(plan)  # a replay uses its memory
+            self.hyperparameters.captured = True
+
+    def _new_plan(self, gradients: list[Tensor | None]) -> Plan:
+        return Plan(self._optimizer, self.failed, self.params, gradients, self.plan, self.repeats)
+
+    def _run(self, plan: Plan) -> None:
+        scaling = scaling_of(self._optimizer)
+        self.signal = plan.step(scaling)
+        self.limited = scaling is not None and scaling.max_norm is not None
+
+    def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        groups = [group for group in self._optimizer.param_groups for _ in group["params"]]
+        return [
+            g.to_dense() if g is not None and g.is_sparse and self._wants_dense(group) else g
+            for g, group in zip(gradients, groups, strict=True)
+        ]
+
+    def _wants_dense(self, group: dict[str, Any]) -> bool:
+        optimizer = self._optimizer
+        # The other backends have no way to run single rows.
+        rows = optimizer.backend in ("auto", "eager") or not optimizer.takes_dense_gradients
+        kind = optimizer.sparse_gradients(group)
+        return kind == "dense" or (kind == "rows" and not rows)
+
+    # Steps that only make the states.
+
+    def _note_probe(self) -> None:
+        self.plan = None
+        self.probe.note(self._optimizer)
+
+    def forget_probe(self) -> None:
+        """Undo what a probe did."""
+        if self.probe:
+            self.probe.undo(self._optimizer)
+            self.plan, self._plans_of_one = None, {}
+
+    def probe_again(self) -> None:
+        """Make the states of a probe anew, of the weights and options that there are now."""
+        if not self.probe:
+            return
+        self.take_params()
+        again = self.probe.gradients(self._optimizer, self.params)
+        self.forget_probe()
+        with torch.no_grad():
+            self._new_plan(again)
+        self._note_probe()
+
+    # Captured steps, and the first.
+
+    def push_hyperparameters(self) -> None:
+        """See :meth:`RuleOptimizer.push_hyperparameters`."""
+        if self._captured:
+            check_captured(self._optimizer, self._captured[-1])
+        self.read_groups()
+        self.hyperparameters.push()
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """See :meth:`RuleOptimizer.warmup`."""
+        self.read_groups()
+        warm_up(self._optimizer, self.failed)
+
+
+def check_fits(plan: Plan, gradients: Any) -> None:
+    """Raise RuntimeError where a new plan does not fit."""
+    if not plan.fits(gradients):
+        raise RuntimeError("a parameter or state changed during the step: another thread writes them.")

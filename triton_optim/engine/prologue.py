@@ -1,0 +1,91 @@
+"""The part of a step before the rule, for optimizers whose update of an element needs more than its own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..buckets.bucket import Bucket
+from ..buckets.members import Member
+from ..buckets.rows import Row, row_for
+from ..spec import Update
+from ..util.hyperparameters import plain_group
+from ..util.layout import is_sharded, with_local
+
+
+def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]) -> None:
+    """Raise RuntimeError where a state of the prologue has another shape than the optimizer would make it."""
+    like = optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+    for name in optimizer.prologue_names:
+        value = state.get(name)
+        shape = like[name].shape if name in like else p.shape
+        if isinstance(value, Tensor) and value.shape != shape:
+            raise RuntimeError(
+                f"{name} of parameter {index} has shape {tuple(value.shape)}; for the parameter's shape "
+                f"{tuple(p.shape)} it is {tuple(shape)}. Load a state dict of the same parameters in the same "
+                "order, or clear opt.state."
+            )
+
+
+def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
+    """Put what the optimizer's prologue makes of the gradients in their place, in every bucket that has one.
+
+    A call gets all parameters of a group that were counted alike, in the order of the parameters, whatever their
+    buckets: where they are sharded it communicates, and buckets differ between ranks.
+
+    Args:
+        optimizer: whose prologue it is.
+        buckets: which hold their gradients and rows. The factor of the rows becomes 1: the prologue has seen negated
+            gradients where the group maximizes.
+    """
+    turns: dict[tuple[object, ...], list[tuple[int, Bucket, int, Row]]] = {}
+    for bucket in buckets:
+        if bucket.key.variant.prologue:
+            for cohort, row in zip(bucket.cohorts, bucket.rows, strict=True):
+                if row is not None:
+                    places = ((bucket.members[i].index, bucket, i, row) for i in cohort.places)
+                    turns.setdefault(cohort.counted, []).extend(places)
+    for turn in turns.values():
+        turn.sort(key=itemgetter(0))
+    for turn in sorted(turns.values(), key=lambda turn: turn[0][0]):
+        run_prologue(optimizer, turn)
+    for bucket in buckets:
+        if bucket.key.variant.prologue:
+            bucket.accept(bucket.gradients)
+            bucket.rows = [row and row._replace(factor=1.0) for row in bucket.rows]
+
+
+def warm_prologue(optimizer: Update, members: list[Member]) -> None:
+    """Run the prologue on zeros, of each shape once, so that all is compiled that it will need."""
+    kinds = {(m.group, m.p.shape, m.p.dtype): m for m in members if not is_sharded(m.p)}
+    for m in kinds.values():
+        group = optimizer.param_groups[m.group]
+        p = m.p.detach()
+        state = optimizer.prologue_state(p, group) | {name: torch.zeros_like(p) for name in optimizer.state_names}
+        optimizer.prologue(plain_group(group), row_for(optimizer, group, 1).h, [p], [torch.zeros_like(p)], [state])
+
+
+def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, Row]]) -> None:
+    """One call: of parameters by index, bucket, place in it, and scalars."""
+    members = [bucket.members[i] for _, bucket, i, _ in turn]
+    _, first, _, row = turn[0]
+    kept = first.key.differentiable
+    gradients: list[Tensor] = []
+    for (_, bucket, i, _), m in zip(turn, members, strict=True):
+        g = bucket.gradients[i]
+        assert g is not None
+        gradients.append(with_local(m.p, row.factor * g if isinstance(row.factor, Tensor) or row.factor != 1 else g))
+    updates = optimizer.prologue(
+        plain_group(optimizer.param_groups[members[0].group], keep=kept),
+        row.h,
+        # Autograd may keep what it is shown, and the rule will write the parameter.
+        [m.p.clone() if kept else m.p.detach() for m in members],
+        gradients,
+        [m.state for m in members],
+    )
+    for (_, bucket, i, _), update in zip(turn, updates, strict=True):
+        bucket.take_update(i, update)

@@ -1,0 +1,104 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..buckets.members import make_states
+from ..core.optimizer import RuleOptimizer, check_range, filled_like
+from ..kernels.rules.adagrad import AdagradScalars, adagrad
+from ..options import OptionsAfterForeach
+
+
+class Adagrad(RuleOptimizer):
+    r"""Adagrad, with torch.optim.Adagrad's arguments, defaults and state.
+
+    With :math:`g_t` the gradient plus :math:`\lambda p_{t-1}`:
+
+    .. math::
+        s_t = s_{t-1} + g_t^2, \qquad
+        p_t = p_{t-1} - \frac{\gamma}{1 + (t - 1) \eta} \frac{g_t}{\sqrt{s_t} + \epsilon}
+
+    State of a parameter, there from the start: ``step`` (0-dim float32), ``sum`` :math:`s`.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        lr_decay: :math:`\eta \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, added to the gradient as :math:`\lambda p_{t-1}`.
+        initial_accumulator_value: :math:`s_0 \ge 0`.
+        eps: :math:`\epsilon \ge 0`.
+        foreach, options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = triton_optim.Adagrad([p], lr=0.1, backend="eager")
+        >>> p.sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[p])
+        ['step', 'sum']
+
+    Source: Duchi et al. 2011, https://jmlr.org/papers/v12/duchi11a.html; the decay of the rate is torch's.
+    """
+
+    rule = adagrad
+    state_names = ("sum",)
+    nonnegative = ("sum",)
+    option_names = ("foreach", "maximize", "differentiable", "fused")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        **options: Unpack[OptionsAfterForeach],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+        }
+        super().__init__(params, defaults, foreach=foreach, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("lr_decay value", group["lr_decay"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_range("initial_accumulator_value value", group["initial_accumulator_value"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        make_states(self, self.param_groups[-1])
+
+    def share_memory(self) -> None:
+        """Move the states to shared memory, as torch.optim.Adagrad does."""
+        for state in self.state.values():
+            state["sum"].share_memory_()
+            state["step"].share_memory_()
+
+    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
+        value = group["initial_accumulator_value"]
+        return filled_like(p, value)
+
+    def sparse_gradients(self, group: dict[str, Any]) -> str:
+        decay = group["weight_decay"]
+        return "rows" if decay == 0 else f"weight_decay={decay} moves elements whose gradient is 0"
+
+    def scalars(self, group: dict[str, Any], step: Any) -> AdagradScalars:
+        lr = group["lr"] / (1 + (step - 1) * group["lr_decay"])
+        return AdagradScalars(lr, group["weight_decay"], group["eps"])

@@ -1,0 +1,228 @@
+"""Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from typing_extensions import Unpack
+
+from ...core.optimizer import RuleOptimizer, check_range
+from ...kernels.rules.adam import adamw
+from ...kernels.rules.muon import MuonScalars, muon
+from ...options import Options
+from ...spec import Variant
+from ...util.layout import gathered, placed_as
+from ..adam import AdamW, adam_scalars
+from .newton_schulz import newton_schulz
+
+# The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
+ADJUST: dict[str | None, Callable[[int, int], float]] = {
+    None: lambda rows, columns: max(1.0, rows / max(columns, 1)) ** 0.5,
+    "original": lambda rows, columns: max(1.0, rows / max(columns, 1)) ** 0.5,
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "spectral_unclamped": lambda rows, columns: (rows / max(columns, 1)) ** 0.5,
+}
+# What an AdamW group has unless it says otherwise: torch.optim.AdamW's.
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+
+class Muon(RuleOptimizer):
+    r"""Muon, with torch.optim.Muon's arguments, defaults and state: momentum, orthogonalized, for the matrices of
+    hidden layers; and AdamW for all else, in the same optimizer.
+
+    .. math::
+        b_t &= \mu b_{t-1} + (1 - \mu) g_t, \qquad
+        m_t = \mu b_t + (1 - \mu) g_t \text{ (nesterov), else } b_t \\
+        p_t &= (1 - \gamma\lambda) p_{t-1} - \gamma s \operatorname{NS}(m_t)
+
+    NS brings all singular values near 1: from :math:`X = m_t / \max(\lVert m_t \rVert_F, \epsilon)` on, ``ns_steps``
+    times :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`. For a parameter of :math:`A \times B`, s is
+    :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}`, with
+    ``"spectral_unclamped"`` :math:`\sqrt{A / B}`.
+
+    Matrices of one shape, or its transpose, are iterated together. That is done in bfloat16 on GPUs, where a symmetric
+    product computes one half of itself, and on CPUs with instructions for it; elsewhere in float32 (float64 parameters:
+    float64). torch iterates in bfloat16 everywhere, so the two agree to its precision.
+
+    A parameter group with ``"use_muon": False`` is updated by AdamW, in the group's ``lr``, ``betas``, ``eps`` and
+    ``weight_decay``, by default torch.optim.AdamW's. :func:`muon_param_groups` sorts a model's parameters so.
+
+    State of a parameter: ``momentum_buffer`` :math:`b`, like it; in a group of AdamW ``step``, ``exp_avg`` and
+    ``exp_avg_sq``.
+
+    Args:
+        params: parameters, named parameters or groups; real, and of two dimensions but in groups of AdamW.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        weight_decay: :math:`\lambda \ge 0`.
+        momentum: :math:`\mu \ge 0`.
+        nesterov: Nesterov's momentum.
+        ns_coefficients: :math:`(a, b, c)`.
+        eps: :math:`\epsilon`.
+        ns_steps: number of iterations, below 100.
+        adjust_lr_fn: None or ``"original"``, ``"match_rms_adamw"``, with which AdamW's rates and decays fit, or
+            ``"spectral_unclamped"``, with which an update's spectral norm goes with the square root of its shape.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions.
+        RuntimeError: a parameter is complex (in :meth:`step`).
+
+    Example:
+        >>> import torch, triton_optim
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 10))
+        >>> groups = triton_optim.muon_param_groups(model, heads=["2"], adamw={"lr": 3e-4})
+        >>> [len(group["params"]) for group in groups]
+        [1, 4]
+        >>> optimizer = triton_optim.Muon(groups, lr=0.02, backend="eager")
+        >>> model(torch.arange(10)).square().sum().backward()
+        >>> optimizer.step()
+        >>> [sorted(optimizer.state[group["params"][0]]) for group in optimizer.param_groups]
+        [['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step']]
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; ``"match_rms_adamw"``: Liu et al. 2025,
+    section 2.2, https://arxiv.org/abs/2502.16982; ``"spectral_unclamped"``: Bernstein 2025,
+    https://jeremybernste.in/writing/deriving-muon. The momentum is torch's, an average.
+    """
+
+    variants = (Variant(muon, (), prologue=True), Variant(adamw, ("exp_avg", "exp_avg_sq")))
+    nonnegative = ("exp_avg_sq",)
+    counts_steps = False
+    option_names = ()
+    prologue_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(params, defaults, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        if not uses_muon(group):
+            AdamW.check_hyperparameters(self, group)  # type: ignore[arg-type]
+            return
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_range("momentum value", group["momentum"], 0.0)
+        check_range("ns_steps", group["ns_steps"], 0, 100)
+        if len(group["ns_coefficients"]) != 3:
+            raise ValueError(f"Invalid ns_coefficients: {group['ns_coefficients']}. Give three numbers, (a, b, c).")
+        if group["adjust_lr_fn"] not in ADJUST:
+            raise ValueError(
+                f"Adjust learning rate function {group['adjust_lr_fn']} is not supported. "
+                'Use "original", "match_rms_adamw", "spectral_unclamped" or None.'
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; one with ``"use_muon": False`` is AdamW's."""
+        if isinstance(param_group, dict) and not uses_muon(param_group):
+            param_group = ADAMW | param_group
+        super().add_param_group(param_group)
+
+    def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        if uses_muon(group) and is_lazy(p):
+            raise ValueError(
+                f"Muon only supports 2D parameters; parameter {index} is uninitialized and has no shape yet. Run the "
+                "model once on an example before you make the optimizer."
+            )
+        if uses_muon(group) and p.dim() != 2:
+            raise ValueError(
+                f"Muon only supports 2D parameters; parameter {index} has shape {tuple(p.shape)}. Give it to AdamW, in "
+                'a group with "use_muon": False; muon_param_groups(model) sorts a whole model so.'
+            )
+        super().check_parameter(index, p, group)
+
+    def variant(self, group: dict[str, Any]) -> Variant:
+        return self.variants[0 if uses_muon(group) else 1]
+
+    def counted_names(self, group: dict[str, Any]) -> list[str]:
+        names = super().counted_names(group)
+        return names if uses_muon(group) or "step" in names else ["step", *names]
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Any:
+        if uses_muon(group):
+            return MuonScalars(lr=group["lr"], keep=1 - group["lr"] * group["weight_decay"])
+        return adam_scalars(group, step, decoupled=True)
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+
+    def prologue(
+        self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        mu = group["momentum"]
+        buffers = [state["momentum_buffer"] for state in states]
+        gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, gradients, 1 - mu)
+        momenta = torch._foreach_lerp(gradients, buffers, mu) if group["nesterov"] else buffers
+        adjusted = ADJUST[group["adjust_lr_fn"]]
+        scales = [adjusted(*p.shape) for p in params]
+        matrices = [gathered(m) for m in momenta]
+        updates = newton_schulz(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"], scales)
+        return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
+
+
+def uses_muon(group: dict[str, Any]) -> bool:
+    """Whether a group is Muon's, not AdamW's."""
+    return bool(group.get("use_muon", True))
+
+
+def muon_param_groups(
+    model: torch.nn.Module,
+    heads: str | Collection[str] = ("lm_head", "head", "classifier"),
+    adamw: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """A model's parameters as two groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
+
+    AdamW gets what has not two dimensions, what belongs to an embedding, and the heads.
+
+    Args:
+        model: whose parameters that require gradients are sorted.
+        heads: names of the modules whose weights make the output, such as ``"lm_head"`` or ``"decoder.out"``: a module
+            is meant where its full name or the last part of it is among them. A string is one name.
+        adamw: options of the second group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+
+    Returns:
+        The groups that have any parameter, Muon's first.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> [len(group["params"]) for group in triton_optim.muon_param_groups(model, heads=["2"])]
+        [1, 3]
+    """
+    names = {heads} if isinstance(heads, str) else set(heads)
+    # By identity: a head that is tied to the embedding is one parameter.
+    left_out: set[int] = set()
+    for name, module in model.named_modules():
+        embeds = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+        if embeds or {name, name.rpartition(".")[2]} & names:
+            left_out.update(id(p) for p in module.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in params if p.dim() == 2 and id(p) not in left_out]
+    kept = {id(p) for p in hidden}
+    rest = [p for p in params if id(p) not in kept]
+    groups: list[dict[str, Any]] = [{"params": hidden}, {"params": rest, "use_muon": False, **(adamw or {})}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,108 @@
+"""What random bits depend on: the seed, the number of the update, the parameter and the element. They are hashes of
+these, so that they are the same on every backend, on every replica and shard, and after a resume.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import codecs
+from ..kernels.language import torch_form
+from ..util.layout import is_sharded
+
+_hashed, _row_key, _tensor_key = map(torch_form, (codecs.hashed, codecs.row_key, codecs.tensor_key))
+
+
+def row_key(seed: int | list[Tensor], step: Any, device: torch.device) -> Tensor:
+    """A hash of seed and step, 0-dim int32. A step on a device stays there, and so does a seed: two halves, int32."""
+    # Filled there, not copied: that would be waited for, and could not be captured.
+    halves = seed
+    if isinstance(halves, int):
+        halves = [torch.full((), _signed(part), dtype=torch.int32, device=device) for part in (halves, halves >> 32)]
+    count = step.to(device, torch.int32) if isinstance(step, Tensor) else _signed(step)
+    key: Tensor = _row_key(halves[0], halves[1], count)
+    return key
+
+
+def host_row_key(seed: int, step: int) -> int:
+    """:func:`row_key` of numbers that the host knows: a signed 32-bit int."""
+    key = 0
+    for part in (seed, seed >> 32, step):
+        key = (key + part) & 0xFFFFFFFF
+        key = (key ^ (key >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        key = (key ^ (key >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        key ^= key >> 16
+    return _signed(key)
+
+
+def tensor_keys(rows: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
+    """What the kernels take, int32 ``(tensors, 4)``: the index of a tensor's first element in the whole parameter, its
+    lower and its upper half, and two hashes.
+
+    Args:
+        rows: int32, the key of each tensor's row.
+        numbers: int32, each parameter's place among the optimizer's.
+        first: int64, that index.
+    """
+    return torch.stack((_low(first), _low(first >> 32), *_tensor_key(rows, numbers)), dim=1)
+
+
+def tensor_numbers(first: Tensor, numbers: Tensor) -> Tensor:
+    """What a kernel that forms the keys itself takes, int32 ``(tensors, 3)``: the halves of that index, the place.
+
+    Args:
+        first, numbers: as of :func:`tensor_keys`.
+    """
+    return torch.stack((_low(first), _low(first >> 32), numbers), dim=1)
+
+
+def first_index(p: Tensor) -> int:
+    """The index of the first element of this process's shard in the whole parameter, which is cut along its rows."""
+    if not is_sharded(p):
+        return 0
+    from torch.distributed.tensor import Replicate, Shard
+
+    own: Any = p
+    known = (isinstance(kind, Replicate) or (type(kind) is Shard and kind.dim == 0) for kind in own.placements)
+    if not all(known):
+        raise RuntimeError(
+            f"stochastic rounding of a parameter placed {own.placements}: only shards of whole rows (Shard(0)) have "
+            'the random bits of the whole. Use state_dtype=None and param_precision="storage" for it.'
+        )
+    first, rows = 0, own.shape[0] if own.dim() else 1
+    for dim, placement in enumerate(own.placements):
+        if isinstance(placement, Shard):
+            each = -(-rows // own.device_mesh.size(dim))  # as torch.chunk
+            before = min(each * own.device_mesh.get_local_rank(dim), rows)
+            first, rows = first + before, min(each, rows - before)
+    return first * (own.numel() // max(own.shape[0], 1) if own.dim() else 1)
+
+
+def bits_of_elements(key: Tensor, index: Tensor) -> Tensor:
+    """32 random bits an element, int32, as the kernels make them.
+
+    Args:
+        key: int32 ``(4,)``, a row of :func:`tensor_keys`.
+        index: the number of each element in the tensor's memory; int32 where no index of the whole parameter there
+            has another upper half than the first, else int64.
+    """
+    low, high, first, second = key.unbind()
+    if index.dtype == torch.int64:
+        index = index + (low.long() & 0xFFFFFFFF)
+        bits: Tensor = _hashed(_low(index), high + _low(index >> 32), first, second)
+    else:
+        bits = _hashed(index + low, high, first, second)
+    return bits
+
+
+def _low(x: Tensor) -> Tensor:
+    """The lower 32 bits of int64."""
+    return ((x << 32) >> 32).to(torch.int32)
+
+
+def _signed(x: int) -> int:
+    """The lower 32 bits of an int, as a signed one."""
+    return (x + 2**31) % 2**32 - 2**31

@@ -1,0 +1,176 @@
+"""The declaration of an update: its rule, its states, its scalars and what comes before the rule."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels.straight import straight
+from .util.hyperparameters import Hyperparameters, plain_group
+
+# The states of the exponential moving average of the weights: the average, and how many values it is of.
+AVERAGE, COUNT = "ema", "n_averaged"
+
+
+class Variant(NamedTuple):
+    """One way an optimizer can run: a rule and the names of the states it takes, in the rule's order."""
+
+    rule: Any
+    state_names: tuple[str, ...]
+    prologue: bool = False  # the gradients go through Update.prologue first
+    averaged: bool = False  # the last state is the average of the parameter, which no rule takes
+
+
+class Update:
+    """What an optimizer declares of its update, and what every floor below it may read of the optimizer.
+
+    Class attributes: see :class:`RuleOptimizer`.
+    """
+
+    rule: ClassVar[Any] = None
+    state_names: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = True
+    counts_on_device: ClassVar[bool] = False
+    takes_dense_gradients: ClassVar[bool] = True
+    step_is_tensor: ClassVar[bool] = True
+    prologue_names: ClassVar[tuple[str, ...]] = ()
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+    never_quantized: ClassVar[tuple[str, ...]] = ()
+    option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
+    variants: ClassVar[tuple[Variant, ...]] = ()
+
+    if TYPE_CHECKING:
+        param_groups: list[dict[str, Any]]
+        state: defaultdict[Tensor, Any]
+        defaults: dict[str, Any]
+        backend: str
+        amp: str | None
+        _opt_called: bool  # which schedulers ask
+
+        @property
+        def max_grad_norm(self) -> float | None: ...
+
+        @property
+        def hyperparameters(self) -> Hyperparameters: ...
+
+        def averaged_so_far(self) -> float: ...
+
+    def scalars(self, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+        """The rule's ``h``: a NamedTuple of numbers.
+
+        Args:
+            group: the parameter group; 1-element tensors on the CPU have become floats. A hyperparameter on a device
+                stays a 0-dim float64 tensor, so write arithmetic that works for both (``**``, not ``math.pow``). With
+                ``capturable``, and ``amp="fused"`` where Triton runs the rule, all numbers are such tensors. What is
+                done to them is then recorded, and one launch does it again in every step: arithmetic, comparisons,
+                ``torch.where``, ``minimum``, ``maximum``, ``clamp``, ``sqrt``, ``exp``, ``log``, ``abs``, ``floor``. Of
+                all else each operation is a launch.
+                Of a method that reads its arguments alone it is recorded anew only where a hyperparameter that is no
+                number has changed. One that reads anything else, be it an attribute of the optimizer, a dict or a
+                number of the module, is recorded in every step, which takes the host longer. Replays of a captured
+                graph see of all this what it was when the step was captured.
+            step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
+                False it is 1 for a parameter without the rule's states and more ever after, whatever else is kept.
+
+        An optimizer that carries numbers is given them too, by name: what :meth:`start_carried` or the last
+        :meth:`carry` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a method scalars(group, step)")
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a hyperparameter of `group` is out of range. It is asked in the constructor, and in a
+        step that finds one changed; then what a tensor on a device holds is not known, and in every range.
+        """
+
+    def variant(self, group: dict[str, Any]) -> Variant:
+        """The variant a group runs, one of ``variants``."""
+        return self.variants[0]
+
+    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+        """Numbers that a parameter's state carries from step to step beside ``step``, as they are before the first.
+
+        Each is kept as a 0-dim tensor under its name: float32, or float64 where that is torch's default dtype.
+        """
+        return {}
+
+    def carry(self, group: dict[str, Any], step: Any, **carried: Any) -> dict[str, Any]:
+        """The carried numbers after update number `step`; arguments as of :meth:`scalars`."""
+        return carried
+
+    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """A state before the first step: a new tensor like the parameter."""
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def prologue(
+        self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        """What the rule takes in place of the gradients: for updates of which an element needs more than its own
+        gradient, such as a norm, a row or a whole matrix. A subclass that writes this method has it called.
+
+        It runs before the rule, once a step for the parameters of a group that were counted alike.
+
+        Args:
+            group: the parameter group, as :meth:`scalars` gets it.
+            h: what :meth:`scalars` returned.
+            params: the parameters, outside autograd (unless ``differentiable``); sharded ones are DTensors.
+            gradients: theirs, negated where the group maximizes. Neither is to be written.
+            states: a parameter's states by name, those of :meth:`prologue_state` among them; these are written in
+                place, the rule's are the rule's.
+
+        Returns:
+            A tensor of its shape for each parameter, sharded where it is; kept in the gradient's dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no prologue")
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """New states that :meth:`prologue` keeps for a parameter, as they are before the first step; of any shapes."""
+        return {}
+
+    def sparse_gradients(self, group: dict[str, Any]) -> str:
+        """What becomes of a sparse gradient: ``"rows"``: the elements that it holds are updated, and no others.
+        ``"dense"``: it is made dense first. Anything else: it is refused, and this says why.
+        """
+        return "its update moves elements whose gradient is 0"
+
+    def running_variant(self, group: dict[str, Any]) -> Variant:
+        """What a group runs: its variant, and the average of its parameters where one is kept."""
+        variant = self.variant(group)
+        variant = variant._replace(rule=straight(variant.rule))
+        if averages(group):
+            variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
+        return variant
+
+    def started(self, group: dict[str, Any]) -> dict[str, float]:
+        """What else than ``step`` is carried, as it is before the first step."""
+        # Asked of every parameter: of an optimizer that carries nothing, no group is read for it.
+        nothing = type(self).start_carried is Update.start_carried
+        own = {} if nothing else self.start_carried(plain_group(group))
+        return own | ({COUNT: 0.0} if averages(group) else {})
+
+    def counted_names(self, group: dict[str, Any]) -> list[str]:
+        """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
+        may_skip_the_first = self.amp is not None and bool(self.variant(group).state_names)
+        counts = self.counts_steps or rounds(group) or may_skip_the_first
+        return ["step"] * counts + list(self.started(group))
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a step may multiply all gradients by a factor."""
+        return self.amp is not None or self.max_grad_norm is not None
+
+
+def averages(group: dict[str, Any]) -> bool:
+    """Whether a group's parameters are averaged."""
+    return group.get("ema_decay") is not None
+
+
+def rounds(group: dict[str, Any]) -> bool:
+    """Whether anything of a group may be rounded stochastically: then its steps are counted."""
+    return (
+        group.get("state_dtype") in (torch.bfloat16, "int4")
+        or group.get("param_precision") in ("stochastic", "split24")
+        or (averages(group) and group.get("ema_dtype") == torch.bfloat16)
+    )

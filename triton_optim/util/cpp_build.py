@@ -1,0 +1,201 @@
+"""C++ sources compiled into libraries, and kept on disk by what they are made of.
+
+torch's own builders take longer to import than a first step may take (0.3 and 2.5 s), so the compiler is started here.
+A library is written beside its place and renamed into it: processes that build the same one at once do not meet, and
+none that has one loaded sees it change. It ends with a digest of itself: a damaged one, which could crash the process
+that loads it, is built again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from ..dispatch import cxx_compiler
+
+CACHE_VARIABLE = "TRITON_OPTIM_CACHE_DIR"
+TIME_LIMIT = 60.0  # seconds; a library takes a fraction of one
+
+# Threads of OpenMP are torch's own: its library is loaded already, and is found by its name. The loops of a block, of
+# known length, are not unrolled: that took three times as long to compile.
+# Integers wrap, as they do in torch and Triton. Neither errno nor the processor's exception flags are read by anyone;
+# with them, no loop with a root or a comparison is made of vectors. Products and sums are not contracted: so that a
+# step is, bit for bit, the eager one but for its roots, and as the loops wait for memory there is nothing to be won.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--param=max-completely-peel-times=4",
+    "-march=native",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fwrapv",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    # What an element waits for, roots above all, is started before what need not wait.
+    "-fschedule-insns",
+    "-fsched-pressure",
+    # Without being asked, GCC leaves half of the longest vectors of a processor unused, which clock it down a little.
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+)
+
+
+class BuildError(Exception):
+    """There is no library, and why."""
+
+
+# What failed in this process is not tried again: by compiler where it hung, else by what was to be built.
+_failed: dict[str, str] = {}
+
+
+def folder() -> Path:
+    """Where libraries are kept: ``$TRITON_OPTIM_CACHE_DIR``, else a folder of the user's cache.
+
+    Raises:
+        BuildError: the user has no home directory.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triton_optim"
+    except RuntimeError as error:
+        raise BuildError(f"libraries cannot be kept: there is no home directory; set {CACHE_VARIABLE}") from error
+
+
+@cache
+def processor() -> str:
+    """What code for this processor depends on."""
+    try:
+        with open("/proc/cpuinfo") as file:  # of its many processors the first is enough
+            lines = iter(file.readline, "\n")
+            return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU ")))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+# Compilers at work.
+_running: set[subprocess.Popen[str]] = set()
+
+
+def stop() -> None:
+    """End the compilers that other threads wait for."""
+    for compiler in list(_running):
+        end(compiler)
+
+
+def end(compiler: subprocess.Popen[str]) -> None:
+    """End a compiler that has not ended, with the programs that it has started."""
+    with suppress(ProcessLookupError):  # the thread that waits for it may have seen its end by now
+        if compiler.poll() is None:
+            os.killpg(compiler.pid, signal.SIGKILL)
+
+
+def run(command: list[str], temporary: str | None = None) -> str:
+    """Run a compiler; what it prints.
+
+    Args:
+        command: the compiler and its arguments.
+        temporary: the folder for its temporary files, which it leaves if it is killed; None for the system's.
+
+    Raises:
+        BuildError: it is missing, takes too long, or fails.
+    """
+    what, pipe = command[0], subprocess.PIPE
+    own = None if temporary is None else {**os.environ, "TMPDIR": temporary}
+    try:
+        # A session of its own: what ends it ends the programs that it starts, and they do not see Ctrl-C.
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+            env=own,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise BuildError(f"{what} cannot be started ({error})") from error
+    _running.add(started)
+    with started:
+        try:
+            out, errors = started.communicate(timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired as error:
+            _failed[what] = f"{what} did not end within {TIME_LIMIT:g} s"
+            raise BuildError(_failed[what]) from error
+        finally:
+            _running.discard(started)
+            end(started)
+    if started.returncode:
+        said = (errors or out).strip().splitlines()
+        raise BuildError(f"{what} failed ({started.returncode}): {said[0] if said else 'it says nothing'}")
+    return out
+
+
+@cache
+def version(compiler: str) -> str:
+    """What a compiler says it is."""
+    return run([compiler, "--version"])
+
+
+def library(source: str, flags: tuple[str, ...] = FLAGS, kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
+    """The library of a C++ source, built unless it is kept.
+
+    Args:
+        source: the text.
+        flags: the compiler's options.
+        kind: ``ctypes.PyDLL`` where calls must not let other threads run Python meanwhile.
+
+    Raises:
+        BuildError: there is no compiler, it hangs or fails, or the library cannot be kept or loaded.
+    """
+    compiler = cxx_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found")
+    if compiler in _failed:
+        raise BuildError(_failed[compiler])
+    made_of = "\0".join((source, *flags, compiler, version(compiler), processor(), sys.platform))
+    place = folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+    if str(place) in _failed:
+        raise BuildError(_failed[str(place)])
+    try:
+        if not is_whole(place):
+            build(source, flags, compiler, place)
+        return kind(str(place))
+    except (BuildError, OSError) as error:
+        _failed[str(place)] = str(error)
+        raise BuildError(str(error)) from error
+
+
+def is_whole(place: Path) -> bool:
+    """Whether there is a library that ends with its digest."""
+    try:
+        content = place.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def build(source: str, flags: tuple[str, ...], compiler: str, place: Path) -> None:
+    """Compile a source into a library."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as own:
+            text, made = Path(own, "kernel.cpp"), Path(own, "kernel.so")
+            text.write_text(source)
+            run([compiler, str(text), *flags, "-o", str(made)], own)
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())
+            made.replace(place)
+    except OSError as error:
+        raise BuildError(f"libraries cannot be kept in {place.parent} ({error}); set {CACHE_VARIABLE}") from error

@@ -1,0 +1,236 @@
+"""Where the gradients of many parameters lie, found in one call: see kernels/cpp/gather.cpp.
+
+The call is compiled against torch's headers, which takes seconds, so that is done beside the training once it has gone
+on for a while, and kept on disk. Until then, and where it cannot be compiled, Python looks at every gradient.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import threading
+import weakref
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..dispatch import this_machine
+from . import cpp_build
+from .layout import ORDINARY, is_sharded
+
+WORD = ctypes.sizeof(ctypes.c_void_p)
+
+# Compiling takes as long as thousands of steps of few parameters, and a short run would not see its end.
+WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
+STEPS = 16  # from one look to the next
+
+
+class Places(ctypes.Structure):
+    """Where in a DTensor what it holds is, in bytes, and the classes of tensors: kernels/cpp/gather.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("local", "spec", "plain", "sharded")]
+
+
+@cache
+def tensor_place() -> int | None:
+    """Where in a tensor's Python object the tensor is, in bytes; None if that cannot be told.
+
+    It comes first, after what every Python object begins with; up to torch 2.11 a flag stands before it. What is found
+    there is compared with what torch itself says.
+    """
+    made = torch.empty(0, device="cpu")
+    first = object.__basicsize__
+    for place in (first, first + WORD):
+        if place < type(made).__basicsize__ and ctypes.c_size_t.from_address(id(made) + place).value == made._cdata:
+            return place
+    return None
+
+
+def places_of(params: Sequence[Tensor]) -> Places | None:
+    """Where all is in these parameters; None if it cannot be told.
+
+    What a class has in its ``__slots__`` comes in the order of its names, after all that its base class has. What is
+    found there is compared with what the attributes are.
+    """
+    sharded: Any = next(filter(is_sharded, params), None)
+    if sharded is None:
+        return Places(plain=id(Tensor))
+    kind: Any = type(sharded)
+    slots, start = sorted(getattr(kind, "__slots__", ())), kind.__base__.__basicsize__
+    if not {"_local_tensor", "_spec"} <= set(slots) or start + WORD * len(slots) > kind.__basicsize__:
+        return None
+    local, spec = (start + WORD * slots.index(name) for name in ("_local_tensor", "_spec"))
+    found = [ctypes.c_size_t.from_address(id(sharded) + place).value for place in (local, spec)]
+    return (
+        Places(local, spec, id(Tensor), id(kind)) if found == [id(sharded._local_tensor), id(sharded._spec)] else None
+    )
+
+
+class Library:
+    """The compiled call, one for a process."""
+
+    def __init__(self) -> None:
+        self.loaded: Any = None
+        self.obstacle: str | None = None  # why there is none, once that is known
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Compile it, if that was not begun yet, beside what goes on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self.load, daemon=True, name="triton_optim.util.gather")
+            self._thread.start()
+            atexit.register(self._end)
+
+    def load(self) -> None:
+        """Compile it, or take it from disk."""
+        try:
+            place = tensor_place()
+            if not this_machine().cpp:
+                raise cpp_build.BuildError("it is built on Linux only, and needs a C++ compiler")
+            if place is None:
+                raise cpp_build.BuildError(
+                    f"torch {torch.__version__} keeps its tensors elsewhere in their Python objects"
+                )
+            # As a library loads what it needs by name, it finds the one that torch has loaded.
+            found = cpp_build.library(source(), flags(), ctypes.PyDLL)
+        except cpp_build.BuildError as error:
+            self.obstacle = str(error)
+            return
+        table, size = ctypes.c_void_p, ctypes.c_int64
+        for name, result, arguments in (
+            ("begin", None, (size,)),
+            ("note", table, (table, size, table, table, ctypes.py_object)),
+            ("watch", None, (table, size, table, table)),
+            ("forget", None, (table,)),
+            ("gather", ctypes.c_int, (table, table)),
+            ("holds", ctypes.c_bool, (ctypes.py_object, size, table)),
+            ("without", ctypes.c_bool, (size, table)),
+            ("written", None, (table,)),
+        ):
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+        found.begin(place)
+        self.loaded = found
+
+    def _end(self) -> None:
+        cpp_build.stop()
+        if self._thread is not None:
+            self._thread.join(1.0)
+
+
+library = Library()
+
+
+def source() -> str:
+    """The C++ source, for this torch."""
+    text = files(kernels).joinpath("cpp").joinpath("gather.cpp").read_text()
+    return f"// torch {torch.__version__} {torch.version.git_version}\n{text}"
+
+
+def flags() -> tuple[str, ...]:
+    """The compiler's options."""
+    place = Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return ("-std=c++20", "-O2", "-DNDEBUG", "-shared", "-fPIC", abi, f"-I{place}/include", f"-L{place}/lib", "-lc10")
+
+
+class Gatherer:
+    """Finds where the gradients of a bucket's parameters lie.
+
+    Args:
+        bucket: what the library noted of the parameters, which outlive this.
+        count: how many they are.
+        specs: how their gradients are sharded; None of ordinary ones. They are held: another may not take their place.
+        states: of :meth:`watch`.
+    """
+
+    def __init__(self, bucket: int, count: int, specs: Sequence[Any], states: Sequence[Tensor]) -> None:
+        self.addresses = array("q", bytes(WORD * count))
+        self._found, _ = self.addresses.buffer_info()
+        self.aligned = False  # whether all are multiples of 16
+        self.complete = False  # whether none is 0
+        self._bucket, self._specs = bucket, specs
+        self.watch(states)
+        weakref.finalize(self, library.loaded.forget, bucket)
+
+    def watch(self, states: Sequence[Tensor]) -> None:
+        """Take note of the states, which are held: of each it is looked whether it lies where it does now, in every
+        call to come.
+        """
+        self._states = states
+        objects = array("q", map(id, states))
+        sharded = array("q", map(is_sharded, states))
+        library.loaded.watch(self._bucket, len(states), objects.buffer_info()[0], sharded.buffer_info()[0])
+
+    def gather(self) -> bool:
+        """Bring `addresses` up to date, 0 where there is no gradient. False where Python must look: a parameter or
+        state is not what it was, or a gradient is of another dtype, or lies in memory in another way than its
+        parameter, or in none.
+        """
+        found = library.loaded.gather(self._bucket, self._found)
+        self.aligned, self.complete = bool(found & 1), bool(found & 2)
+        return found >= 0  # type: ignore[no-any-return]
+
+    def written(self) -> None:
+        """Tell autograd that the parameters were written."""
+        library.loaded.written(self._bucket)
+
+
+def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None:
+    """What finds the gradients of these parameters in the steps to come; None where Python must look at them.
+
+    Args:
+        params: sharded ones with gradients like those to come.
+        states: the tensors among their states.
+        dtype: of the gradients.
+    """
+    if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
+        return None
+    specs = [spec_of(p) for p in params]
+    places = places_of(params)
+    if places is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
+        return None
+    objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    bucket = library.loaded.note(
+        ctypes.addressof(places), len(params), objects.buffer_info()[0], known.buffer_info()[0], like
+    )
+    return None if bucket is None else Gatherer(bucket, len(params), specs, states)
+
+
+def spec_of(p: Any) -> Any:
+    """How the gradient of a parameter is sharded, if it is as the parameter; else None."""
+    g = p.grad
+    return g._spec if is_sharded(p) and is_sharded(g) and g.placements == p.placements else None
+
+
+class Objects:
+    """Objects by their identity: those of a list.
+
+    Example:
+        >>> from triton_optim.util.gather import Objects, library
+        >>> library.load()
+        >>> first, second = object(), object()
+        >>> Objects([first, second]).are([second, first])
+        False
+    """
+
+    def __init__(self, objects: list[Any]) -> None:
+        self._held = objects  # so that no other object can take their addresses
+        self._table = array("q", map(id, objects))
+        self._address, self._count = self._table.buffer_info()
+
+    def are(self, objects: Any) -> bool:
+        """Whether this is a list of the same objects in the same order."""
+        return type(objects) is list and bool(library.loaded.holds(objects, self._count, self._address))
+
+    def have_no_gradients(self) -> bool:
+        """Whether these are tensors none of which has a gradient."""
+        return not self._count or bool(library.loaded.without(self._count, self._address))

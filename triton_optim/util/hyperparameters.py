@@ -1,0 +1,171 @@
+"""The hyperparameters of a parameter group for host arithmetic, read anew only where one is another object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from numbers import Integral, Real
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .on_device import OnDevice
+
+PLAIN = frozenset({float, int, bool, str, type(None), torch.dtype})
+NOT_NUMBERS = ("params", "param_names")
+_numbers = count(1)
+
+
+def plain_number(value: Any, keep: bool = False) -> Any:
+    """A hyperparameter for host arithmetic in float64: 1-element CPU tensors become floats, and so do NumPy's numbers.
+
+    A tensor on a device stays there, as reading it would make the host wait; with `keep`, so does every tensor.
+    """
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        if keep:
+            return value.reshape(())
+        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain_number(v, keep) for v in value)
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if hasattr(value, "__float__") else value
+
+
+def exact_number(value: Any) -> Tensor:
+    """A number as a float64 tensor: on the CPU; what is a tensor stays on its device."""
+    return torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else "cpu")
+
+
+def plain_group(group: dict[str, Any], keep: bool = False) -> dict[str, Any]:
+    """The hyperparameters of a group for host arithmetic."""
+    return {
+        name: value if type(value) in PLAIN else plain_number(value, keep)
+        for name, value in group.items()
+        if name not in NOT_NUMBERS
+    }
+
+
+class Unread:
+    """A number in the memory of a device, which no check waits for: it is in every range."""
+
+    def _is(self, _: object) -> bool:
+        return True
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = _is
+    __hash__ = None  # type: ignore[assignment]
+
+
+def unread(value: Any) -> Any:
+    """A hyperparameter, or a group, with :class:`Unread` in the place of 1-element tensors on a device."""
+    if isinstance(value, Tensor):
+        return value if value.device.type == "cpu" or value.numel() != 1 else Unread()
+    if isinstance(value, dict):
+        return {name: v if type(v) in PLAIN or name in NOT_NUMBERS else unread(v) for name, v in value.items()}
+    return type(value)(map(unread, value)) if isinstance(value, (tuple, list)) else value
+
+
+class GroupValues:
+    """The hyperparameters of one group, as they were when they were last asked for.
+
+    Attributes:
+        changes: a number that no other object of this class has had, new where :meth:`read` has found others.
+        rebuilt: likewise, where it has found others in more than the values of numbers.
+        fixed: whether what is the same object has the same value.
+        plain: of :func:`plain_group`. Not to be written.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.rebuilt = 0
+        self.fixed = False
+        self._names: tuple[str, ...] = ()
+        self._values: tuple[Any, ...] = ()
+        self._kinds: list[Any] = []
+        self.plain: dict[str, Any] = {}
+
+    def read(self, group: dict[str, Any], check: Callable[[dict[str, Any], bool], None] | None = None) -> None:
+        """Take note of them as they are now.
+
+        Args:
+            group: whose they are.
+            check: called with the group if they are others, and with whether more than the values of numbers is. Where
+                it raises nothing is noted, and it is called again in the next step.
+        """
+        if not (
+            self.fixed
+            and len(group) == len(self._values)
+            and all(map(is_, group.values(), self._values))
+            and tuple(group) == self._names
+        ):
+            kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
+            if check is not None:
+                check(group, kinds != self._kinds)
+            self.changes = next(_numbers)
+            self._names, self._values = tuple(group), tuple(group.values())
+            self.plain = plain_group(group)
+            self.fixed = None not in kinds
+            if not self.fixed or kinds != self._kinds:
+                self.rebuilt = next(_numbers)
+                self._kinds = kinds
+
+
+class Hyperparameters:
+    """Those of all groups of an optimizer, as they were when a step last read them; on devices, too, for captured ones.
+
+    Attributes:
+        values: of each group.
+        captured: whether a captured step reads them on a device.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[GroupValues] = []
+        self.captured = False
+        self._max_norm: float | None = None
+        self._devices: dict[torch.device, OnDevice] = {}
+
+    def read(
+        self,
+        groups: list[dict[str, Any]],
+        max_norm: float | None,
+        check: Callable[[dict[str, Any], bool], None] | None = None,
+    ) -> None:
+        """Take note of them as they are now; `check` as of :meth:`GroupValues.read`."""
+        values, self._max_norm = self.values, max_norm
+        if len(values) != len(groups):
+            values = self.values = [GroupValues() for _ in groups]
+        for own, group in zip(values, groups, strict=True):
+            own.read(group, check)
+
+    def on_device(self, device: torch.device) -> OnDevice:
+        """Those in the memory of `device`, up to date."""
+        if device not in self._devices:
+            self._devices[device] = OnDevice(device)
+        self._push(self._devices[device])
+        return self._devices[device]
+
+    def push(self) -> None:
+        """Bring every device up to date."""
+        for held in self._devices.values():
+            self._push(held)
+
+    def _push(self, held: OnDevice) -> None:
+        seen = [self._max_norm, *[own.changes for own in self.values]]
+        held.push([own.plain for own in self.values], self._max_norm, seen, self.captured)
+
+
+def kind_of(value: Any) -> Any:
+    """What is the same of two hyperparameters that differ at most in the values of numbers; None of what may change
+    and stay the same object.
+    """
+    kind = type(value)
+    if kind is tuple:
+        kinds = [kind_of(x) for x in value]
+        return None if None in kinds else kinds
+    if kind in (float, int) or (kind not in PLAIN and isinstance(value, Real)):
+        return kind
+    return (kind, value) if kind in PLAIN else None
