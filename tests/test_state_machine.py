@@ -52,7 +52,8 @@ from triton_optim.backends.compiled import bucket as compiled_backend
 from triton_optim.core.checkpoint import saved_state
 from triton_optim.precision import codecs
 from triton_optim.precision.averaging import value_of
-from triton_optim.precision.codecs import Codec, held_codec, held_parameter_codec, part_names, read
+from triton_optim.precision.codecs import Codec, part_names, read
+from triton_optim.precision.kept import held_codec, held_parameter_codec
 from triton_optim.util.layout import flat
 
 BY_HAND = int(os.environ.get("TRITON_OPTIM_FUZZ", "0"))

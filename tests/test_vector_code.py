@@ -6,7 +6,7 @@ import torch
 
 import triton_optim
 from triton_optim.backends.compiled import vector_code
-from triton_optim.backends.compiled.bucket import rounded
+from triton_optim.backends.compiled.graph import rounded
 
 
 def numbers() -> torch.Tensor:

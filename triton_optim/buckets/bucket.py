@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import is_
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -14,105 +10,45 @@ from torch import Tensor
 
 from ..kernels.straight import check_constants, check_fields, constants_of
 from ..precision.averaging import average_of, value_of, weight
-from ..precision.codecs import part_names, read, write
+from ..precision.codecs import read, write
 from ..precision.random_bits import bits_of_elements, first_index, row_key, tensor_keys
 from ..spec import AVERAGE, COUNT, Update
-from ..util.gather import Gatherer, gatherer_of
 from ..util.hyperparameters import exact_number, plain_group
 from ..util.layout import (
-    all_aligned,
-    in_layout_of,
-    is_sharded,
-    is_wrapper,
     local,
-    locals_of,
     places,
-    same_layout,
-    with_local,
 )
 from ..util.on_device import OnDevice
 from .gradient_norm import Norm, Scaling, Signal, signal_from
 from .key import Key, Piece
 from .members import CPU, Cohort, Member
+from .memory import Memory
 from .rows import Row, one_kind, row_for
-from .state import State
-
-# The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
-TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-
-_END = object()
 
 
-def addresses_of(tensors: list[Tensor | None]) -> array[int]:
-    """Where each tensor lies; 0 for None."""
-    try:
-        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-    except TypeError:  # one is None
-        return array("q", [0 if t is None else t.data_ptr() for t in tensors])
-
-
-def guards_of(tensors: list[Tensor]) -> Any:
-    """What checks whether such tensors are of the same kind, dtype, device, sizes and strides; None of no tensors,
-    of one twice, which it refuses, and where torch has no such check.
-    """
-    if TensorGuards is None or not tensors or len(set(map(id, tensors))) < len(tensors):
-        return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-
-
-def kinds_of(tensors: list[Tensor]) -> list[Any]:
-    """The sizes, strides and dtype of each."""
-    return [(t.shape, t.stride(), t.dtype) for t in tensors]
-
-
-class Bucket(ABC):
+class Bucket(Memory):
     """Members that one backend updates together."""
 
     # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
     reads_signal: ClassVar[bool] = False
-    keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
-    takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
-    takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
     launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
 
     def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
-        self.optimizer, self.key, self.members = optimizer, key, members
+        super().__init__(optimizer, key, members)
         self.compute, self.random = key.compute, key.random
         self._reads_constants = bool(constants_of(key.variant.rule))
         # Whether it reads the signal itself. A prologue before it can't be skipped there.
         self.takes_signal = self.reads_signal and not key.variant.prologue
-        self.sharded = any(is_sharded(m.p) for m in members)
-        values = [local(m.p).detach() for m in members]
-        self.numels = [value.numel() for value in values]
-        self.addresses = [value.data_ptr() for value in values]
-        # Not the values themselves: who moves a parameter's data elsewhere wants this memory back.
-        self._kinds = kinds_of(values)
-        self._params = [m.p for m in members]
-        self.gradients: list[Tensor | None] = []
         self.signal: Signal | None = None  # in a step that has one
         self.rows: list[Row | None] = []  # of this step
-        self.complete = False  # every member has a gradient in this step
-        self._indices = [m.index for m in members]
         self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
         if key.random:
             # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
             where = key.device if key.capturable else CPU
-            indices = [self._indices[piece.member] for piece in self.pieces]
+            indices = [self.indices[piece.member] for piece in self.pieces]
             self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        self._all = self._indices == list(range(count))
-        self._states: list[Tensor] = []  # the tensors among them, and as they were noted
-        self._state_addresses: list[int] = []
-        self._state_guards: Any = None
-        self._state_kinds: list[Any] = []
-        self._guards: Any = None
-        self._examined = False  # whether gradients were found fit before
-        self._gatherer: Gatherer | None = None
-        self._gathered = False  # whether it found the gradients of this step
-        self.place_states(values)
         self._form_cohorts([tuple(m.numbers.values()) for m in members])
 
     # What a backend says.
@@ -154,13 +90,6 @@ class Bucket(ABC):
         unread = param.dtypes[0].itemsize if param.name == "master" else 0
         return float(2 * kept - unread + key.gradient.itemsize)
 
-    def take_update(self, place: int, update: Tensor) -> None:
-        """Put what a prologue made of a member's gradient in its place."""
-        update = local(update).to(self.key.dtypes[1])
-        if self.keeps_layout:
-            update = in_layout_of(local(self.members[place].p), update)
-        self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
-
     def partial_norms(self, norm: Norm) -> list[Tensor] | None:
         """Of the gradients of this step, by the tables that the bucket holds of them: see norms.partial_norms. None
         where it holds none.
@@ -170,29 +99,6 @@ class Bucket(ABC):
     def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
         """See gradient_norm.signal_from; asked of a bucket that takes the signal."""
         return signal_from(partials, scaling, device)
-
-    # States.
-
-    def parts_of(self, m: Member) -> list[list[Tensor]]:
-        """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""
-        param, *kept = self.key.codecs
-        own = [[local(m.p).detach(), *(m.state[name] for name in part_names(param, None))]]
-        for name, codec in zip(self.key.variant.state_names, kept, strict=True):
-            own.append([m.state[part] for part in (name, *part_names(codec, name))])
-        return [list(map(local, parts)) for parts in own]
-
-    def place_states(self, values: list[Tensor]) -> None:
-        """Bring the states into the memory layout that the backend needs, for these (local) parameters."""
-        if self.keeps_layout:
-            param, *kept = self.key.codecs
-            names = part_names(param, None)
-            for name, codec in zip(self.key.variant.state_names, kept, strict=True):
-                names += [] if codec.sharing else [name]
-            for m, value in zip(self.members, values, strict=True):
-                for name in names:
-                    held = local(m.state[name])
-                    if not same_layout(held, value):
-                        m.state[name] = with_local(m.state[name], in_layout_of(value, held))
 
     # Counting.
 
@@ -219,26 +125,7 @@ class Bucket(ABC):
                 self.row_of[i] = row
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
-        self._note_states()
-
-    def _note_states(self) -> None:
-        """Take note of the states as they are now: which they are, and where they lie."""
-        # A dict of a user's own counts nothing.
-        self._changes = State.changes if all(type(m.state) is State for m in self.members) else None
-        self._state_dicts = [m.state for m in self.members]
-        self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
-        states = [v for v in self._state_known if isinstance(v, Tensor)]
-        if list(map(id, states)) != list(map(id, self._states)):
-            self._states = states
-            here = self._states_here()
-            self._state_guards, self._state_kinds = guards_of(here), kinds_of(here)
-        self._state_addresses = list(map(Tensor.data_ptr, self._states_here()))
-        if self._gatherer is not None:
-            self._gatherer.watch(self._states)
-
-    def _states_here(self) -> list[Tensor]:
-        """The tensors among the states, of sharded ones the local parts."""
-        return list(map(local, self._states)) if self.sharded else self._states
+        self.note_states()
 
     def _numbers(self) -> list[dict[str, Any]]:
         numbers = [m.numbers for m in self.members]
@@ -314,7 +201,7 @@ class Bucket(ABC):
             elif self.key.variant.averaged:
                 self._average_what_stays(cohort, skip)
         if not self.optimizer.step_is_tensor:
-            self._note_states()
+            self.note_states()
         self.gradients = []
 
     def _average_what_stays(self, cohort: Cohort, skip: Tensor | None) -> None:
@@ -343,157 +230,9 @@ class Bucket(ABC):
         first = torch.full((1,), first_index(m.p), device=device)
         return bits_of_elements(tensor_keys(key.view(1), number, first)[0], places(average))
 
-    def mark_written(self) -> None:
-        """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""
-        if self._gathered and self._gatherer is not None:
-            self._gatherer.written()
-            return
-        written = self._values()
-        if not self.complete:
-            written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(written)
-
-    # Fitting.
-
-    def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
-        """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
-        values = self._values()
-        if list(map(Tensor.data_ptr, values)) != self.addresses or not self._states_fit():
-            return False
-        own = gradients if self._all and isinstance(gradients, list) else [gradients[i] for i in self._indices]
-        try:
-            ready = self._guards is not None and self._guards.check(*values, *own)
-        except TypeError:  # one is None
-            ready = False
-        self._gathered = False
-        self.complete = ready or all(g is not None for g in own)
-        return self._take(own) if ready else self._examine(values, own)
-
-    def gather(self) -> bool:
-        """Whether the bucket can run with the gradients that its parameters have now. It learns only where they lie.
-
-        False says that :meth:`fits` must look at them.
-        """
-        found = self._gatherer
-        self._gathered = (
-            found is not None
-            and self._states_are_held()
-            and found.gather()
-            and self._counts_fit()
-            and self.accept_addresses(found.addresses, found.aligned)
-        )
-        self.complete = found is not None and found.complete
-        return self._gathered
-
-    def present(self) -> list[bool]:
-        """Of each member, whether it has a gradient in this step."""
-        if self._gathered and self._gatherer is not None:
-            return [address != 0 for address in self._gatherer.addresses]
-        return [g is not None for g in self.gradients]
-
-    def note_gradients(self) -> None:
-        """After a step with the gradients that the parameters have: make ready to gather those of the next."""
-        if self.takes_addresses and not self.key.variant.prologue:
-            self._gatherer = gatherer_of(self._params, self._states, self.key.dtypes[1]) or self._gatherer
-
-    def _states_fit(self) -> bool:
-        """Whether the states are those that were noted, in the memory that they had."""
-        if not self._states_are_held():
-            return False
-        here = self._states_here()
-        if list(map(Tensor.data_ptr, here)) != self._state_addresses or not self._counts_fit():
-            return False
-        # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
-        return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
-
-    def _states_are_held(self) -> bool:
-        """Whether the states hold the objects that were noted."""
-        if self._changes != State.changes:
-            changes = State.changes
-            found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
-            if not all(map(is_, found, self._state_known)):
-                return False
-            self._changes = None if self._changes is None else changes
-        return True
-
-    def _counts_fit(self) -> bool:
+    def counts_fit(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""
         for cohort in self.cohorts:  # noqa: SIM110  a generator takes as long as what it asks
             if not cohort.untouched():
                 return False
         return True
-
-    def _values(self) -> list[Tensor]:
-        """The parameters, as they are here."""
-        if not self.sharded:
-            return self._params
-        try:
-            return locals_of(self._params)
-        except AttributeError:  # some are ordinary tensors
-            return list(map(local, self._params))
-
-    def moved(self) -> list[int]:
-        """The numbers of the parameters that lie elsewhere than when the bucket was made, or have other states."""
-        states = self.optimizer.state
-        return [
-            m.index
-            for m, address in zip(self.members, self.addresses, strict=True)
-            if local(m.p).data_ptr() != address or (m.state and states.get(m.p) is not m.state)
-        ]
-
-    def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
-        as_they_are, laid_out = True, list(own)
-        for i, (value, kind, g) in enumerate(zip(values, self._kinds, own, strict=True)):
-            if (value.shape, value.stride(), value.dtype) != kind:
-                return False
-            if g is None:
-                as_they_are = False
-                continue
-            if (
-                is_sharded(g)
-                or (self.takes_memory and is_wrapper(g))
-                or g.layout != torch.strided
-                or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device)
-            ):
-                return False
-            if g.shape != value.shape:
-                return False
-            plain = g.resolve_neg().resolve_conj()
-            if self.keeps_layout and not same_layout(plain, value):
-                plain = in_layout_of(value, plain)
-            if plain is not g:
-                laid_out[i] = plain
-                as_they_are = False
-        # A plan of one step, or one whose gradients are soon gathered, needs no guards.
-        if as_they_are and self._examined:
-            self._guards = guards_of([*values, *own])  # type: ignore[list-item]  # there are all
-        self._examined = True
-        return self._take(laid_out)
-
-    def _take(self, gradients: list[Tensor | None]) -> bool:
-        """Keep the gradients for the step."""
-        self.gradients = gradients
-        if not self.takes_memory:
-            return True
-        addresses = addresses_of(gradients)
-        if not all(addresses) and any(g is not None and not at for g, at in zip(gradients, addresses, strict=True)):
-            return False  # the memory of one was freed
-        return self.key.variant.prologue or self._take_addresses(addresses)
-
-    def accept(self, gradients: list[Tensor | None]) -> None:
-        """Take what a prologue made of the gradients."""
-        if self.takes_addresses:
-            self._take_addresses(addresses_of(gradients))
-
-    def _take_addresses(self, addresses: array[int]) -> bool:
-        aligned = not self.key.aligned or all_aligned(addresses)
-        return not self.takes_addresses or self.accept_addresses(addresses, aligned)
-
-    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
-        """Make ready for gradients of a backend that takes addresses; it may refuse them.
-
-        Args:
-            addresses: where they lie; 0 for none.
-            aligned: whether all are multiples of 16, if that matters.
-        """
-        raise NotImplementedError

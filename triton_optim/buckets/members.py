@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..precision.averaging import initial_average
-from ..precision.codecs import Codec, keep_parameter, keep_state, new_parts, part_names, state_codec
+from ..precision.codecs import Codec, new_parts, part_names, state_codec
+from ..precision.kept import keep_parameter, keep_state
 from ..spec import AVERAGE, COUNT, Update
 from .key import Key
 from .rows import counted_dtype, requires_grad

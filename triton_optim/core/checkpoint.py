@@ -21,15 +21,14 @@ from ..precision.codecs import (
     HALVES,
     PRECISION,
     SCALE,
-    check_state,
     codes,
     corrected,
-    held_codec,
     in_blocks,
     new_parts,
     part_names,
     read,
 )
+from ..precision.kept import check_state, held_codec
 from ..spec import AVERAGE, COUNT, Update
 from ..util.layout import local
 from .foreign import origin, refusal

@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..precision.codecs import (
-    CORRECTIONS,
-    Codec,
-    held_codec,
-    held_parameter_codec,
-    keep_parameter,
-    keep_state,
-    parameter_codec,
-    part_names,
-    read,
-    state_codec,
-    write,
-)
+from ..precision.codecs import CORRECTIONS, Codec, parameter_codec, part_names, read, state_codec, write
+from ..precision.kept import held_codec, held_parameter_codec, keep_parameter, keep_state
 from ..spec import AVERAGE, COUNT
 from ..util.layout import local, with_local
 from .checkpoint import OPTIONAL, group_of, held_state

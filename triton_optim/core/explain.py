@@ -12,7 +12,7 @@ from ..backends import bucket_class
 from ..backends.eager.bucket import prologue_traffic
 from ..buckets.key import Key
 from ..buckets.members import Member
-from ..engine.plan import entries_of, sort_members
+from ..engine.entries import entries_of, sort_members
 from ..util.layout import local
 from ..util.table import table
 from .optimizer import RuleOptimizer

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import wraps
 from itertools import chain
 from typing import Any
 
@@ -17,7 +13,6 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from typing_extensions import Unpack
 
 from ..backends.triton import compile_ahead
@@ -25,7 +20,7 @@ from ..buckets.state import watch
 from ..dispatch import BACKENDS, choose, this_machine
 from ..engine import compile_op
 from ..engine.engine import Engine
-from ..engine.plan import request_for
+from ..engine.entries import request_for
 from ..kernels.straight import check_signature, straight
 from ..options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
 from ..precision.averaging import check_averaging, largest_count
@@ -34,72 +29,8 @@ from ..spec import Update, Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from .averages import averaged_parameters
 from .checkpoint import as_saved, check_keys, fill_in, held_state, held_states, restore_dtypes, saved_state
-
-
-def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A method ``step`` as torch wraps it: hooks before and after it, and a range for the profiler. Without any of them
-    torch's wrapper would take longer than the step of a small model, so that it is left out.
-    """
-    hooked = Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def wrapper(self: RuleOptimizer, *args: Any, **kwargs: Any) -> Any:
-        if type(self).step is not wrapper:  # a subclass's own, which torch has wrapped, and which called this one
-            return step(self, *args, **kwargs)
-        if (
-            torch.compiler.is_compiling()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
-        ):
-            return hooked(self, *args, **kwargs)
-        return step(self, *args, **kwargs)
-
-    wrapper.hooked = True  # type: ignore[attr-defined]  # torch wraps it no more
-    return wrapper
-
-
-def ordered(params: Any) -> Any:
-    """The parameters as they are; a set as a list, with the warning that torch has for it from 2.15 on. It points at
-    the line that made the optimizer: what Dynamo and the classes lay around their constructors differs.
-    """
-    if not isinstance(params, (set, frozenset)):
-        return params
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("triton_optim", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
-        f"optimizer parameters need to be organized in ordered collections, got a {type(params).__name__}: its order, "
-        "and with it a state dict's, changes from run to run. Give a list.",
-        FutureWarning,
-        stacklevel=level,
-    )
-    return list(params)
-
-
-def leave_to_python(cls: type[Optimizer], *methods: str) -> None:
-    """Let no compiled function trace these methods of a class. Of a constructor Dynamo leaves torch's part to Python,
-    and what was set before it would then be set on no object.
-    """
-    for name in methods:
-        if name in cls.__dict__:
-            setattr(cls, name, _disable_dynamo(cls.__dict__[name]))
-
-
-def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None:
-    """Raise RuntimeError where an optimizer of this name can't release gradients one by one."""
-    if max_grad_norm is not None:
-        raise RuntimeError(
-            f"{name}: max_grad_norm={max_grad_norm} limits the norm of all gradients, which gradient release never has "
-            "at once. Leave one of them out, or remove() the handle of gradient release."
-        )
-    if amp is not None:
-        raise RuntimeError(
-            f'{name}: amp="{amp}" skips a step whose gradients are not all finite, which gradient release never has at '
-            "once. Leave one of them out, or remove() the handle; bfloat16 needs no scaler."
-        )
+from .checks import check_alone
+from .wrapping import leave_to_python, ordered, with_hooks
 
 
 class RuleOptimizer(Optimizer, Update):
@@ -438,34 +369,3 @@ class RuleOptimizer(Optimizer, Update):
             self.engine = Engine(self, self._check_edited)
         self.engine.take_params()
         fill_in(self)
-
-
-def filled_like(p: Tensor, value: float) -> Tensor:
-    """A tensor like the parameter, full of `value`; of a complex parameter both parts are."""
-    value = float(value)
-    fill = complex(value, value) if p.is_complex() else value
-    return torch.full_like(p, fill, memory_format=torch.preserve_format)
-
-
-# Of what torch's message about tensors calls by the argument, as `check_range` is told it.
-_ARGUMENTS = {
-    "learning rate": "lr",
-    "beta parameter at index 0": "betas[0]",
-    "beta parameter at index 1": "betas[1]",
-}
-
-
-def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise torch's ValueError unless low <= value < high.
-
-    Args:
-        name: as torch spells it in its message, such as ``"learning rate"``.
-        value: a number or a 1-element tensor.
-    """
-    if isinstance(value, Tensor) and value.numel() != 1:
-        shape = tuple(value.shape)
-        argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
-        raise ValueError(f"Tensor {argument} must be 1-element, got shape {shape}. Use groups to give each its own.")
-    if not low <= value or not value < high:
-        bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
-        raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")

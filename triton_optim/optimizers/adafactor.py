@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.optimizer import RuleOptimizer, check_range
+from ..core.checks import check_range
+from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adafactor import AdafactorScalars, adafactor
 from ..options import Options
 from ..util.hyperparameters import exact_number

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..buckets.members import make_states
-from ..core.optimizer import RuleOptimizer, check_range, filled_like
+from ..core.checks import check_range, filled_like
+from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adagrad import AdagradScalars, adagrad
 from ..options import OptionsAfterForeach
 

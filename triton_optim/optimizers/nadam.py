@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.optimizer import RuleOptimizer, check_range
+from ..core.checks import check_range
+from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.nadam import NAdamScalars, nadam
 from ..options import Options
 

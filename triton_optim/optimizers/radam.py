@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.optimizer import RuleOptimizer, check_range
+from ..core.checks import check_range
+from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.radam import RAdamScalars, radam
 from ..options import Options
 

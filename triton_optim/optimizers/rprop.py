@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.optimizer import RuleOptimizer, check_range, filled_like
+from ..core.checks import check_range, filled_like
+from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.rprop import RpropScalars, rprop
 from ..options import Options
 

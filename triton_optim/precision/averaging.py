@@ -11,7 +11,8 @@ from ..kernels.average import lerp
 from ..kernels.language import torch_form
 from ..spec import COUNT, Update, averages
 from ..util.layout import local, with_local
-from .codecs import Codec, held_parameter_codec, part_names, read
+from .codecs import Codec, part_names, read
+from .kept import held_parameter_codec
 
 average_of = torch_form(lerp)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.codecs import BLOCKS, decode, encode
 from ..kernels.language import torch_form
 from ..spec import AVERAGE, COUNT, Update
-from ..util.layout import in_layout_of, is_sharded, is_wrapper, local, with_local
+from ..util.layout import is_sharded, is_wrapper, local
 
 # The options of a group that say how something is kept.
 PRECISION = ("state_dtype", "param_precision", "ema_dtype")
@@ -143,86 +143,9 @@ def check_names(cls: type[Update]) -> None:
             raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it is a tuple of names among {sorted(names)}.")
 
 
-def held_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
-    """How a state that is there is kept; None where there is none. Blocks of any size are known, and the dtype of the
-    scales tells how many bits a code has.
-    """
-    value, scale = state.get(name), state.get(f"{name}_{SCALE}")
-    if not isinstance(value, Tensor):
-        return None
-    if scale is None or value.is_floating_point() or value.is_complex():  # a value put in place of codes is no code
-        return plain(value.dtype)
-    code = codes("int8" if scale.dtype == torch.float32 else "int4", name in optimizer.nonnegative)
-    return in_blocks(code, value.numel() * code.each[0] // max(scale.numel(), 1))
-
-
 def in_blocks(codec: Codec, size: int) -> Codec:
     """These codes in blocks of another size."""
     return codec._replace(each=(codec.each[0], size))
-
-
-def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict[str, Any]) -> None:
-    """Raise RuntimeError where a state that is there does not belong to its parameter."""
-    value = state[name]
-    if not isinstance(value, Tensor):
-        raise RuntimeError(
-            f"{name} of parameter {index} is {value!r:.80}, no tensor. Load a state dict of the same parameters, or "
-            "clear opt.state."
-        )
-    codec = held_codec(optimizer, state, name, p)
-    if codec is not None and codec.sharing:
-        scale = state[f"{name}_{SCALE}"]
-        held = value.numel() * codec.each[0]
-        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= held - p.numel() < codec.sharing
-        if not fits or held != codec.sharing * scale.numel():
-            raise RuntimeError(
-                f"{name} of parameter {index} has {value.numel():,} items of {value.dtype} and {scale.numel():,} "
-                f"scales of {scale.dtype}, which is not how {p.numel():,} elements are kept. Load a state dict of the "
-                "same parameters, or clear opt.state."
-            )
-        return
-    if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
-        raise RuntimeError(
-            f"{name} of parameter {index} is {value.dtype}, the parameter {p.dtype}. A state is of floating-point "
-            "numbers, complex ones of a complex parameter; codes need their scales beside them. Load a state dict of "
-            "the same parameters, or clear opt.state."
-        )
-    check_shape(index, p, name, value)
-
-
-def check_corrections(index: int, p: Tensor, state: dict[str, Any]) -> None:
-    """Raise RuntimeError where what is kept beside a parameter does not belong to it."""
-    codec = held_parameter_codec(state, p)
-    for name, dtype in zip(part_names(codec, None), codec.dtypes[1:], strict=True):
-        value = state.get(name)
-        if not isinstance(value, Tensor) or value.dtype != dtype:
-            found = value.dtype if isinstance(value, Tensor) else f"{value!r:.80}"
-            raise RuntimeError(
-                f"{name} of parameter {index} is {found}, and {dtype} beside a parameter of {p.dtype}. Load a state "
-                "dict of the same parameters, or clear opt.state."
-            )
-        check_shape(index, p, name, value)
-
-
-def check_shape(index: int, p: Tensor, name: str, value: Tensor) -> None:
-    """Raise RuntimeError where a state is not of its parameter's shape, or placed otherwise."""
-    placed = [getattr(t, "placements", None) for t in (p, value)]
-    if value.shape != p.shape or placed[0] != placed[1] or local(value).shape != local(p).shape:
-        theirs, ours = (
-            f"{tuple(t.shape)}, placed {where}" for t, where in zip((value, p), reversed(placed), strict=True)
-        )
-        raise RuntimeError(
-            f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
-            "Load a state dict of the same parameters, placed alike, or clear opt.state."
-        )
-
-
-def held_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
-    """How a parameter is kept, as its corrections say."""
-    for name, precision in CORRECTIONS.items():
-        if name in state and p.dtype in HALVES:
-            return corrected(precision, p.dtype)
-    return plain(p.dtype)
 
 
 def part_names(codec: Codec, name: str | None) -> list[str]:
@@ -297,42 +220,6 @@ def new_parts(codec: Codec, value: Tensor, first: Tensor | None = None) -> list[
         parts[0] = first
     write(codec, list(map(local, parts)), local(value))
     return parts
-
-
-def keep_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, wanted: Codec) -> None:
-    """Bring a state from the codec that it has into `wanted`."""
-    held = held_codec(optimizer, state, name, p)
-    assert held is not None
-    if held == wanted or (held.dtypes == wanted.dtypes and not held.sharing and not wanted.sharing):
-        return
-    names = [name, *part_names(held, name)]
-    if held.sharing:
-        value = read(held, [state[n] for n in names], local(p))
-        value = with_local(p, value)
-    else:
-        value = state[name]
-        if wanted.sharing:
-            value = in_layout_of(local(p), local(value))
-    for n in names:
-        del state[n]
-    parts = new_parts(wanted, value)
-    state |= dict(zip([name, *part_names(wanted, name)], parts, strict=True))
-
-
-def keep_parameter(state: dict[str, Any], p: Tensor, wanted: Codec) -> None:
-    """Bring a parameter and its corrections from the codec that they have into `wanted`."""
-    held = held_parameter_codec(state, p)
-    if held.suffixes == wanted.suffixes:
-        return
-    names = part_names(held, None)
-    own = p.detach()
-    value = own.float()
-    if names:
-        value = with_local(own, read(held, [local(own), *(local(state[n]) for n in names)], local(own)))
-    for n in names:
-        del state[n]
-    if wanted.suffixes:
-        state |= dict(zip(part_names(wanted, None), new_parts(wanted, value, first=own)[1:], strict=True))
 
 
 def check_precision(optimizer: Update, group: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..core.optimizer import RuleOptimizer, check_alone
+from ..core.checks import check_alone
+from ..core.optimizer import RuleOptimizer
 from ..spec import COUNT
 from ..util.layout import local, overlapping
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...buckets.gradient_norm import Norm, eager_partial_norms, exact_dtype, on_one_device
 from ...util.layout import flat
-from .bucket import EXAMPLE, PARALLEL_FROM, Graph
+from .graph import EXAMPLE, PARALLEL_FROM, Graph
 
 ROW = 1024  # elements that are added up before the sum is widened
 

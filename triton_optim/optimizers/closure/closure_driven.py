@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ...core.optimizer import check_range, leave_to_python, ordered
+from ...core.checks import check_range
+from ...core.wrapping import leave_to_python, ordered
 from ...util.layout import ordinary
 from .line_search import Trial, strong_wolfe
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from ...core.optimizer import RuleOptimizer, check_range
+from ...core.checks import check_range
+from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options

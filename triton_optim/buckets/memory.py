@@ -1,0 +1,282 @@
+"""The memory of parameters that are updated together, of their states and gradients: whether a step fits it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..precision.codecs import part_names
+from ..spec import Update
+from ..util.gather import Gatherer, gatherer_of
+from ..util.layout import all_aligned, in_layout_of, is_sharded, is_wrapper, local, locals_of, same_layout, with_local
+from .key import Key
+from .members import Member
+from .state import State
+
+# The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
+TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+_END = object()
+
+
+def addresses_of(tensors: list[Tensor | None]) -> array[int]:
+    """Where each tensor lies; 0 for None."""
+    try:
+        return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # one is None
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors])
+
+
+def guards_of(tensors: list[Tensor]) -> Any:
+    """What checks whether such tensors are of the same kind, dtype, device, sizes and strides; None of no tensors,
+    of one twice, which it refuses, and where torch has no such check.
+    """
+    if TensorGuards is None or not tensors or len(set(map(id, tensors))) < len(tensors):
+        return None
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def kinds_of(tensors: list[Tensor]) -> list[Any]:
+    """The sizes, strides and dtype of each."""
+    return [(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
+class Memory(ABC):
+    """Where members, their states and the gradients of a step lie."""
+
+    keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
+    takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
+    takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
+
+    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
+        self.optimizer, self.key, self.members = optimizer, key, members
+        self.sharded = any(is_sharded(m.p) for m in members)
+        values = [local(m.p).detach() for m in members]
+        self.numels = [value.numel() for value in values]
+        self.addresses = [value.data_ptr() for value in values]
+        # Not the values themselves: who moves a parameter's data elsewhere wants this memory back.
+        self._kinds = kinds_of(values)
+        self._params = [m.p for m in members]
+        self.gradients: list[Tensor | None] = []
+        self.complete = False  # every member has a gradient in this step
+        self.indices = [m.index for m in members]
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        self._all = self.indices == list(range(count))
+        self._states: list[Tensor] = []  # the tensors among them, and as they were noted
+        self._state_addresses: list[int] = []
+        self._state_guards: Any = None
+        self._state_kinds: list[Any] = []
+        self._guards: Any = None
+        self._examined = False  # whether gradients were found fit before
+        self._gatherer: Gatherer | None = None
+        self._gathered = False  # whether it found the gradients of this step
+        self.place_states(values)
+
+    @abstractmethod
+    def counts_fit(self) -> bool:
+        """Whether nobody else has written the counts, which must lie where they did."""
+
+    # States.
+
+    def parts_of(self, m: Member) -> list[list[Tensor]]:
+        """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""
+        param, *kept = self.key.codecs
+        own = [[local(m.p).detach(), *(m.state[name] for name in part_names(param, None))]]
+        for name, codec in zip(self.key.variant.state_names, kept, strict=True):
+            own.append([m.state[part] for part in (name, *part_names(codec, name))])
+        return [list(map(local, parts)) for parts in own]
+
+    def place_states(self, values: list[Tensor]) -> None:
+        """Bring the states into the memory layout that the backend needs, for these (local) parameters."""
+        if self.keeps_layout:
+            param, *kept = self.key.codecs
+            names = part_names(param, None)
+            for name, codec in zip(self.key.variant.state_names, kept, strict=True):
+                names += [] if codec.sharing else [name]
+            for m, value in zip(self.members, values, strict=True):
+                for name in names:
+                    held = local(m.state[name])
+                    if not same_layout(held, value):
+                        m.state[name] = with_local(m.state[name], in_layout_of(value, held))
+
+    def note_states(self) -> None:
+        """Take note of the states as they are now: which they are, and where they lie."""
+        # A dict of a user's own counts nothing.
+        self._changes = State.changes if all(type(m.state) is State for m in self.members) else None
+        self._state_dicts = [m.state for m in self.members]
+        self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
+        states = [v for v in self._state_known if isinstance(v, Tensor)]
+        if list(map(id, states)) != list(map(id, self._states)):
+            self._states = states
+            here = self._states_here()
+            self._state_guards, self._state_kinds = guards_of(here), kinds_of(here)
+        self._state_addresses = list(map(Tensor.data_ptr, self._states_here()))
+        if self._gatherer is not None:
+            self._gatherer.watch(self._states)
+
+    def _states_here(self) -> list[Tensor]:
+        """The tensors among the states, of sharded ones the local parts."""
+        return list(map(local, self._states)) if self.sharded else self._states
+
+    def _states_fit(self) -> bool:
+        """Whether the states are those that were noted, in the memory that they had."""
+        if not self._states_are_held():
+            return False
+        here = self._states_here()
+        if list(map(Tensor.data_ptr, here)) != self._state_addresses or not self.counts_fit():
+            return False
+        # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
+        return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
+
+    def _states_are_held(self) -> bool:
+        """Whether the states hold the objects that were noted."""
+        if self._changes != State.changes:
+            changes = State.changes
+            found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
+            if not all(map(is_, found, self._state_known)):
+                return False
+            self._changes = None if self._changes is None else changes
+        return True
+
+    def moved(self) -> list[int]:
+        """The numbers of the parameters that lie elsewhere than when the bucket was made, or have other states."""
+        states = self.optimizer.state
+        return [
+            m.index
+            for m, address in zip(self.members, self.addresses, strict=True)
+            if local(m.p).data_ptr() != address or (m.state and states.get(m.p) is not m.state)
+        ]
+
+    # Gradients.
+
+    def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
+        """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
+        values = self._values()
+        if list(map(Tensor.data_ptr, values)) != self.addresses or not self._states_fit():
+            return False
+        own = gradients if self._all and isinstance(gradients, list) else [gradients[i] for i in self.indices]
+        try:
+            ready = self._guards is not None and self._guards.check(*values, *own)
+        except TypeError:  # one is None
+            ready = False
+        self._gathered = False
+        self.complete = ready or all(g is not None for g in own)
+        return self._take(own) if ready else self._examine(values, own)
+
+    def gather(self) -> bool:
+        """Whether the bucket can run with the gradients that its parameters have now. It learns only where they lie.
+
+        False says that :meth:`fits` must look at them.
+        """
+        found = self._gatherer
+        self._gathered = (
+            found is not None
+            and self._states_are_held()
+            and found.gather()
+            and self.counts_fit()
+            and self.accept_addresses(found.addresses, found.aligned)
+        )
+        self.complete = found is not None and found.complete
+        return self._gathered
+
+    def present(self) -> list[bool]:
+        """Of each member, whether it has a gradient in this step."""
+        if self._gathered and self._gatherer is not None:
+            return [address != 0 for address in self._gatherer.addresses]
+        return [g is not None for g in self.gradients]
+
+    def note_gradients(self) -> None:
+        """After a step with the gradients that the parameters have: make ready to gather those of the next."""
+        if self.takes_addresses and not self.key.variant.prologue:
+            self._gatherer = gatherer_of(self._params, self._states, self.key.dtypes[1]) or self._gatherer
+
+    def _values(self) -> list[Tensor]:
+        """The parameters, as they are here."""
+        if not self.sharded:
+            return self._params
+        try:
+            return locals_of(self._params)
+        except AttributeError:  # some are ordinary tensors
+            return list(map(local, self._params))
+
+    def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
+        as_they_are, laid_out = True, list(own)
+        for i, (value, kind, g) in enumerate(zip(values, self._kinds, own, strict=True)):
+            if (value.shape, value.stride(), value.dtype) != kind:
+                return False
+            if g is None:
+                as_they_are = False
+                continue
+            if (
+                is_sharded(g)
+                or (self.takes_memory and is_wrapper(g))
+                or g.layout != torch.strided
+                or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device)
+            ):
+                return False
+            if g.shape != value.shape:
+                return False
+            plain = g.resolve_neg().resolve_conj()
+            if self.keeps_layout and not same_layout(plain, value):
+                plain = in_layout_of(value, plain)
+            if plain is not g:
+                laid_out[i] = plain
+                as_they_are = False
+        # A plan of one step, or one whose gradients are soon gathered, needs no guards.
+        if as_they_are and self._examined:
+            self._guards = guards_of([*values, *own])  # type: ignore[list-item]  # there are all
+        self._examined = True
+        return self._take(laid_out)
+
+    def _take(self, gradients: list[Tensor | None]) -> bool:
+        """Keep the gradients for the step."""
+        self.gradients = gradients
+        if not self.takes_memory:
+            return True
+        addresses = addresses_of(gradients)
+        if not all(addresses) and any(g is not None and not at for g, at in zip(gradients, addresses, strict=True)):
+            return False  # the memory of one was freed
+        return self.key.variant.prologue or self._take_addresses(addresses)
+
+    def accept(self, gradients: list[Tensor | None]) -> None:
+        """Take what a prologue made of the gradients."""
+        if self.takes_addresses:
+            self._take_addresses(addresses_of(gradients))
+
+    def take_update(self, place: int, update: Tensor) -> None:
+        """Put what a prologue made of a member's gradient in its place."""
+        update = local(update).to(self.key.dtypes[1])
+        if self.keeps_layout:
+            update = in_layout_of(local(self.members[place].p), update)
+        self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
+
+    def _take_addresses(self, addresses: array[int]) -> bool:
+        aligned = not self.key.aligned or all_aligned(addresses)
+        return not self.takes_addresses or self.accept_addresses(addresses, aligned)
+
+    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
+        """Make ready for gradients of a backend that takes addresses; it may refuse them.
+
+        Args:
+            addresses: where they lie; 0 for none.
+            aligned: whether all are multiples of 16, if that matters.
+        """
+        raise NotImplementedError
+
+    def mark_written(self) -> None:
+        """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""
+        if self._gathered and self._gatherer is not None:
+            self._gatherer.written()
+            return
+        written = self._values()
+        if not self.complete:
+            written = [p for p, g in zip(written, self.gradients, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(written)

@@ -1,0 +1,54 @@
+"""What constructors refuse, and states that are full of a value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None:
+    """Raise RuntimeError where an optimizer of this name can't release gradients one by one."""
+    if max_grad_norm is not None:
+        raise RuntimeError(
+            f"{name}: max_grad_norm={max_grad_norm} limits the norm of all gradients, which gradient release never has "
+            "at once. Leave one of them out, or remove() the handle of gradient release."
+        )
+    if amp is not None:
+        raise RuntimeError(
+            f'{name}: amp="{amp}" skips a step whose gradients are not all finite, which gradient release never has at '
+            "once. Leave one of them out, or remove() the handle; bfloat16 needs no scaler."
+        )
+
+
+def filled_like(p: Tensor, value: float) -> Tensor:
+    """A tensor like the parameter, full of `value`; of a complex parameter both parts are."""
+    value = float(value)
+    fill = complex(value, value) if p.is_complex() else value
+    return torch.full_like(p, fill, memory_format=torch.preserve_format)
+
+
+# Of what torch's message about tensors calls by the argument, as `check_range` is told it.
+_ARGUMENTS = {
+    "learning rate": "lr",
+    "beta parameter at index 0": "betas[0]",
+    "beta parameter at index 1": "betas[1]",
+}
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise torch's ValueError unless low <= value < high.
+
+    Args:
+        name: as torch spells it in its message, such as ``"learning rate"``.
+        value: a number or a 1-element tensor.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        shape = tuple(value.shape)
+        argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
+        raise ValueError(f"Tensor {argument} must be 1-element, got shape {shape}. Use groups to give each its own.")
+    if not low <= value or not value < high:
+        bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+        raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")
