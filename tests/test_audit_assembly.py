@@ -9,8 +9,8 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing else to audit", allow_module_level=True)
 
-from triton_optim.audit.audit.assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
-from triton_optim.audit.audit.compiling import wrapping_offsets
+from triton_optim.audit.assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
+from triton_optim.audit.compiling import wrapping_offsets
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def test_a_process_that_ends_meanwhile_leaves_nothing(tmp_path):
     """It is compiled beside the training. A run that is over sooner ends at once, and nothing half done is kept."""
     program = """
         import time
-        from triton_optim import cpp_build, gather
+        from triton_optim.util import cpp_build, gather
         cpp_build.version(gather.cpp_build.cxx_compiler())
         gather.library.begin()
         while not cpp_build._running:

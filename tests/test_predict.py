@@ -18,10 +18,10 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing to compile", allow_module_level=True)
 
-from triton_optim.audit.audit.gpu_model import Kernel, estimate, resident_programs
-from triton_optim.audit.audit.gpus import GPUS, SM_80, Gpu
-
-from triton_optim.audit.audit import audit, predict
+from triton_optim.audit import measure as audit
+from triton_optim.audit import predict
+from triton_optim.audit.gpu_model import Kernel, estimate, resident_programs
+from triton_optim.audit.gpus import GPUS, SM_80, Gpu
 from triton_optim.bench.models import shapes
 from triton_optim.cli import audit as command
 

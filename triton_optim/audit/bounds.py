@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import triton
 
-from .audit import DTYPES, TARGETS, Measurement
+from .measure import DTYPES, TARGETS, Measurement
 
 
 class Bound(NamedTuple):

@@ -21,7 +21,7 @@ _INSTRUCTION = 16  # bytes, on NVIDIA
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs; see :class:`triton_optim.audit.audit.Measurement`."""
+    """What a compiled kernel needs; see :class:`triton_optim.audit.measure.Measurement`."""
 
     registers: int
     scalar_registers: int | None

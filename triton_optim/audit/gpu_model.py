@@ -37,7 +37,7 @@ LIMITS = {"memory": "memory", "issue": "instruction issue", "latency": "latency"
 
 
 class Kernel(NamedTuple):
-    """What is asked of a compiled kernel; see :class:`triton_optim.audit.audit.Measurement`.
+    """What is asked of a compiled kernel; see :class:`triton_optim.audit.measure.Measurement`.
 
     Attributes:
         registers: a thread.

@@ -15,9 +15,9 @@ import torch
 
 from ..bench.models import shapes
 from ..precision.codecs import CODES_FROM, STATE_CODES
-from .audit import DTYPES, AuditedRule, Case, Measurement, audit, every_rule, role_codecs
 from .gpu_model import Estimate, Kernel, estimate
 from .gpus import GPUS, Gpu
+from .measure import DTYPES, AuditedRule, Case, Measurement, audit, every_rule, role_codecs
 
 
 class Measured(NamedTuple):

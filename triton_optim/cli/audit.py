@@ -18,7 +18,7 @@ from ..util.table import table
 from .audit_options import KEPT, MODEL, RULES, chosen, default_results
 
 if TYPE_CHECKING:
-    from ..audit.audit import Case, Measurement
+    from ..audit.measure import Case, Measurement
 
 HEADER = ("rule", "dtypes", "arch", "regs", "spills", "loaded/floor", "stored/floor", "bits", "instr", "code")
 LEGEND = """\
@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
             return audit_predict.run(args)
         cases = chosen_cases(args)
-        from ..audit import audit
         from ..audit import bounds as audit_bounds
+        from ..audit import measure
 
         measured = []
-        for m in audit.audit(cases):
+        for m in measure.audit(cases):
             measured.append(m)
             show_progress(len(measured), len(cases))
     except (ValueError, RuntimeError) as error:
@@ -97,11 +97,11 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: an option names what is not there.
     """
-    from ..audit import audit
+    from ..audit import measure
 
-    rules = chosen("--rule", args.rule, [rule.name for rule in audit.every_rule()])
-    archs = chosen("--arch", args.arch, list(audit.TARGETS))
-    return [case for case in audit.every_case(rules if args.rule else None) if case.arch in archs]
+    rules = chosen("--rule", args.rule, [rule.name for rule in measure.every_rule()])
+    archs = chosen("--arch", args.arch, list(measure.TARGETS))
+    return [case for case in measure.every_case(rules if args.rule else None) if case.arch in archs]
 
 
 def show_progress(done: int, of: int) -> None:

@@ -22,7 +22,8 @@ def provenance(device: torch.device, distributions: Sequence[str] = ()) -> dict[
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "triton", "triton-optim")},
+            "torch": torch.__version__,  # which tells one build from another
+            **{name: installed_version(name) for name in ("triton", "triton-optim")},
             **{name: found for name in distributions if (found := installed_version(name))},
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
