@@ -14,7 +14,20 @@ https://arxiv.org/abs/2110.02861, where a code that doubles means ten times the 
 a table nor a logarithm. What is not 0 is never kept as 0 in the codes of a second moment: its root is divided by.
 """
 
-from .language import abs, absmax, bits_of, evens, floor, interleave, jit, number_of, odds, to_float, to_int, where
+from .language import (
+    abs,
+    absmax,
+    bitcast_to_float,
+    bitcast_to_int,
+    evens,
+    floor,
+    interleave,
+    jit,
+    odds,
+    to_float,
+    to_int,
+    where,
+)
 
 BLOCKS = {"int8": 256, "int4": 64}  # elements that share a scale
 
@@ -66,13 +79,13 @@ def bits_for(x, ROLE):
 @jit
 def stochastic_bfloat16(x, bits):
     """Up with the probability that makes the mean exact. Inf and NaN stay; what is finite stays finite."""
-    return number_of((bits_of(x) + where(abs(x) < 3.3895313892515355e38, bits, 0)) & -0x10000)
+    return bitcast_to_float((bitcast_to_int(x) + where(abs(x) < 3.3895313892515355e38, bits, 0)) & -0x10000)
 
 
 @jit
 def stochastic_float16(x, bits):
-    down = number_of(bits_of(x) & -0x2000)
-    up = number_of((bits_of(x) + (bits >> 3)) & -0x2000)
+    down = bitcast_to_float(bitcast_to_int(x) & -0x2000)
+    up = bitcast_to_float((bitcast_to_int(x) + (bits >> 3)) & -0x2000)
     # Below 2^-14 there are the multiples of 2^-24.
     small = floor(abs(x) * 16777216.0 + to_float(bits) * (1.0 / 65536.0)) * (1.0 / 16777216.0)
     rounded = where(abs(up) > 65504.0, down, up)
@@ -83,20 +96,20 @@ def stochastic_float16(x, bits):
 @jit
 def nearest_bfloat16(x):
     """Ties away from 0: with those to even, 16 more bits could not tell both sides of a tie apart."""
-    return where(x == x, number_of((bits_of(x) + 0x8000) & -0x10000), x)
+    return where(x == x, bitcast_to_float((bitcast_to_int(x) + 0x8000) & -0x10000), x)
 
 
 @jit
 def step_float16(x):
     """The distance of float16 numbers of the size of `x`."""
-    exponent = bits_of(x) & 0x7F800000
-    return number_of(where(exponent < 0x38800000, 0x33800000, exponent - 0x05000000))
+    exponent = bitcast_to_int(x) & 0x7F800000
+    return bitcast_to_float(where(exponent < 0x38800000, 0x33800000, exponent - 0x05000000))
 
 
 @jit
 def inverse_power(x):
     """1 / x for a power of two."""
-    return number_of(0x7F000000 - bits_of(x))
+    return bitcast_to_float(0x7F000000 - bitcast_to_int(x))
 
 
 @jit
@@ -109,7 +122,7 @@ def nearest_float16(x):
 @jit
 def with_sign(size, x):
     """`size` with the sign bit of `x`."""
-    return number_of(bits_of(size) | (bits_of(x) & -0x80000000))
+    return bitcast_to_float(bitcast_to_int(size) | (bitcast_to_int(x) & -0x80000000))
 
 
 @jit
@@ -132,7 +145,7 @@ def with_units_float16(p, units):
 @jit
 def value_of_code(k, CODEC):
     """What a code k >= 0 stands for, in units of the block."""
-    power = number_of(bits_of(k) & 0x7F800000)
+    power = bitcast_to_float(bitcast_to_int(k) & 0x7F800000)
     if CODEC == "int8" or CODEC == "int4":
         value = power * (3.0 * k - 2.0 * power)
     else:
@@ -144,11 +157,11 @@ def value_of_code(k, CODEC):
 def code_of_value(x, CODEC):
     """The inverse, not yet rounded."""
     if CODEC == "int8" or CODEC == "int4":
-        power = ((bits_of(x) >> 1) + 0x1FC00000) & 0x7F800000
-        k = (x * number_of(0x7F000000 - power) + 2.0 * number_of(power)) * (1.0 / 3.0)
+        power = ((bitcast_to_int(x) >> 1) + 0x1FC00000) & 0x7F800000
+        k = (x * bitcast_to_float(0x7F000000 - power) + 2.0 * bitcast_to_float(power)) * (1.0 / 3.0)
     else:
-        power = (((bits_of(x) >> 23) * 171 + 43307) >> 9) << 23  # of a third of x's exponent, rounded down
-        k = (x * number_of(-0x41800000 - (power << 1)) + 6.0 * number_of(power)) * (1.0 / 7.0)
+        power = (((bitcast_to_int(x) >> 23) * 171 + 43307) >> 9) << 23  # of a third of x's exponent, rounded down
+        k = (x * bitcast_to_float(-0x41800000 - (power << 1)) + 6.0 * bitcast_to_float(power)) * (1.0 / 7.0)
     return where(x < 1.0, x, k)
 
 
@@ -170,7 +183,7 @@ def scale_of(x, CODEC):
     scale = size * (1.0 / units(CODEC)) + (size - size)
     if CODEC == "int4" or CODEC == "uint4":
         # bfloat16, rounded up, so that the largest has a code; but what is a few ulp above one was that one.
-        scale = where(scale == scale, number_of((bits_of(scale) + 0xFF00) & -0x10000), scale)
+        scale = where(scale == scale, bitcast_to_float((bitcast_to_int(scale) + 0xFF00) & -0x10000), scale)
     return scale
 
 
@@ -214,9 +227,9 @@ def decode(parts, CODEC):
     elif CODEC == "kahan bfloat16" or CODEC == "kahan float16":
         value = parts[0] + parts[1]
     elif CODEC == "split24 bfloat16":
-        value = number_of(bits_of(parts[0]) + (parts[1] << 8))
+        value = bitcast_to_float(bitcast_to_int(parts[0]) + (parts[1] << 8))
     elif CODEC == "split32 bfloat16":
-        value = number_of(bits_of(parts[0]) + (parts[1] << 8) + (parts[2] & 0xFF))
+        value = bitcast_to_float(bitcast_to_int(parts[0]) + (parts[1] << 8) + (parts[2] & 0xFF))
     elif CODEC == "split24 float16":
         value = with_units_float16(parts[0], parts[1] << 8)
     elif CODEC == "split32 float16":
@@ -250,13 +263,17 @@ def encode(x, random, ROLE, CODEC):
         parts = (p, where(abs(p) < 65520.0, x - p, 0.0))
     elif CODEC == "split24 bfloat16":
         # Rounded to 24 bits first; these then split exactly.
-        short = number_of((bits_of(x) + (bits_for(random, ROLE) & 0xFF)) & -0x100)
-        short = where(abs(x) < float("inf"), where(abs(short) < float("inf"), short, number_of(bits_of(x) & -0x100)), x)
+        short = bitcast_to_float((bitcast_to_int(x) + (bits_for(random, ROLE) & 0xFF)) & -0x100)
+        short = where(
+            abs(x) < float("inf"),
+            where(abs(short) < float("inf"), short, bitcast_to_float(bitcast_to_int(x) & -0x100)),
+            x,
+        )
         p = nearest_bfloat16(short)
-        parts = (p, where(x == x, (bits_of(short) - bits_of(p)) >> 8, 0))
+        parts = (p, where(x == x, (bitcast_to_int(short) - bitcast_to_int(p)) >> 8, 0))
     elif CODEC == "split32 bfloat16":
         p = nearest_bfloat16(x)
-        rest = where(x == x, bits_of(x) - bits_of(p), 0)
+        rest = where(x == x, bitcast_to_int(x) - bitcast_to_int(p), 0)
         parts = (p, rest >> 8, rest)
     elif CODEC == "split24 float16":
         unit = step_float16(x) * (1.0 / 256.0)

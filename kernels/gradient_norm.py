@@ -2,8 +2,8 @@
 run.
 
 A program of `partial_norms` adds up a run of the chunks that `multi_tensor` updates, whatever tensors they are of, and
-one program of `step_signal` the sums of all: in an order that depends on nothing but the sizes. A gradient address of 0
-means that the tensor has none.
+one program of `gradient_stats` the sums of all: in an order that depends on nothing but the sizes. A gradient address
+of 0 means that the tensor has none.
 """
 
 import triton
@@ -94,7 +94,7 @@ def partial_norms(
 
 
 @triton.jit
-def signal_of(
+def stats_of(
     partials,
     count,
     max_norm,
@@ -107,7 +107,7 @@ def signal_of(
     BLOCK: tl.constexpr,
 ):
     """What the step's gradients are multiplied by, whether to skip the step (not 0), the norm of the gradients without
-    their scale, and whether an element is not finite (not 0). Arguments as of `step_signal`.
+    their scale, and whether an element is not finite (not 0). Arguments as of `gradient_stats`.
     """
     factor = tl.full((), 1.0, tl.float64)
     skip = tl.full((), 0.0, tl.float64)
@@ -135,17 +135,17 @@ def signal_of(
 
 
 @triton.jit
-def store_signal(signal, factor, skip, norm, faults):
-    tl.store(signal, factor)
-    tl.store(signal + 1, skip)
-    tl.store(signal + 2, norm)
-    tl.store(signal + 3, faults)
+def store_stats(stats, factor, skip, norm, faults):
+    tl.store(stats, factor)
+    tl.store(stats + 1, skip)
+    tl.store(stats + 2, norm)
+    tl.store(stats + 3, faults)
 
 
 # Of the tables that are a user's or a part of a table, none need be aligned.
 @triton.jit(do_not_specialize=["count", "max_norm", "grad_scale", "found_inf"])
-def step_signal(
-    signal,
+def gradient_stats(
+    stats,
     partials,
     count,
     max_norm,
@@ -160,7 +160,7 @@ def step_signal(
     """The norm, and what the step's gradients are multiplied by.
 
     Args:
-        signal: float64 ``(4,)``, written: of `signal_of`.
+        stats: float64 ``(4,)``, written: of `stats_of`.
         partials: float64 ``(count, 2)``: of `partial_norms`. Not read where KIND is "none".
         max_norm: float64 ``(1,)``: the largest norm that is allowed.
         grad_scale: float32 ``(1,)``: what the gradients have been multiplied by. Not read unless SCALED.
@@ -168,7 +168,7 @@ def step_signal(
         KIND: "2", or "none" where there is no norm.
         SKIP: whether an element that is not finite, by this pass, skips the step.
     """
-    factor, skip, norm, faults = signal_of(
+    factor, skip, norm, faults = stats_of(
         partials, count, max_norm, grad_scale, found_inf, KIND, SCALED, FOUND, SKIP, BLOCK
     )
-    store_signal(signal, factor, skip, norm, faults)
+    store_stats(stats, factor, skip, norm, faults)

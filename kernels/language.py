@@ -148,11 +148,11 @@ if triton is not None and HAS_SOURCE:
         return tl.max(tl.where(size == size, size, float("inf")), axis=1, keep_dims=True)  # which drops NaN
 
     @jit
-    def bits_of(x):
+    def bitcast_to_int(x):
         return x.to(tl.int32, bitcast=True)
 
     @jit
-    def number_of(x):
+    def bitcast_to_float(x):
         return x.to(tl.float32, bitcast=True)
 
     @jit
@@ -222,7 +222,7 @@ else:
 
     abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
     maximum, minimum, where, like = torch.maximum, torch.minimum, _where, _like
-    bits_of, number_of, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
+    bitcast_to_int, bitcast_to_float, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
     absmax, evens, odds, interleave = _absmax, _evens, _odds, _interleave
 
 
@@ -231,8 +231,8 @@ class Cpp(NamedTuple):
 
     Attributes:
         code: an expression of the arguments {0}, {1} and so on; {f} is "f" for float and nothing for double, {type} the
-            type. Of words for rows: the function that makes one number of a row ("fold"), or which elements of the row
-            are taken ("pick"), or made of each pair ("weave").
+            type. Of words for rows: the function that makes one number of a row ("reduce"), or which elements of the
+            row are taken ("deinterleave"), or made of each pair ("interleave").
         arguments: how many.
         takes, gives: the type of the arguments and of the result; where empty, floating-point, and the arguments'.
         moves: of words for rows, the kind above.
@@ -248,18 +248,18 @@ class Cpp(NamedTuple):
 # Triton's word, torch's function, and the C++ expression.
 PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "abs": (abs, torch.abs, Cpp("__builtin_fabs{f}({0})")),
-    "absmax": (absmax, _absmax, Cpp("absmax", 1, "float", "float", moves="fold")),
-    "bits_of": (bits_of, _bits_of, Cpp("__builtin_bit_cast(int32_t, {0})", 1, "float", "int32_t")),
-    "evens": (evens, _evens, Cpp("2 * i", moves="pick")),
+    "absmax": (absmax, _absmax, Cpp("absmax", 1, "float", "float", moves="reduce")),
+    "bitcast_to_int": (bitcast_to_int, _bits_of, Cpp("__builtin_bit_cast(int32_t, {0})", 1, "float", "int32_t")),
+    "evens": (evens, _evens, Cpp("2 * i", moves="deinterleave")),
     "exp": (exp, torch.exp, Cpp("__builtin_exp{f}({0})")),
     "floor": (floor, torch.floor, Cpp("__builtin_floor{f}({0})")),
-    "interleave": (interleave, _interleave, Cpp("2 * i, 2 * i + 1", 2, moves="weave")),
+    "interleave": (interleave, _interleave, Cpp("2 * i, 2 * i + 1", 2, moves="interleave")),
     "like": (like, _like, Cpp("{0}", 2)),
     "log": (log, torch.log, Cpp("__builtin_log{f}({0})")),
     "maximum": (maximum, torch.maximum, Cpp("{0} > {1} | {0} != {0} ? {0} : {1}", 2)),
     "minimum": (minimum, torch.minimum, Cpp("{0} < {1} | {0} != {0} ? {0} : {1}", 2)),
-    "number_of": (number_of, _number_of, Cpp("__builtin_bit_cast(float, {0})", 1, "int32_t", "float")),
-    "odds": (odds, _odds, Cpp("2 * i + 1", moves="pick")),
+    "bitcast_to_float": (bitcast_to_float, _number_of, Cpp("__builtin_bit_cast(float, {0})", 1, "int32_t", "float")),
+    "odds": (odds, _odds, Cpp("2 * i + 1", moves="deinterleave")),
     "sign": (sign, torch.sign, Cpp("({type})(({0} > 0) - ({0} < 0))")),
     "sqrt": (sqrt, torch.sqrt, Cpp("__builtin_sqrt{f}({0})")),
     "to_float": (to_float, _to_float, Cpp("(float){0}", 1, "", "float")),

@@ -2,7 +2,7 @@
 
 A program updates one chunk of one tensor. It finds which in the chunk table, the tensor's addresses, size and scalar
 row in the tensor table and the gradient column, and its scalars in the row table. A gradient address of 0 means that
-the tensor has no gradient in this step: its programs do nothing. Nor do any where the signal says to skip the step.
+the tensor has no gradient in this step: its programs do nothing. Nor do any where the stats says to skip the step.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .codecs import decode, encode, hashed, tensor_key
 BLOCK = 1024  # elements a program
 
 
-def launch_options(itemsizes, sharing, warp_size):
+def launch_options(itemsizes, block_size, warp_size):
     """What a launch passes beside the kernel's arguments.
 
     Threads enough that each has one 128-bit access to the part with the widest elements. More elements a thread cost
@@ -27,7 +27,7 @@ def launch_options(itemsizes, sharing, warp_size):
         sharing: how many elements share a scale, or 0.
         warp_size: threads a warp: 32 on NVIDIA, 64 on AMD's data-centre GPUs.
     """
-    widest = 2 if sharing else max(itemsizes)
+    widest = 2 if block_size else max(itemsizes)
     return {"num_warps": BLOCK * widest // (16 * warp_size), "enable_fp_fusion": True}
 
 
@@ -65,15 +65,15 @@ def convert_nearest(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def items(EACH: tl.constexpr, BLOCK: tl.constexpr, SHARING: tl.constexpr):
-    """The items of a chunk, each of so many elements: numbered in one row, or in rows of `SHARING` elements."""
-    if SHARING == 0:
+def items(PER_ITEM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The items of a chunk, each of so many elements: numbered in one row, or in rows of `BLOCK_SIZE` elements."""
+    if BLOCK_SIZE == 0:
         numbers = tl.arange(0, BLOCK)
-    elif EACH == SHARING:
-        numbers = tl.arange(0, BLOCK // SHARING)[:, None]
+    elif PER_ITEM == BLOCK_SIZE:
+        numbers = tl.arange(0, BLOCK // BLOCK_SIZE)[:, None]
     else:
-        rows = tl.arange(0, BLOCK // SHARING)[:, None]
-        numbers = rows * (SHARING // EACH) + tl.arange(0, SHARING // EACH)[None, :]
+        rows = tl.arange(0, BLOCK // BLOCK_SIZE)[:, None]
+        numbers = rows * (BLOCK_SIZE // PER_ITEM) + tl.arange(0, BLOCK_SIZE // PER_ITEM)[None, :]
     return numbers
 
 
@@ -91,29 +91,29 @@ def update_chunk(
     SCALARS: tl.constexpr,
     CODECS: tl.constexpr,
     DTYPES: tl.constexpr,
-    EACH: tl.constexpr,
+    PER_ITEM: tl.constexpr,
     FIRST: tl.constexpr,
     AVERAGED: tl.constexpr,
     COMPUTE: tl.constexpr,
     RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
-    SHARING: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    offsets = items(1, BLOCK, SHARING)
+    offsets = items(1, BLOCK, BLOCK_SIZE)
     pointers = ()
     there = ()
     parts = ()
     for i in tl.static_range(len(DTYPES)):
         # Before the pointer: after it, ptxas takes twice the registers for misaligned accesses on sm_90.
-        item = items(EACH[i], BLOCK, SHARING)
-        there = there + (start + item * EACH[i] < numel,)
+        item = items(PER_ITEM[i], BLOCK, BLOCK_SIZE)
+        there = there + (start + item * PER_ITEM[i] < numel,)
         pointer = addresses[i].to(tl.pointer_type(DTYPES[i]))
         if ALIGNED:
             # After the cast: only there does the hint reach the access, which is scalar without it.
             pointer = tl.multiple_of(pointer, 16)
-        pointers = pointers + (pointer + start // EACH[i] + item,)
+        pointers = pointers + (pointer + start // PER_ITEM[i] + item,)
         part = tl.load(pointers[i]) if FULL else tl.load(pointers[i], mask=there[i])
         parts = parts + (widen(part, DTYPES[i]),)
     values = ()
@@ -139,7 +139,7 @@ def update_chunk(
                 value = new[i]
             if tl.constexpr(CODECS[i]) != "plain":
                 value = value.to(tl.float32)
-            if SHARING > 0 and not FULL:
+            if BLOCK_SIZE > 0 and not FULL:
                 value = tl.where(start + offsets < numel, value, 0.0)
             kept = encode(value, random, i - (i > 1), tl.constexpr(CODECS[i]))
             for j in tl.static_range(len(kept)):
@@ -161,22 +161,22 @@ def multi_tensor(
     rows,
     numbers,
     keys,
-    signal,
+    stats,
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
     CODECS: tl.constexpr,
     DTYPES: tl.constexpr,
-    EACH: tl.constexpr,
+    PER_ITEM: tl.constexpr,
     FIRST: tl.constexpr,
     AVERAGED: tl.constexpr,
-    SIGNAL: tl.constexpr,
+    STATS: tl.constexpr,
     BY_VALUE: tl.constexpr,
     COMPUTE: tl.constexpr,
     RANDOM: tl.constexpr,
     CONVERT: tl.constexpr,
     BLOCK: tl.constexpr,
-    SHARING: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
@@ -192,16 +192,16 @@ def multi_tensor(
             parameter's place among all.
         keys: int32 ``(rows,)``: what else the random bits depend on; BY_VALUE: that of the only row. Neither is read
             where there are none.
-        signal: float64 ``(2,)``: what all gradients are multiplied by, and whether to skip the step (not 0). Not read
-            unless SIGNAL.
+        stats: float64 ``(2,)``: what all gradients are multiplied by, and whether to skip the step (not 0). Not read
+            unless STATS.
         RULE, SCALARS, FIELDS: the rule, its NamedTuple and that one's field names (the names are part of the cache
             key; the class is not).
         CODECS: how each role (p, g, states) is kept; see codecs.py.
-        DTYPES, EACH: of each part of each role, the dtype, and how many elements an item of it holds.
+        DTYPES, PER_ITEM: of each part of each role, the dtype, and how many elements an item of it holds.
         FIRST: the number of each role's first part, and the number of parts.
         AVERAGED: whether the last role is an average of the parameter, as it is kept.
         COMPUTE: what the arithmetic is done in. RANDOM: whether a codec takes random bits.
-        SHARING: how many elements share a scale, or 0.
+        BLOCK_SIZE: how many elements share a scale, or 0.
         ALIGNED: whether every address is a multiple of 16.
         SOURCE: a hash of the rule's source. Triton 3.4 looks for a compiled kernel by the rule's name.
     """
@@ -210,8 +210,8 @@ def multi_tensor(
     # int64 before the product: an offset of 2^31 elements would wrap to a negative one and pass every bound.
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     gradient = tl.load(gradients + tensor)
-    if SIGNAL:
-        gradient = tl.where(tl.load(signal + 1) == 0, gradient, 0)
+    if STATS:
+        gradient = tl.where(tl.load(stats + 1) == 0, gradient, 0)
     if gradient != 0:
         COLUMNS: tl.constexpr = _FIRST_ADDRESS + len(DTYPES) - 1
         WIDTH: tl.constexpr = 1 + len(FIELDS) + AVERAGED
@@ -235,8 +235,8 @@ def multi_tensor(
             else:
                 addresses = addresses + (tl.load(entry + (_FIRST_ADDRESS + i - (i > FIRST[1]))),)
         factor = cells[0]
-        if SIGNAL:
-            factor = factor * tl.load(signal).to(COMPUTE)
+        if STATS:
+            factor = factor * tl.load(stats).to(COMPUTE)
         h = cells[1 : 1 + len(FIELDS)]
         weight = cells[WIDTH - 1] if AVERAGED else 0.0
         key = ()
@@ -245,11 +245,11 @@ def multi_tensor(
             key = (tl.load(own), tl.load(own + 1)) + tensor_key(row_key, tl.load(own + 2))
         if start + BLOCK <= numel:
             update_chunk(
-                addresses, start, numel, factor, h, weight, key, True, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST,
-                AVERAGED, COMPUTE, RANDOM, CONVERT, BLOCK, SHARING, ALIGNED,
+                addresses, start, numel, factor, h, weight, key, True, RULE, SCALARS, CODECS, DTYPES, PER_ITEM, FIRST,
+                AVERAGED, COMPUTE, RANDOM, CONVERT, BLOCK, BLOCK_SIZE, ALIGNED,
             )  # fmt: skip
         else:
             update_chunk(
-                addresses, start, numel, factor, h, weight, key, False, RULE, SCALARS, CODECS, DTYPES, EACH, FIRST,
-                AVERAGED, COMPUTE, RANDOM, CONVERT, BLOCK, SHARING, ALIGNED,
+                addresses, start, numel, factor, h, weight, key, False, RULE, SCALARS, CODECS, DTYPES, PER_ITEM, FIRST,
+                AVERAGED, COMPUTE, RANDOM, CONVERT, BLOCK, BLOCK_SIZE, ALIGNED,
             )  # fmt: skip

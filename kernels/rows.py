@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .codecs import row_key
-from .gradient_norm import signal_of, store_signal
+from .gradient_norm import stats_of, store_stats
 from .language import maximum, minimum
 
 # Where a value comes from: a constant, an address, or an operation on up to three others.
@@ -43,7 +43,7 @@ def form_rows(
     memory,
     rows,
     keys,
-    signal,
+    stats,
     partials,
     count,
     max_norm,
@@ -51,7 +51,7 @@ def form_rows(
     found_inf,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
-    SIGNAL: tl.constexpr,
+    STATS: tl.constexpr,
     RANDOM: tl.constexpr,
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
@@ -71,12 +71,12 @@ def form_rows(
             copies go to.
         rows: ``(rows, WIDTH)``, what is formed.
         keys: int32 ``(rows,)``: what the random bits of a row depend on. Not written unless RANDOM.
-        signal: float64 ``(4,)``, whose second is whether the step is skipped (not 0).
-        partials, count, max_norm, grad_scale, found_inf: as of `step_signal`, of which the signal is formed.
+        stats: float64 ``(4,)``, whose second is whether the step is skipped (not 0).
+        partials, count, max_norm, grad_scale, found_inf: as of `gradient_stats`, of which the stats is formed.
         WIDTH: cells of a row. SLOTS: values of a row, a power of 2.
-        SIGNAL: "none" where there is none, "read" where there is, "form" where it is to be written here.
+        STATS: "none" where there is none, "read" where there is, "form" where it is to be written here.
         RANDOM: whether to form keys.
-        KIND, SCALED, FOUND, SKIP, BLOCK: as of `step_signal`. Not looked at unless SIGNAL is "form".
+        KIND, SCALED, FOUND, SKIP, BLOCK: as of `gradient_stats`. Not looked at unless STATS is "form".
         KEPT: values that are kept.
     """
     row = tl.program_id(0)
@@ -117,15 +117,15 @@ def form_rows(
         value = tl.where(kind == _FLOAT32, x.to(tl.float32).to(tl.float64), new)
     tl.store(rows + row * WIDTH + goes, value.to(rows.dtype.element_ty), mask=goes >= 0)
     skip = tl.full((), 0.0, tl.float64)
-    if SIGNAL == "read":
-        skip = tl.load(signal + 1)
-    elif SIGNAL == "form":
+    if STATS == "read":
+        skip = tl.load(stats + 1)
+    elif STATS == "form":
         # By every program, the same: none can wait for another.
-        factor, skip, norm, faults = signal_of(
+        factor, skip, norm, faults = stats_of(
             partials, count, max_norm, grad_scale, found_inf, KIND, SCALED, FOUND, SKIP, BLOCK
         )
         if row == 0:
-            store_signal(signal, factor, skip, norm, faults)
+            store_stats(stats, factor, skip, norm, faults)
     if skip == 0:
         # Each of the parameters that share the row has a copy.
         copies = tl.load(code + 3 * SLOTS)

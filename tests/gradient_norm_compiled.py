@@ -19,9 +19,9 @@ from triton_optim.backends.triton.tables import TRITON_DTYPES
 
 NORM = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "partials": "*fp64", "count": "i32", "columns": "i32",
         "power": "*fp64"}  # fmt: skip
-SIGNAL = {"signal": "*fp64", "partials": "*fp64", "count": "i32", "max_norm": "*fp64", "grad_scale": "*fp32",
+STATS = {"stats": "*fp64", "partials": "*fp64", "count": "i32", "max_norm": "*fp64", "grad_scale": "*fp32",
           "found_inf": "*fp32"}  # fmt: skip
-ROWS = {"code": "*i32", "memory": "*i64", "rows": "*fp32", "keys": "*i32", **SIGNAL}
+ROWS = {"code": "*i32", "memory": "*i64", "rows": "*fp32", "keys": "*i32", **STATS}
 
 
 def compiled(kernel, arguments, constants, options, target):
@@ -61,10 +61,10 @@ def main() -> None:
             )
         forms = {"KIND": "2", "SCALED": True, "FOUND": False, "SKIP": True, "BLOCK": 1024}
         options = {"num_warps": 256 // target.warp_size, "enable_fp_fusion": True}
-        need = resources(compiled(kernels.step_signal, SIGNAL, forms, options, target))
+        need = resources(compiled(kernels.gradient_stats, STATS, forms, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}
-        rows.append({"kernel": "step_signal", "arch": arch, **figures})
-        constants = {"WIDTH": 10, "SLOTS": 64, "SIGNAL": "form", "RANDOM": True, **forms, "KEPT": 2}
+        rows.append({"kernel": "gradient_stats", "arch": arch, **figures})
+        constants = {"WIDTH": 10, "SLOTS": 64, "STATS": "form", "RANDOM": True, **forms, "KEPT": 2}
         options = {"num_warps": 4, "enable_fp_fusion": True}
         need = resources(compiled(of_rows.form_rows, ROWS, constants, options, target))
         figures = {"registers": need.registers, "stack": need.stack_bytes, "spilled": need.spilled}

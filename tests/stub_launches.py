@@ -17,7 +17,7 @@ from triton_optim.kernels import gradient_norm, multi_tensor, rows, symmetric_pr
 
 from triton_optim import RuleOptimizer
 from triton_optim.backends.triton import norm as triton_norm
-from triton_optim.backends.triton import signal as triton_signal
+from triton_optim.backends.triton import stats as triton_stats
 from triton_optim.backends.triton import stub_driver
 from triton_optim.backends.triton.stub_driver import Launched
 
@@ -27,7 +27,7 @@ KERNELS = {
     for kernel in (
         multi_tensor.multi_tensor,
         gradient_norm.partial_norms,
-        gradient_norm.step_signal,
+        gradient_norm.gradient_stats,
         rows.form_rows,
         symmetric_product.symmetric_product,
     )
@@ -43,7 +43,7 @@ NAMES = {
     torch.int8: "i8",
 }
 POINTED = {f"*{name}": dtype for dtype, name in NAMES.items()}
-CORRECTIONS = ("master", "compensation", "residual", "residual_low")  # of a parameter, among its states
+RESIDUALS = ("master", "compensation", "residual", "residual_low")  # of a parameter, among its states
 
 
 def address(value: Any) -> int:
@@ -71,11 +71,11 @@ class Seen(NamedTuple):
 
     def has(self, name: str) -> bool:
         """Whether the kernel has an argument of this name and reads it, or writes it. Others are any table."""
-        options = {key: self.constant(key) for key in ("RANDOM", "SIGNAL", "KIND") if key in self.values}
+        options = {key: self.constant(key) for key in ("RANDOM", "STATS", "KIND") if key in self.values}
         unread = {"numbers", "keys"} if not options.get("RANDOM", True) else set()
-        if options.get("SIGNAL") in (False, "none"):
-            unread.add("signal")
-        if options.get("SIGNAL") in ("none", "read"):
+        if options.get("STATS") in (False, "none"):
+            unread.add("stats")
+        if options.get("STATS") in ("none", "read"):
             unread |= {"partials", "max_norm"}
         if options.get("KIND") == "none":
             unread |= {"partials", "max_norm"}
@@ -162,7 +162,7 @@ def forget_kernels() -> None:
     for kernel in KERNELS.values():
         kernel.device_caches.clear()
     triton_norm.norm_launcher.cache_clear()
-    triton_signal.signal_launcher.cache_clear()
+    triton_stats.stats_launcher.cache_clear()
 
 
 class Spy:
@@ -172,8 +172,8 @@ class Spy:
         self.returned: dict[int, Any] = {}
         scalars = optimizer.scalars
 
-        def kept(group: dict[str, Any], *given: Any, **carried: Any) -> Any:
-            self.returned[group["number"]] = scalars(group, *given, **carried)
+        def kept(group: dict[str, Any], *given: Any, **scalar_state: Any) -> Any:
+            self.returned[group["number"]] = scalars(group, *given, **scalar_state)
             return self.returned[group["number"]]
 
         for number, group in enumerate(optimizer.param_groups):
@@ -196,7 +196,7 @@ def check_step(step: list[Seen], optimizer: RuleOptimizer, spy: Spy | None) -> N
     assert sorted(updated) == sorted(place for place, (p, _) in own.items() if p.grad is not None)
     # Where a prologue makes other gradients, the norm is taken of the first ones, by tables of its own.
     if not any(optimizer.running_variant(g).prologue for g in optimizer.param_groups):
-        check_signal(step, optimizer)
+        check_stats(step, optimizer)
         if len(updates) == 1:
             check_what_is_shared(step)
 
@@ -251,7 +251,7 @@ def check_update(
         assert covered.sort().values.equal(torch.arange(ceil(numel / BLOCK), dtype=torch.int32)), "elements left out"
         variant = optimizer.running_variant(optimizer.param_groups[group])
         state = optimizer.state.get(p, {})
-        parts = [p, *(state[name] for name in CORRECTIONS if name in state)]
+        parts = [p, *(state[name] for name in RESIDUALS if name in state)]
         assert first[1] == len(parts)
         for name in variant.state_names:
             parts += [state[part] for part in (name, f"{name}_scale") if part in state]
@@ -277,7 +277,7 @@ def check_update(
 
 def check_what_is_shared(step: list[Seen]) -> None:
     """In a step of one bucket, what has one name in several launches is one piece of memory."""
-    for name in ("chunks", "tensors", "gradients", "partials", "signal", "rows", "keys"):
+    for name in ("chunks", "tensors", "gradients", "partials", "stats", "rows", "keys"):
         readers = [seen for seen in step if seen.has(name) and seen.launch.signature[name] in POINTED]
         places = {address(seen.values[name]) for seen in readers}
         assert len(places) <= 1, name
@@ -291,9 +291,9 @@ def check_what_is_shared(step: list[Seen]) -> None:
             assert forms.values["count"] == seen.launch.grid[0]
 
 
-def check_signal(step: list[Seen], optimizer: RuleOptimizer) -> None:
+def check_stats(step: list[Seen], optimizer: RuleOptimizer) -> None:
     """What is read of the scaler and of the norm."""
-    forms = [seen for seen in step if "grad_scale" in seen.values and seen.values.get("SIGNAL", "form") == "form"]
+    forms = [seen for seen in step if "grad_scale" in seen.values and seen.values.get("STATS", "form") == "form"]
     assert len(forms) == optimizer.scales_gradients
     for seen in forms:
         told = optimizer.amp is not None and optimizer.found_inf is not None

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 import triton_optim
 from triton_optim.cli import memory as command
 from triton_optim.core.convert import master
-from triton_optim.precision.codecs import Codec, codes, corrected, new_parts, read, write
+from triton_optim.precision.codecs import Codec, codes, new_parts, read, with_residual, write
 
 CODES = [codes("int8", False), codes("int8", True), codes("int4", False), codes("int4", True)]
 LARGEST = {"int8": 127, "uint8": 255, "int4": 7, "uint4": 15}
@@ -168,27 +168,27 @@ def test_error_beside_the_dynamic_code(kind: str, signed: bool, norm: str) -> No
 
 @pytest.mark.parametrize("codec", CODES, ids=lambda codec: codec.name)
 def test_every_code_stays(codec: Codec) -> None:
-    largest, sharing = LARGEST[codec.name], codec.sharing
+    largest, block_size = LARGEST[codec.name], codec.block_size
     signed = not codec.name.startswith("u")
     every = torch.arange(-largest if signed else 0, largest + 1)
-    k = torch.full((sharing,), largest)
+    k = torch.full((block_size,), largest)
     k[: len(every)] = every
     packed = k if codec.each[0] == 1 else (k[::2] & 15) | ((k[1::2] & 15) << 4)
     parts = [packed.to(torch.int8), torch.full((1,), 0.37, dtype=codec.dtypes[1])]
-    values = read(codec, parts, torch.zeros(sharing))
+    values = read(codec, parts, torch.zeros(block_size))
     assert (values[: len(every)].diff() > 0).all()
-    for random in (None, torch.full((sharing,), -1, dtype=torch.int32), torch.zeros(sharing, dtype=torch.int32)):
+    for random in (None, torch.full((block_size,), -1, dtype=torch.int32), torch.zeros(block_size, dtype=torch.int32)):
         again = [torch.zeros_like(part) for part in parts]
         write(codec, again, values, random=random)
         found = read(codec, again, values)
         # A scale that is off by an ulp leaves a code a hair above or below itself, which the random bits may turn over.
-        assert int((again[0] != parts[0]).sum()) <= (0 if random is None else 0.1 * sharing)
+        assert int((again[0] != parts[0]).sum()) <= (0 if random is None else 0.1 * block_size)
         torch.testing.assert_close(found[0], values[0])
 
 
 @pytest.mark.parametrize("codec", CODES, ids=lambda codec: codec.name)
 def test_zeros_stay_and_the_largest_does(codec: Codec) -> None:
-    x = torch.zeros(2 * codec.sharing)
+    x = torch.zeros(2 * codec.block_size)
     assert torch.equal(there_and_back(codec, x), x)
     x[3] = 1e-20
     assert torch.equal(there_and_back(codec, x) != 0, x != 0)
@@ -197,7 +197,7 @@ def test_zeros_stay_and_the_largest_does(codec: Codec) -> None:
 
 @pytest.mark.parametrize("codec", [c for c in CODES if c.name.startswith("u")], ids=lambda codec: codec.name)
 def test_what_is_not_zero_is_not_kept_as_zero(codec: Codec) -> None:
-    x = torch.logspace(0, -30, codec.sharing)
+    x = torch.logspace(0, -30, codec.block_size)
     kept = there_and_back(codec, x)
     assert (kept > 0).all()
     assert float(kept.min()) < 3e-4
@@ -219,7 +219,7 @@ def test_half_codes_are_right_on_average() -> None:
 
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
 def test_a_bad_gradient_stays_in_its_block(state_dtype: str, backend: str, device: torch.device) -> None:
-    sharing = codes(state_dtype, False).sharing
+    block_size = codes(state_dtype, False).block_size
     bad = {2: math.nan, 5: math.inf, 9: -math.inf}  # by block
     ends = []
     for spoilt in (False, True):
@@ -229,12 +229,12 @@ def test_a_bad_gradient_stays_in_its_block(state_dtype: str, backend: str, devic
             p.grad = torch.linspace(1, 2, 16 * 256, device=device)
             if spoilt and k == 1:
                 for block, value in bad.items():
-                    p.grad[block * sharing + 7] = value
+                    p.grad[block * block_size + 7] = value
             optimizer.step()
         ends.append(p.detach().clone())
     inside = torch.zeros_like(ends[0], dtype=torch.bool)
     for block in bad:
-        inside[block * sharing : (block + 1) * sharing] = True
+        inside[block * block_size : (block + 1) * block_size] = True
     assert ends[1][inside].isnan().all()
     assert torch.equal(ends[0][~inside], ends[1][~inside])
 
@@ -254,7 +254,7 @@ def kept_as(codec: Codec, x: Tensor) -> list[Tensor]:
 
 def test_split32_of_bfloat16_is_exact() -> None:
     x = torch.cat((bits(1_000_000), torch.tensor([0.0, -0.0, math.inf, -math.inf, 1.00390625, -1.01171875])))
-    codec = corrected("split32", BF16)
+    codec = with_residual("split32", BF16)
     parts = kept_as(codec, x)
     found = read(codec, parts, x)
     numbers = ~x.isnan()
@@ -273,7 +273,7 @@ def test_how_much_a_correction_keeps(precision: str, dtype: torch.dtype) -> None
     random = torch.Generator().manual_seed(0)
     x = torch.randn(100_000, generator=random) * torch.logspace(-3, 4, 100_000)
     x = x[x.abs() > 1e-4]
-    codec = corrected(precision, dtype)
+    codec = with_residual(precision, dtype)
     parts = kept_as(codec, x)
     found = read(codec, parts, x)
     own_bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
@@ -292,7 +292,7 @@ def test_how_much_a_correction_keeps(precision: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_value_of_the_dtype_stays(precision: str, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    codec = corrected(precision, dtype)
+    codec = with_residual(precision, dtype)
     parts = kept_as(codec, every.float())
     found = read(codec, parts, every)
     for values in (parts[0].float(), found):
@@ -329,7 +329,7 @@ def test_split32_is_training_in_float32(name: str, backend: str, device: torch.d
         loss = (torch.relu(x @ leaves[0]) @ leaves[1] - y).square().mean()
         return list(torch.autograd.grad(loss, leaves))
 
-    codec = corrected("split32", BF16)
+    codec = with_residual("split32", BF16)
     for step in range(count):
         for p, g in zip(ours, gradients(list(ours)), strict=True):
             p.grad = g
@@ -478,7 +478,7 @@ def test_from_every_codec_into_every_other(name: str, into: str, device: torch.d
         )
         if KEPT[into][1].get("param_precision") in CORRECTED:
             torch.testing.assert_close(a, b, rtol=2.0**-15, atol=1e-6)
-        names = {suffix for suffix in other.state[q] if suffix in triton_optim.precision.codecs.CORRECTIONS}
+        names = {suffix for suffix in other.state[q] if suffix in triton_optim.precision.codecs.RESIDUALS}
         assert names == set(triton_optim.precision.codecs.parameter_codec(KEPT[into][1], q.dtype).suffixes)
 
 

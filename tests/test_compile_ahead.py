@@ -15,7 +15,7 @@ from triton_optim.backends.triton import compile_ahead
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
-    monkeypatch.setattr(compile_ahead, "begin", lambda: made.append(1))
+    monkeypatch.setattr(compile_ahead, "start", lambda: made.append(1))
     return made
 
 
@@ -45,8 +45,8 @@ def test_it_is_begun_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compile_ahead, "_thread", None)
     monkeypatch.setattr(compile_ahead, "_run", run)
     compile_ahead.wait()  # for nothing
-    compile_ahead.begin()
-    compile_ahead.begin()
+    compile_ahead.start()
+    compile_ahead.start()
     assert done == []
     go.set()
     compile_ahead.wait()

@@ -193,10 +193,10 @@ class ByGroup(Waving):
 class ByCarry(Waving):
     """In what is carried, which is formed of a dict."""
 
-    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+    def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         return {"mu": 1.0}
 
-    def carry(self, group: dict[str, Any], step: Any, *, mu: Any) -> dict[str, Any]:  # type: ignore[override]
+    def update_scalar_state(self, group: dict[str, Any], step: Any, *, mu: Any) -> dict[str, Any]:  # type: ignore[override]
         return {"mu": mu * 0.5 + group["own"]["scale"]}
 
     def scalars(self, group: dict[str, Any], step: Any, *, mu: Any) -> Scalars:  # type: ignore[override]
@@ -264,7 +264,7 @@ class Arguments(Waving):
 def test_what_reads_its_arguments_alone() -> None:
     optimizer = Arguments([Parameter(torch.zeros(1))])
     assert reads_its_arguments_alone(optimizer.scalars)
-    assert reads_its_arguments_alone(optimizer.carry)
+    assert reads_its_arguments_alone(optimizer.update_scalar_state)
     others = [optimizer.by_default, optimizer.by_super, optimizer.by_import, optimizer.by_lambda, optimizer.step]
     others += [cls([Parameter(torch.zeros(1))]).scalars for cls in (Waving, Cooling, Phased, ByModule, ByFunction)]
     assert not any(map(reads_its_arguments_alone, others))
@@ -274,7 +274,7 @@ def test_what_reads_its_arguments_alone() -> None:
 def test_scalars_of_the_package_are_recorded_once(case: Case) -> None:
     optimizer = case.ours([Parameter(torch.zeros(2, 2))])
     assert reads_its_arguments_alone(optimizer.scalars)
-    assert reads_its_arguments_alone(optimizer.carry)
+    assert reads_its_arguments_alone(optimizer.update_scalar_state)
 
 
 def test_hyperparameters_on_the_device_are_read_where_they_are(

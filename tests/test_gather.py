@@ -40,14 +40,14 @@ def give_gradients(params, step):
 @pytest.fixture
 def looks(monkeypatch):
     """The steps for which Python looked at the gradients: True where they could be used."""
-    found, fits = [], Plan.fits
-    monkeypatch.setattr(Plan, "fits", lambda self, g: found.append(fits(self, g)) or found[-1])
+    found, bind = [], Plan.bind
+    monkeypatch.setattr(Plan, "bind", lambda self, g: found.append(bind(self, g)) or found[-1])
     return found
 
 
 def test_it_is_compiled_here():
     """Where it is not, Python looks at all gradients, and only this test tells."""
-    assert gather.library.loaded is not None, gather.library.obstacle
+    assert gather.library.loaded is not None, gather.library.build_error
 
 
 def move(opt, params):
@@ -314,10 +314,10 @@ def test_sharded_gradients_are_gathered(placements, mesh, device, looks):
 def test_a_compiler_that_fails_is_not_in_the_way(device, monkeypatch):
     library = gather.Library()
     monkeypatch.setattr(gather, "flags", lambda: ("--no-such-option",))
-    library.begin()
+    library.start_build()
     library._thread.join()
     assert library.loaded is None
-    assert "no-such-option" in library.obstacle
+    assert "no-such-option" in library.build_error
     monkeypatch.setattr("triton_optim.engine.plan.library", library)
     params = made(device)
     opt = to.AdamW(params, lr=0.1)
@@ -333,7 +333,7 @@ def test_a_process_that_ends_meanwhile_leaves_nothing(tmp_path):
         import time
         from triton_optim.util import cpp_build, gather
         cpp_build.version(gather.cpp_build.cxx_compiler())
-        gather.library.begin()
+        gather.library.start_build()
         while not cpp_build._running:
             time.sleep(0.001)
     """

@@ -23,10 +23,10 @@ BY_NAME = {case.name: case for case in CASES}
 PLANNED = [case for case in CASES if not case.sparse]
 
 
-def presence(steps, members, seed=0):
+def presence(steps, slots, seed=0):
     """Who has a gradient: one at first, then any half of them, in one step nobody."""
     random = torch.Generator().manual_seed(seed)
-    rows = torch.rand(steps, members, generator=random) < 0.5
+    rows = torch.rand(steps, slots, generator=random) < 0.5
     rows[0] = False
     rows[0, 0] = True
     rows[steps // 2] = False
@@ -75,9 +75,9 @@ def formed(monkeypatch):
     """One entry for each row of scalars that was formed."""
     made, row = [], Bucket._row
 
-    def counted(self, cohort):
-        made.append(cohort)
-        return row(self, cohort)
+    def counted(self, step_group):
+        made.append(step_group)
+        return row(self, step_group)
 
     monkeypatch.setattr(Bucket, "_row", counted)
     return made
@@ -205,10 +205,10 @@ def test_newcomer_starts_with_its_own_first_step(case, backend, device):
 
 
 def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
-    members, steps = 12, 60
-    params = [Parameter(torch.zeros(2, device=device)) for _ in range(members)]
+    slots, steps = 12, 60
+    params = [Parameter(torch.zeros(2, device=device)) for _ in range(slots)]
     opt = to.AdamW(params, backend=backend)
-    patterns = presence(steps, members)
+    patterns = presence(steps, slots)
     for k, present in enumerate(patterns):
         step(opt, params, gradients_of(params, present, k))
         if k in (7, 30):  # a checkpoint in between
@@ -216,7 +216,7 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
     expected = [sum(column) for column in zip(*patterns, strict=True)]
     assert [opt.state[p]["step"].item() for p in params] == expected
     saved = opt.state_dict()["state"]
-    assert [saved[i]["step"].item() for i in range(members)] == expected
+    assert [saved[i]["step"].item() for i in range(slots)] == expected
 
 
 # Planning.
@@ -225,13 +225,13 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
 @rows(*PLANNED)
 def test_rows_of_scalars_do_not_multiply(case, backend, device, formed, no_launch):
     """At most two for each number of steps that members have made; where steps are not counted, two a group."""
-    members, steps = 32, 30
-    params = [Parameter(torch.zeros(2, 2, device=device)) for _ in range(members)]
+    slots, steps = 32, 30
+    params = [Parameter(torch.zeros(2, 2, device=device)) for _ in range(slots)]
     opt = case.ours([{"params": params[:20]}, {"params": params[20:]}], backend=backend)
-    patterns = presence(steps, members)
-    counts = torch.zeros(members)
+    patterns = presence(steps, slots)
+    counts = torch.zeros(slots)
     for k, present in enumerate(patterns):
-        group = torch.arange(members) >= 20
+        group = torch.arange(slots) >= 20
         made = counts if case.ours.counts_steps else counts.clamp(max=1)
         distinct = len(set(zip(group.tolist(), made.tolist(), strict=True)))
         formed.clear()

@@ -15,7 +15,8 @@ from triton_optim.kernels.language import (
     PRIMITIVES,
     abs,
     absmax,
-    bits_of,
+    bitcast_to_float,
+    bitcast_to_int,
     evens,
     exp,
     interleave,
@@ -23,7 +24,6 @@ from triton_optim.kernels.language import (
     log,
     maximum,
     minimum,
-    number_of,
     odds,
     sign,
     sqrt,
@@ -71,7 +71,18 @@ def pairs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_word_is_tested() -> None:
-    own = ["where", "like", "bits_of", "number_of", "to_float", "to_int", "absmax", "evens", "odds", "interleave"]
+    own = [
+        "where",
+        "like",
+        "bitcast_to_int",
+        "bitcast_to_float",
+        "to_float",
+        "to_int",
+        "absmax",
+        "evens",
+        "odds",
+        "interleave",
+    ]
     assert sorted(PRIMITIVES) == sorted([*UNARY, *BINARY, *own])
     assert sorted(WORDS) == sorted([*UNARY, *BINARY, "where"])
 
@@ -116,10 +127,10 @@ def _round_trip(x, bits, out, BITS_OF: tl.constexpr, NUMBER_OF: tl.constexpr, N:
 def test_bits_agree_and_give_the_number_back(device: torch.device) -> None:
     x, _ = pairs(device)
     bits, out = torch.zeros(128, dtype=torch.int32, device=device), torch.zeros_like(x)
-    _round_trip[(1,)](x, bits, out, PRIMITIVES["bits_of"][0], PRIMITIVES["number_of"][0], 128)
-    assert torch.equal(bits, PRIMITIVES["bits_of"][1](x))
-    assert torch.equal(bits, PRIMITIVES["bits_of"][1](out))
-    assert torch.equal(PRIMITIVES["number_of"][1](bits).view(torch.int32), x.view(torch.int32))
+    _round_trip[(1,)](x, bits, out, PRIMITIVES["bitcast_to_int"][0], PRIMITIVES["bitcast_to_float"][0], 128)
+    assert torch.equal(bits, PRIMITIVES["bitcast_to_int"][1](x))
+    assert torch.equal(bits, PRIMITIVES["bitcast_to_int"][1](out))
+    assert torch.equal(PRIMITIVES["bitcast_to_float"][1](bits).view(torch.int32), x.view(torch.int32))
 
 
 @triton.jit
@@ -266,7 +277,7 @@ def _sum(p, g, h):
 
 @jit
 def _through_bits(parts, CODEC):
-    return number_of(bits_of(parts[0]) + 0)
+    return bitcast_to_float(bitcast_to_int(parts[0]) + 0)
 
 
 @jit

@@ -285,8 +285,8 @@ class Swapped(Launcher):
     """Takes the signal for the gradients, and these for the signal."""
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        chunks, tensors, gradients, *others, signal = arguments
-        super().__call__(programs, chunks, tensors, signal, *others, gradients)
+        chunks, tensors, gradients, *others, stats = arguments
+        super().__call__(programs, chunks, tensors, stats, *others, gradients)
 
 
 class ReversedRow(Launcher):

@@ -361,7 +361,7 @@ def test_parameter_with_gaps_is_refused_by_a_pinned_backend(pinned, device):
         to.AdamW([random_values((6, 5), 0, device)[:, 1:3].requires_grad_()], backend=pinned)
 
 
-SHARING = {
+SHARED = {
     "whole": lambda base: (base[:], base[:]),
     "part": lambda base: (base[:4], base[2:]),
     "inner": lambda base: (base[:], base[2:3]),
@@ -370,11 +370,11 @@ SHARING = {
 }
 
 
-@pytest.mark.parametrize("sharing", list(SHARING))
+@pytest.mark.parametrize("sharing", list(SHARED))
 def test_parameters_that_share_storage_are_updated_in_turn(sharing, device):
     """The second one sees what the first has written, as in torch's for-loop."""
     bases = [random_values((6,), 0, device) for _ in range(2)]
-    ours, theirs = ([Parameter(view) for view in SHARING[sharing](base)] for base in bases)
+    ours, theirs = ([Parameter(view) for view in SHARED[sharing](base)] for base in bases)
     opt = to.AdamW(ours, lr=LR)
     their_opt = torch.optim.AdamW(theirs, lr=LR, foreach=False)
     for i in range(3):

@@ -283,7 +283,7 @@ def test_a_wrapper_is_stepped_by_its_own_operations(name: str, device: torch.dev
         ended.append([value_of(p) if isinstance(p, TwoTensor) else p.detach() for p in params])
         if wraps:
             assert opt.engine.plan is not None
-            assert {b.key.choice.backend for b in opt.engine.plan.buckets if any(m.index == 1 for m in b.members)} == {
+            assert {b.key.choice.backend for b in opt.engine.plan.buckets if any(m.index == 1 for m in b.slots)} == {
                 "eager"
             }
     for plain, wrapped in zip(*ended, strict=True):

@@ -124,7 +124,7 @@ def test_beside_dense_gradients(name: str) -> None:
                 warnings.filterwarnings("ignore", "Sparse invariant checks")
                 model(torch.randint(0, 10, (5,))).square().sum().backward()
                 optimizer.step()
-            plans.add(id(getattr(optimizer, "_plan", None)))
+            plans.add(id(optimizer.engine.plan))
         assert len(plans) == 1
         runs.append(list(model.parameters()))
     for a, b in zip(*runs, strict=True):

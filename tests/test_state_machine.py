@@ -53,7 +53,7 @@ from triton_optim.core.checkpoint import saved_state
 from triton_optim.precision import codecs
 from triton_optim.precision.averaging import value_of
 from triton_optim.precision.codecs import Codec, part_names, read
-from triton_optim.precision.kept import held_codec, held_parameter_codec
+from triton_optim.precision.kept import current_codec, current_parameter_codec
 from triton_optim.util.layout import flat
 
 BY_HAND = int(os.environ.get("TRITON_OPTIM_FUZZ", "0"))
@@ -487,11 +487,11 @@ class BesideATwin(Machine):
         state = opt.state.get(p, {})
         near = tolerance(p, p.grad)
         values = {"value": (p.detach(), near)}
-        if part_names(held_parameter_codec(state, p), None):
+        if part_names(current_parameter_codec(state, p), None):
             values["exact value"] = (value_of(state, p), CORRECTED)
         for name, held in state.items():
             codec = (
-                held_codec(opt, state, name, p)
+                current_codec(opt, state, name, p)
                 if name in opt.running_variant(opt.param_groups[0]).state_names
                 else None
             )
@@ -620,5 +620,5 @@ def test_beside_torch(backend: str, share: float, cases: list[Case]) -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore")
 def test_beside_a_twin(backend: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "CODES_FROM", 64)
+    monkeypatch.setattr(codecs, "MIN_QUANTIZED_NUMEL", 64)
     run(BesideATwin, backend, share, cases=BesideATwin.cases if BY_HAND else [BY_NAME["AdamW"]])

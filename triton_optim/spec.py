@@ -75,8 +75,8 @@ class Update:
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without the rule's states and more ever after, whatever else is kept.
 
-        An optimizer that carries numbers is given them too, by name: what :meth:`start_carried` or the last
-        :meth:`carry` returned.
+        An optimizer that carries numbers is given them too, by name: what :meth:`init_scalar_state` or the last
+        :meth:`update_scalar_state` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method scalars(group, step)")
 
@@ -89,16 +89,16 @@ class Update:
         """The variant a group runs, one of ``variants``."""
         return self.variants[0]
 
-    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+    def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         """Numbers that a parameter's state carries from step to step beside ``step``, as they are before the first.
 
         Each is kept as a 0-dim tensor under its name: float32, or float64 where that is torch's default dtype.
         """
         return {}
 
-    def carry(self, group: dict[str, Any], step: Any, **carried: Any) -> dict[str, Any]:
+    def update_scalar_state(self, group: dict[str, Any], step: Any, **scalar_state: Any) -> dict[str, Any]:
         """The carried numbers after update number `step`; arguments as of :meth:`scalars`."""
-        return carried
+        return scalar_state
 
     def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         """A state before the first step: a new tensor like the parameter."""
@@ -143,18 +143,18 @@ class Update:
             variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
         return variant
 
-    def started(self, group: dict[str, Any]) -> dict[str, float]:
+    def first_scalar_states(self, group: dict[str, Any]) -> dict[str, float]:
         """What else than ``step`` is carried, as it is before the first step."""
         # Asked of every parameter: of an optimizer that carries nothing, no group is read for it.
-        nothing = type(self).start_carried is Update.start_carried
-        own = {} if nothing else self.start_carried(plain_group(group))
+        nothing = type(self).init_scalar_state is Update.init_scalar_state
+        own = {} if nothing else self.init_scalar_state(plain_group(group))
         return own | ({COUNT: 0.0} if averages(group) else {})
 
-    def counted_names(self, group: dict[str, Any]) -> list[str]:
+    def scalar_state_names(self, group: dict[str, Any]) -> list[str]:
         """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
         may_skip_the_first = self.amp is not None and bool(self.variant(group).state_names)
         counts = self.counts_steps or rounds(group) or may_skip_the_first
-        return ["step"] * counts + list(self.started(group))
+        return ["step"] * counts + list(self.first_scalar_states(group))
 
     @property
     def scales_gradients(self) -> bool:

@@ -69,7 +69,7 @@ def compile_kernel(
     tables |= {
         "numbers": "*i32",
         "keys": "i32" if by_value and kept["RANDOM"] else "*i32",
-        "signal": "*fp64" if kept["SIGNAL"] else "*i32",
+        "stats": "*fp64" if kept["STATS"] else "*i32",
     }
     order = [*tables, *constants]
     source = ASTSource(

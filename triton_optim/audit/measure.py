@@ -24,7 +24,7 @@ import triton_optim
 
 from ..backends.triton.bucket import kept_as
 from ..backends.triton.tables import TRITON_DTYPES
-from ..buckets.rows import row_for
+from ..buckets.step_scalars import step_scalars_for
 from ..core.optimizer import RuleOptimizer
 from ..kernels import multi_tensor
 from ..kernels.straight import straight
@@ -49,7 +49,7 @@ class Kept(NamedTuple):
     state: torch.dtype
     param_precision: str = "storage"
     state_dtype: Any = None
-    whole: bool = False  # the step takes a signal, which scales and clips, and keeps an average of the weights
+    whole: bool = False  # the step takes stats, which scales and clips, and keeps an average of the weights
 
 
 _BF16 = (torch.bfloat16,) * 3
@@ -161,7 +161,7 @@ def every_rule() -> tuple[AuditedRule, ...]:
         if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants:
             optimizers[name] = cls([torch.zeros(1, 1, device="cpu", requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
     # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
-    scalars = {name: type(row_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
+    scalars = {name: type(step_scalars_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
     by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
     found: dict[str, AuditedRule] = {}
     for name, opt in optimizers.items():
@@ -261,7 +261,7 @@ def build(rule: AuditedRule, dtypes: str, arch: str, aligned: bool = True, kerne
         kernel: the module of the multi-tensor kernel.
     """
     target, (parameter, gradient, *_), whole = TARGETS[arch], DTYPES[dtypes], DTYPES[dtypes].whole
-    kept = kept_as(role_codecs(rule, dtypes), gradient, target.warp_size, kernel, whole) | {"SIGNAL": whole}
+    kept = kept_as(role_codecs(rule, dtypes), gradient, target.warp_size, kernel, whole) | {"STATS": whole}
     compiled = compile_kernel(kernel, rule.rule, rule.scalars, parameter, kept, target, aligned)
     return Built(rule, Case(rule.name, dtypes, arch, aligned), kernel, kept, compiled)
 
@@ -283,11 +283,11 @@ def _measurement(built: Built, listing: str) -> Measurement:
     instructions = [x for block in blocks for x in block.instructions]
     branch = full_chunk_branch(blocks)
     # A scale is read by each thread of its block, at one address, and written by one. Nothing else is as narrow.
-    scales = [(codec.dtypes[-1].itemsize, codec.sharing) for codec in codecs if codec.sharing]
+    scales = [(codec.dtypes[-1].itemsize, codec.block_size) for codec in codecs if codec.block_size]
     accesses = [x for x in branch.accesses if x.moved not in {size for size, _ in scales}]
     widths = [8 * x.moved for x in accesses]
     elements = kernel.BLOCK / (kept["num_warps"] * target.warp_size)  # a thread
-    of_scales = sum(size / sharing for size, sharing in scales)
+    of_scales = sum(size / block_size for size, block_size in scales)
     unread = codecs[0].dtypes[0].itemsize if codecs[0].name == "master" else 0
     floor = sum(codec.nbytes for codec in codecs)
     need = resources(compiled)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..bench.models import shapes
-from ..precision.codecs import CODES_FROM, STATE_CODES
+from ..precision.codecs import MIN_QUANTIZED_NUMEL, STATE_CODES
 from .gpu_model import Estimate, Kernel, estimate
 from .gpus import GPUS, Gpu
 from .measure import DTYPES, AuditedRule, Case, Measurement, audit, every_rule, role_codecs
@@ -73,15 +73,15 @@ def predict(gpu: Gpu, m: Measurement, numels: Sequence[int]) -> Estimate:
     What is too small for codes keeps float32 states, in a launch of its own that is taken to be like the other.
     """
     kept = DTYPES[m.dtypes]
-    launches = len({numel >= CODES_FROM for numel in numels}) if kept.state_dtype in STATE_CODES else 1
+    launches = len({numel >= MIN_QUANTIZED_NUMEL for numel in numels}) if kept.state_dtype in STATE_CODES else 1
     kernel = Kernel(m.registers, m.num_warps, m.block, m.shared_bytes, m.loaded, m.stored, m.instructions)
     return estimate(gpu, kernel, numels, launches, kept.gradient.itemsize * kept.whole)
 
 
 def bytes_kept(rule: AuditedRule, dtypes: str, numels: Sequence[int]) -> float:
     """Of parameters, gradients and states."""
-    each = sum(codec.nbytes for codec in role_codecs(rule, dtypes)) + DTYPES[dtypes].gradient.itemsize
-    return each * sum(numels)
+    per_item = sum(codec.nbytes for codec in role_codecs(rule, dtypes)) + DTYPES[dtypes].gradient.itemsize
+    return per_item * sum(numels)
 
 
 def what_fits(rule: AuditedRule, numels: Sequence[int], memory: float) -> list[str]:

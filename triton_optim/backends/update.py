@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..buckets.key import Key
-from ..buckets.rows import Row
+from ..buckets.step_scalars import StepScalars
 from ..kernels.language import results, torch_form
 from ..precision.averaging import average_of
 from ..precision.codecs import read, write
@@ -16,7 +16,7 @@ from ..util.layout import places
 
 
 def update(
-    key: Key, param: list[Tensor], g: Tensor, states: list[list[Tensor]], row: Row, random: Tensor | None = None
+    key: Key, param: list[Tensor], g: Tensor, states: list[list[Tensor]], row: StepScalars, random: Tensor | None = None
 ) -> None:
     """One parameter's step in torch operations, in place.
 

@@ -19,37 +19,37 @@ from ..util.layout import (
     places,
 )
 from ..util.on_device import OnDevice
-from .gradient_norm import Norm, Scaling, Signal, signal_from
+from .gradient_norm import GradientStats, Norm, Scaling, gradient_stats_from
 from .key import Key, Piece
-from .members import CPU, Cohort, Member
 from .memory import Memory
-from .rows import Row, one_kind, row_for
+from .slots import CPU, ParamSlot, StepGroup
+from .step_scalars import StepScalars, one_kind, step_scalars_for
 
 
 class Bucket(Memory):
     """Members that one backend updates together."""
 
     # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
-    reads_signal: ClassVar[bool] = False
+    reads_stats: ClassVar[bool] = False
     launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
 
-    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
-        super().__init__(optimizer, key, members)
+    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
+        super().__init__(optimizer, key, slots)
         self.compute, self.random = key.compute, key.random
         self._reads_constants = bool(constants_of(key.variant.rule))
-        # Whether it reads the signal itself. A prologue before it can't be skipped there.
-        self.takes_signal = self.reads_signal and not key.variant.prologue
-        self.signal: Signal | None = None  # in a step that has one
-        self.rows: list[Row | None] = []  # of this step
-        self.pieces = self.cut(list(map(first_index, [m.p for m in members])) if key.random else [0] * len(members))
+        # Whether it reads the stats itself. A prologue before it can't be skipped there.
+        self.takes_stats = self.reads_stats and not key.variant.prologue
+        self.stats: GradientStats | None = None  # in a step that has one
+        self.rows: list[StepScalars | None] = []  # of this step
+        self.pieces = self.cut(list(map(first_index, [m.p for m in slots])) if key.random else [0] * len(slots))
         if key.random:
             # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
             where = key.device if key.capturable else CPU
-            indices = [self.indices[piece.member] for piece in self.pieces]
+            indices = [self.indices[piece.slot] for piece in self.pieces]
             self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
-        self._form_cohorts([tuple(m.numbers.values()) for m in members])
+        self._form_step_groups([tuple(m.numbers.values()) for m in slots])
 
     # What a backend says.
 
@@ -62,25 +62,25 @@ class Bucket(Memory):
         return [Piece(i, 0, numel, k) for i, (numel, k) in enumerate(zip(self.numels, first, strict=True))]
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, members: list[Member]) -> Any:
+    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
         """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
         groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
-        rows = [row_for(optimizer, group, 1, keep=key.differentiable) for group in groups]
+        rows = [step_scalars_for(optimizer, group, 1, keep=key.differentiable) for group in groups]
         one_kind(rows, optimizer)
         check_fields(key.variant.rule, rows[0].h)
 
     @classmethod
-    def warm_up(cls, optimizer: Update, key: Key, members: list[Member]) -> None:
+    def warm_up(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
         """Compile what :meth:`prepare` leaves to the first step."""
         return
 
     @abstractmethod
-    def run(self, rows: list[Row | None]) -> None:
+    def run(self, rows: list[StepScalars | None]) -> None:
         """Update every member i whose ``gradients[i]`` is not None by the scalars ``rows[self.row_of[i]]``."""
 
     @classmethod
     @abstractmethod
-    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
+    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
         """How many kernels, compiled calls or torch operations a step of such a bucket starts."""
 
     @classmethod
@@ -96,120 +96,120 @@ class Bucket(Memory):
         """
         return None
 
-    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
-        """See gradient_norm.signal_from; asked of a bucket that takes the signal."""
-        return signal_from(partials, scaling, device)
+    def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
+        """See gradient_norm.gradient_stats_from; asked of a bucket that takes the stats."""
+        return gradient_stats_from(partials, scaling, device)
 
     # Counting.
 
-    def _form_cohorts(self, keys: list[Any]) -> None:
+    def _form_step_groups(self, keys: list[Any]) -> None:
         """Sort the members by group and key; those of one cohort have been counted alike."""
         members_of: dict[Any, list[int]] = {}
-        for i, (m, key) in enumerate(zip(self.members, keys, strict=True)):
+        for i, (m, key) in enumerate(zip(self.slots, keys, strict=True)):
             members_of.setdefault((m.group, key), []).append(i)
         numbers, groups = self._numbers(), self.optimizer.param_groups
-        self.cohorts = [
-            Cohort(
+        self.step_groups = [
+            StepGroup(
                 group,
                 numbers[own[0]],
-                self.optimizer.counted_names(groups[group]),
-                [self.members[i] for i in own],
+                self.optimizer.scalar_state_names(groups[group]),
+                [self.slots[i] for i in own],
                 own,
                 self.key.capturable,
             )
             for (group, _), own in members_of.items()
         ]
-        self.row_of = [0] * len(self.members)
-        for row, cohort in enumerate(self.cohorts):
-            for i in cohort.places:
+        self.row_of = [0] * len(self.slots)
+        for row, step_group in enumerate(self.step_groups):
+            for i in step_group.places:
                 self.row_of[i] = row
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
         self.note_states()
 
     def _numbers(self) -> list[dict[str, Any]]:
-        numbers = [m.numbers for m in self.members]
-        for cohort in getattr(self, "cohorts", ()):
-            now = cohort.numbers()
-            for i in cohort.places:
+        numbers = [m.numbers for m in self.slots]
+        for step_group in getattr(self, "step_groups", ()):
+            now = step_group.numbers()
+            for i in step_group.places:
                 numbers[i] = now
         return numbers
 
-    def next_rows(self) -> None:
+    def form_scalars(self) -> None:
         """Form the scalars of this step, a row for each cohort; None where no member has a gradient. Counts nothing."""
         if self._reads_constants:
             check_constants(self.key.variant.rule)
         if self.complete:
-            active = [True] * len(self.cohorts)
+            active = [True] * len(self.step_groups)
         else:
             present = self.present()
-            if any(len({present[i] for i in cohort.places}) == 2 for cohort in self.cohorts):
+            if any(len({present[i] for i in step_group.places}) == 2 for step_group in self.step_groups):
                 numbers = self._numbers()
-                self._form_cohorts([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
-            active = [present[cohort.places[0]] for cohort in self.cohorts]
+                self._form_step_groups([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
+            active = [present[step_group.places[0]] for step_group in self.step_groups]
         self._on_device = self.optimizer.hyperparameters.on_device(self.key.device) if self.key.capturable else None
         self.rows = self.form_rows(active)
         if len(self.rows) > 1:
             one_kind([row for row in self.rows if row is not None], self.optimizer)
 
-    def form_rows(self, active: list[bool]) -> list[Row | None]:
+    def form_rows(self, active: list[bool]) -> list[StepScalars | None]:
         """The row of each cohort that is active."""
-        return [self._row(c) if there else None for c, there in zip(self.cohorts, active, strict=True)]
+        return [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
 
-    def _row(self, cohort: Cohort) -> Row:
-        numbers = cohort.numbers(on_device=self.key.capturable)
+    def _row(self, step_group: StepGroup) -> StepScalars:
+        numbers = step_group.numbers(on_device=self.key.capturable)
         optimizer, keep = self.optimizer, self.key.differentiable
-        group = optimizer.param_groups[cohort.group]
+        group = optimizer.param_groups[step_group.group]
         step = numbers.pop("step") + 1
-        on_device = self._on_device.group(cohort.group) if self._on_device is not None else {}
-        values = None if keep else optimizer.hyperparameters.values[cohort.group].plain
-        return row_for(optimizer, group, step, numbers, keep, on_device, values)
+        on_device = self._on_device.group(step_group.group) if self._on_device is not None else {}
+        values = None if keep else optimizer.hyperparameters.values[step_group.group].plain
+        return step_scalars_for(optimizer, group, step, numbers, keep, on_device, values)
 
-    def row_keys(self, rows: list[Row | None]) -> Tensor:
+    def row_keys(self, rows: list[StepScalars | None]) -> Tensor:
         """What the random bits of each row depend on in this step, int32."""
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = []
-        for cohort, row in zip(self.cohorts, rows, strict=True):
-            seed: Any = int(groups[cohort.group].get("seed", 0))
+        for step_group, row in zip(self.step_groups, rows, strict=True):
+            seed: Any = int(groups[step_group.group].get("seed", 0))
             if self._on_device is not None:
-                seed = self._on_device.group(cohort.group).get("seed", seed)
+                seed = self._on_device.group(step_group.group).get("seed", seed)
             own.append(row_key(seed, 0 if row is None else row.step, device))
         return torch.stack(own)
 
-    def random_keys(self, rows: list[Row | None]) -> Tensor:
+    def random_keys(self, rows: list[StepScalars | None]) -> Tensor:
         """What the random bits of each piece depend on in this step: see random_bits.tensor_keys."""
         own = self.row_keys(rows)
         if self._row_index is None:
-            self._row_index = torch.tensor([self.row_of[p.member] for p in self.pieces], device=own.device)
+            self._row_index = torch.tensor([self.row_of[p.slot] for p in self.pieces], device=own.device)
         keys = tensor_keys(own[self._row_index], self._numbers_of_params, self._first_indices)
-        return self.brought(keys)
+        return self.to_device_async(keys)
 
-    def brought(self, keys: Tensor) -> Tensor:
+    def to_device_async(self, keys: Tensor) -> Tensor:
         """What was made on the host, on the device, without waiting for it."""
         return keys if keys.device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
     def commit(self, skips: bool = False) -> None:
-        """Count the step, unless it `skips` where the signal says so."""
+        """Count the step, unless it `skips` where the stats says so."""
         skip = None
-        if skips and self.signal is not None and not all(row is not None and row.counted for row in self.rows):
-            skip = self.signal.tensor[1]
-        for cohort, row in zip(self.cohorts, self.rows, strict=True):
+        if skips and self.stats is not None and not all(row is not None and row.counted for row in self.rows):
+            skip = self.stats.skip
+        for step_group, row in zip(self.step_groups, self.rows, strict=True):
             if row is not None and row.counted:
-                cohort.count(row.carried)
+                step_group.count(row.scalar_state)
             elif row is not None:
-                cohort.advance(row.carried, skip)
+                step_group.advance(row.scalar_state, skip)
             elif self.key.variant.averaged:
-                self._average_what_stays(cohort, skip)
+                self._average_what_stays(step_group, skip)
         if not self.optimizer.step_is_tensor:
             self.note_states()
         self.gradients = []
 
-    def _average_what_stays(self, cohort: Cohort, skip: Tensor | None) -> None:
+    def _average_what_stays(self, step_group: StepGroup, skip: Tensor | None) -> None:
         """Count parameters that have no gradient in this step into their averages, too."""
-        group = plain_group(self.optimizer.param_groups[cohort.group])
-        count = cohort.numbers(on_device=self.key.capturable)[COUNT]
+        group = plain_group(self.optimizer.param_groups[step_group.group])
+        count = step_group.numbers(on_device=self.key.capturable)[COUNT]
         share = weight(group, count)
-        for m in cohort.members:
+        for m in step_group.slots:
             codec = self.key.codecs[-1]
             average = [local(m.state[AVERAGE])]
             before = read(codec, average, local(m.p)).to(self.key.compute)
@@ -218,9 +218,9 @@ class Bucket(Memory):
             new = average_of(before, value, exact_number(share))
             new = new if skip is None else torch.where(skip != 0, before, new)
             write(codec, average, new, len(self.key.codecs), bits)
-        cohort.count_average(skip)
+        step_group.count_average(skip)
 
-    def _bits_of_average(self, m: Member, group: dict[str, Any], count: Any, average: Tensor) -> Tensor:
+    def _bits_of_average(self, m: ParamSlot, group: dict[str, Any], count: Any, average: Tensor) -> Tensor:
         """The random bits of an average of what stays. Its step is not counted, so that they are of the average's own
         count, and of a role that no rule has.
         """
@@ -230,9 +230,9 @@ class Bucket(Memory):
         first = torch.full((1,), first_index(m.p), device=device)
         return bits_of_elements(tensor_keys(key.view(1), number, first)[0], places(average))
 
-    def counts_fit(self) -> bool:
+    def counts_match(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""
-        for cohort in self.cohorts:  # noqa: SIM110  a generator takes as long as what it asks
-            if not cohort.untouched():
+        for step_group in self.step_groups:  # noqa: SIM110  a generator takes as long as what it asks
+            if not step_group.untouched():
                 return False
         return True

@@ -40,13 +40,13 @@ class Scaling(NamedTuple):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    look: bool = False
+    check_finite: bool = False
     max_norm: float | None = None
 
     @property
-    def reads(self) -> bool:
+    def needs_norm(self) -> bool:
         """Whether the gradients are read before the update."""
-        return self.max_norm is not None or (self.look and self.found_inf is None)
+        return self.max_norm is not None or (self.check_finite and self.found_inf is None)
 
 
 def scaling_of(optimizer: Update) -> Scaling | None:
@@ -92,12 +92,15 @@ def norm_from(partials: Tensor, norm: Norm) -> Tensor:
     return whole.sqrt() if norm.kind == "2" else whole ** (1 / norm.power)
 
 
-class Signal:
-    """What a step does with all gradients.
+class GradientStats:
+    """What a step found of all gradients, and does with them: 0-dim tensors on one device, of one ``(4,)``.
 
     Attributes:
-        tensor: the factor, whether the step is skipped (1, else 0), the norm without the scale, and whether an element
-            is not finite (not 0).
+        tensor: all four.
+        factor: what the gradients are multiplied by.
+        skip: 1 where the step is skipped, else 0.
+        norm: theirs, without what a scaler multiplied them by.
+        not_finite: not 0 where one of their elements is not finite.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -107,12 +110,17 @@ class Signal:
     def tensor(self) -> Tensor:
         return self._tensor
 
-    def on(self, device: torch.device) -> Signal:
+    factor = property(lambda self: self.tensor[0])
+    skip = property(lambda self: self.tensor[1])
+    norm = property(lambda self: self.tensor[2])
+    not_finite = property(lambda self: self.tensor[3])
+
+    def on(self, device: torch.device) -> GradientStats:
         """The same on another device; the host does not wait."""
-        return self if self._tensor.device == device else Signal(self.tensor.to(device, non_blocking=True))
+        return self if self._tensor.device == device else GradientStats(self.tensor.to(device, non_blocking=True))
 
 
-def signal_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
+def gradient_stats_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
     """What a step does with all gradients, in torch operations.
 
     Args:
@@ -130,9 +138,9 @@ def signal_from(partials: Tensor | None, scaling: Scaling, device: torch.device)
         faults = partials[:, 1].sum()
         if scaling.max_norm is not None:
             factor = factor * clip_coefficient(norm, scaling.max_norm)
-        if scaling.look and scaling.found_inf is None:
+        if scaling.check_finite and scaling.found_inf is None:
             skip = (faults != 0).to(wide)
-    return Signal(torch.stack((factor, skip, norm, faults)))
+    return GradientStats(torch.stack((factor, skip, norm, faults)))
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

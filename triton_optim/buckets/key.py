@@ -37,9 +37,9 @@ class Key(NamedTuple):
         return any(codec.random for codec in self.codecs)
 
     @property
-    def sharing(self) -> int:
+    def block_size(self) -> int:
         """How many elements share a scale; 0 where there is none."""
-        return max(codec.sharing for codec in self.codecs)
+        return max(codec.block_size for codec in self.codecs)
 
     @property
     def compute(self) -> torch.dtype:
@@ -50,7 +50,7 @@ class Key(NamedTuple):
 class Piece(NamedTuple):
     """Elements of a member, as they lie in memory."""
 
-    member: int
+    slot: int
     start: int
     stop: int
     first: int  # the index of the first in the whole parameter

@@ -17,7 +17,7 @@ from ..spec import Update
 from ..util.gather import Gatherer, gatherer_of
 from ..util.layout import all_aligned, in_layout_of, is_sharded, is_wrapper, local, locals_of, same_layout, with_local
 from .key import Key
-from .members import Member
+from .slots import ParamSlot
 from .state import State
 
 # The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
@@ -56,18 +56,18 @@ class Memory(ABC):
     takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
 
-    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
-        self.optimizer, self.key, self.members = optimizer, key, members
-        self.sharded = any(is_sharded(m.p) for m in members)
-        values = [local(m.p).detach() for m in members]
+    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
+        self.optimizer, self.key, self.slots = optimizer, key, slots
+        self.sharded = any(is_sharded(m.p) for m in slots)
+        values = [local(m.p).detach() for m in slots]
         self.numels = [value.numel() for value in values]
         self.addresses = [value.data_ptr() for value in values]
         # Not the values themselves: who moves a parameter's data elsewhere wants this memory back.
         self._kinds = kinds_of(values)
-        self._params = [m.p for m in members]
+        self._params = [m.p for m in slots]
         self.gradients: list[Tensor | None] = []
         self.complete = False  # every member has a gradient in this step
-        self.indices = [m.index for m in members]
+        self.indices = [m.index for m in slots]
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._all = self.indices == list(range(count))
         self._states: list[Tensor] = []  # the tensors among them, and as they were noted
@@ -81,12 +81,12 @@ class Memory(ABC):
         self.place_states(values)
 
     @abstractmethod
-    def counts_fit(self) -> bool:
+    def counts_match(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""
 
     # States.
 
-    def parts_of(self, m: Member) -> list[list[Tensor]]:
+    def parts_of(self, m: ParamSlot) -> list[list[Tensor]]:
         """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""
         param, *kept = self.key.codecs
         own = [[local(m.p).detach(), *(m.state[name] for name in part_names(param, None))]]
@@ -100,8 +100,8 @@ class Memory(ABC):
             param, *kept = self.key.codecs
             names = part_names(param, None)
             for name, codec in zip(self.key.variant.state_names, kept, strict=True):
-                names += [] if codec.sharing else [name]
-            for m, value in zip(self.members, values, strict=True):
+                names += [] if codec.block_size else [name]
+            for m, value in zip(self.slots, values, strict=True):
                 for name in names:
                     held = local(m.state[name])
                     if not same_layout(held, value):
@@ -110,8 +110,8 @@ class Memory(ABC):
     def note_states(self) -> None:
         """Take note of the states as they are now: which they are, and where they lie."""
         # A dict of a user's own counts nothing.
-        self._changes = State.changes if all(type(m.state) is State for m in self.members) else None
-        self._state_dicts = [m.state for m in self.members]
+        self._changes = State.changes if all(type(m.state) is State for m in self.slots) else None
+        self._state_dicts = [m.state for m in self.slots]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
         states = [v for v in self._state_known if isinstance(v, Tensor)]
         if list(map(id, states)) != list(map(id, self._states)):
@@ -126,12 +126,12 @@ class Memory(ABC):
         """The tensors among the states, of sharded ones the local parts."""
         return list(map(local, self._states)) if self.sharded else self._states
 
-    def _states_fit(self) -> bool:
+    def _states_match(self) -> bool:
         """Whether the states are those that were noted, in the memory that they had."""
         if not self._states_are_held():
             return False
         here = self._states_here()
-        if list(map(Tensor.data_ptr, here)) != self._state_addresses or not self.counts_fit():
+        if list(map(Tensor.data_ptr, here)) != self._state_addresses or not self.counts_match():
             return False
         # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
         return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
@@ -151,16 +151,16 @@ class Memory(ABC):
         states = self.optimizer.state
         return [
             m.index
-            for m, address in zip(self.members, self.addresses, strict=True)
+            for m, address in zip(self.slots, self.addresses, strict=True)
             if local(m.p).data_ptr() != address or (m.state and states.get(m.p) is not m.state)
         ]
 
     # Gradients.
 
-    def fits(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
+    def bind(self, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> bool:
         """Whether the bucket can run with these (local) gradients; it keeps them for the step, laid out as needed."""
         values = self._values()
-        if list(map(Tensor.data_ptr, values)) != self.addresses or not self._states_fit():
+        if list(map(Tensor.data_ptr, values)) != self.addresses or not self._states_match():
             return False
         own = gradients if self._all and isinstance(gradients, list) else [gradients[i] for i in self.indices]
         try:
@@ -171,17 +171,17 @@ class Memory(ABC):
         self.complete = ready or all(g is not None for g in own)
         return self._take(own) if ready else self._examine(values, own)
 
-    def gather(self) -> bool:
+    def bind_gathered(self) -> bool:
         """Whether the bucket can run with the gradients that its parameters have now. It learns only where they lie.
 
-        False says that :meth:`fits` must look at them.
+        False says that :meth:`bind` must look at them.
         """
         found = self._gatherer
         self._gathered = (
             found is not None
             and self._states_are_held()
             and found.gather()
-            and self.counts_fit()
+            and self.counts_match()
             and self.accept_addresses(found.addresses, found.aligned)
         )
         self.complete = found is not None and found.complete
@@ -255,7 +255,7 @@ class Memory(ABC):
         """Put what a prologue made of a member's gradient in its place."""
         update = local(update).to(self.key.dtypes[1])
         if self.keeps_layout:
-            update = in_layout_of(local(self.members[place].p), update)
+            update = in_layout_of(local(self.slots[place].p), update)
         self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
 
     def _take_addresses(self, addresses: array[int]) -> bool:

@@ -82,7 +82,7 @@ def diagnosis(machine: Machine) -> dict[str, Any]:
         "cxx_compiler": cxx_compiler(),
         "cpp_libraries": libraries(),
         "gathers_gradients": library.loaded is not None,
-        "gathers_gradients_obstacle": library.obstacle,
+        "gathers_gradients_obstacle": library.build_error,
         "interpreter": machine.interpreter,
         "triton_launches": [check_launch(where) for where in places()] if machine.triton and machine.sources else [],
         "choices": choices,

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buckets.rows import counted_dtype
+from ..buckets.step_scalars import scalar_state_dtype
 from ..engine.prologue import check_states
 from ..options import OPTIONS
 from ..precision.codecs import (
     CODES_VERSION,
-    CORRECTIONS,
     HALVES,
     PRECISION,
+    RESIDUALS,
     SCALE,
     codes,
-    corrected,
     in_blocks,
     new_parts,
     part_names,
     read,
+    with_residual,
 )
-from ..precision.kept import check_state, held_codec
+from ..precision.kept import check_state, current_codec
 from ..spec import AVERAGE, COUNT, Update
 from ..util.layout import local
 from .foreign import origin, refusal
@@ -60,11 +60,17 @@ def saved_state(optimizer: Update, state: Any, p: Tensor) -> Any:
     """A state as it is saved: with numbers that share memory with no other's, and codes that say how they are read."""
     saved = with_own_memory(state)
     for name in elementwise_names(optimizer):
-        if f"{name}_{SCALE}" not in state or (codec := held_codec(optimizer, state, name, p)) is None:
+        if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
             continue
         scale = saved.pop(f"{name}_{SCALE}")
-        if codec.sharing:  # else a value was put in place of codes, and their scales are left over
-            kept = (state[name], scale, 8 // codec.each[0], int(name not in optimizer.nonnegative), codec.sharing)
+        if codec.block_size:  # else a value was put in place of codes, and their scales are left over
+            kept = (
+                state[name],
+                scale,
+                8 // codec.elements_per_item[0],
+                int(name not in optimizer.nonnegative),
+                codec.block_size,
+            )
             saved[name] = dict(zip(CODES, (*kept, CODES_VERSION), strict=True))
     return saved
 
@@ -90,7 +96,7 @@ def as_saved(optimizer: Update, state_dict: dict[str, Any]) -> dict[str, Any]:
 # Loading.
 
 
-def held_state(optimizer: Update, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+def loaded_state(optimizer: Update, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """A state as it is held, from how it was saved.
 
     Raises:
@@ -119,7 +125,7 @@ def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[
             "it where it was saved, and save to_torch_state_dict(optimizer) there."
         )
     parts = {name: saved["codes"], f"{name}_{SCALE}": saved[SCALE]}
-    own = held_codec(optimizer, parts, name, p)
+    own = current_codec(optimizer, parts, name, p)
     codec = in_blocks(codes(f"int{saved['bits']}", not saved["signed"]), saved["block"])
     if own is None or own._replace(name=codec.name) != codec:
         raise RuntimeError(
@@ -139,7 +145,7 @@ def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[
     return dict(zip((name, *part_names(own, name)), new_parts(own, value), strict=True))
 
 
-def held_states(optimizer: Update, state_dict: Any) -> dict[Any, Any]:
+def loaded_states(optimizer: Update, state_dict: Any) -> dict[Any, Any]:
     """The states of a state dict, by what it calls the parameters, as they will be held.
 
     Raises:
@@ -211,14 +217,14 @@ def check_groups(optimizer: Update, state_dict: Any) -> None:
 
 
 def checked_state(optimizer: Update, group: dict[str, Any], index: Any, p: Tensor, state: Any) -> dict[str, Any]:
-    """:func:`held_state` of a parameter in `group`, in which all that the optimizer knows is as it must be."""
+    """:func:`loaded_state` of a parameter in `group`, in which all that the optimizer knows is as it must be."""
     name = type(optimizer).__name__
     if not isinstance(state, Mapping):
         raise ValueError(f"the state of parameter {index} is {state!r:.80}, no dict of states by name. {AGAIN}")
-    counted = {"step", *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
+    counted = {"step", *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
     elementwise = elementwise_names(optimizer)
     known = counted | {*elementwise} | {*optimizer.prologue_names}
-    parts = {*CORRECTIONS, COUNT, *(f"{name}_{SCALE}" for name in elementwise)}
+    parts = {*RESIDUALS, COUNT, *(f"{name}_{SCALE}" for name in elementwise)}
     # Names that optimizers share, such as step, prove nothing where others are in place of ours.
     complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
     if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
@@ -232,7 +238,7 @@ def checked_state(optimizer: Update, group: dict[str, Any], index: Any, p: Tenso
                 f"{part} of parameter {index} is in codes that do not say how they are read: its scale is a state of "
                 "its own. Load the optimizer's state_dict(), or to_torch_state_dict(optimizer) of where it was saved."
             )
-    held = held_state(optimizer, index, p, dict(state))
+    held = loaded_state(optimizer, index, p, dict(state))
     there = {part: value for part, value in held.items() if value is not None}
     for part, value in there.items():
         if isinstance(value, Tensor):
@@ -241,7 +247,7 @@ def checked_state(optimizer: Update, group: dict[str, Any], index: Any, p: Tenso
             check_number(index, part, value, whole=part in ("step", COUNT))
         elif part in elementwise:
             check_state(optimizer, index, p, part, held)
-        elif part in CORRECTIONS or part in optimizer.prologue_names:
+        elif part in RESIDUALS or part in optimizer.prologue_names:
             check_part(index, p, part, value)
     if optimizer.prologue_names:
         check_states(optimizer, group, index, p, held)
@@ -278,12 +284,12 @@ def check_number(index: Any, name: str, value: Any, whole: bool) -> None:
 
 def check_part(index: Any, p: Tensor, name: str, value: Any) -> None:
     """Raise RuntimeError where a correction of a parameter, or what a prologue keeps, is no such tensor."""
-    if name in CORRECTIONS and p.dtype in HALVES:
-        codec = corrected(CORRECTIONS[name], p.dtype)
+    if name in RESIDUALS and p.dtype in HALVES:
+        codec = with_residual(RESIDUALS[name], p.dtype)
         fits = isinstance(value, Tensor) and value.dtype == codec.dtypes[1 + codec.suffixes.index(name)]
     else:
         fits = isinstance(value, Tensor) and value.is_floating_point()
-    if not fits or (name in CORRECTIONS and value.shape != p.shape):
+    if not fits or (name in RESIDUALS and value.shape != p.shape):
         found = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
         raise RuntimeError(
             f"{name} of parameter {index} is {found}, the parameter {p.dtype}, {tuple(p.shape)}. Load a state dict of "
@@ -299,7 +305,7 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
         needed |= optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
     if needed & state.keys() or (optimizer.counts_steps and "step" in state):
         needed |= {"step"} if optimizer.counts_steps else set()
-        needed |= optimizer.started(group).keys() - {COUNT}
+        needed |= optimizer.first_scalar_states(group).keys() - {COUNT}
     else:
         needed = set()
     for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), ("residual_low", "residual")):
@@ -313,7 +319,7 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
 
 def restore_dtypes(optimizer: Update, loaded: dict[str, Any]) -> None:
     """Give the states the dtypes in which they were saved, and the numbers among them theirs."""
-    counted = {"step", COUNT, *chain.from_iterable(map(optimizer.counted_names, optimizer.param_groups))}
+    counted = {"step", COUNT, *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
     for i, p in numbered(optimizer, loaded):
         for name, value in loaded["state"].get(i, {}).items():
             if name in counted:
@@ -336,7 +342,7 @@ def own_number(optimizer: Update, p: Tensor, name: str) -> None:
         return
     device = p.device if group.get("capturable") or optimizer.counts_on_device else torch.device("cpu")
     value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
-    optimizer.state[p][name] = value.to(device, counted_dtype(group, name), copy=True).reshape(())
+    optimizer.state[p][name] = value.to(device, scalar_state_dtype(group, name), copy=True).reshape(())
 
 
 def filled(optimizer: Update, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,6 +363,6 @@ def fill_in(optimizer: Update) -> None:
     for group in optimizer.param_groups:
         group.update(filled(optimizer, group))
         for p in group["params"]:
-            for name in optimizer.counted_names(group):
+            for name in optimizer.scalar_state_names(group):
                 if name in optimizer.state.get(p, ()) and not isinstance(optimizer.state[p][name], Tensor):
                     own_number(optimizer, p, name)

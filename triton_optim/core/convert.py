@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..precision.codecs import CORRECTIONS, Codec, parameter_codec, part_names, read, state_codec, write
-from ..precision.kept import held_codec, held_parameter_codec, keep_parameter, keep_state
+from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, read, state_codec, write
+from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT
 from ..util.layout import local, with_local
-from .checkpoint import OPTIONAL, group_of, held_state
+from .checkpoint import OPTIONAL, group_of, loaded_state
 from .optimizer import RuleOptimizer
 
 
@@ -48,13 +48,13 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
     for i, p in zip(indices, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
         if i not in saved["state"]:
             continue
-        state = held_state(optimizer, i, p, saved["state"][i])
+        state = loaded_state(optimizer, i, p, saved["state"][i])
         for name, codec in kept_states(optimizer, state, p):
             parts = [state.pop(part) for part in (name, *part_names(codec, name))]
-            value = with_local(p, read(codec, parts, local(p))) if codec.sharing else parts[0]
+            value = with_local(p, read(codec, parts, local(p))) if codec.block_size else parts[0]
             half = value.is_floating_point() and value.itemsize < 4
             state[name] = value.float() if half else value
-        for name in (*CORRECTIONS, AVERAGE, COUNT):
+        for name in (*RESIDUALS, AVERAGE, COUNT):
             state.pop(name, None)
         if not optimizer.counts_steps:
             state.pop("step", None)
@@ -77,15 +77,15 @@ def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) 
             if state is None:
                 continue
             for name in optimizer.running_variant(group).state_names:
-                held = held_codec(optimizer, state, name, p)
+                held = current_codec(optimizer, state, name, p)
                 if held is not None:
-                    keep_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))
+                    convert_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))
 
 
 def kept_states(optimizer: RuleOptimizer, state: dict[str, Any], p: Tensor) -> Iterator[tuple[str, Codec]]:
     """The states of a parameter that are there, of any variant of the optimizer, and how each is kept."""
     for name in dict.fromkeys(name for variant in optimizer.variants for name in variant.state_names):
-        codec = held_codec(optimizer, state, name, p)
+        codec = current_codec(optimizer, state, name, p)
         if codec is not None:
             yield name, codec
 
@@ -114,7 +114,7 @@ def master(value: Any, optimizer: RuleOptimizer) -> Any:
         return value
     own = value.detach()
     state = optimizer.state.get(value, {})
-    codec = held_parameter_codec(state, value)
+    codec = current_parameter_codec(state, value)
     if codec.suffixes:
         parts = [local(own), *(local(state[name]) for name in part_names(codec, None))]
         return with_local(own, read(codec, parts, local(own)).clone())
@@ -142,7 +142,7 @@ def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: 
         codec = parameter_codec(group_of(optimizer, p), p.dtype)
         if codec.suffixes:
             state = optimizer.state[p]
-            keep_parameter(state, p, codec)
+            convert_parameter(state, p, codec)
             value = local(state_dict[name]).to(local(p).device)
             with torch.no_grad():
                 write(codec, [local(p).detach(), *(local(state[part]) for part in part_names(codec, None))], value)

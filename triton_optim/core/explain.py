@@ -11,8 +11,8 @@ import torch
 from ..backends import bucket_class
 from ..backends.eager.bucket import prologue_traffic
 from ..buckets.key import Key
-from ..buckets.members import Member
-from ..engine.entries import entries_of, sort_members
+from ..buckets.slots import ParamSlot
+from ..engine.entries import entries_of, sort_params
 from ..util.layout import local
 from ..util.table import table
 from .optimizer import RuleOptimizer
@@ -89,25 +89,25 @@ def explain(optimizer: RuleOptimizer) -> Explanation:
         ('eager', 2, 10)
     """
     if optimizer.engine.plan is not None:
-        buckets = {bucket.key: bucket.members for bucket in optimizer.engine.plan.buckets}
+        buckets = {bucket.key: bucket.slots for bucket in optimizer.engine.plan.buckets}
     else:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        buckets = sort_members(optimizer, entries_of(optimizer, params, [p.grad for p in params], every=True))
-    return Explanation([report(optimizer, key, members) for key, members in buckets.items()])
+        buckets = sort_params(optimizer, entries_of(optimizer, params, [p.grad for p in params], every=True))
+    return Explanation([report(optimizer, key, slots) for key, slots in buckets.items()])
 
 
-def report(optimizer: RuleOptimizer, key: Key, members: list[Member]) -> BucketReport:
+def report(optimizer: RuleOptimizer, key: Key, slots: list[ParamSlot]) -> BucketReport:
     """One row of an explanation."""
     runs = bucket_class(key)
-    elements = sum(local(m.p).numel() for m in members)
-    operations, nbytes = prologue_traffic(optimizer, key, members) if key.variant.prologue else (0, 0)
+    elements = sum(local(m.p).numel() for m in slots)
+    operations, nbytes = prologue_traffic(optimizer, key, slots) if key.variant.prologue else (0, 0)
     return BucketReport(
         key.choice.backend,
         key.choice.reason,
         key.device,
-        len(members),
+        len(slots),
         elements,
         dict(zip(("p", "g", *key.variant.state_names), key.dtypes, strict=True)),
-        operations + runs.launches(optimizer, key, members),
+        operations + runs.launches(optimizer, key, slots),
         nbytes / max(elements, 1) + runs.bytes_per_parameter(optimizer, key),
     )

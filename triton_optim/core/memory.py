@@ -95,10 +95,14 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
             sums["parameters"] += numel
             sums["weights"] += own.nbytes
             sums["gradients"] += numel * (p.dtype if p.grad is None else p.grad.dtype).itemsize
-            sums["corrections"] += nbytes(codec.dtypes[1:], codec.each[1:], numel)
+            sums["corrections"] += nbytes(codec.dtypes[1:], codec.elements_per_item[1:], numel)
             for name in variant.state_names:
                 wanted = state_codec(optimizer, group, name, p)
-                add(name, nbytes(wanted.dtypes, wanted.each, numel), nbytes(plain(p.dtype).dtypes, (1,), numel))
+                add(
+                    name,
+                    nbytes(wanted.dtypes, wanted.elements_per_item, numel),
+                    nbytes(plain(p.dtype).dtypes, (1,), numel),
+                )
             if variant.prologue:
                 like = torch.empty(own.shape, dtype=p.dtype, device="meta")
                 for name, value in optimizer.prologue_state(like, group).items():
@@ -106,11 +110,11 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
     return MemoryReport(**sums, states=states, torch_states=torch_states)
 
 
-def nbytes(dtypes: tuple[torch.dtype, ...], each: tuple[int, ...], numel: int) -> int:
+def nbytes(dtypes: tuple[torch.dtype, ...], per_item: tuple[int, ...], numel: int) -> int:
     """Bytes of parts, of which a block that is not full takes as much as one that is."""
-    sharing = max(each, default=1)
-    padded = -(-numel // sharing) * sharing
-    return sum(dtype.itemsize * padded // items for dtype, items in zip(dtypes, each, strict=True))
+    block_size = max(per_item, default=1)
+    padded = -(-numel // block_size) * block_size
+    return sum(dtype.itemsize * padded // items for dtype, items in zip(dtypes, per_item, strict=True))
 
 
 def meta_parameter(numel: int, dtype: torch.dtype) -> Tensor:

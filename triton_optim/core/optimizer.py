@@ -28,7 +28,7 @@ from ..precision.codecs import PRECISION, check_names, check_precision
 from ..spec import Update, Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from .averages import averaged_parameters
-from .checkpoint import as_saved, check_keys, fill_in, held_state, held_states, restore_dtypes, saved_state
+from .checkpoint import as_saved, check_keys, fill_in, loaded_state, loaded_states, restore_dtypes, saved_state
 from .checks import check_alone
 from .wrapping import leave_to_python, ordered, with_hooks
 
@@ -123,12 +123,12 @@ class RuleOptimizer(Optimizer, Update):
     def grad_norm(self) -> Tensor | None:
         """The norm of the gradients of the last step, 0-dim, on the device; None where ``max_grad_norm`` was None."""
         engine = self.engine
-        return engine.signal.tensor[2] if engine.signal is not None and engine.limited else None
+        return engine.stats.norm if engine.stats is not None and engine.limited else None
 
     @property
     def skipped(self) -> Tensor | None:
         """Whether the last step was skipped, 1 or 0; 0-dim, on the device. None of a step that could not be."""
-        return None if self.engine.signal is None else self.engine.signal.tensor[1]
+        return None if self.engine.stats is None else self.engine.stats.skip
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -278,7 +278,7 @@ class RuleOptimizer(Optimizer, Update):
                 continue
             choice = choose(request_for(self, group, p), this_machine())
             if choice.backend == "triton" and not this_machine().interpreter:
-                compile_ahead.begin()
+                compile_ahead.start()
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""
@@ -322,7 +322,7 @@ class RuleOptimizer(Optimizer, Update):
         loaded: dict[str, Any] = {}
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            states = held_states(self, state_dict)
+            states = loaded_states(self, state_dict)
             # How values are kept is this optimizer's own: the next step brings what is loaded into it.
             groups = [
                 {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
@@ -357,7 +357,7 @@ class RuleOptimizer(Optimizer, Update):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         params = chain.from_iterable(group["params"] for group in state["param_groups"])
-        states = {p: held_state(self, i, p, state["state"][p]) for i, p in enumerate(params) if p in state["state"]}
+        states = {p: loaded_state(self, i, p, state["state"][p]) for i, p in enumerate(params) if p in state["state"]}
         super().__setstate__(state | {"state": defaultdict(dict, {**state["state"], **states})})
         watch(self)
         # A copy has none of these; who loads a state dict keeps them.

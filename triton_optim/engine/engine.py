@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..buckets.gradient_norm import Signal, scaling_of
+from ..buckets.gradient_norm import GradientStats, scaling_of
 from ..buckets.key import Key
 from ..spec import Update
 from ..util.hyperparameters import Hyperparameters
@@ -54,7 +54,7 @@ class Engine:
         failed: buckets whose backend failed, and what they became.
         release: who releases gradients in backward, if anybody does.
         swapped: whether the weights are their averages now.
-        signal: what the last step did with all gradients.
+        stats: what the last step did with all gradients.
         limited: whether it limited their norm.
         handle: by which the operator of compiled steps finds the engine.
     """
@@ -77,7 +77,7 @@ class Engine:
         self.plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
         self.probe = Probe()
-        self.signal: Signal | None = None
+        self.stats: GradientStats | None = None
         self.limited = False
         self.hyperparameters.values = []
 
@@ -105,7 +105,7 @@ class Engine:
         self.read_groups()
         self._optimizer._opt_called = True
         plan = None if given is not None or self.repeats or self._is_capturing() else self.plan
-        if plan is not None and plan.gather():
+        if plan is not None and plan.bind_gathered():
             recording = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)  # the context manager takes as long as the launch
             try:
@@ -132,7 +132,7 @@ class Engine:
         with torch.no_grad():
             gradients = {place: None if g is None else local_gradient(p, g)}
             plan = self._plans_of_one.get(place)
-            if plan is None or not plan.fits(gradients):
+            if plan is None or not plan.bind(gradients):
                 plan = self._plans_of_one[place] = PlanOfOne(
                     self._optimizer, self.failed, self.params, gradients, place=place
                 )
@@ -211,11 +211,11 @@ class Engine:
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
             placed = plan.placements if plan is not None else list(map(placements_of, self.params))
             gradients = local_gradients(self.params, gradients, placed)
-        fits = plan is not None and plan.fits(gradients)
-        if not fits and any(g is not None and g.is_sparse for g in gradients):
+        bind = plan is not None and plan.bind(gradients)
+        if not bind and any(g is not None and g.is_sparse for g in gradients):
             gradients = self._without_needless_sparsity(gradients)
-            fits = plan is not None and plan.fits(gradients)
-        if plan is None or not fits:
+            bind = plan is not None and plan.bind(gradients)
+        if plan is None or not bind:
             plan = self.plan = self._new_plan(gradients)
             check_fits(plan, gradients)
         if fresh and optimizer.state and self.probe.is_made_by(optimizer, gradients):
@@ -231,7 +231,7 @@ class Engine:
 
     def _run(self, plan: Plan) -> None:
         scaling = scaling_of(self._optimizer)
-        self.signal = plan.step(scaling)
+        self.stats = plan.step(scaling)
         self.limited = scaling is not None and scaling.max_norm is not None
 
     def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
@@ -289,5 +289,5 @@ class Engine:
 
 def check_fits(plan: Plan, gradients: Any) -> None:
     """Raise RuntimeError where a new plan does not fit."""
-    if not plan.fits(gradients):
+    if not plan.bind(gradients):
         raise RuntimeError("a parameter or state changed during the step: another thread writes them.")

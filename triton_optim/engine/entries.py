@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from ..backends import bucket_class
 from ..buckets.key import Key
-from ..buckets.members import Member
+from ..buckets.slots import ParamSlot
 from ..dispatch import Backend, Choice, Layout, Request, choose, this_machine
 from ..precision.codecs import Codec, parameter_codec, part_names, state_codec
-from ..precision.kept import check_corrections, check_state, held_codec, held_parameter_codec
+from ..precision.kept import check_residuals, check_state, current_codec, current_parameter_codec
 from ..spec import Update
 from ..util.layout import (
     all_aligned,
@@ -88,7 +88,7 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
         sparse=entry.sparse,
     )
     # A skipped step is not counted: where only the device knows of it, the device counts.
-    return key._replace(capturable=True) if optimizer.amp is not None and bucket_class(key).reads_signal else key
+    return key._replace(capturable=True) if optimizer.amp is not None and bucket_class(key).reads_stats else key
 
 
 def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
@@ -185,7 +185,7 @@ def entries_of(
     """
     ends = list(accumulate(len(group["params"]) for group in optimizer.param_groups))
     variants = [optimizer.running_variant(group) for group in optimizer.param_groups]
-    counted = [optimizer.counted_names(group) for group in optimizer.param_groups]
+    counted = [optimizer.scalar_state_names(group) for group in optimizer.param_groups]
     overlaps = overlapping([local(p) for p in params]) if place is None else set()
     known = known or {}
     entries = []
@@ -218,7 +218,7 @@ def entries_of(
         for name in names:
             if state.get(name) is not None:
                 check_state(optimizer, index, p, name, state)
-        check_corrections(index, p, state)
+        check_residuals(index, p, state)
         if g is not None:
             check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
             sparse = g.is_sparse
@@ -230,21 +230,21 @@ def entries_of(
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
         own = optimizer.param_groups[group]
-        held = [held_parameter_codec(state, p), *(held_codec(optimizer, state, name, p) for name in names)]
-        wanted = [parameter_codec(own, p.dtype)]
-        wanted += [state_codec(optimizer, own, n, p, h) for n, h in zip(names, held[1:], strict=True)]
+        current = [current_parameter_codec(state, p), *(current_codec(optimizer, state, name, p) for name in names)]
+        target = [parameter_codec(own, p.dtype)]
+        target += [state_codec(optimizer, own, n, p, h) for n, h in zip(names, current[1:], strict=True)]
         parts = [local(p)]
-        for role, now, then in zip((None, *names), held, wanted, strict=True):
-            if now is not None and now.dtypes == then.dtypes and now.each == then.each:
+        for role, now, then in zip((None, *names), current, target, strict=True):
+            if now is not None and now.dtypes == then.dtypes and now.elements_per_item == then.elements_per_item:
                 parts += [local(state[part]) for part in ([] if role is None else [role]) + part_names(now, role)]
-        if sparse and (kept := [codec.name for codec in wanted if codec.name != "plain"]):
+        if sparse and (kept := [codec.name for codec in target if codec.name != "plain"]):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: the gradient of parameter {index} is sparse, and its rows are updated "
                 f"where they were gathered, not kept as {kept[0]}. Use state_dtype=None, ema_dtype=None and "
                 'param_precision="storage" for its group.'
             )
         wrapped = any(is_wrapper(t) for t in (*parts, g) if t is not None)
-        entries.append(Entry(index, group, p, dtype, tuple(wanted), aligned, parts, index in overlaps, sparse, wrapped))
+        entries.append(Entry(index, group, p, dtype, tuple(target), aligned, parts, index in overlaps, sparse, wrapped))
     shared = sharing_states(entries)
     return [e._replace(overlaps=True) if e.place in shared else e for e in entries] if shared else entries
 
@@ -262,15 +262,15 @@ def sharing_states(entries: list[Entry]) -> set[int]:
 Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 
-def sort_members(optimizer: Update, entries: list[Entry]) -> dict[Key, list[Member]]:
+def sort_params(optimizer: Update, entries: list[Entry]) -> dict[Key, list[ParamSlot]]:
     """The parameters by bucket."""
-    members: dict[Key, list[Member]] = {}
+    slots: dict[Key, list[ParamSlot]] = {}
     elements = 0
     for entry in entries:
-        member = Member(optimizer, entry.place, entry.group, entry.p)
+        slot = ParamSlot(optimizer, entry.place, entry.group, entry.p)
         key = key_for(optimizer, entry)
         if key.variant.prologue:
             elements += entry.p.numel()  # of a sharded one all: the pieces must be every rank's
             key = key._replace(piece=elements // PIECE)
-        members.setdefault(key, []).append(member)
-    return members
+        slots.setdefault(key, []).append(slot)
+    return slots

@@ -7,7 +7,7 @@ import warnings
 from ..backends import bucket_class
 from ..buckets.bucket import Bucket
 from ..buckets.key import Key
-from ..buckets.members import Member
+from ..buckets.slots import ParamSlot
 from ..dispatch import Choice, LaunchError, Request, next_best, this_machine
 from ..kernels.language import RuleError
 from ..spec import Update
@@ -17,12 +17,14 @@ from ..util.once import warn_once
 DOCTOR = "`triton-optim doctor` shows whether a launch works on this machine."
 
 
-def prepared(optimizer: Update, failed: dict[Key, Key], members: dict[Key, list[Member]]) -> dict[Key, list[Member]]:
+def prepared(
+    optimizer: Update, failed: dict[Key, Key], slots: dict[Key, list[ParamSlot]]
+) -> dict[Key, list[ParamSlot]]:
     """The buckets with all compiled and loaded that they need. One that was chosen automatically and fails is run by
     the next best backend, at last eagerly, which needs nothing.
     """
-    ready: dict[Key, list[Member]] = {}
-    for wanted, own in members.items():
+    ready: dict[Key, list[ParamSlot]] = {}
+    for wanted, own in slots.items():
         key = failed.get(wanted, wanted)
         while key.choice.backend != "eager" or key is wanted:
             try:
@@ -70,15 +72,15 @@ def replaced(optimizer: Update, failed: dict[Key, Key], bucket: Bucket, error: L
         RuntimeError: the backend was asked for by name.
     """
     key = failed[bucket.key] = instead_of(optimizer, failed, bucket.key, error)
-    for cohort in bucket.cohorts:
-        numbers = cohort.numbers()
-        for m in cohort.members:
+    for step_group in bucket.step_groups:
+        numbers = step_group.numbers()
+        for m in step_group.slots:
             m.numbers = numbers
     own = bucket.gradients
     if not own:  # only where they lie was asked
-        own = [None if m.p.grad is None else local_gradient(m.p, m.p.grad) for m in bucket.members]
-    gradients = {m.index: g for m, g in zip(bucket.members, own, strict=True)}
-    new = bucket_class(key)(optimizer, key, bucket.members)
-    if not new.fits(gradients):
+        own = [None if m.p.grad is None else local_gradient(m.p, m.p.grad) for m in bucket.slots]
+    gradients = {m.index: g for m, g in zip(bucket.slots, own, strict=True)}
+    new = bucket_class(key)(optimizer, key, bucket.slots)
+    if not new.bind(gradients):
         raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
     return new

@@ -15,19 +15,19 @@ from torch import Tensor
 from ..backends import bucket_class
 from ..backends.norms import over_shards, partial_norms
 from ..buckets.bucket import Bucket
-from ..buckets.gradient_norm import EUCLIDEAN, Scaling, Signal, on_one_device, signal_from
+from ..buckets.gradient_norm import EUCLIDEAN, GradientStats, Scaling, gradient_stats_from, on_one_device
 from ..buckets.key import Key
 from ..buckets.state import State, States
 from ..dispatch import LaunchError
 from ..precision.codecs import PRECISION
 from ..spec import Update
-from ..util.gather import STEPS, WORTHWHILE, Objects, library
+from ..util.gather import STEPS, WORTHWHILE, IdentityList, library
 from ..util.layout import (
     is_sharded,
     ordinary,
     placements_of,
 )
-from .entries import Gradients, entries_of, sort_members
+from .entries import Gradients, entries_of, sort_params
 from .fallback import prepared, replaced
 from .prologue import run_prologues, warm_prologue
 
@@ -65,11 +65,11 @@ class Plan:
         self.placements = list(map(placements_of, params)) if self.sharded and place is None else []
         self.options = options_of(optimizer)
         self._seen: list[Any] | None = None  # what the options were made of when they were last found to be these
-        same = previous if previous is not None and previous.covers(params) else None
-        known = {m.index: bucket.key for bucket in same.buckets for m in bucket.members} if same is not None else {}
+        same = previous if previous is not None and previous.same_params(params) else None
+        known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
         entries = entries_of(optimizer, params, gradients, known, place=place, repeats=repeats)
-        members = sort_members(optimizer, entries)
-        ready = prepared(optimizer, failed, members)
+        slots = sort_params(optimizer, entries)
+        ready = prepared(optimizer, failed, slots)
         # In the order of the parameters, not of the buckets: who gathers sharded states goes through them in their
         # order on every rank, and buckets differ between ranks.
         started = sorted(((m, key) for key, own in ready.items() for m in own), key=lambda pair: pair[0].index)
@@ -84,38 +84,40 @@ class Plan:
         self._changes = -1
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
-        self._idle = Objects([params[i] for i in self._without])
-        self._groups = [Objects(list(group["params"])) for group in optimizer.param_groups] if place is None else []
+        self._idle = IdentityList([params[i] for i in self._without])
+        self._groups = (
+            [IdentityList(list(group["params"])) for group in optimizer.param_groups] if place is None else []
+        )
         self._looked = 0  # steps for which Python looked at all gradients
 
-    def covers(self, params: list[Tensor]) -> bool:
+    def same_params(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters it was made for."""
         return len(params) == len(self.params) and all(map(is_, params, self.params))
 
-    def fits(self, gradients: Gradients) -> bool:
+    def bind(self, gradients: Gradients) -> bool:
         """Whether the plan can run a step with these (local) gradients. The buckets keep them for it."""
         return (
             all(gradients[i] is None for i in self._without)
-            and self._still_holds()
-            and all(bucket.fits(gradients) for bucket in self.buckets)
+            and self.matches()
+            and all(bucket.bind(gradients) for bucket in self.buckets)
         )
 
-    def gather(self) -> bool:
+    def bind_gathered(self) -> bool:
         """Whether the plan can run a step with the gradients that the parameters have now, of which it needs to know
-        only where they lie. False where :meth:`fits` must look at them.
+        only where they lie. False where :meth:`bind` must look at them.
         """
         return (
             library.loaded is not None
             and self._are_still_those_of(self.optimizer.param_groups)
-            and self._still_holds()
+            and self.matches()
             and not (self.sharded and self.optimizer.scales_gradients)  # ranks speak of their norm
             and self._idle.have_no_gradients()
-            and self._buckets_gather()
+            and self._bind_gathered()
         )
 
-    def _buckets_gather(self) -> bool:
+    def _bind_gathered(self) -> bool:
         for bucket in self.buckets:  # noqa: SIM110  a generator takes as long as what it asks
-            if not bucket.gather():
+            if not bucket.bind_gathered():
                 return False
         return True
 
@@ -124,7 +126,7 @@ class Plan:
         if len(groups) != len(own):
             return False
         for objects, group in zip(own, groups, strict=True):  # noqa: SIM110  a generator takes as long as what it asks
-            if not objects.are(group["params"]):
+            if not objects.matches(group["params"]):
                 return False
         return True
 
@@ -135,11 +137,11 @@ class Plan:
         self._looked += 1
         if self._looked % STEPS == 0:
             if self._looked * len(self.params) >= WORTHWHILE:
-                library.begin()
+                library.start_build()
             for bucket in self.buckets:
                 bucket.note_gradients()
 
-    def _still_holds(self) -> bool:
+    def matches(self) -> bool:
         return self._states_are_there() and self._options_hold()
 
     def _options_hold(self) -> bool:
@@ -162,7 +164,7 @@ class Plan:
             self._states, self._changes = states, changes
         return there
 
-    def step(self, scaling: Scaling | None = None) -> Signal | None:
+    def step(self, scaling: Scaling | None = None) -> GradientStats | None:
         """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run.
 
         Args:
@@ -193,23 +195,23 @@ class Plan:
             self._pieces = [[failed.get(bucket, bucket) for bucket in piece] for piece in self._pieces]
             return self._step(scaling)
 
-    def _step(self, scaling: Scaling | None) -> Signal | None:
-        signal, skips = None, scaling is not None and scaling.look
+    def _step(self, scaling: Scaling | None) -> GradientStats | None:
+        stats, skips = None, scaling is not None and scaling.check_finite
         if scaling is not None:
-            signal = self._signal(scaling)
-            # Where something else than the kernel that reads the signal would run, the host asks.
-            asked = skips and not all(bucket.takes_signal for bucket in self.buckets)
-            if asked and bool(signal.tensor[1]):
+            stats = self._stats(scaling)
+            # Where something else than the kernel that reads the stats would run, the host asks.
+            asked = skips and not all(bucket.takes_stats for bucket in self.buckets)
+            if asked and bool(stats.skip):
                 for bucket in self.buckets:
                     bucket.gradients = []
-                return signal
+                return stats
         for bucket in self.buckets:
-            bucket.next_rows()
-            bucket.signal = None
-            if signal is not None and bucket.takes_signal:
-                bucket.signal = signal.on(bucket.key.device)
-            elif signal is not None:
-                here = signal.tensor[0]
+            bucket.form_scalars()
+            bucket.stats = None
+            if stats is not None and bucket.takes_stats:
+                bucket.stats = stats.on(bucket.key.device)
+            elif stats is not None:
+                here = stats.factor
                 factor = here.item() if here.device.type == "cpu" else here.to(bucket.key.device)
                 bucket.rows = [r and r._replace(factor=r.factor * factor) for r in bucket.rows]
         for piece in self._pieces:
@@ -224,23 +226,23 @@ class Plan:
                     bucket.gradients = []  # the memory is the next piece's
         for bucket in self.buckets:
             bucket.commit(skips)
-        return signal
+        return stats
 
-    def _signal(self, scaling: Scaling) -> Signal:
+    def _stats(self, scaling: Scaling) -> GradientStats:
         """What the step does with all gradients."""
         device = self.buckets[0].key.device if self.buckets else torch.device("cpu")
         partials = None
-        if scaling.reads and self.sharded:
+        if scaling.needs_norm and self.sharded:
             pairs = [
                 (m.index, m.p, g)
                 for bucket in self.buckets
-                for m, g in zip(bucket.members, bucket.gradients, strict=True)
+                for m, g in zip(bucket.slots, bucket.gradients, strict=True)
                 if g is not None
             ]
             pairs.sort(key=itemgetter(0))  # every rank in the same order
             found = over_shards([p for _, p, _ in pairs], [g for _, _, g in pairs], EUCLIDEAN)
             partials = on_one_device(found, device)
-        elif scaling.reads:
+        elif scaling.needs_norm:
             found = []
             for bucket in self.buckets:
                 if bucket.complete or any(bucket.present()):
@@ -248,21 +250,21 @@ class Plan:
             partials = on_one_device(found, device)
         partials = None if partials is None else ordinary(partials)
         for bucket in self.buckets:
-            if bucket.takes_signal:
-                return bucket.signal_from(partials, scaling, device)
-        return signal_from(partials, scaling, device)
+            if bucket.takes_stats:
+                return bucket.gradient_stats_from(partials, scaling, device)
+        return gradient_stats_from(partials, scaling, device)
 
 
 class PlanOfOne(Plan):
     """The plan of one parameter, whose gradient comes alone."""
 
-    def fits(self, gradients: Gradients) -> bool:
+    def bind(self, gradients: Gradients) -> bool:
         states = self.optimizer.state
         return (
             self._options_hold()
             # Of a parameter without any state, no dict may be there.
-            and all(states.get(m.p, None if m.state else m.state) is m.state for b in self.buckets for m in b.members)
-            and all(bucket.fits(gradients) for bucket in self.buckets)
+            and all(states.get(m.p, None if m.state else m.state) is m.state for b in self.buckets for m in b.slots)
+            and all(bucket.bind(gradients) for bucket in self.buckets)
         )
 
 
@@ -270,14 +272,14 @@ def warm_up(optimizer: Update, failed: dict[Key, Key]) -> None:
     """See :meth:`RuleOptimizer.warmup`."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     entries = [e for e in entries_of(optimizer, params, [p.grad for p in params], every=True) if e.p.requires_grad]
-    for key, members in prepared(optimizer, failed, sort_members(optimizer, entries)).items():
+    for key, slots in prepared(optimizer, failed, sort_params(optimizer, entries)).items():
         kind = bucket_class(key)
-        kind.warm_up(optimizer, key, members)
+        kind.warm_up(optimizer, key, slots)
         if optimizer.scales_gradients and not key.sparse and not kind.launches_kernels:
             zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
             partial_norms([zeros], EUCLIDEAN, key.choice.backend)
         if key.variant.prologue:
-            warm_prologue(optimizer, members)
+            warm_prologue(optimizer, slots)
 
 
 def norms_of(bucket: Bucket) -> list[Tensor]:
@@ -292,7 +294,7 @@ def norms_of(bucket: Bucket) -> list[Tensor]:
 def check_captured(optimizer: Update, plan: Plan) -> None:
     """Raise RuntimeError where replays of a captured step would not write the parameters and states that there are."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not plan.covers(params):
+    if not plan.same_params(params):
         raise RuntimeError(
             f"the optimizer has {len(params)} parameters and had {len(plan.params)}, or others, when its step was "
             "captured: replays would update the old ones. Capture it again."

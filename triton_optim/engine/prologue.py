@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..buckets.bucket import Bucket
-from ..buckets.members import Member
-from ..buckets.rows import Row, row_for
+from ..buckets.slots import ParamSlot
+from ..buckets.step_scalars import StepScalars, step_scalars_for
 from ..spec import Update
 from ..util.hyperparameters import plain_group
 from ..util.layout import is_sharded, with_local
@@ -42,13 +42,13 @@ def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
         buckets: which hold their gradients and rows. The factor of the rows becomes 1: the prologue has seen negated
             gradients where the group maximizes.
     """
-    turns: dict[tuple[object, ...], list[tuple[int, Bucket, int, Row]]] = {}
+    turns: dict[tuple[object, ...], list[tuple[int, Bucket, int, StepScalars]]] = {}
     for bucket in buckets:
         if bucket.key.variant.prologue:
-            for cohort, row in zip(bucket.cohorts, bucket.rows, strict=True):
+            for step_group, row in zip(bucket.step_groups, bucket.rows, strict=True):
                 if row is not None:
-                    places = ((bucket.members[i].index, bucket, i, row) for i in cohort.places)
-                    turns.setdefault(cohort.counted, []).extend(places)
+                    places = ((bucket.slots[i].index, bucket, i, row) for i in step_group.places)
+                    turns.setdefault(step_group.counted, []).extend(places)
     for turn in turns.values():
         turn.sort(key=itemgetter(0))
     for turn in sorted(turns.values(), key=lambda turn: turn[0][0]):
@@ -59,33 +59,35 @@ def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
             bucket.rows = [row and row._replace(factor=1.0) for row in bucket.rows]
 
 
-def warm_prologue(optimizer: Update, members: list[Member]) -> None:
+def warm_prologue(optimizer: Update, slots: list[ParamSlot]) -> None:
     """Run the prologue on zeros, of each shape once, so that all is compiled that it will need."""
-    kinds = {(m.group, m.p.shape, m.p.dtype): m for m in members if not is_sharded(m.p)}
+    kinds = {(m.group, m.p.shape, m.p.dtype): m for m in slots if not is_sharded(m.p)}
     for m in kinds.values():
         group = optimizer.param_groups[m.group]
         p = m.p.detach()
         state = optimizer.prologue_state(p, group) | {name: torch.zeros_like(p) for name in optimizer.state_names}
-        optimizer.prologue(plain_group(group), row_for(optimizer, group, 1).h, [p], [torch.zeros_like(p)], [state])
+        optimizer.prologue(
+            plain_group(group), step_scalars_for(optimizer, group, 1).h, [p], [torch.zeros_like(p)], [state]
+        )
 
 
-def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, Row]]) -> None:
+def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, StepScalars]]) -> None:
     """One call: of parameters by index, bucket, place in it, and scalars."""
-    members = [bucket.members[i] for _, bucket, i, _ in turn]
+    slots = [bucket.slots[i] for _, bucket, i, _ in turn]
     _, first, _, row = turn[0]
     kept = first.key.differentiable
     gradients: list[Tensor] = []
-    for (_, bucket, i, _), m in zip(turn, members, strict=True):
+    for (_, bucket, i, _), m in zip(turn, slots, strict=True):
         g = bucket.gradients[i]
         assert g is not None
         gradients.append(with_local(m.p, row.factor * g if isinstance(row.factor, Tensor) or row.factor != 1 else g))
     updates = optimizer.prologue(
-        plain_group(optimizer.param_groups[members[0].group], keep=kept),
+        plain_group(optimizer.param_groups[slots[0].group], keep=kept),
         row.h,
         # Autograd may keep what it is shown, and the rule will write the parameter.
-        [m.p.clone() if kept else m.p.detach() for m in members],
+        [m.p.clone() if kept else m.p.detach() for m in slots],
         gradients,
-        [m.state for m in members],
+        [m.state for m in slots],
     )
     for (_, bucket, i, _), update in zip(turn, updates, strict=True):
         bucket.take_update(i, update)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..buckets.members import make_states
+from ..buckets.slots import make_states
 from ..core.checks import check_range, filled_like
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adagrad import AdagradScalars, adagrad

@@ -93,11 +93,11 @@ class ASGD(RuleOptimizer):
         check_range("alpha value", group["alpha"], 0.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)
 
-    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+    def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         lr = group["lr"]
         return {"eta": float(lr.detach() if isinstance(lr, Tensor) else lr), "mu": 1.0}
 
-    def carry(  # type: ignore[override]
+    def update_scalar_state(  # type: ignore[override]
         self, group: dict[str, Any], step: Any, *, eta: Any, mu: Any
     ) -> dict[str, Any]:
         lr, late = group["lr"], step - group["t0"]

@@ -90,10 +90,10 @@ class NAdam(RuleOptimizer):
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_range("momentum_decay value", group["momentum_decay"], 0.0)
 
-    def start_carried(self, group: dict[str, Any]) -> dict[str, float]:
+    def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         return {"mu_product": 1.0}
 
-    def carry(  # type: ignore[override]
+    def update_scalar_state(  # type: ignore[override]
         self, group: dict[str, Any], step: Any, *, mu_product: Any
     ) -> dict[str, Any]:
         return {"mu_product": mu_product * momentum(group, step)}

@@ -12,7 +12,7 @@ from ..kernels.language import torch_form
 from ..spec import COUNT, Update, averages
 from ..util.layout import local, with_local
 from .codecs import Codec, part_names, read
-from .kept import held_parameter_codec
+from .kept import current_parameter_codec
 
 average_of = torch_form(lerp)
 
@@ -55,7 +55,7 @@ def weight(group: dict[str, Any], count: Any) -> Any:
 
 def value_of(state: dict[str, Any], p: Tensor) -> Tensor:
     """A parameter with its corrections, on this process, in float32 where it has any."""
-    codec = held_parameter_codec(state, p)
+    codec = current_parameter_codec(state, p)
     return read(codec, [local(p).detach(), *(local(state[name]) for name in part_names(codec, None))], local(p))
 
 

@@ -24,7 +24,7 @@ STATE_CODES = tuple(BLOCKS)
 HALVES = (torch.bfloat16, torch.float16)
 
 # States of fewer elements are not worth a scale's memory, and biases and norms are sensitive.
-CODES_FROM = 4096
+MIN_QUANTIZED_NUMEL = 4096
 
 SCALE = "scale"
 CODES_VERSION = 1  # of what codes stand for (kernels/codecs.py); it is saved with them
@@ -45,13 +45,13 @@ class Codec(NamedTuple):
     name: str
     dtypes: tuple[torch.dtype, ...]
     suffixes: tuple[str, ...] = ()
-    each: tuple[int, ...] = (1,)
+    elements_per_item: tuple[int, ...] = (1,)
     random: bool = False
 
     @property
-    def sharing(self) -> int:
+    def block_size(self) -> int:
         """How many elements share a scale; 0 where there is none."""
-        return self.each[-1] if SCALE in self.suffixes else 0
+        return self.elements_per_item[-1] if SCALE in self.suffixes else 0
 
     @property
     def exact(self) -> bool:
@@ -61,7 +61,7 @@ class Codec(NamedTuple):
     @property
     def nbytes(self) -> float:
         """Bytes an element."""
-        return sum(dtype.itemsize / each for dtype, each in zip(self.dtypes, self.each, strict=True))
+        return sum(dtype.itemsize / count for dtype, count in zip(self.dtypes, self.elements_per_item, strict=True))
 
 
 @cache
@@ -78,13 +78,13 @@ def stochastic(dtype: torch.dtype) -> Codec:
 @cache
 def codes(state_dtype: str, nonnegative: bool) -> Codec:
     """Codes in blocks, ``"int8"`` or ``"int4"``; without a sign for what has none."""
-    each, scale = {"int8": (1, torch.float32), "int4": (2, torch.bfloat16)}[state_dtype]
+    per_item, scale = {"int8": (1, torch.float32), "int4": (2, torch.bfloat16)}[state_dtype]
     name = f"u{state_dtype}" if nonnegative else state_dtype
-    return Codec(name, (torch.int8, scale), (SCALE,), (each, BLOCKS[state_dtype]), random=state_dtype == "int4")
+    return Codec(name, (torch.int8, scale), (SCALE,), (per_item, BLOCKS[state_dtype]), random=state_dtype == "int4")
 
 
 @cache
-def corrected(precision: str, dtype: torch.dtype) -> Codec:
+def with_residual(precision: str, dtype: torch.dtype) -> Codec:
     """A bfloat16 or float16 parameter with what its rounding left."""
     if precision == "master":
         return Codec("master", (dtype, torch.float32), ("master",), (1, 1))
@@ -101,7 +101,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 # What a parameter's corrections are called among its states, and which precision has which.
-CORRECTIONS = {"master": "master", "compensation": "kahan", "residual_low": "split32", "residual": "split24"}
+RESIDUALS = {"master": "master", "compensation": "kahan", "residual_low": "split32", "residual": "split24"}
 
 
 def parameter_codec(group: dict[str, Any], dtype: torch.dtype) -> Codec:
@@ -109,10 +109,10 @@ def parameter_codec(group: dict[str, Any], dtype: torch.dtype) -> Codec:
     precision = group.get("param_precision", "storage")
     if dtype not in HALVES or precision == "storage":
         return plain(dtype)
-    return stochastic(dtype) if precision == "stochastic" else corrected(precision, dtype)
+    return stochastic(dtype) if precision == "stochastic" else with_residual(precision, dtype)
 
 
-def state_codec(optimizer: Update, group: dict[str, Any], name: str, p: Tensor, held: Codec | None = None) -> Codec:
+def state_codec(optimizer: Update, group: dict[str, Any], name: str, p: Tensor, current: Codec | None = None) -> Codec:
     """How a state of `p` is kept.
 
     Args:
@@ -120,21 +120,21 @@ def state_codec(optimizer: Update, group: dict[str, Any], name: str, p: Tensor, 
     """
     if name == AVERAGE:
         return average_codec(group, p)
-    wanted: Any = group.get("state_dtype")
-    if wanted in STATE_CODES:
-        small = local(p).numel() < CODES_FROM or not local(p).is_contiguous() or is_wrapper(local(p))
+    target: Any = group.get("state_dtype")
+    if target in STATE_CODES:
+        small = local(p).numel() < MIN_QUANTIZED_NUMEL or not local(p).is_contiguous() or is_wrapper(local(p))
         if small or name in optimizer.never_quantized:
             return plain(torch.promote_types(p.dtype, torch.float32))
-        return codes(wanted, name in optimizer.nonnegative)
-    if wanted == torch.bfloat16 and not p.is_complex():
-        return stochastic(wanted)
-    return plain(wanted or (held.dtypes[0] if held is not None and held.name == "plain" else p.dtype))
+        return codes(target, name in optimizer.nonnegative)
+    if target == torch.bfloat16 and not p.is_complex():
+        return stochastic(target)
+    return plain(target or (current.dtypes[0] if current is not None and current.name == "plain" else p.dtype))
 
 
 def check_names(cls: type[Update]) -> None:
     """Raise TypeError where an optimizer's states have names that are taken, or it declares what it has not."""
     names = {name for variant in cls.variants for name in variant.state_names}
-    taken = {"step", AVERAGE, COUNT, *CORRECTIONS, *(f"{name}_{SCALE}" for name in names)}
+    taken = {"step", AVERAGE, COUNT, *RESIDUALS, *(f"{name}_{SCALE}" for name in names)}
     if both := sorted(taken & {*names, *cls.prologue_names}):
         raise TypeError(f"{cls.__name__} has states {both}, names of what every optimizer may keep. Rename them.")
     for what in ("nonnegative", "never_quantized"):
@@ -145,7 +145,7 @@ def check_names(cls: type[Update]) -> None:
 
 def in_blocks(codec: Codec, size: int) -> Codec:
     """These codes in blocks of another size."""
-    return codec._replace(each=(codec.each[0], size))
+    return codec._replace(elements_per_item=(codec.elements_per_item[0], size))
 
 
 def part_names(codec: Codec, name: str | None) -> list[str]:
@@ -159,7 +159,7 @@ def read(codec: Codec, parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """The value in the shape of `like`, in float32; what is kept as it is comes as it is."""
     if codec.name == "plain":
         return parts[0]
-    if not codec.sharing:
+    if not codec.block_size:
         return _decode(tuple(map(wide, parts)), codec.name)  # type: ignore[no-any-return]
     scale = wide(parts[1]).view(-1, 1)
     value: Tensor = _decode((wide(parts[0]).view(len(scale), -1), scale), codec.name)
@@ -177,10 +177,10 @@ def write(codec: Codec, parts: Sequence[Tensor], value: Tensor, role: int = 0, r
         parts[0].copy_(value)
         return
     value = value.to(torch.float32)
-    if codec.sharing:
+    if codec.block_size:
         blocks = len(parts[1])
-        value = _padded(value, blocks * codec.sharing).view(blocks, codec.sharing)
-        random = None if random is None else _padded(random, blocks * codec.sharing).view(blocks, codec.sharing)
+        value = _padded(value, blocks * codec.block_size).view(blocks, codec.block_size)
+        random = None if random is None else _padded(random, blocks * codec.block_size).view(blocks, codec.block_size)
     if random is None:
         random = torch.full_like(value, -0x7FFF8000, dtype=torch.int32)
     for part, kept in zip(parts, _encode(value, random, role, codec.name), strict=True):
@@ -204,10 +204,10 @@ def new_parts(codec: Codec, value: Tensor, first: Tensor | None = None) -> list[
     Args:
         first: the tensor that is to be the first part.
     """
-    if codec.sharing:
+    if codec.block_size:
         own = local(value)
-        blocks = math.ceil(own.numel() / codec.sharing)
-        sizes = [blocks * codec.sharing // each for each in codec.each]
+        blocks = math.ceil(own.numel() / codec.block_size)
+        sizes = [blocks * codec.block_size // per_item for per_item in codec.elements_per_item]
         parts = [
             torch.zeros(size, dtype=dtype, device=own.device) for size, dtype in zip(sizes, codec.dtypes, strict=True)
         ]
@@ -271,12 +271,12 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
 
 def average_codec(group: dict[str, Any], p: Tensor) -> Codec:
     """How the average of a parameter is kept."""
-    wanted = group.get("ema_dtype")
+    target = group.get("ema_dtype")
     if p.is_complex():
         return plain(p.dtype)
-    if wanted == torch.bfloat16:
-        return stochastic(wanted)
-    return plain(wanted or torch.promote_types(p.dtype, torch.float32))
+    if target == torch.bfloat16:
+        return stochastic(target)
+    return plain(target or torch.promote_types(p.dtype, torch.float32))
 
 
 def _quoted(value: Any) -> str:

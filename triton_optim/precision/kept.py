@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..spec import Update
 from ..util.layout import in_layout_of, local, with_local
-from .codecs import CORRECTIONS, HALVES, SCALE, Codec, codes, corrected, in_blocks, new_parts, part_names, plain, read
+from .codecs import HALVES, RESIDUALS, SCALE, Codec, codes, in_blocks, new_parts, part_names, plain, read, with_residual
 
 
-def held_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
+def current_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
     """How a state that is there is kept; None where there is none. Blocks of any size are known, and the dtype of the
     scales tells how many bits a code has.
     """
@@ -22,7 +22,7 @@ def held_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -
     if scale is None or value.is_floating_point() or value.is_complex():  # a value put in place of codes is no code
         return plain(value.dtype)
     code = codes("int8" if scale.dtype == torch.float32 else "int4", name in optimizer.nonnegative)
-    return in_blocks(code, value.numel() * code.each[0] // max(scale.numel(), 1))
+    return in_blocks(code, value.numel() * code.elements_per_item[0] // max(scale.numel(), 1))
 
 
 def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict[str, Any]) -> None:
@@ -33,12 +33,12 @@ def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict
             f"{name} of parameter {index} is {value!r:.80}, no tensor. Load a state dict of the same parameters, or "
             "clear opt.state."
         )
-    codec = held_codec(optimizer, state, name, p)
-    if codec is not None and codec.sharing:
+    codec = current_codec(optimizer, state, name, p)
+    if codec is not None and codec.block_size:
         scale = state[f"{name}_{SCALE}"]
-        held = value.numel() * codec.each[0]
-        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= held - p.numel() < codec.sharing
-        if not fits or held != codec.sharing * scale.numel():
+        current = value.numel() * codec.elements_per_item[0]
+        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= current - p.numel() < codec.block_size
+        if not fits or current != codec.block_size * scale.numel():
             raise RuntimeError(
                 f"{name} of parameter {index} has {value.numel():,} items of {value.dtype} and {scale.numel():,} "
                 f"scales of {scale.dtype}, which is not how {p.numel():,} elements are kept. Load a state dict of the "
@@ -54,9 +54,9 @@ def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict
     check_shape(index, p, name, value)
 
 
-def check_corrections(index: int, p: Tensor, state: dict[str, Any]) -> None:
+def check_residuals(index: int, p: Tensor, state: dict[str, Any]) -> None:
     """Raise RuntimeError where what is kept beside a parameter does not belong to it."""
-    codec = held_parameter_codec(state, p)
+    codec = current_parameter_codec(state, p)
     for name, dtype in zip(part_names(codec, None), codec.dtypes[1:], strict=True):
         value = state.get(name)
         if not isinstance(value, Tensor) or value.dtype != dtype:
@@ -81,45 +81,45 @@ def check_shape(index: int, p: Tensor, name: str, value: Tensor) -> None:
         )
 
 
-def held_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
+def current_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
     """How a parameter is kept, as its corrections say."""
-    for name, precision in CORRECTIONS.items():
+    for name, precision in RESIDUALS.items():
         if name in state and p.dtype in HALVES:
-            return corrected(precision, p.dtype)
+            return with_residual(precision, p.dtype)
     return plain(p.dtype)
 
 
-def keep_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, wanted: Codec) -> None:
-    """Bring a state from the codec that it has into `wanted`."""
-    held = held_codec(optimizer, state, name, p)
-    assert held is not None
-    if held == wanted or (held.dtypes == wanted.dtypes and not held.sharing and not wanted.sharing):
+def convert_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, target: Codec) -> None:
+    """Bring a state from the codec that it has into `target`."""
+    current = current_codec(optimizer, state, name, p)
+    assert current is not None
+    if current == target or (current.dtypes == target.dtypes and not current.block_size and not target.block_size):
         return
-    names = [name, *part_names(held, name)]
-    if held.sharing:
-        value = read(held, [state[n] for n in names], local(p))
+    names = [name, *part_names(current, name)]
+    if current.block_size:
+        value = read(current, [state[n] for n in names], local(p))
         value = with_local(p, value)
     else:
         value = state[name]
-        if wanted.sharing:
+        if target.block_size:
             value = in_layout_of(local(p), local(value))
     for n in names:
         del state[n]
-    parts = new_parts(wanted, value)
-    state |= dict(zip([name, *part_names(wanted, name)], parts, strict=True))
+    parts = new_parts(target, value)
+    state |= dict(zip([name, *part_names(target, name)], parts, strict=True))
 
 
-def keep_parameter(state: dict[str, Any], p: Tensor, wanted: Codec) -> None:
-    """Bring a parameter and its corrections from the codec that they have into `wanted`."""
-    held = held_parameter_codec(state, p)
-    if held.suffixes == wanted.suffixes:
+def convert_parameter(state: dict[str, Any], p: Tensor, target: Codec) -> None:
+    """Bring a parameter and its corrections from the codec that they have into `target`."""
+    current = current_parameter_codec(state, p)
+    if current.suffixes == target.suffixes:
         return
-    names = part_names(held, None)
+    names = part_names(current, None)
     own = p.detach()
     value = own.float()
     if names:
-        value = with_local(own, read(held, [local(own), *(local(state[n]) for n in names)], local(own)))
+        value = with_local(own, read(current, [local(own), *(local(state[n]) for n in names)], local(own)))
     for n in names:
         del state[n]
-    if wanted.suffixes:
-        state |= dict(zip(part_names(wanted, None), new_parts(wanted, value, first=own)[1:], strict=True))
+    if target.suffixes:
+        state |= dict(zip(part_names(target, None), new_parts(target, value, first=own)[1:], strict=True))

@@ -78,10 +78,10 @@ class Library:
 
     def __init__(self) -> None:
         self.loaded: Any = None
-        self.obstacle: str | None = None  # why there is none, once that is known
+        self.build_error: str | None = None  # why there is none, once that is known
         self._thread: threading.Thread | None = None
 
-    def begin(self) -> None:
+    def start_build(self) -> None:
         """Compile it, if that was not begun yet, beside what goes on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self.load, daemon=True, name="triton_optim.util.gather")
@@ -101,7 +101,7 @@ class Library:
             # As a library loads what it needs by name, it finds the one that torch has loaded.
             found = cpp_build.library(source(), flags(), ctypes.PyDLL)
         except cpp_build.BuildError as error:
-            self.obstacle = str(error)
+            self.build_error = str(error)
             return
         table, size = ctypes.c_void_p, ctypes.c_int64
         for name, result, arguments in (
@@ -211,14 +211,14 @@ def spec_of(p: Any) -> Any:
     return g._spec if is_sharded(p) and is_sharded(g) and g.placements == p.placements else None
 
 
-class Objects:
-    """Objects by their identity: those of a list.
+class IdentityList:
+    """IdentityList by their identity: those of a list.
 
     Example:
-        >>> from triton_optim.util.gather import Objects, library
+        >>> from triton_optim.util.gather import IdentityList, library
         >>> library.load()
         >>> first, second = object(), object()
-        >>> Objects([first, second]).are([second, first])
+        >>> IdentityList([first, second]).matches([second, first])
         False
     """
 
@@ -227,7 +227,7 @@ class Objects:
         self._table = array("q", map(id, objects))
         self._address, self._count = self._table.buffer_info()
 
-    def are(self, objects: Any) -> bool:
+    def matches(self, objects: Any) -> bool:
         """Whether this is a list of the same objects in the same order."""
         return type(objects) is list and bool(library.loaded.holds(objects, self._count, self._address))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...buckets.bucket import Bucket
 from ...buckets.key import Key, Piece
-from ...buckets.members import Member
-from ...buckets.rows import Row, row_for, table_of
+from ...buckets.slots import ParamSlot
+from ...buckets.step_scalars import StepScalars, step_scalars_for, table_of
 from ...spec import Update
 from ...util.layout import flat, local
 from ..update import update as run_eagerly
@@ -26,44 +26,46 @@ PIECE = 1 << 17
 
 
 class CompiledBucket(Bucket):
-    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
-        super().__init__(optimizer, key, members)
-        self.graphs = self.prepare(optimizer, key, members)
+    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
+        super().__init__(optimizer, key, slots)
+        self.graphs = self.prepare(optimizer, key, slots)
         self.parallel = [numel >= PARALLEL_FROM for numel in self.numels]
-        kept = [self.parts_of(m) for m in members]
-        self.views = [self._views(piece, kept[piece.member]) for piece in self.pieces]
-        if key.sharing:
+        kept = [self.parts_of(m) for m in slots]
+        self.views = [self._views(piece, kept[piece.slot]) for piece in self.pieces]
+        if key.block_size:
             self._prepare_blocks()
 
     def _prepare_blocks(self) -> None:
         """What a step of what is kept in codes needs of the pieces."""
-        coded, rows = sum(codec.sharing > 0 for codec in self.key.codecs), PIECE // self.key.sharing
+        coded, rows = sum(codec.block_size > 0 for codec in self.key.codecs), PIECE // self.key.block_size
         waiting = [
-            [torch.empty(rows, self.key.sharing, device=self.key.device) for _ in range(coded)] for _ in range(SLOTS)
+            [torch.empty(rows, self.key.block_size, device=self.key.device) for _ in range(coded)] for _ in range(SLOTS)
         ]
         # Of each number of rows that a piece has, and each slot, what waits there.
         self.waiting = {
             n: [[t[:n] for t in slot] for slot in waiting]
-            for n in {(piece.stop - piece.start) // self.key.sharing for piece in self.pieces}
+            for n in {(piece.stop - piece.start) // self.key.block_size for piece in self.pieces}
         }
         self.lengths: list[list[int]] = [[] for _ in self.numels]
         self.whole = list(map(self._whole, self.pieces))
         self.coded = []
         for piece, (_, states) in zip(self.pieces, self.views, strict=True):
-            self.lengths[piece.member].append(piece.stop - piece.start)
+            self.lengths[piece.slot].append(piece.stop - piece.start)
             self.coded.append(
-                [parts for codec, parts in zip(self.key.codecs[1:], states, strict=True) if codec.sharing]
+                [parts for codec, parts in zip(self.key.codecs[1:], states, strict=True) if codec.block_size]
             )
 
     def cut(self, first: list[int]) -> list[Piece]:
         """No piece has indices whose upper halves differ. Of what is kept in codes, an incomplete block is a piece."""
-        longest, sharing = PIECE if self.key.sharing else LONGEST, self.key.sharing or 1
+        longest, block_size = PIECE if self.key.block_size else LONGEST, self.key.block_size or 1
         pieces = []
         for i, (numel, index) in enumerate(zip(self.numels, first, strict=True)):
             start = 0
             while start < numel:
                 left = numel - start
-                stop = start + min(left // sharing * sharing or left, longest, (1 << 32) - (index + start) % (1 << 32))
+                stop = start + min(
+                    left // block_size * block_size or left, longest, (1 << 32) - (index + start) % (1 << 32)
+                )
                 pieces.append(Piece(i, start, stop, index + start))
                 start = stop
         return pieces
@@ -72,55 +74,55 @@ class CompiledBucket(Bucket):
         """The piece of a member's parts: those of the parameter, and of each state."""
         views = []
         for codec, parts in zip(self.key.codecs, kept, strict=True):
-            own, stop = [], piece.stop + -piece.stop % (codec.sharing or 1)
-            for part, each in zip(parts, codec.each, strict=True):
-                view = flat(part)[piece.start // each : stop // each]
-                own.append(view.view(-1, self.key.sharing // each) if self._whole(piece) else view)
+            own, stop = [], piece.stop + -piece.stop % (codec.block_size or 1)
+            for part, per_item in zip(parts, codec.elements_per_item, strict=True):
+                view = flat(part)[piece.start // per_item : stop // per_item]
+                own.append(view.view(-1, self.key.block_size // per_item) if self._whole(piece) else view)
             views.append(own)
         return views[0], views[1:]
 
     def _whole(self, piece: Piece) -> bool:
         """Whether a piece is of whole blocks."""
-        return bool(self.key.sharing) and (piece.stop - piece.start) % self.key.sharing == 0
+        return bool(self.key.block_size) and (piece.stop - piece.start) % self.key.block_size == 0
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, members: list[Member]) -> dict[bool, list[Graph]]:
-        super().prepare(optimizer, key, members)
+    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> dict[bool, list[Graph]]:
+        super().prepare(optimizer, key, slots)
         groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
-        rows = [row_for(optimizer, group, 1) for group in groups]
+        rows = [step_scalars_for(optimizer, group, 1) for group in groups]
         scaled = optimizer.scales_gradients or any(row.factor != 1 for row in rows)
         what: Any = (key.variant.rule, type(rows[0].h), key.codecs, key.gradient, key.compute, key.device, scaled)
         what += (key.variant.averaged,)
         graphs: dict[bool, list[Graph]] = {}
-        for parallel in {local(m.p).numel() >= PARALLEL_FROM for m in members}:
+        for parallel in {local(m.p).numel() >= PARALLEL_FROM for m in slots}:
             graphs[parallel] = [graph_for(*what, parallel)]
-            if key.sharing:
+            if key.block_size:
                 graphs[parallel].append(codes_graph_for(key.codecs, key.device, parallel))
         return graphs
 
     @classmethod
-    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
-        numels = [local(m.p).numel() for m in members]
-        longest = PIECE if key.sharing else LONGEST
+    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
+        numels = [local(m.p).numel() for m in slots]
+        longest = PIECE if key.block_size else LONGEST
         large = sum(-(-numel // longest) for numel in numels if numel >= PARALLEL_FROM)
         small = sum(numel < PARALLEL_FROM for numel in numels)
-        return (1 + (key.sharing > 0)) * (-(-large // SLOTS) - -small // SLOTS)
+        return (1 + (key.block_size > 0)) * (-(-large // SLOTS) - -small // SLOTS)
 
-    def run(self, rows: list[Row | None]) -> None:
+    def run(self, rows: list[StepScalars | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged).unbind()
         keys: list[Tensor] | list[None] = [None] * len(self.pieces)
         if self.random:
             keys = list(self.random_keys(rows).unbind())
-        if self.key.sharing:
+        if self.key.block_size:
             self._run_blocks(rows, table, keys)
             self.mark_written()
             return
         calls: dict[tuple[int, bool], list[Tensor]] = {}
         for piece, (param, states), key in zip(self.pieces, self.views, keys, strict=True):
-            g = self.gradients[piece.member]
+            g = self.gradients[piece.slot]
             if g is None:
                 continue
-            tensors = calls.setdefault((self.row_of[piece.member], self.parallel[piece.member]), [])
+            tensors = calls.setdefault((self.row_of[piece.slot], self.parallel[piece.slot]), [])
             tensors += param
             tensors.append(g if len(param[0]) == g.numel() else flat(g)[piece.start : piece.stop])
             for parts in states:
@@ -131,17 +133,19 @@ class CompiledBucket(Bucket):
             self.graphs[parallel][0](table[row], tensors)
         self.mark_written()
 
-    def _run_blocks(self, rows: list[Row | None], table: tuple[Tensor, ...], keys: list[Tensor] | list[None]) -> None:
+    def _run_blocks(
+        self, rows: list[StepScalars | None], table: tuple[Tensor, ...], keys: list[Tensor] | list[None]
+    ) -> None:
         """In turns of as many slots as a call has: first the rule, then the codes of what it returned."""
         turns: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
         number = 0
-        for member, (g, lengths) in enumerate(zip(self.gradients, self.lengths, strict=True)):
+        for slot, (g, lengths) in enumerate(zip(self.gradients, self.lengths, strict=True)):
             own = range(number, number + len(lengths))
             number += len(lengths)
-            row = rows[self.row_of[member]]
+            row = rows[self.row_of[slot]]
             if g is None or row is None or not lengths:
                 continue
-            turn = turns.setdefault((self.row_of[member], self.parallel[member]), [])
+            turn = turns.setdefault((self.row_of[slot], self.parallel[slot]), [])
             for i, part in zip(own, torch.split(flat(g), lengths), strict=True):
                 if self.whole[i]:
                     turn.append((i, part))
@@ -156,10 +160,10 @@ class CompiledBucket(Bucket):
     ) -> None:
         tensors: list[Tensor] = []
         coded: list[Tensor] = []
-        sharing = self.key.sharing
+        block_size = self.key.block_size
         for slot, (i, g) in enumerate(pieces):
             param, states = self.views[i]
-            blocks = g.view(-1, sharing)
+            blocks = g.view(-1, block_size)
             waiting = self.waiting[len(blocks)][slot]
             tensors += param
             tensors.append(blocks)

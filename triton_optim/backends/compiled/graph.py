@@ -57,7 +57,7 @@ def update(
     states are kept in codes, all of them have a row for each block. With `averaged` the last state is the average of
     the parameter, and the row ends with the weight of a new value.
     """
-    coded = [codec for codec in codecs if codec.sharing]
+    coded = [codec for codec in codecs if codec.block_size]
     random = any(codec.random for codec in codecs)
 
     def body(own: list[Tensor], row: Tensor) -> None:
@@ -79,7 +79,7 @@ def update(
         for role, codec in enumerate(codecs):
             value = new[role]
             value = value if codec.name == "plain" else value.to(torch.float32)
-            if codec.sharing:
+            if codec.block_size:
                 next(waiting).copy_(value)
             else:
                 encoded = _encode(value, bits, role, codec.name)
@@ -115,7 +115,7 @@ def encode_codes(codecs: tuple[Codec, ...]) -> Body:
     bits depend on, where there are any. Apart from the first, each is one loop without anything between.
     """
     random = any(codec.random for codec in codecs)
-    roles = [(role, codec) for role, codec in enumerate(codecs) if codec.sharing]
+    roles = [(role, codec) for role, codec in enumerate(codecs) if codec.block_size]
 
     def body(own: list[Tensor], row: Tensor) -> None:
         bits = random_of(own[-1], own[2]) if random else None
@@ -279,33 +279,39 @@ def graph_for(
     With `scaled` the gradient is multiplied by the row's factor; without, that multiplication is saved: on a CPU an
     update is nearly as much arithmetic as memory traffic.
     """
-    sharing = max(codec.sharing for codec in codecs)
+    block_size = max(codec.block_size for codec in codecs)
     slot: list[tuple[torch.dtype, tuple[int, ...]]] = []
     for role, codec in enumerate(codecs):
-        slot += [(dtype, shape_of(each, sharing)) for dtype, each in zip(codec.dtypes, codec.each, strict=True)]
-        slot += [(gradient, shape_of(1, sharing))] * (role == 0)
-    slot += [(torch.float32, shape_of(1, sharing))] * sum(codec.sharing > 0 for codec in codecs)
+        slot += [
+            (dtype, shape_of(per_item, block_size))
+            for dtype, per_item in zip(codec.dtypes, codec.elements_per_item, strict=True)
+        ]
+        slot += [(gradient, shape_of(1, block_size))] * (role == 0)
+    slot += [(torch.float32, shape_of(1, block_size))] * sum(codec.block_size > 0 for codec in codecs)
     body = update(torch_form(rule), scalars, codecs, compute, scaled, averaged)
     row = torch.zeros(1 + len(scalars._fields) + averaged, dtype=compute, device=device)
     random = any(codec.random for codec in codecs)
-    return Graph(rule.__name__, body, slot, random, row, EXAMPLE // max(sharing, 1), parallel)
+    return Graph(rule.__name__, body, slot, random, row, EXAMPLE // max(block_size, 1), parallel)
 
 
 @cache
 def codes_graph_for(codecs: tuple[Codec, ...], device: torch.device, parallel: bool) -> Graph:
     """The compiled graph of :func:`encode_codes`."""
-    sharing = max(codec.sharing for codec in codecs)
+    block_size = max(codec.block_size for codec in codecs)
     slot: list[tuple[torch.dtype, tuple[int, ...]]] = []
     for codec in codecs:
-        if codec.sharing:
-            slot += [(dtype, shape_of(each, sharing)) for dtype, each in zip(codec.dtypes, codec.each, strict=True)]
-            slot.append((torch.float32, shape_of(1, sharing)))
+        if codec.block_size:
+            slot += [
+                (dtype, shape_of(per_item, block_size))
+                for dtype, per_item in zip(codec.dtypes, codec.elements_per_item, strict=True)
+            ]
+            slot.append((torch.float32, shape_of(1, block_size)))
     random = any(codec.random for codec in codecs)
     return Graph(
-        "codes", encode_codes(codecs), slot, random, torch.zeros(1, device=device), EXAMPLE // sharing, parallel
+        "codes", encode_codes(codecs), slot, random, torch.zeros(1, device=device), EXAMPLE // block_size, parallel
     )
 
 
-def shape_of(each: int, sharing: int) -> tuple[int, ...]:
+def shape_of(per_item: int, block_size: int) -> tuple[int, ...]:
     """What an element of length stands for, in items of so many elements: one, or the row of a block."""
-    return (sharing // each,) if sharing else ()
+    return (block_size // per_item,) if block_size else ()

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...buckets.bucket import Bucket
 from ...buckets.gradient_norm import EUCLIDEAN, Norm
 from ...buckets.key import Key
-from ...buckets.members import Member
-from ...buckets.rows import Row, row_for
+from ...buckets.slots import ParamSlot
+from ...buckets.step_scalars import StepScalars, step_scalars_for
 from ...precision.codecs import Codec
 from ...spec import Update
 from ...util.cpp_build import library
@@ -36,26 +36,26 @@ class CppBucket(Bucket):
 
     takes_addresses = True
 
-    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
-        super().__init__(optimizer, key, members)
+    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
+        super().__init__(optimizer, key, slots)
         self.chunks = Chunks(self.numels)
-        kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
+        kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in slots]
         own = zip(self.numels, kept, strict=True)
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
         self.gradient_table = array("q")
-        self.call = self.prepare(optimizer, key, members)
+        self.call = self.prepare(optimizer, key, slots)
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, members: list[Member]) -> Any:
-        super().prepare(optimizer, key, members)
+    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
+        super().prepare(optimizer, key, slots)
         group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        scalars: Any = type(row_for(optimizer, group, 1).h)
+        scalars: Any = type(step_scalars_for(optimizer, group, 1).h)
         if optimizer.max_grad_norm is not None or optimizer.amp is not None:
             sums_of(EUCLIDEAN.kind, key.gradient)
         return step_of(key.variant.rule, scalars, key.codecs, key.gradient, key.variant.averaged)
 
     @classmethod
-    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
+    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
         return 1
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
@@ -67,7 +67,7 @@ class CppBucket(Bucket):
             return None
         return [chunk_sums(self.chunks, self.gradient_table, self.key.gradient, norm)]
 
-    def run(self, rows: list[Row | None]) -> None:
+    def run(self, rows: list[StepScalars | None]) -> None:
         if self.regrouped:
             self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False

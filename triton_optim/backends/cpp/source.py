@@ -50,8 +50,8 @@ def storage(dtypes: Container[torch.dtype]) -> str:
 class Part:
     """A tensor of a role."""
 
-    def __init__(self, number: int, dtype: torch.dtype, each: int, padded: bool) -> None:
-        self.number, self.dtype, self.each = number, dtype, each
+    def __init__(self, number: int, dtype: torch.dtype, elements_per_item: int, padded: bool) -> None:
+        self.number, self.dtype, self.elements_per_item = number, dtype, elements_per_item
         self.padded = padded  # there is an item for each element of an incomplete block
         self.kind = _WIDE.get(dtype, FLOAT)
         self.type, self.reading, self.making = _STORAGE[dtype]
@@ -67,16 +67,16 @@ class Source:
         self.scalars, self.codecs, self.averaged = scalars, codecs, averaged
         self.compute = DOUBLE if codecs[0].dtypes[0] == torch.float64 else FLOAT
         self.trace = Trace(self.compute)
-        self.sharing = max(codec.sharing for codec in codecs)
-        self.batch = max(BATCH, BLOCKS * self.sharing)
-        self.first = f"b * {self.sharing} + " if self.sharing else ""  # the number of a block's first element
+        self.block_size = max(codec.block_size for codec in codecs)
+        self.batch = max(BATCH, BLOCKS * self.block_size)
+        self.first = f"b * {self.block_size} + " if self.block_size else ""  # the number of a block's first element
         self.parts: list[list[Part]] = []
         self.loaded: dict[Value, Part] = {}
         self.stores: list[tuple[Part, Value]] = []
         number = 0
         for codec in (codecs[0], plain(gradient), *codecs[1:]):
-            own = zip(codec.dtypes, codec.each, strict=True)
-            self.parts.append([Part(number + i, d, e, bool(codec.sharing)) for i, (d, e) in enumerate(own)])
+            own = zip(codec.dtypes, codec.elements_per_item, strict=True)
+            self.parts.append([Part(number + i, d, e, bool(codec.block_size)) for i, (d, e) in enumerate(own)])
             number += len(codec.dtypes)
         self.width = 1 + len(scalars._fields) + averaged
         self._translate(rule)
@@ -120,7 +120,7 @@ class Source:
             self.trace.real = self.compute
 
     def _load(self, part: Part) -> Value:
-        item = {1: ("[i]", ELEMENT), 2: ("[i]", PAIR)}.get(part.each, ("[0]", BLOCK))
+        item = {1: ("[i]", ELEMENT), 2: ("[i]", PAIR)}.get(part.elements_per_item, ("[0]", BLOCK))
         value = self.trace.new(part.kind, item[1], part.reading.format(f"part{part.number}{item[0]}"), name="part")
         self.loaded[value] = part
         return value
@@ -130,7 +130,7 @@ class Source:
         trace = self.trace
         if value.shape == ONE:
             value = trace.new(value.kind, ELEMENT, "{0}", [value])
-        if codec.sharing:
+        if codec.block_size:
             value = trace.new(value.kind, ELEMENT, "{0}", [value], "there", "end")
         kept = (value,)
         if codec.name != "plain":
@@ -161,7 +161,7 @@ class Source:
                 last[x] = earliest[x]
             if x not in last:
                 continue  # nobody reads it
-            self.loop[x] = earliest[x] if x.moves == "fold" or x.shape in (ONE, BLOCK) else last[x]
+            self.loop[x] = earliest[x] if x.moves == "reduce" or x.shape in (ONE, BLOCK) else last[x]
             for a in x.arguments:
                 if a in earliest:
                     last[a] = min(last.get(a, self.loop[x]), self.loop[x] - later(a, x))
@@ -175,7 +175,7 @@ class Source:
             if x in self.loop and x.shape != BLOCK
             if part.padded or (part.in_a_row and not (x in self.written and x in read))
         }
-        self.block = self.batch if self.sharing or self.narrow else CHUNK
+        self.block = self.batch if self.block_size or self.narrow else CHUNK
         self.waiting = {
             a
             for x in self.loop
@@ -187,9 +187,9 @@ class Source:
     # The text.
 
     def expression(self, x: Value) -> str:
-        if x.moves == "pick":
+        if x.moves == "deinterleave":
             return f"{x.arguments[0].name}_b[{x.code}]"
-        if x.moves == "weave" or x in self.narrow:
+        if x.moves == "interleave" or x in self.narrow:
             return f"{x.name}_b[i]"
         own = []
         for a in x.arguments:
@@ -205,20 +205,20 @@ class Source:
         parts = [part for parts in self.parts for part in parts]
         gradient = self.parts[1][0]
         buffers = {x: self.narrow[x].kind if x in self.narrow else x.kind for x in live
-                   if x in self.waiting or x.moves == "weave" or x in self.narrow}  # fmt: skip
-        sizes = {PAIR: self.sharing // 2, ELEMENT: self.sharing or self.batch, BLOCK: 1}
+                   if x in self.waiting or x.moves == "interleave" or x in self.narrow}  # fmt: skip
+        sizes = {PAIR: self.block_size // 2, ELEMENT: self.block_size or self.batch, BLOCK: 1}
         # Of a block, read in a later loop than it is made in.
         kept = {a for x in live for a in x.arguments if a.shape == BLOCK and self.loop[a] < self.loop[x]}
-        blocks = self.batch // (self.sharing or self.batch)
+        blocks = self.batch // (self.block_size or self.batch)
         for x, kind in [*buffers.items(), *((x, x.kind) for x in live if x in kept)]:
             yield f"alignas(64) {kind} {x.name}_a[{blocks * sizes[x.shape]}];"
         yield from self._statements(x for x in live if x.shape == ONE)
-        count = f"(n + {self.sharing - 1}) / {self.sharing}" if self.sharing else "1"
+        count = f"(n + {self.block_size - 1}) / {self.block_size}" if self.block_size else "1"
         for number in range(max(self.loop.values()) + 1):
             yield f"for (int64_t b = 0; b < {count}; ++b) {{"
             for part in parts:
                 const = "const " if part is gradient else ""
-                start = f" + b * {self.sharing // part.each}" if self.sharing else ""
+                start = f" + b * {self.block_size // part.elements_per_item}" if self.block_size else ""
                 yield f"    {const}{part.type} *part{part.number} = ({const}{part.type} *)parts[{part.number}]{start};"
             for x, kind in buffers.items():
                 yield f"    {kind} *{x.name}_b = {x.name}_a + b * {sizes[x.shape]};"
@@ -233,17 +233,17 @@ class Source:
 
     def _of_block(self, live: list[Value], own: list[Value], number: int) -> Iterable[str]:
         yield from self._statements(x for x in own if x.shape == BLOCK and not x.moves)
-        for shape, end in ((ELEMENT, self.sharing or "n"), (PAIR, self.sharing // 2)):
+        for shape, end in ((ELEMENT, self.block_size or "n"), (PAIR, self.block_size // 2)):
             yield from self._loop([x for x in own if x.shape == shape], end)
-        for x in (x for x in live if x.moves == "weave" and self.loop[x] == number + 1):
+        for x in (x for x in live if x.moves == "interleave" and self.loop[x] == number + 1):
             first, second = x.arguments
-            yield f"for (int64_t i = 0; i < {self.sharing // 2}; ++i) {{"
+            yield f"for (int64_t i = 0; i < {self.block_size // 2}; ++i) {{"
             yield f"    {x.name}_b[2 * i] = {first.name}_b[i], {x.name}_b[2 * i + 1] = {second.name}_b[i];"
             yield "}"
         for x in (x for x in own if x.moves == "end"):
-            yield f"for (int64_t i = n - b * {self.sharing}; i < {self.sharing}; ++i) {x.name}_b[i] = 0;"
-        for x in (x for x in own if x.moves == "fold"):
-            yield f"const {x.kind} {x.name} = {x.code}<{self.sharing}>({x.arguments[0].name}_b);"
+            yield f"for (int64_t i = n - b * {self.block_size}; i < {self.block_size}; ++i) {x.name}_b[i] = 0;"
+        for x in (x for x in own if x.moves == "reduce"):
+            yield f"const {x.kind} {x.name} = {x.code}<{self.block_size}>({x.arguments[0].name}_b);"
 
     def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
         """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both
@@ -288,9 +288,9 @@ class Source:
 
     def text(self) -> str:
         parts = [part for parts in self.parts for part in parts]
-        table = ", ".join(f"{{sizeof({p.type}), {p.each}, {str(p.padded).lower()}}}" for p in parts)
+        table = ", ".join(f"{{sizeof({p.type}), {p.elements_per_item}, {str(p.padded).lower()}}}" for p in parts)
         lines = "\n".join("    " + line for line in self.lines())
-        whole = str(bool(self.sharing)).lower()
+        whole = str(bool(self.block_size)).lower()
         of_run = f"PARTS, {len(parts)}, {self.parts[1][0].number}, {self.width}, {self.block}, {whole}"
         return f"""
 static constexpr Part PARTS[] = {{{table}}};

@@ -124,7 +124,7 @@ class Trace:
         """A word of the language."""
         if word.moves:
             arguments = [self.as_kind(x, word.takes or kind_of(x)) for x in self.common(*xs)]
-            if any(x.shape != (PAIR if word.moves == "weave" else ELEMENT) for x in arguments):
+            if any(x.shape != (PAIR if word.moves == "interleave" else ELEMENT) for x in arguments):
                 raise UntranslatableError(f"{name} is for whole rows")
             shape = {"fold": BLOCK, "pick": PAIR, "weave": ELEMENT}[word.moves]
             return self.new(word.gives or arguments[0].kind, shape, word.code, arguments, name, word.moves)

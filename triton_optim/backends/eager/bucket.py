@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...buckets.bucket import Bucket
 from ...buckets.key import Key
-from ...buckets.members import Member
-from ...buckets.rows import Row, row_for
+from ...buckets.slots import ParamSlot
+from ...buckets.step_scalars import StepScalars, step_scalars_for
 from ...spec import Update
 from ...util.hyperparameters import plain_group
 from ...util.layout import local
@@ -22,9 +22,9 @@ class EagerBucket(Bucket):
     keeps_layout = False
     takes_memory = False
 
-    def run(self, rows: list[Row | None]) -> None:
+    def run(self, rows: list[StepScalars | None]) -> None:
         keys = self.random_keys(rows) if self.random else None
-        for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
+        for i, (m, g) in enumerate(zip(self.slots, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:
                 continue
@@ -35,8 +35,8 @@ class EagerBucket(Bucket):
             update(self.key, param, g, states, row, None if keys is None else keys[i])
 
     @classmethod
-    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
-        return traffic(optimizer, key)[0] * sum(bool(local(m.p).numel()) for m in members)
+    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
+        return traffic(optimizer, key)[0] * sum(bool(local(m.p).numel()) for m in slots)
 
     @classmethod
     def bytes_per_parameter(cls, optimizer: Update, key: Key) -> float:
@@ -47,23 +47,26 @@ def traffic(optimizer: Update, key: Key) -> tuple[int, float]:
     """Operations a parameter, and bytes they read and write an element: counted on tensors without memory."""
     n = 1024
     kept = [
-        [torch.empty(n // each, dtype=dtype, device="meta") for dtype, each in zip(c.dtypes, c.each, strict=True)]
+        [
+            torch.empty(n // per_item, dtype=dtype, device="meta")
+            for dtype, per_item in zip(c.dtypes, c.elements_per_item, strict=True)
+        ]
         for c in key.codecs
     ]
     g = torch.empty(n, dtype=key.gradient, device="meta")
     group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
     with torch.no_grad(), _TrafficCounter() as counter:
-        update(key, kept[0], g, kept[1:], row_for(optimizer, group, 1)._replace(factor=1.0))
+        update(key, kept[0], g, kept[1:], step_scalars_for(optimizer, group, 1)._replace(factor=1.0))
     return counter.operations, counter.bytes / n
 
 
-def prologue_traffic(optimizer: Update, key: Key, members: list[Member]) -> tuple[int, int]:
+def prologue_traffic(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, int]:
     """Operations of a prologue, and bytes they read and write: counted on tensors without memory."""
     counter = _TrafficCounter()
-    for number in sorted({m.group for m in members}):
+    for number in sorted({m.group for m in slots}):
         group = optimizer.param_groups[number]
-        h = row_for(optimizer, group, 1).h
-        params = [torch.empty_like(local(m.p), device="meta") for m in members if m.group == number]
+        h = step_scalars_for(optimizer, group, 1).h
+        params = [torch.empty_like(local(m.p), device="meta") for m in slots if m.group == number]
         gradients = [torch.empty_like(p, dtype=key.gradient) for p in params]
         states = [optimizer.prologue_state(p, group) for p in params]
         with torch.no_grad(), counter:

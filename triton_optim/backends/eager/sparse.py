@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ...buckets.bucket import Bucket
 from ...buckets.key import Key
-from ...buckets.members import Member
-from ...buckets.rows import Row
+from ...buckets.slots import ParamSlot
+from ...buckets.step_scalars import StepScalars
 from ...precision.averaging import average_of
 from ...spec import Update
 from ...util.hyperparameters import exact_number
@@ -21,7 +21,9 @@ class SparseBucket(Bucket):
 
     def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
         # A group's hyperparameters decide whether single rows will do.
-        if any(self.optimizer.sparse_gradients(self.optimizer.param_groups[c.group]) != "rows" for c in self.cohorts):
+        if any(
+            self.optimizer.sparse_gradients(self.optimizer.param_groups[c.group]) != "rows" for c in self.step_groups
+        ):
             return False
         for value, kind, g in zip(values, self._kinds, own, strict=True):
             if (value.shape, value.stride(), value.dtype) != kind:
@@ -33,11 +35,11 @@ class SparseBucket(Bucket):
         # An element that is held twice is meant to be added up first.
         return self._take([g if g is None else g.coalesce() for g in own])
 
-    def run(self, rows: list[Row | None]) -> None:
+    def run(self, rows: list[StepScalars | None]) -> None:
         key = rule = self.key
         if key.variant.averaged:
             rule = key._replace(variant=key.variant._replace(averaged=False), codecs=key.codecs[:-1])
-        for i, (m, g) in enumerate(zip(self.members, self.gradients, strict=True)):
+        for i, (m, g) in enumerate(zip(self.slots, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:
                 continue
@@ -57,9 +59,9 @@ class SparseBucket(Bucket):
                 average.copy_(average_of(average.to(key.compute), written[0].to(key.compute), share))
 
     @classmethod
-    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
+    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
         gathers = 2 * (len(key.dtypes) - 1)
-        return (traffic(optimizer, key)[0] + gathers) * len(members)
+        return (traffic(optimizer, key)[0] + gathers) * len(slots)
 
     @classmethod
     def bytes_per_parameter(cls, optimizer: Update, key: Key) -> float:

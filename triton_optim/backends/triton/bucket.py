@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buckets.bucket import Bucket
-from ...buckets.gradient_norm import EUCLIDEAN, Norm, Scaling, Signal, scaling_of
+from ...buckets.gradient_norm import EUCLIDEAN, GradientStats, Norm, Scaling, scaling_of
 from ...buckets.key import Key
-from ...buckets.members import Member
-from ...buckets.rows import Row, plain_cells, row_for, table_of
+from ...buckets.slots import ParamSlot
+from ...buckets.step_scalars import StepScalars, plain_cells, step_scalars_for, table_of
 from ...dispatch import this_machine
 from ...kernels import multi_tensor as kernel
 from ...precision.codecs import Codec, plain
@@ -28,8 +28,8 @@ from .launch import Launcher, warp_size
 from .norm import NormPass, norm_launcher
 from .rows import SLOTS, TritonRows
 from .rows import launcher_for as launcher_of_rows
-from .signal import TritonSignal, kind_of, signal_launcher
 from .staging import Staging
+from .stats import TritonGradientStats, kind_of, stats_launcher
 from .tables import TRITON_DTYPES, chunk_table
 
 
@@ -50,26 +50,26 @@ def kept_as(
         averaged: whether the last role is the average of the parameter.
     """
     roles = [codecs[0], plain(gradient), *codecs[1:]]
-    parts = [part for codec in roles for part in zip(codec.dtypes, codec.each, strict=True)]
-    sharing = max(codec.sharing for codec in codecs)
+    parts = [part for codec in roles for part in zip(codec.dtypes, codec.elements_per_item, strict=True)]
+    block_size = max(codec.block_size for codec in codecs)
     return {
         "CODECS": tuple(codec.name for codec in roles),
         "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype, _ in parts),
-        "EACH": tuple(each for _, each in parts),
+        "PER_ITEM": tuple(per_item for _, per_item in parts),
         "FIRST": (0, *accumulate(len(codec.dtypes) for codec in roles)),
         "AVERAGED": averaged,
         "RANDOM": any(codec.random for codec in codecs),
-        "SHARING": sharing,
-        **module.launch_options([dtype.itemsize for dtype, each in parts if each == 1], sharing, warp_size),
+        "BLOCK_SIZE": block_size,
+        **module.launch_options([dtype.itemsize for dtype, per_item in parts if per_item == 1], block_size, warp_size),
     }
 
 
-def launcher_for(key: Key, scalars: Any, signal: bool, by_value: bool) -> Launcher:
+def launcher_for(key: Key, scalars: Any, stats: bool, by_value: bool) -> Launcher:
     """What starts the kernel for a bucket.
 
     Args:
         scalars: the NamedTuple type of the rule's scalars.
-        signal: whether the step has one.
+        stats: whether the step has one.
         by_value: whether the kernel takes the only row as an argument, and not a table of rows.
     """
     rule, averaged = key.variant.rule, key.variant.averaged
@@ -78,7 +78,7 @@ def launcher_for(key: Key, scalars: Any, signal: bool, by_value: bool) -> Launch
         # In a constexpr: of a NamedTuple class itself Triton 3.6 to 3.9 make no cache key.
         "SCALARS": tl.constexpr(scalars),
         "FIELDS": scalars._fields,
-        "SIGNAL": signal,
+        "STATS": stats,
         "BY_VALUE": by_value,
         "COMPUTE": TRITON_DTYPES[key.compute],
         "CONVERT": kernel.convert_nearest if this_machine().interpreter else kernel.convert,
@@ -89,34 +89,34 @@ def launcher_for(key: Key, scalars: Any, signal: bool, by_value: bool) -> Launch
     }
     rows: Any = (0.5,) * (1 + len(scalars._fields) + averaged) if by_value else key.compute
     keys: Any = 0 if by_value and key.random else torch.int32
-    tables = (torch.int32, torch.int64, torch.int64, rows, torch.int32, keys, torch.float64 if signal else torch.int32)
+    tables = (torch.int32, torch.int64, torch.int64, rows, torch.int32, keys, torch.float64 if stats else torch.int32)
     return Launcher(kernel.multi_tensor, tables, constants, key.device)
 
 
 class TritonBucket(Bucket):
     """Holds the kernel's tables on the device: chunks and tensors, made once; gradients and rows, refreshed."""
 
-    reads_signal = True
+    reads_stats = True
     takes_addresses = True
     launches_kernels = True
 
-    def __init__(self, optimizer: Update, key: Key, members: list[Member]) -> None:
-        super().__init__(optimizer, key, members)
+    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
+        super().__init__(optimizer, key, slots)
         self.chunks = chunk_table(self.numels, key.device)
         self._programs = len(self.chunks)
         self._by_value = takes_by_value(key)
-        addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in members]
+        addresses = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in slots]
         own = zip(self.numels, addresses, strict=True)
         self.tensors = torch.tensor([[numel, 0, *a] for numel, a in own], device="cpu").to(key.device)
         # Where the gradients lie, in memory that is kept: for a new array malloc would first merge all small chunks
         # that were freed since the last, the old gradients among them, which takes longer than to find new ones.
-        self.pointers = array("q", bytes(8 * len(members)))
-        self._gradients = Staging(len(members), torch.int64, key.device)
+        self.pointers = array("q", bytes(8 * len(slots)))
+        self._gradients = Staging(len(slots), torch.int64, key.device)
         self.gradient_table = self._gradients.tensor
         self.numbers = self.chunks  # not read
         if key.random:
             first = torch.tensor([piece.first for piece in self.pieces], device="cpu")
-            numbers = torch.tensor([m.index for m in members], dtype=torch.int32, device="cpu")
+            numbers = torch.tensor([m.index for m in slots], dtype=torch.int32, device="cpu")
             self.numbers = tensor_numbers(first, numbers).to(key.device)
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
@@ -127,19 +127,19 @@ class TritonBucket(Bucket):
         self._captured: list[Tensor] = []
 
     @classmethod
-    def launches(cls, optimizer: Update, key: Key, members: list[Member]) -> int:
+    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
         return 1
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, members: list[Member]) -> Any:
-        super().prepare(optimizer, key, members)
+    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
+        super().prepare(optimizer, key, slots)
         scaling = scaling_of(optimizer)
-        for launcher in cls.first_launchers(optimizer, key, members, [] if scaling is None else [scaling]):
+        for launcher in cls.first_launchers(optimizer, key, slots, [] if scaling is None else [scaling]):
             launcher.load()
 
     @classmethod
     def first_launchers(
-        cls, optimizer: Update, key: Key, members: list[Member], scalings: list[Scaling]
+        cls, optimizer: Update, key: Key, slots: list[ParamSlot], scalings: list[Scaling]
     ) -> list[Launcher]:
         """What the first step will start, in this order.
 
@@ -147,28 +147,28 @@ class TritonBucket(Bucket):
             scalings: what it may do with all gradients.
         """
         group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        row, averaged, prologue = row_for(optimizer, group, 1), key.variant.averaged, key.variant.prologue
-        cohorts = len({(m.group, *m.numbers.values()) for m in members})
-        by_value = takes_by_value(key) and cohorts == 1 and plain_cells(row, averaged) is not None
+        row, averaged, prologue = step_scalars_for(optimizer, group, 1), key.variant.averaged, key.variant.prologue
+        step_groups = len({(m.group, *m.numbers.values()) for m in slots})
+        by_value = takes_by_value(key) and step_groups == 1 and plain_cells(row, averaged) is not None
         own = launcher_for(key, type(row.h), bool(scalings) and not prologue, by_value)
-        kept = len(optimizer.counted_names(group))
+        kept = len(optimizer.scalar_state_names(group))
         before = launchers_before(key, 1 + len(row.h) + averaged, kept, scalings)
         return [*before, own]
 
     @classmethod
-    def warm_up(cls, optimizer: Update, key: Key, members: list[Member]) -> None:
+    def warm_up(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
         one, norm = torch.empty(0, device="cpu"), optimizer.max_grad_norm
         scalings = [Scaling(max_norm=norm)] if norm is not None else []
         if optimizer.amp is not None:  # told of infinities, or looking for them
             scalings += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
-        for launcher in cls.first_launchers(optimizer, key, members, scalings):
+        for launcher in cls.first_launchers(optimizer, key, slots, scalings):
             launcher.compile()
 
-    def signal_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> Signal:
+    def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
         limit = limit_on(device, scaling.max_norm)
         if self.key.capturable:
             limit = self.optimizer.hyperparameters.on_device(device).max_norm
-        return TritonSignal(partials, scaling, limit)
+        return TritonGradientStats(partials, scaling, limit)
 
     def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:
@@ -194,9 +194,9 @@ class TritonBucket(Bucket):
         self._captured += [self._staging, self.gradient_table]
         self._staging = None
 
-    def form_rows(self, active: list[bool]) -> list[Row | None]:
+    def form_rows(self, active: list[bool]) -> list[StepScalars | None]:
         if self._on_device is not None and not self.key.variant.prologue:
-            rows = self._rows_on_device.rows(self.cohorts, active, self._on_device)
+            rows = self._rows_on_device.rows(self.step_groups, active, self._on_device)
             if rows is not None:
                 return rows
         return super().form_rows(active)
@@ -209,7 +209,7 @@ class TritonBucket(Bucket):
             self._norm_passes[norm] = NormPass(*tables, self.key.gradient, self.key.aligned, norm)
         return [self._norm_passes[norm](self.gradient_table)]
 
-    def run(self, rows: list[Row | None]) -> None:
+    def run(self, rows: list[StepScalars | None]) -> None:
         if self.regrouped:
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of, device="cpu").to(self.key.device)
             self.regrouped = False
@@ -222,20 +222,20 @@ class TritonBucket(Bucket):
         if only is not None and cells is not None:
             keys = host_row_key(self._seed(0), only.step) if self.random else keys
         elif any(row is not None and row.counted for row in rows):
-            table, keys = self._rows_on_device.form(self.signal)
+            table, keys = self._rows_on_device.form(self.stats)
         else:
             table = self._table_of(rows)
-            keys = self.brought(self.row_keys(rows)) if self.random else keys
+            keys = self.to_device_async(self.row_keys(rows)) if self.random else keys
         some = only or next(row for row in rows if row is not None)
-        compiled_for = (type(some.h), self.signal is not None, cells is not None)
+        compiled_for = (type(some.h), self.stats is not None, cells is not None)
         if compiled_for not in self._launchers:
             self._launchers[compiled_for] = launcher_for(key, *compiled_for)
-        signal = self.chunks if self.signal is None else self.signal.tensor
+        stats = self.chunks if self.stats is None else self.stats.tensor
         launch = self._launchers[compiled_for]
-        launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, signal)
+        launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, stats)
         self.mark_written()
 
-    def _table_of(self, rows: list[Row | None]) -> Tensor:
+    def _table_of(self, rows: list[StepScalars | None]) -> Tensor:
         """The rows as a table on the device."""
         width = 1 + len(next(row.h for row in rows if row is not None)) + self.key.variant.averaged
         cells = [None if row is None else plain_cells(row, self.key.variant.averaged) for row in rows]
@@ -248,8 +248,8 @@ class TritonBucket(Bucket):
         self._row_table.push(array(code, chain.from_iterable(nothing if c is None else c for c in cells)))
         return self._row_table.tensor.view(-1, width)
 
-    def _seed(self, cohort: int) -> int:
-        return int(self.optimizer.param_groups[self.cohorts[cohort].group].get("seed", 0))
+    def _seed(self, step_group: int) -> int:
+        return int(self.optimizer.param_groups[self.step_groups[step_group].group].get("seed", 0))
 
 
 @lru_cache(maxsize=64)
@@ -267,15 +267,15 @@ def launchers_before(key: Key, width: int, kept: int, scalings: list[Scaling]) -
         scalings: what it may do with all gradients.
     """
     found = []
-    if any(scaling.reads for scaling in scalings):
+    if any(scaling.needs_norm for scaling in scalings):
         found.append(norm_launcher(key.gradient, EUCLIDEAN.kind, key.aligned, key.device))
     rows = key.capturable and not key.variant.prologue
     kinds = [] if key.variant.prologue else list(dict.fromkeys(map(kind_of, scalings)))
     if rows:
         asked: list[Any] = [("form", kind) for kind in kinds] or [("none", None)]
-        found += [launcher_of_rows(key, width, SLOTS[0], kept, *signal) for signal in asked]
+        found += [launcher_of_rows(key, width, SLOTS[0], kept, *stats) for stats in asked]
     else:
-        found += [signal_launcher(kind, key.device) for kind in kinds]
+        found += [stats_launcher(kind, key.device) for kind in kinds]
     return found
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 _thread: threading.Thread | None = None
 
 
-def begin() -> None:
+def start() -> None:
     """Begin, if that was not done yet."""
     global _thread
     if _thread is None:

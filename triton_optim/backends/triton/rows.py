@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...buckets.gradient_norm import Signal
-from ...buckets.rows import Row, row_for, to_device
+from ...buckets.gradient_norm import GradientStats
+from ...buckets.step_scalars import StepScalars, step_scalars_for, to_device
 from ...kernels import rows as kernel
 from ...spec import Update
 from ...util.hyperparameters import PLAIN, plain_group
 from ...util.on_device import OnDevice, capturing
 from .launch import Launcher
 from .recording import Recorder, Value, reads_its_arguments_alone
-from .signal import Kind, TritonSignal, signal_constants, signal_types
+from .stats import Kind, TritonGradientStats, stats_constants, stats_types
 
 if TYPE_CHECKING:
     from ...buckets.key import Key
-    from ...buckets.members import Cohort
+    from ...buckets.slots import StepGroup
 
 SLOTS = (64, 128, 256)  # values of a row, at most
 _KINDS = {name: number for number, name in enumerate(kernel.KINDS)}
@@ -73,17 +73,17 @@ def record(optimizer: Update, numbers: Numbers, averaged: bool) -> Recording | N
 
     recorder.note("constant", source=_ONE)  # the first, in which the kernel finds the passes
     hyper = {name: symbol(value) for name, value in numbers.read.items()}
-    carried = numbers.counted | {name: symbol((("kept", name), dtype)) for name, dtype in numbers.kept.items()}
+    scalar_state = numbers.counted | {name: symbol((("kept", name), dtype)) for name, dtype in numbers.kept.items()}
     seed = hyper.pop("seed")
-    before = carried.pop("step")
+    before = scalar_state.pop("step")
     try:
         with recorder:
             step = before + 1
-            row = row_for(optimizer, numbers.fixed, step, carried, on_device=hyper)
+            row = step_scalars_for(optimizer, numbers.fixed, step, scalar_state, on_device=hyper)
         cells = [row.factor, *row.h, row.weight][: 1 + len(row.h) + averaged]
         goes: list[tuple[int, int, Hashable]] = [(recorder.number_of(x), cell, 0) for cell, x in enumerate(cells)]
         for name, dtype in numbers.kept.items():
-            value = step if name == "step" else row.carried[name]
+            value = step if name == "step" else row.scalar_state[name]
             goes.append((recorder.number_of(value), _KEEPS[dtype], ("kept", name)))
         key = zip((*seed, step), (kernel.LOW, kernel.HIGH, kernel.STEP), strict=True)
         goes += [(recorder.number_of(x), place, 0) for x, place in key]
@@ -127,15 +127,15 @@ def assembled(
     return Recording(h, code, sources, keeps)
 
 
-def numbers_of(group: dict[str, Any], cohort: Cohort, held: OnDevice) -> Numbers:
+def numbers_of(group: dict[str, Any], step_group: StepGroup, held: OnDevice) -> Numbers:
     """What the row of a cohort is formed of now."""
-    read = held.names(cohort.group)
+    read = held.names(step_group.group)
     for name, value in group.items():
         if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
             read[name] = (("own", name), value.dtype)
     fixed = {name: value for name, value in group.items() if name not in read and name not in ("params", "param_names")}
-    kept = {name: value.dtype for name, value in cohort.columns.items()}
-    return Numbers(plain_group(fixed), cohort.unshared, read, kept)
+    kept = {name: value.dtype for name, value in step_group.columns.items()}
+    return Numbers(plain_group(fixed), step_group.unshared, read, kept)
 
 
 def is_plain(value: Any) -> bool:
@@ -151,33 +151,33 @@ def has_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(has_tensor, value)))
 
 
-def address(name: Any, cohort: Cohort, group: dict[str, Any], held: OnDevice) -> int:
+def address(name: Any, step_group: StepGroup, group: dict[str, Any], held: OnDevice) -> int:
     """Where the number of this name lies."""
     kind, which = name
     if kind == "hyper":
         return held.address(which)
-    tensor: Tensor = cohort.columns[which] if kind == "kept" else group[which]
+    tensor: Tensor = step_group.columns[which] if kind == "kept" else group[which]
     return tensor.data_ptr()
 
 
-def launcher_for(key: Key, width: int, slots: int, kept: int, signal: str, kind: Kind | None) -> Launcher:
+def launcher_for(key: Key, width: int, slots: int, kept: int, stats: str, kind: Kind | None) -> Launcher:
     """What starts the kernel.
 
     Args:
         width: cells of a row.
         slots: values of a row, at most.
         kept: how many of them are kept.
-        signal: "none", "read" or "form".
-        kind: of triton_signal.kind_of, where it is formed.
+        stats: "none", "read" or "form".
+        kind: of triton_stats.kind_of, where it is formed.
     """
-    forms = signal == "form"
+    forms = stats == "form"
     kind = kind or ("none", False, False, False)
-    constants = {"WIDTH": width, "SLOTS": slots, "SIGNAL": signal, "RANDOM": key.random, "KEPT": kept}
-    constants |= signal_constants(kind)
+    constants = {"WIDTH": width, "SLOTS": slots, "STATS": stats, "RANDOM": key.random, "KEPT": kept}
+    constants |= stats_constants(kind)
     # The rows alone are few numbers, which a warp shuffles without shared memory.
     options = {"num_warps": 4 if forms else 1, "enable_fp_fusion": True}
     tables = (torch.int32, torch.int64, key.compute, torch.int32)
-    return Launcher(kernel.form_rows, (*tables, *signal_types(kind)), constants | options, key.device)
+    return Launcher(kernel.form_rows, (*tables, *stats_types(kind)), constants | options, key.device)
 
 
 class TritonRows:
@@ -195,31 +195,32 @@ class TritonRows:
         self._are_pure = False  # whether they read their arguments alone
         self._are_known = False  # whether what was recorded is right while the numbers are the same
         self._laid: Any = None  # what is in the tables
-        self._cohorts: list[Cohort] = []
+        self._cohorts: list[StepGroup] = []
         self._seen: list[Any] = []
-        self._rows: list[Row | None] = []
+        self._rows: list[StepScalars | None] = []
         self._tables: tuple[Tensor, ...] = ()
         self._launchers: dict[Any, Launcher] = {}
 
-    def rows(self, cohorts: list[Cohort], active: list[bool], held: OnDevice) -> list[Row | None] | None:
+    def rows(self, step_groups: list[StepGroup], active: list[bool], held: OnDevice) -> list[StepScalars | None] | None:
         """Make ready to form the rows of the active cohorts; None where they cannot be formed so.
 
         Returns:
             Rows of which the type of ``h`` is all that is known here.
         """
         if not any(active):
-            return [None] * len(cohorts)
+            return [None] * len(step_groups)
         optimizer, groups = self._optimizer, self._optimizer.param_groups
         # The same objects as in the last step, of which nothing but the values of numbers has changed.
-        values = [optimizer.hyperparameters.values[c.group] for c in cohorts]
-        kept = [t.data_ptr() for c in cohorts for t in c.columns.values()]
-        formulas = (optimizer.scalars, optimizer.carry)
-        seen = [held.rebuilt, active, kept, [v.rebuilt for v in values], [c.unshared for c in cohorts], formulas]
-        if self._are_known and cohorts is self._cohorts and seen == self._seen and all(v.fixed for v in values):
+        values = [optimizer.hyperparameters.values[c.group] for c in step_groups]
+        kept = [t.data_ptr() for c in step_groups for t in c.columns.values()]
+        formulas = (optimizer.scalars, optimizer.update_scalar_state)
+        seen = [held.rebuilt, active, kept, [v.rebuilt for v in values], [c.unshared for c in step_groups], formulas]
+        if self._are_known and step_groups is self._cohorts and seen == self._seen and all(v.fixed for v in values):
             return self._rows
         self._cohorts, self._seen = [], []
         numbers = [
-            numbers_of(groups[c.group], c, held) if there else None for c, there in zip(cohorts, active, strict=True)
+            numbers_of(groups[c.group], c, held) if there else None
+            for c, there in zip(step_groups, active, strict=True)
         ]
         if any(has_tensor(n.fixed) for n in numbers if n is not None):
             return None
@@ -241,16 +242,16 @@ class TritonRows:
             return None
         addresses = [
             address(name, c, groups[c.group], held)
-            for c, r in zip(cohorts, self._recordings, strict=True)
+            for c, r in zip(step_groups, self._recordings, strict=True)
             for name in ([] if r is None else r.names)
         ]
-        copies = [len(c.members) for c in cohorts]
+        copies = [len(c.slots) for c in step_groups]
         laid = [None if r is None else r[1:] for r in self._recordings], addresses, copies
         if laid != self._laid:
             self._place(addresses, copies)
             self._laid = laid
-        self._cohorts, self._seen = cohorts, seen
-        self._rows = [None if r is None else Row(None, r.h, {}, None, counted=True) for r in self._recordings]
+        self._cohorts, self._seen = step_groups, seen
+        self._rows = [None if r is None else StepScalars(None, r.h, {}, None, counted=True) for r in self._recordings]
         return self._rows
 
     def _place(self, addresses: list[int], copies: list[int]) -> None:
@@ -285,21 +286,21 @@ class TritonRows:
         self._shape = (width, slots, max(len(r.kept) for r in recordings if r is not None))
         self._launchers = {}
 
-    def form(self, signal: Signal | None) -> tuple[Tensor, Tensor]:
-        """Form the rows and count the step, unless the signal says to skip it. A signal that was not formed yet is
+    def form(self, stats: GradientStats | None) -> tuple[Tensor, Tensor]:
+        """Form the rows and count the step, unless the stats says to skip it. Stats that was not formed yet is
         formed in the same launch.
 
         Returns:
             The table of rows, and int32 ``(rows,)``, what the random bits of each depend on.
         """
         code, memory, rows, keys = self._tables
-        if isinstance(signal, TritonSignal) and not signal.is_formed:
-            which: tuple[str, Kind | None] = ("form", signal.kind)
-            given: tuple[Any, ...] = signal.arguments
-            signal.is_formed = True
+        if isinstance(stats, TritonGradientStats) and not stats.is_formed:
+            which: tuple[str, Kind | None] = ("form", stats.kind)
+            given: tuple[Any, ...] = stats.arguments
+            stats.is_formed = True
         else:  # what is not read is any table
-            tensor = code if signal is None else signal.tensor
-            which, given = ("none" if signal is None else "read", None), (tensor, code, 0, code, code, code)
+            tensor = code if stats is None else stats.tensor
+            which, given = ("none" if stats is None else "read", None), (tensor, code, 0, code, code, code)
         if which not in self._launchers:
             self._launchers[which] = launcher_for(self._key, *self._shape, *which)
         self._launchers[which](len(self._rows), code, memory, rows, keys, *given)

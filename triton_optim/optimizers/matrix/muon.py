@@ -158,8 +158,8 @@ class Muon(RuleOptimizer):
     def variant(self, group: dict[str, Any]) -> Variant:
         return self.variants[0 if uses_muon(group) else 1]
 
-    def counted_names(self, group: dict[str, Any]) -> list[str]:
-        names = super().counted_names(group)
+    def scalar_state_names(self, group: dict[str, Any]) -> list[str]:
+        names = super().scalar_state_names(group)
         return names if uses_muon(group) or "step" in names else ["step", *names]
 
     def scalars(self, group: dict[str, Any], step: Any) -> Any:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...buckets.gradient_norm import EUCLIDEAN, Scaling, Signal
+from ...buckets.gradient_norm import EUCLIDEAN, GradientStats, Scaling
 from ...kernels import gradient_norm as kernels
 from .launch import Launcher, warp_size
 
 THREADS = 256  # a program
 
 
-class TritonSignal(Signal):
+class TritonGradientStats(GradientStats):
     """What becomes of the sums of one step, formed by the kernel that needs it first.
 
     Args:
@@ -41,7 +41,7 @@ class TritonSignal(Signal):
     @property
     def tensor(self) -> Tensor:
         if not self.is_formed:
-            signal_launcher(self.kind, self._tensor.device)(1, *self.arguments)
+            stats_launcher(self.kind, self._tensor.device)(1, *self.arguments)
             self.is_formed = True
         return self._tensor
 
@@ -52,18 +52,18 @@ Kind = tuple[str, bool, bool, bool]
 
 def kind_of(scaling: Scaling) -> Kind:
     """What the kernels are compiled for: KIND, SCALED, FOUND, SKIP."""
-    grad_scale, found_inf, look, max_norm = scaling
-    looks = look and found_inf is None
-    reads = looks or max_norm is not None
-    return _READS if reads else "none", grad_scale is not None, found_inf is not None, looks
+    grad_scale, found_inf, check_finite, max_norm = scaling
+    looks = check_finite and found_inf is None
+    needs_norm = looks or max_norm is not None
+    return _READS if needs_norm else "none", grad_scale is not None, found_inf is not None, looks
 
 
-def signal_constants(kind: Kind) -> dict[str, Any]:
-    """The constants of a kernel that forms the signal."""
+def stats_constants(kind: Kind) -> dict[str, Any]:
+    """The constants of a kernel that forms the stats."""
     return {**dict(zip(("KIND", "SCALED", "FOUND", "SKIP"), kind, strict=True)), "BLOCK": 4 * THREADS}
 
 
-def signal_types(kind: Kind) -> tuple[Any, ...]:
+def stats_types(kind: Kind) -> tuple[Any, ...]:
     """The types of its arguments."""
     _, scaled, told, _ = kind
     given = (torch.float32 if there else torch.float64 for there in (scaled, told))
@@ -71,10 +71,10 @@ def signal_types(kind: Kind) -> tuple[Any, ...]:
 
 
 @cache
-def signal_launcher(kind: Kind, device: torch.device) -> Launcher:
-    """What starts the kernel that forms the signal alone."""
+def stats_launcher(kind: Kind, device: torch.device) -> Launcher:
+    """What starts the kernel that forms the stats alone."""
     options = {"num_warps": THREADS // warp_size(device), "enable_fp_fusion": True}
-    return Launcher(kernels.step_signal, signal_types(kind), signal_constants(kind) | options, device)
+    return Launcher(kernels.gradient_stats, stats_types(kind), stats_constants(kind) | options, device)
 
 
 def placed(value: Tensor, device: torch.device) -> Tensor:

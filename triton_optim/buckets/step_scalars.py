@@ -15,12 +15,12 @@ from ..util.hyperparameters import plain_group
 _NUMBERS = {float, int, bool}
 
 
-class Row(NamedTuple):
+class StepScalars(NamedTuple):
     """The scalars of one cohort in one step."""
 
     factor: Any  # of the gradient
     h: Any  # the rule's
-    carried: dict[str, Any]  # what the state carries to the next step
+    scalar_state: dict[str, Any]  # what the state carries to the next step
     step: Any  # the number of the update
     weight: Any = 0.0  # of the parameter in its average
     counted: bool = False  # whether the device forms it, and counts the step as it does
@@ -30,7 +30,7 @@ def requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def counted_dtype(group: dict[str, Any], name: str) -> torch.dtype:
+def scalar_state_dtype(group: dict[str, Any], name: str) -> torch.dtype:
     """The dtype of ``step`` or what else is carried, as in torch: float32, but float64 where that is the default; and
     of counts that random bits depend on, for float32 stands still at 2^24.
     """
@@ -38,16 +38,16 @@ def counted_dtype(group: dict[str, Any], name: str) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def row_for(
+def step_scalars_for(
     optimizer: Update,
     group: dict[str, Any],
     step: Any,
-    carried: dict[str, Any] | None = None,
+    scalar_state: dict[str, Any] | None = None,
     keep: bool = False,
     on_device: dict[str, Any] | None = None,
     values: dict[str, Any] | None = None,
-) -> Row:
-    """The scalars of a group's members in their update number `step`; without `carried`, as before the first.
+) -> StepScalars:
+    """The scalars of a group's members in their update number `step`; without `scalar_state`, as before the first.
 
     Args:
         on_device: hyperparameters that are to be read there.
@@ -56,9 +56,9 @@ def row_for(
     values = dict(plain_group(group, keep) if values is None else values)
     if on_device:
         values |= on_device
-    carried = optimizer.started(group) if carried is None else dict(carried)
-    averaged = {COUNT: carried.pop(COUNT)} if COUNT in carried else {}
-    h: Any = optimizer.scalars(values, step, **carried)
+    scalar_state = optimizer.first_scalar_states(group) if scalar_state is None else dict(scalar_state)
+    averaged = {COUNT: scalar_state.pop(COUNT)} if COUNT in scalar_state else {}
+    h: Any = optimizer.scalars(values, step, **scalar_state)
     if not hasattr(h, "_fields"):
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
     if not _NUMBERS.issuperset(map(type, h)):
@@ -68,21 +68,21 @@ def row_for(
                     f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
                 )
     factor = -1.0 if group.get("maximize") else 1.0
-    carried = optimizer.carry(values, step, **carried) if carried else {}
+    scalar_state = optimizer.update_scalar_state(values, step, **scalar_state) if scalar_state else {}
     if not averaged:
-        return Row(factor, h, carried, step)
+        return StepScalars(factor, h, scalar_state, step)
     count = averaged[COUNT]
-    return Row(factor, h, carried | {COUNT: count + 1}, step, weight(values, count))
+    return StepScalars(factor, h, scalar_state | {COUNT: count + 1}, step, weight(values, count))
 
 
-def one_kind(rows: list[Row], optimizer: Update) -> None:
+def one_kind(rows: list[StepScalars], optimizer: Update) -> None:
     """Raise TypeError unless the rows of one rule are of one type."""
     if len(kinds := {type(row.h) for row in rows}) > 1:
         names = sorted(kind.__name__ for kind in kinds)
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {names} for one rule; it must return one type.")
 
 
-def plain_cells(row: Row, averaged: bool) -> tuple[float, ...] | None:
+def plain_cells(row: StepScalars, averaged: bool) -> tuple[float, ...] | None:
     """What a kernel reads of a row; None where some of it is a tensor.
 
     Args:
@@ -94,7 +94,7 @@ def plain_cells(row: Row, averaged: bool) -> tuple[float, ...] | None:
     return tuple(map(float, cells))
 
 
-def table_of(rows: list[Row | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:
+def table_of(rows: list[StepScalars | None], dtype: torch.dtype, device: torch.device, averaged: bool) -> Tensor:
     """The rows as a table on the device, made without waiting for it; zeros where there is no row.
 
     Args:

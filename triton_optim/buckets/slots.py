@@ -12,17 +12,17 @@ from torch.nn.parameter import is_lazy
 
 from ..precision.averaging import initial_average
 from ..precision.codecs import Codec, new_parts, part_names, state_codec
-from ..precision.kept import keep_parameter, keep_state
+from ..precision.kept import convert_parameter, convert_state
 from ..spec import AVERAGE, COUNT, Update
 from .key import Key
-from .rows import counted_dtype, requires_grad
 from .state import State
+from .step_scalars import requires_grad, scalar_state_dtype
 
 CPU = torch.device("cpu")
 _CODES = {torch.float32: "f", torch.float64: "d"}
 
 
-class Member:
+class ParamSlot:
     """A parameter in a plan."""
 
     __slots__ = ("begins", "given", "group", "index", "numbers", "p", "state")
@@ -38,7 +38,7 @@ class Member:
         begun = any(self.state.get(name) is not None for name in names)
         self.begins = bool(names) and not begun and not optimizer.counts_steps
         count = 0 if self.begins else int(self.state.get("step", begun and not optimizer.counts_steps))
-        started = optimizer.started(own_group)
+        started = optimizer.first_scalar_states(own_group)
         if COUNT in started and self.state.get(AVERAGE) is None:
             started[COUNT] = optimizer.averaged_so_far()
         # The number of steps so far, and what else is carried: members that have these in common share scalars.
@@ -56,7 +56,7 @@ class Member:
             begun: tensors of numbers, for all members of a plan: a cohort will give each its own.
         """
         group = optimizer.param_groups[self.group]
-        counted = optimizer.counted_names(group)
+        counted = optimizer.scalar_state_names(group)
         param, *kept = key.codecs
         if not (key.variant.state_names or counted or key.variant.prologue or param.suffixes or self.state):
             return
@@ -69,7 +69,7 @@ class Member:
                 self.state[name] = self.numbers[name]
                 continue
             held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
-            dtype = counted_dtype(group, name)
+            dtype = scalar_state_dtype(group, name)
             if isinstance(held, Tensor):
                 held = held.to(device, dtype)
                 held = held.reshape(()) if held.dim() else held
@@ -81,12 +81,12 @@ class Member:
                 if (held, dtype, device) not in begun:
                     begun[held, dtype, device] = torch.tensor(held, dtype=dtype, device=device)
                 self.state[name] = begun[held, dtype, device]
-        keep_parameter(self.state, self.p, param)
+        convert_parameter(self.state, self.p, param)
         for name, codec in zip(key.variant.state_names, kept, strict=True):
             if self.state.get(name) is None:
                 self.state |= new_state(optimizer, name, self.p, group, codec)
             else:
-                keep_state(optimizer, self.state, name, self.p, codec)
+                convert_state(optimizer, self.state, name, self.p, codec)
         if key.variant.prologue:
             self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
 
@@ -121,7 +121,7 @@ class Cells:
         return float(values[0])
 
 
-class Cohort:
+class StepGroup:
     """Members of one group whose steps were counted alike, and so share one row of scalars.
 
     Their ``step`` tensors, and those of what else is carried, are elements of one column: incrementing a thousand
@@ -136,22 +136,22 @@ class Cohort:
         group: int,
         numbers: dict[str, Any],
         counted: list[str],
-        members: list[Member],
+        slots: list[ParamSlot],
         places: list[int],
         captured: bool = False,
     ) -> None:
-        self.group, self.members, self.places = group, members, places
+        self.group, self.slots, self.places = group, slots, places
         self._numbers = numbers
         self._counts = "step" in counted
         self.columns: dict[str, Tensor] = {}
         self._cells: dict[str, Cells] = {}  # those on the CPU
         for name in counted:
-            first = members[0].state.get(name)
+            first = slots[0].state.get(name)
             if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
                 with torch.inference_mode(False):  # later steps may be made outside of it
-                    column = self.columns[name] = first.detach().expand(len(members)).clone()
+                    column = self.columns[name] = first.detach().expand(len(slots)).clone()
                 here = column.device == CPU and not captured  # what is written past torch is in no graph
-                for m, own in zip(members, column.unbind(), strict=True):
+                for m, own in zip(slots, column.unbind(), strict=True):
                     if here and name in m.given:
                         m.state[name].data = own
                     else:
@@ -188,40 +188,40 @@ class Cohort:
         """Those of the numbers that the host counts."""
         return {name: value for name, value in self._numbers.items() if name not in self.columns}
 
-    def count(self, carried: dict[str, Any]) -> None:
+    def count(self, scalar_state: dict[str, Any]) -> None:
         """Note here that a step was counted."""
         # Where no step is kept, all that is known is that there was one.
         count = self._numbers["step"] + 1 if self._counts else 1
-        self._numbers = {"step": count} | {name: v for name, v in carried.items() if not isinstance(v, Tensor)}
+        self._numbers = {"step": count} | {name: v for name, v in scalar_state.items() if not isinstance(v, Tensor)}
 
-    def advance(self, carried: dict[str, Any], skip: Tensor | None = None) -> None:
+    def advance(self, scalar_state: dict[str, Any], skip: Tensor | None = None) -> None:
         """Count a step.
 
         Args:
             carried: what the state carries on.
             skip: 0-dim, on the device: 1 where the step was none.
         """
-        self.count(carried)
+        self.count(scalar_state)
         if self._counts and "step" not in self.columns:
-            for m in self.members:
+            for m in self.slots:
                 m.state["step"] = self._numbers["step"]
-        for name, value in carried.items():
+        for name, value in scalar_state.items():
             if name not in self.columns or requires_grad(value):  # replaced, as a graph holds the last one
-                for m in self.members:
+                for m in self.slots:
                     m.state[name] = value
         for name, column in self.columns.items():
             if name in self._cells:
-                self._write(name, self._numbers[name] if name in self._numbers else carried[name])
+                self._write(name, self._numbers[name] if name in self._numbers else scalar_state[name])
             elif name == "step":
                 column.add_(1 if skip is None else 1 - skip)
-            elif requires_grad(carried[name]):
+            elif requires_grad(scalar_state[name]):
                 continue
             elif skip is not None:
-                column.copy_(torch.where(skip != 0, column, carried[name]))
-            elif isinstance(carried[name], Tensor):
-                column.copy_(carried[name])
+                column.copy_(torch.where(skip != 0, column, scalar_state[name]))
+            elif isinstance(scalar_state[name], Tensor):
+                column.copy_(scalar_state[name])
             else:
-                column.fill_(carried[name])
+                column.fill_(scalar_state[name])
         self._versions = [t._version for t in self._torchs]
 
     def _write(self, name: str, value: Any) -> None:
@@ -252,14 +252,14 @@ def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], co
 
 def make_states(optimizer: Update, group: dict[str, Any]) -> None:
     """Give the parameters of a group their states before their first step."""
-    counted = {"step": 0} if "step" in optimizer.counted_names(group) else {}
+    counted = {"step": 0} if "step" in optimizer.scalar_state_names(group) else {}
     for p in group["params"]:
         if is_lazy(p):  # the first step makes them
             continue
-        started = counted | optimizer.started(group)
+        started = counted | optimizer.first_scalar_states(group)
         device = p.device if group.get("capturable") or optimizer.counts_on_device else CPU
         for name, value in started.items():
-            dtype = counted_dtype(group, name)
+            dtype = scalar_state_dtype(group, name)
             optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
         for name in optimizer.running_variant(group).state_names:
             optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))
