@@ -84,6 +84,7 @@ def stochastic_bfloat16(x, bits):
 
 @jit
 def stochastic_float16(x, bits):
+    """Up with the probability that makes the mean exact, to a number of float16."""
     down = bitcast_to_float(bitcast_to_int(x) & -0x2000)
     up = bitcast_to_float((bitcast_to_int(x) + (bits >> 3)) & -0x2000)
     # Below 2^-14 there are the multiples of 2^-24.
@@ -114,6 +115,7 @@ def inverse_power(x):
 
 @jit
 def nearest_float16(x):
+    """The nearest number of float16; ties away from 0."""
     step = step_float16(x)
     size = floor(abs(x) * inverse_power(step) + 0.5) * step
     return where(abs(x) < float("inf"), with_sign(size, x), x)
@@ -134,11 +136,13 @@ def units_float16(x, p):
 
 @jit
 def within(x, LOW, HIGH):
+    """`x`, or the bound that it is beyond."""
     return where(x < LOW, LOW, where(x > HIGH, HIGH, x))
 
 
 @jit
 def with_units_float16(p, units):
+    """A float16 number and so many steps / 65536 more, in magnitude."""
     return with_sign(abs(p) + to_float(units) * (step_float16(p) * (1.0 / 65536.0)), p)
 
 
@@ -173,6 +177,7 @@ def units(CODEC):
 
 @jit
 def largest_code(CODEC):
+    """Of half a byte, with a sign or without."""
     return 7.0 if CODEC == "int4" else 15.0
 
 
@@ -203,6 +208,7 @@ def codes_of(x, scale, part, CODEC):
 
 @jit
 def value_of_codes(codes, scale, CODEC):
+    """What codes stand for in float32, with the scale of their block."""
     if CODEC == "int8":
         k = to_float(codes)
     elif CODEC == "uint8":

@@ -136,6 +136,7 @@ def stats_of(
 
 @triton.jit
 def store_stats(stats, factor, skip, norm, faults):
+    """Write the four numbers."""
     tl.store(stats, factor)
     tl.store(stats + 1, skip)
     tl.store(stats + 2, norm)

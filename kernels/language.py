@@ -82,12 +82,12 @@ def source_of(fn: types.FunctionType) -> tuple[ast.FunctionDef, str, int]:
     return tree, file, first
 
 
-def _bits_of(x: torch.Tensor) -> torch.Tensor:
+def _bitcast_to_int(x: torch.Tensor) -> torch.Tensor:
     """The bits of float32 numbers, as int32."""
     return x.view(torch.int32)
 
 
-def _number_of(x: torch.Tensor) -> torch.Tensor:
+def _bitcast_to_float(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.float32)
 
 
@@ -140,78 +140,96 @@ if triton is not None and HAS_SOURCE:
 
     @jit
     def abs(x):
+        """Its magnitude."""
         return tl.abs(x)
 
     @jit
     def absmax(x):
+        """The largest magnitude of each row; infinite where one is NaN."""
         size = tl.abs(x)
         return tl.max(tl.where(size == size, size, float("inf")), axis=1, keep_dims=True)  # which drops NaN
 
     @jit
     def bitcast_to_int(x):
+        """The bits of float32 numbers, as int32."""
         return x.to(tl.int32, bitcast=True)
 
     @jit
     def bitcast_to_float(x):
+        """The float32 numbers of int32 bits."""
         return x.to(tl.float32, bitcast=True)
 
     @jit
     def evens(x):
+        """Every second element of a row, from the first on."""
         return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))[0]
 
     @jit
     def exp(x):
+        """e to its power."""
         return tl.exp(x)
 
     @jit
     def floor(x):
+        """The largest whole number that is not above it."""
         return tl.floor(x)
 
     @jit
     def interleave(x, y):
+        """One of `x`, one of `y`, in a row twice as long."""
         return tl.interleave(x, y)
 
     @jit
     def like(x, p):
+        """A number as a value of the dtype and the shape of `p`."""
         return tl.full(p.shape, x, p.dtype)
 
     @jit
     def log(x):
+        """Its natural logarithm."""
         return tl.log(x)
 
     # NaN goes through, as in torch; Triton's own drop it.
     @jit
     def maximum(x, y):
+        """The larger of two; NaN where one is."""
         return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
     @jit
     def minimum(x, y):
+        """The smaller of two; NaN where one is."""
         return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
     @jit
     def odds(x):
+        """Every second element of a row, from the second on."""
         return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))[1]
 
     @jit
     def sign(x):
+        """1, 0 or -1; 0 of NaN."""
         return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
 
     # Correctly rounded, as in C++: Triton's own of float32 is approximate, and takes a subnormal number for 0. `/` is
     # within 2 ulp in float32: its error reaches a parameter scaled by lr, far under the parameter's own rounding.
     @jit
     def sqrt(x):
+        """Its root; correctly rounded in float32."""
         return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
     @jit
     def to_float(x):
+        """As float32."""
         return x.to(tl.float32)
 
     @jit
     def to_int(x):
+        """As int32, rounded towards 0."""
         return x.to(tl.int32)
 
     @jit
     def where(condition, x, y):
+        """`x` where the condition holds, else `y`."""
         return tl.where(condition, x, y)
 
 else:
@@ -222,7 +240,7 @@ else:
 
     abs, exp, floor, log, sign, sqrt = torch.abs, torch.exp, torch.floor, torch.log, torch.sign, torch.sqrt
     maximum, minimum, where, like = torch.maximum, torch.minimum, _where, _like
-    bitcast_to_int, bitcast_to_float, to_float, to_int = _bits_of, _number_of, _to_float, _to_int
+    bitcast_to_int, bitcast_to_float, to_float, to_int = _bitcast_to_int, _bitcast_to_float, _to_float, _to_int
     absmax, evens, odds, interleave = _absmax, _evens, _odds, _interleave
 
 
@@ -249,7 +267,7 @@ class Cpp(NamedTuple):
 PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "abs": (abs, torch.abs, Cpp("__builtin_fabs{f}({0})")),
     "absmax": (absmax, _absmax, Cpp("absmax", 1, "float", "float", moves="reduce")),
-    "bitcast_to_int": (bitcast_to_int, _bits_of, Cpp("__builtin_bit_cast(int32_t, {0})", 1, "float", "int32_t")),
+    "bitcast_to_int": (bitcast_to_int, _bitcast_to_int, Cpp("__builtin_bit_cast(int32_t, {0})", 1, "float", "int32_t")),
     "evens": (evens, _evens, Cpp("2 * i", moves="deinterleave")),
     "exp": (exp, torch.exp, Cpp("__builtin_exp{f}({0})")),
     "floor": (floor, torch.floor, Cpp("__builtin_floor{f}({0})")),
@@ -258,7 +276,11 @@ PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "log": (log, torch.log, Cpp("__builtin_log{f}({0})")),
     "maximum": (maximum, torch.maximum, Cpp("{0} > {1} | {0} != {0} ? {0} : {1}", 2)),
     "minimum": (minimum, torch.minimum, Cpp("{0} < {1} | {0} != {0} ? {0} : {1}", 2)),
-    "bitcast_to_float": (bitcast_to_float, _number_of, Cpp("__builtin_bit_cast(float, {0})", 1, "int32_t", "float")),
+    "bitcast_to_float": (
+        bitcast_to_float,
+        _bitcast_to_float,
+        Cpp("__builtin_bit_cast(float, {0})", 1, "int32_t", "float"),
+    ),
     "odds": (odds, _odds, Cpp("2 * i + 1", moves="deinterleave")),
     "sign": (sign, torch.sign, Cpp("({type})(({0} > 0) - ({0} < 0))")),
     "sqrt": (sqrt, torch.sqrt, Cpp("__builtin_sqrt{f}({0})")),

@@ -98,6 +98,7 @@ class Lines:
         return Value(x.kind, ast.Name(name, ast.Load()))
 
     def word(self, name: str, *arguments: Value) -> Value:
+        """A call of a word of the language."""
         return Value(VALUE, ast.Call(ast.Name(name, ast.Load()), [x.node for x in arguments], []))
 
     def like(self, x: Value) -> Value:

@@ -39,6 +39,7 @@ _NUMEL, _ROW, _FIRST_ADDRESS = tl.constexpr(NUMEL), tl.constexpr(ROW), tl.conste
 
 @triton.jit
 def widen(value, DTYPE: tl.constexpr):
+    """What is stored as the arithmetic takes it: int32 or float32."""
     if DTYPE.is_int():
         value = value.to(tl.int32)
     elif DTYPE.primitive_bitwidth == 16:
@@ -48,6 +49,7 @@ def widen(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def convert(value, DTYPE: tl.constexpr):
+    """A value in another dtype."""
     if DTYPE.primitive_bitwidth == 16:
         value = value.to(tl.float32)
     return value.to(DTYPE)
@@ -101,6 +103,7 @@ def update_chunk(
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    """Update a chunk of a tensor: all of it, or with a mask."""
     offsets = items(1, BLOCK, BLOCK_SIZE)
     pointers = ()
     there = ()

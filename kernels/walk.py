@@ -62,9 +62,11 @@ class Walk:
         self.returned: ast.stmt | None = None
 
     def where(self, node: ast.AST) -> str:
+        """File and line of a node."""
         return f"{self.file}, line {self.line + getattr(node, 'lineno', 1)}"
 
     def refuse(self, node: ast.AST, why: str = "", word: str = "") -> NoReturn:
+        """Raise RuleError for a node: where, what, and what to write instead."""
         word = word or ast.unparse(node).splitlines()[0]
         rule, own = self.lines.rule, self.function.__name__
         called = "" if rule == own else f", called by the rule {rule}"
@@ -114,6 +116,7 @@ class Walk:
         return None
 
     def assign(self, target: ast.expr, value: Any) -> None:
+        """Give a name a value, or several of a tuple."""
         if isinstance(target, ast.Name):
             self.names[target.id] = self.lines.kept(target.id, value)
         elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, tuple) and len(target.elts) == len(value):
@@ -134,6 +137,7 @@ class Walk:
     # Expressions.
 
     def value(self, node: ast.expr) -> Any:
+        """What an expression stands for."""
         if isinstance(node, ast.Constant) and isinstance(node.value, _PLAIN):
             return node.value
         if isinstance(node, (ast.Tuple, ast.List)):
@@ -281,6 +285,7 @@ class Walk:
         self.refuse(node, self.instead(name))
 
     def instead(self, name: str) -> str:
+        """What to write instead of a call."""
         own = f"Write {name}(x), imported from triton_optim.kernels.language"
         return own if name in WORDS else INSTEAD.get(name, "")
 

@@ -16,6 +16,7 @@ class AdadeltaScalars(NamedTuple):
 
 @jit
 def adadelta(p, g, square_avg, acc_delta, h):
+    """The gradient times the ratio of the roots of two running means."""
     g = decayed(g, p, h.l2)
     square_avg = h.rho * square_avg + h.one_minus_rho * g * g
     delta = sqrt(acc_delta + h.eps) / sqrt(square_avg + h.eps) * g

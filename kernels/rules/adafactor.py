@@ -15,4 +15,5 @@ class AdafactorScalars(NamedTuple):
 
 @jit
 def adafactor(p, g, h):
+    """What the prologue made of the gradient is subtracted."""
     return (p * h.keep - h.rho * g,)

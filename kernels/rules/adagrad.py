@@ -14,6 +14,7 @@ class AdagradScalars(NamedTuple):
 
 @jit
 def adagrad(p, g, sum, h):
+    """The gradient over the root of the sum of its squares."""
     g = decayed(g, p, h.l2)
     sum = sum + g * g
     return p - h.lr * g / (sqrt(sum) + h.eps), sum

@@ -17,6 +17,7 @@ class AdamaxScalars(NamedTuple):
 
 @jit
 def adamax(p, g, exp_avg, exp_inf, h):
+    """The mean over the largest magnitude, which decays."""
     g = decayed(g, p, h.l2)
     exp_avg = h.beta1 * exp_avg + h.one_minus_beta1 * g
     exp_inf = maximum(h.beta2 * exp_inf, abs(g) + h.eps)

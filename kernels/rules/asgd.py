@@ -16,6 +16,7 @@ class ASGDScalars(NamedTuple):
 
 @jit
 def asgd(p, g, ax, h):
+    """SGD with decay, and the average of its iterates."""
     p, g = p * h.keep, decayed(g, p, h.l2)
     p = p - h.eta * g
     return p, where(h.one_minus_mu == 0, p, h.one_minus_mu * ax + h.mu * p)

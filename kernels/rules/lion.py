@@ -16,6 +16,7 @@ class LionScalars(NamedTuple):
 
 @jit
 def lion(p, g, exp_avg, h):
+    """The sign of an interpolated momentum."""
     update = sign(h.beta1 * exp_avg + h.one_minus_beta1 * g)
     exp_avg = h.beta2 * exp_avg + h.one_minus_beta2 * g
     return p * h.keep - h.lr * update, exp_avg

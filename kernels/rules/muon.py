@@ -14,4 +14,5 @@ class MuonScalars(NamedTuple):
 
 @jit
 def muon(p, g, h):
+    """What the prologue made of the momentum is subtracted."""
     return (p * h.keep - h.lr * g,)

@@ -22,6 +22,7 @@ class NAdamScalars(NamedTuple):
 
 @jit
 def nadam(p, g, exp_avg, exp_avg_sq, h):
+    """Adam with Nesterov momentum."""
     g = decayed(g, p, h.l2)
     exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
     update = (h.gradient_step * g + h.momentum_step * exp_avg) / (sqrt(exp_avg_sq) * h.correction + h.eps)

@@ -21,6 +21,7 @@ class RAdamScalars(NamedTuple):
 
 @jit
 def radam(p, g, exp_avg, exp_avg_sq, h):
+    """Adam where its variance is tractable, else momentum."""
     g = decayed(g, p, h.l2)
     exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
     step = where(h.adaptive_step == 0, h.plain_step, h.adaptive_step / (sqrt(exp_avg_sq) + h.eps))

@@ -14,6 +14,7 @@ class RpropScalars(NamedTuple):
 
 @jit
 def rprop(p, g, prev, step_size, h):
+    """Steps that grow while the sign of the gradient stays, and shrink where it turns."""
     agreement = sign(g) * sign(prev)
     step_size = where(agreement > 0, step_size * h.grow, where(agreement < 0, step_size * h.shrink, step_size))
     step_size = where(step_size < h.smallest, h.smallest, where(step_size > h.largest, h.largest, step_size))

@@ -18,11 +18,13 @@ class SGDScalars(NamedTuple):
 
 @jit
 def sgd(p, g, h):
+    """The gradient is subtracted."""
     return (p - h.lr * decayed(g, p, h.l2),)
 
 
 @jit
 def sgd_momentum(p, g, momentum_buffer, h):
+    """Its running sum is."""
     g = decayed(g, p, h.l2)
     momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * g
     return p - h.lr * momentum_buffer, momentum_buffer
@@ -30,6 +32,7 @@ def sgd_momentum(p, g, momentum_buffer, h):
 
 @jit
 def sgd_nesterov(p, g, momentum_buffer, h):
+    """The gradient and the sum, looking ahead."""
     g = decayed(g, p, h.l2)
     momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * g
     return p - h.lr * (g + h.nesterov * momentum_buffer), momentum_buffer

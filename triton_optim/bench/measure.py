@@ -69,6 +69,7 @@ class Patience:
         self.end = time.monotonic() + seconds
 
     def left(self) -> bool:
+        """Seconds that may still be waited."""
         return time.monotonic() < self.end
 
     def wait_until_quiet(self) -> None:
@@ -81,6 +82,7 @@ class Patience:
 
 
 def is_quiet(foreign: float | None) -> bool:
+    """Whether others use little of the machine."""
     return foreign is None or foreign <= FOREIGN_LIMIT * (os.cpu_count() or 1)
 
 
@@ -94,9 +96,11 @@ class Measurement:
     disturbed: int = 0  # rounds kept although others were busy, because patience ran out
 
     def samples(self, side: str) -> list[float]:
+        """The seconds of a side in all rounds."""
         return [sample for one in self.rounds for sample in one[side]]
 
     def median(self, side: str) -> float:
+        """The median of a side in seconds."""
         return statistics.median(self.samples(side))
 
     def ratio(self, side: str, peer: str) -> float:

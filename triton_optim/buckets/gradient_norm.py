@@ -108,12 +108,13 @@ class GradientStats:
 
     @property
     def tensor(self) -> Tensor:
+        """All four."""
         return self._tensor
 
-    factor = property(lambda self: self.tensor[0])
-    skip = property(lambda self: self.tensor[1])
-    norm = property(lambda self: self.tensor[2])
-    not_finite = property(lambda self: self.tensor[3])
+    factor = property(lambda self: self.tensor[0], doc="What the gradients are multiplied by.")
+    skip = property(lambda self: self.tensor[1], doc="1 where the step is skipped, else 0.")
+    norm = property(lambda self: self.tensor[2], doc="Theirs, without what a scaler multiplied them by.")
+    not_finite = property(lambda self: self.tensor[3], doc="Not 0 where one of their elements is not finite.")
 
     def on(self, device: torch.device) -> GradientStats:
         """The same on another device; the host does not wait."""

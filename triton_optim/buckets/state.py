@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -38,6 +39,7 @@ class States(defaultdict[Any, Any]):
 def _counted(kind: type, name: str) -> Callable[..., Any]:
     method = getattr(kind, name)
 
+    @wraps(method)
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         State.changes += 1
         return method(self, *args, **kwargs)

@@ -27,6 +27,7 @@ class StepScalars(NamedTuple):
 
 
 def requires_grad(value: Any) -> bool:
+    """Whether autograd follows a value."""
     return isinstance(value, Tensor) and value.requires_grad
 
 

@@ -36,6 +36,7 @@ class DemoError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument(
         "--epochs", type=int, default=DEFAULT_EPOCHS, help="epochs of each training (default: %(default)s)"
     )
@@ -120,6 +121,7 @@ def checked_device(args: argparse.Namespace) -> torch.device:
 
 
 def command_line(args: argparse.Namespace) -> str:
+    """The command as it was given."""
     words = ["triton-optim", "demo"]
     for option in ("epochs", "seed", "device", "plot", "json"):
         value = getattr(args, option)
@@ -181,12 +183,14 @@ def measure(console: Console, device: torch.device, args: argparse.Namespace) ->
 
 
 def trained_by_us(trainings: dict[str, Training]) -> triton_optim.RuleOptimizer:
+    """The optimizer of the first training of ours."""
     optimizer = trainings["ours"].optimizer
     assert isinstance(optimizer, triton_optim.RuleOptimizer)
     return optimizer
 
 
 def check_in_interpreter(console: Console) -> dict[str, Any]:
+    """Check the kernels in a process where Triton interprets them."""
     say(console, "\nThe Triton kernels themselves, in Triton's interpreter on the CPU", style="bold")
     try:
         with console.status("running the kernels"):

@@ -87,6 +87,7 @@ def print_trainings(console: Console, trainings: dict[str, Training], difference
 
 
 def print_step_times(console: Console, times: StepTimes) -> None:
+    """Print the time of a step of each optimizer."""
     rounds = len(times.seconds["ours"])
     say(console, "\nTime of optimizer.step() on this network", style="bold")
     table = new_table("AdamW", "median", "x torch fused")
@@ -121,6 +122,7 @@ def print_dispatch(console: Console, explanation: Explanation) -> None:
 
 
 def readable_seconds(seconds: float) -> str:
+    """Seconds with a unit that suits their size."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"

@@ -126,6 +126,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def steps_per_epoch(digits: Digits) -> int:
+    """How many batches an epoch has."""
     return len(digits.train_labels) // BATCH
 
 
@@ -182,6 +183,7 @@ def timed_step(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -54,6 +54,7 @@ def largest_differences() -> dict[str, float]:
 
 
 def groups(parameters: list[Tensor]) -> list[dict[str, Any]]:
+    """The parameter groups of a case."""
     return [
         {"params": parameters[::2], "weight_decay": 0.1},
         {"params": parameters[1::2], "weight_decay": 0.0, "betas": (0.8, 0.99)},
@@ -84,6 +85,7 @@ def run_interpreter_check(timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Check the kernels, and say what came of it."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         print("TRITON_INTERPRET is not 1, so Triton would compile for a GPU. Set it to 1.", file=sys.stderr)
         return 2

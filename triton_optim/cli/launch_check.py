@@ -55,6 +55,7 @@ def check_launch(where: str, timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]
 
 
 def say(**what: Any) -> None:
+    """Print a line of JSON for the process that asked."""
     print(json.dumps(what), flush=True)
 
 
@@ -66,6 +67,7 @@ def parameters(device: str) -> list[Tensor]:
 
 
 def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Run a step of a small model."""
     random = torch.Generator().manual_seed(seed)
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn(p.shape, generator=random, device="cpu").to(p.device, p.dtype)

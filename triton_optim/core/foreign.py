@@ -124,6 +124,7 @@ def plain(value: Any) -> Any:
 
 
 def unknown(library: str, index: Any, names: Any, kind: str) -> ValueError:
+    """The error of a state that a library does not keep."""
     return ValueError(
         f"the state of parameter {index} holds {sorted(map(str, names))}, which is not what {kind} of {library} keeps. "
         "Convert it for the optimizer that saved it."
@@ -134,6 +135,7 @@ def unknown(library: str, index: Any, names: Any, kind: str) -> ValueError:
 
 
 def from_bitsandbytes(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """Our states of a parameter of bitsandbytes."""
     parts = {name: value for name, value in state.items() if name != WRAPPED} | state.get(WRAPPED, {})
     numbered = [name for name in ("state1", "state2") if name in parts]
     known = {"step", *(f"{part}{number}" for part in ("state", "qmap", "absmax") for number in (1, 2))}
@@ -159,6 +161,7 @@ def from_bitsandbytes(kind: str, group: Any, index: Any, p: Tensor, state: dict[
 
 
 def bitsandbytes_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Our hyperparameters of a group of bitsandbytes."""
     first = group["betas"][0]
     own = {
         "SGD": {"momentum": first, "dampening": 0.0},
@@ -172,6 +175,7 @@ def bitsandbytes_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_codes(value: Any) -> bool:
+    """Whether a state is kept in codes."""
     if not isinstance(value, Tensor):
         return False
     own = local(value)
@@ -179,6 +183,7 @@ def has_codes(value: Any) -> bool:
 
 
 def from_torchao(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """Our states of a parameter of torchao."""
     decoded = {name: value for name, value in state.items() if has_codes(value)}
     return state | {name: with_local(p, local(value).dequantize().float()) for name, value in decoded.items()}
 
@@ -187,6 +192,7 @@ def from_torchao(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, 
 
 
 def from_optimi(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """Our states of a parameter of optimi."""
     step = plain(state.pop("step", group.get("step", 1)))
     kept, _ = state.pop("kahan_comp", None), state.pop("group", None)
     moments = ("exp_avg", "exp_avg_sq")[: len(STATES[kind])]
@@ -204,6 +210,7 @@ def from_optimi(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, A
 
 
 def optimi_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Our hyperparameters of a group of optimi."""
     own: dict[str, Any] = {}
     decay, decoupled = group["weight_decay"], group.get("decouple_wd", True)
     if decay and ((kind == "SGD" and (decoupled or group["decouple_lr"])) or (group["decouple_lr"] and not decoupled)):
@@ -226,6 +233,7 @@ def optimi_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_flashoptim(kind: str, group: Any, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """Our states of a parameter of flashoptim."""
     if state.pop("error_bits", None) is not None:
         warnings.warn(
             f"error_bits of parameter {index} are left out: its weights stay as the model has them, rounded. Give "
@@ -247,6 +255,7 @@ def from_flashoptim(kind: str, group: Any, index: Any, p: Tensor, state: dict[st
 
 
 def no_more(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Raise ValueError where a state holds more than it should."""
     return {}
 
 

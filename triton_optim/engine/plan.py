@@ -142,6 +142,7 @@ class Plan:
                 bucket.note_gradients()
 
     def matches(self) -> bool:
+        """Whether states and options are those that it was made for. Changes nothing that a step depends on."""
         return self._states_are_there() and self._options_hold()
 
     def _options_hold(self) -> bool:

@@ -119,4 +119,5 @@ class NAdam(RuleOptimizer):
 
 
 def momentum(group: dict[str, Any], step: Any) -> Any:
+    """The momentum of an update, as the schedule has it."""
     return group["betas"][0] * (1 - 0.5 * 0.96 ** (step * group["momentum_decay"]))

@@ -72,6 +72,7 @@ def plain(dtype: torch.dtype) -> Codec:
 
 @cache
 def stochastic(dtype: torch.dtype) -> Codec:
+    """Values rounded up or down so that the mean is exact."""
     return Codec(f"stochastic {_name(dtype)}", (dtype,), random=True)
 
 

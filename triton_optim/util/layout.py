@@ -168,6 +168,7 @@ def overlapping(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def same_layout(tensor: Tensor, p: Tensor) -> bool:
+    """Whether two tensors lie alike in memory."""
     return tensor.stride() == p.stride() or strides(tensor) == strides(p)
 
 

@@ -39,6 +39,7 @@ def provenance(device: torch.device, distributions: Sequence[str] = ()) -> dict[
 
 
 def installed_version(distribution: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -56,4 +57,5 @@ def processor_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
+    """A GPU's name, or the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -187,6 +187,7 @@ class Source:
     # The text.
 
     def expression(self, x: Value) -> str:
+        """A traced value as a C++ expression."""
         if x.moves == "deinterleave":
             return f"{x.arguments[0].name}_b[{x.code}]"
         if x.moves == "interleave" or x in self.narrow:
@@ -287,6 +288,7 @@ class Source:
                 yield f"part{self.written[x].number}[{'0' if x.shape == BLOCK else 'i'}] = {x.name};"
 
     def text(self) -> str:
+        """The whole function."""
         parts = [part for parts in self.parts for part in parts]
         table = ", ".join(f"{{sizeof({p.type}), {p.elements_per_item}, {str(p.padded).lower()}}}" for p in parts)
         lines = "\n".join("    " + line for line in self.lines())

@@ -92,6 +92,7 @@ class Trace:
     def new(
         self, kind: str, shape: str, code: str, arguments: Sequence[Value] = (), name: str = "x", moves: str = ""
     ) -> Value:
+        """A value of a name of its own."""
         value = Value(f"{name}_{len(self.values)}", kind, shape, code, arguments, moves)
         self.values.append(value)
         return value
@@ -190,6 +191,7 @@ class Walk:
         self.names: dict[str, Any] = {}
 
     def refuse(self, node: ast.AST, why: str = "") -> NoReturn:
+        """Raise what the language of rules does not have."""
         word = ast.unparse(node).splitlines()[0]
         line = self.line + getattr(node, "lineno", 0)
         raise UntranslatableError(
@@ -197,6 +199,7 @@ class Walk:
         )
 
     def run(self, arguments: Sequence[Any]) -> Any:
+        """Trace a call of a rule, and what it returns."""
         try:
             bound = inspect.signature(self.function).bind(*arguments)
         except TypeError as error:
@@ -226,6 +229,7 @@ class Walk:
         return None
 
     def assign(self, target: ast.expr, value: Any) -> None:
+        """Give a name a value, or several of a tuple."""
         if isinstance(target, ast.Name):
             if isinstance(value, Value) and value.name.startswith("x_"):
                 value.name = target.id + value.name[1:]
@@ -237,12 +241,14 @@ class Walk:
             self.refuse(target, "which cannot be assigned to")
 
     def decided(self, test: ast.expr) -> bool:
+        """What a condition on numbers comes to."""
         condition = self.value(test)
         if isinstance(condition, Value):
             self.refuse(test, "a condition on what differs between elements or steps")
         return bool(condition)
 
     def value(self, node: ast.expr) -> Any:
+        """What an expression stands for."""
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
@@ -265,6 +271,7 @@ class Walk:
             self.refuse(node, str(error))
 
     def operated(self, node: ast.expr) -> Any:
+        """What an operator makes of two values."""
         if isinstance(node, ast.BinOp):
             left, right, kind = self.value(node.left), self.value(node.right), type(node.op)
             constant = not isinstance(left, Value) and not isinstance(right, Value)
@@ -303,6 +310,7 @@ class Walk:
         self.refuse(node)
 
     def named(self, node: ast.Name) -> Any:
+        """What a name stands for."""
         for scope in (self.names, self.around, self.function.__globals__):
             if node.id in scope:
                 return self.meant(scope[node.id], node)
@@ -324,12 +332,14 @@ class Walk:
         self.refuse(node)
 
     def attribute(self, node: ast.Attribute) -> Any:
+        """A field of the scalars, or of a module."""
         of = self.value(node.value)
         if node.attr in getattr(of, "_fields", ()):
             return getattr(of, node.attr)
         self.refuse(node)
 
     def item(self, node: ast.Subscript) -> Any:
+        """A part of a tuple."""
         of = self.value(node.value)
         if not isinstance(of, tuple):
             self.refuse(node)
@@ -339,6 +349,7 @@ class Walk:
         return of[self.value(node.slice)]
 
     def called(self, node: ast.Call) -> Any:
+        """What a call of a word, or of another rule, makes."""
         function = self.value(node.func)
         arguments = [self.value(argument) for argument in node.args]
         if node.keywords:

@@ -40,6 +40,7 @@ class TritonGradientStats(GradientStats):
 
     @property
     def tensor(self) -> Tensor:
+        """All four; formed by a launch where no other kernel did."""
         if not self.is_formed:
             stats_launcher(self.kind, self._tensor.device)(1, *self.arguments)
             self.is_formed = True

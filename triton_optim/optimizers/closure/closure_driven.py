@@ -86,13 +86,16 @@ class ClosureOptimizer(Optimizer):
         return -1.0 if self.param_groups[0].get("maximize") else 1.0
 
     def gather_parameters(self) -> Tensor:
+        """All parameters in one vector."""
         return _flat(self.param_groups[0]["params"])
 
     def gather_gradient(self) -> Tensor:
+        """All gradients in one vector; 0 where there is none."""
         flat = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.param_groups[0]["params"]])
         return flat.neg_() if self.sign < 0 else flat
 
     def scatter_parameters(self, x: Tensor) -> None:
+        """Write a vector into the parameters."""
         views = [_real(p) for p in self.param_groups[0]["params"]]
         parts = torch.split(x, [view.numel() for view in views])
         torch._foreach_copy_(views, [part.view_as(view) for part, view in zip(parts, views, strict=True)])
