@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import references_matrix
 
-from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.backends.compiled import norm as compiled_norm
 from triton_optim.backends.triton import stub_driver
 from triton_optim.dispatch import this_machine
@@ -34,7 +34,7 @@ from triton_optim.util import gather
 
 # Hundreds of graphs are compiled here: with one slot each takes half the time. See `two_slots` for several; the
 # examples, the demo and the benchmarks, in processes of their own, have them all.
-compiled_backend.SLOTS = 1
+compiled_graph.SLOTS = 1
 
 # From the second step on gradients are gathered by C++, as in a training that has gone on for a while.
 plan.STEPS = plan.WORTHWHILE = 1
@@ -173,15 +173,15 @@ def gradients_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.param == "looked at":
         monkeypatch.setattr(gather.library, "loaded", None)
     elif gather.library.loaded is None:
-        pytest.skip(f"nothing gathers gradients here: {gather.library.obstacle}")
+        pytest.skip(f"nothing gathers gradients here: {gather.library.build_error}")
 
 
 @pytest.fixture(scope="module")
 def two_slots() -> Iterator[None]:
     """For files in which the tensors of a call might be taken for each other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_backend, "SLOTS", 2)
-        for module, name in ((compiled_backend, "graph_for"), (compiled_backend, "codes_graph_for"),
+        patch.setattr(compiled_graph, "SLOTS", 2)
+        for module, name in ((compiled_graph, "graph_for"), (compiled_graph, "codes_graph_for"),
                              (compiled_norm, "graph_for")):  # fmt: skip
             patch.setattr(module, name, cache(getattr(module, name).__wrapped__))
         yield

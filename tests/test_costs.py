@@ -11,7 +11,7 @@ import pytest
 import torch
 from steps import every_step, two_steps
 
-from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.backends.compiled import norm as compiled_norm
 
 
@@ -26,13 +26,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def __call__(self, *_: Any) -> None: ...
 
-    for module in (compiled_backend, compiled_norm):
+    for module in (compiled_graph, compiled_norm):
         monkeypatch.setattr(module, "Graph", Graph)
     return made
 
 
 def forget_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((compiled_backend, "graph_for"), (compiled_backend, "codes_graph_for"),
+    for module, name in ((compiled_graph, "graph_for"), (compiled_graph, "codes_graph_for"),
                          (compiled_norm, "graph_for")):  # fmt: skip
         monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
 

@@ -25,11 +25,11 @@ from triton_optim.kernels.straight import straight
 
 import triton_optim
 from triton_optim import RuleOptimizer
+from triton_optim.backends import norms
 from triton_optim.backends.compiled import norm as compiled_norm
 from triton_optim.backends.cpp import chunks as cpp_chunks
 from triton_optim.backends.cpp import norm as cpp_norm
 from triton_optim.backends.cpp.source import source
-from triton_optim.buckets import gradient_norm
 from triton_optim.buckets.gradient_norm import Norm, eager_partial_norms, norm_from
 from triton_optim.cli import doctor
 from triton_optim.dispatch import cxx_compiler, this_machine
@@ -458,7 +458,7 @@ def test_clipping_alone_falls_back_too(fresh: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(cpp_build, "cxx_compiler", lambda: compiler)
     p = Parameter(torch.zeros(20))
     p.grad = torch.full((20,), 3.0)
-    monkeypatch.setattr(gradient_norm, "_instead", {})
+    monkeypatch.setattr(norms, "_instead", {})
     with pytest.warns(RuntimeWarning, match="takes the norm instead"):
         norm = triton_optim.clip_grad_norm_([p], 1.0)
     assert float(norm) == pytest.approx(math.sqrt(180))
@@ -474,7 +474,7 @@ def test_clipping_where_nothing_compiles(fresh: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(cpp_build, "cxx_compiler", lambda: compiler)
     monkeypatch.setattr(compiled_norm, "graph_for", refuse)
-    monkeypatch.setattr(gradient_norm, "_instead", {})
+    monkeypatch.setattr(norms, "_instead", {})
     p = Parameter(torch.zeros(40_000))
     for turn in range(2):
         p.grad = torch.full((40_000,), 3.0)
@@ -496,7 +496,7 @@ def test_no_home_directory(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setattr(compiled_norm, "graph_for", lambda *_: pytest.fail("the gradient is too small for a graph"))
-    monkeypatch.setattr(gradient_norm, "_instead", {})
+    monkeypatch.setattr(norms, "_instead", {})
     p = Parameter(torch.zeros(20))
     p.grad = torch.full((20,), 3.0)
     with pytest.warns(RuntimeWarning, match="no home directory; set TRITON_OPTIM_CACHE_DIR"):

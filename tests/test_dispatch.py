@@ -154,12 +154,12 @@ def test_buckets_split_by_dtype_and_device_type(device: torch.device) -> None:
 
 
 def test_auto_falls_back_to_eager_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton_optim.backends.compiled import bucket as compiled_backend
+    from triton_optim.backends.compiled import graph as compiled_graph
 
     def failing(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(compiled_backend, "graph_for", failing)
+    monkeypatch.setattr(compiled_graph, "graph_for", failing)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = triton_optim.SGD([p], lr=0.5, foreach=True)

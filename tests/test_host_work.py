@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_optim
-from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.backends.compiled import norm as compiled_norm
 
 BF16 = torch.bfloat16
@@ -142,7 +142,7 @@ def test_after_warmup_the_first_step_compiles_nothing(cls: Any, device: torch.de
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled in the step")
 
-    for module in (compiled_backend, compiled_norm):
+    for module in (compiled_graph, compiled_norm):
         monkeypatch.setattr(module.Graph, "__init__", refuse)
     optimizer.step()
     assert not any(torch.equal(p, start) for p, start in zip(params, before, strict=True))

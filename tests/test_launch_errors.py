@@ -20,7 +20,7 @@ from triton_optim.kernels.language import PRIMITIVES, jit
 import triton_optim
 from triton_optim import dispatch
 from triton_optim.backends.triton import stub_driver
-from triton_optim.engine import fallback, plan
+from triton_optim.engine import entries, fallback
 
 pytestmark = pytest.mark.compiled
 
@@ -58,7 +58,7 @@ def triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(request: dispatch.Request, machine: dispatch.Machine) -> dispatch.Choice:
         return dispatch.Choice(request.pinned or "triton", "a test")
 
-    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(entries, "choose", choose)
     monkeypatch.setattr(fallback, "next_best", lambda *_: "eager")
 
 

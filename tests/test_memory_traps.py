@@ -107,13 +107,13 @@ def test_trap_1_more_than_2_31_elements_on_a_gpu(backend, device):
 
 def test_trap_1_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
     """Inductor indexes by 32 bits on a GPU; longer tensors go through in pieces, the last one short."""
-    from triton_optim.backends.compiled import bucket as compiled_backend
+    from triton_optim.backends.compiled import graph as compiled_graph
 
-    assert compiled_backend.LONGEST < 2**31
+    assert compiled_graph.LONGEST < 2**31
     start, gradients = values(2500, 0, device), [values(2500, 1, device), values(2500, 2, device)]
     results = []
-    for longest in (compiled_backend.LONGEST, 1000):
-        monkeypatch.setattr(compiled_backend, "LONGEST", longest)
+    for longest in (compiled_graph.LONGEST, 1000):
+        monkeypatch.setattr(compiled_graph, "LONGEST", longest)
         p = Parameter(start.clone())
         opt = to.AdamW([p], backend="compiled")
         for g in gradients:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import jit
 
 import triton_optim
-from triton_optim.engine import plan
+from triton_optim.engine import entries
 from triton_optim.optimizers import adafactor
 
 
@@ -192,7 +192,7 @@ def test_in_pieces(name: str, backend: str, device: torch.device, monkeypatch: p
     gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
     ends = []
     for piece in (1 << 27, 40):
-        monkeypatch.setattr(plan, "PIECE", piece)
+        monkeypatch.setattr(entries, "PIECE", piece)
         params = [Parameter(x.clone()) for x in start]
         optimizer = cls(params, backend=backend)
         for own in gradients:

@@ -48,7 +48,7 @@ from user_actions import (
     values,
 )
 
-from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.core.checkpoint import saved_state
 from triton_optim.precision import codecs
 from triton_optim.precision.averaging import value_of
@@ -580,9 +580,9 @@ class Uncompiled:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_backend, "Graph", Uncompiled)
+    monkeypatch.setattr(compiled_graph, "Graph", Uncompiled)
     for name in ("graph_for", "codes_graph_for"):
-        monkeypatch.setattr(compiled_backend, name, cache(getattr(compiled_backend, name).__wrapped__))
+        monkeypatch.setattr(compiled_graph, name, cache(getattr(compiled_graph, name).__wrapped__))
 
 
 def run(machine: type[Machine], backend: str, share: float, **attributes: Any) -> None:

@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from two_tensor import TwoTensor, parameter, value_of
 
 import triton_optim
-from triton_optim.backends.compiled import bucket as compiled_backend
+from triton_optim.backends.compiled import graph as compiled_graph
 
 pytestmark = [
     # torch's own compiler warns: of what torch deprecates, and when it looks at a tensor between two graphs.
@@ -85,7 +85,7 @@ def test_nothing_is_compiled_after_the_first_step(case: Case, device: torch.devi
     """Not on step 2, nor for another rate, decay or beta, nor for a model of other shapes. See also test_costs.py."""
     model, optimizer = model_and_optimizer(case, "compiled", device)
     train(model, optimizer, optimizer.step, steps=1)
-    graphs = compiled_backend.graph_for.cache_info().misses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = compiled_graph.graph_for.cache_info().misses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs[0]
     train(model, optimizer, optimizer.step)
     shapes = ((3, 7), (11, 2)) if case.matrices else ((3, 7), (11,), (2, 3, 5))
@@ -94,7 +94,7 @@ def test_nothing_is_compiled_after_the_first_step(case: Case, device: torch.devi
     for p in params:
         p.grad = torch.ones_like(p)
     other.step()
-    now = compiled_backend.graph_for.cache_info().misses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    now = compiled_graph.graph_for.cache_info().misses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert now == graphs
 
 
@@ -310,7 +310,7 @@ def test_compiler_older_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> N
     from torch._inductor import config, cpu_vec_isa
 
     seen = []
-    compile_graph = compiled_backend.Graph._compile
+    compile_graph = compiled_graph.Graph._compile
 
     def failing(self, graph, example):
         seen.append(config.cpp.vec_isa_ok)
@@ -318,12 +318,12 @@ def test_compiler_older_than_the_processor(monkeypatch: pytest.MonkeyPatch) -> N
             raise RuntimeError("unknown option -mavx512f")
         return compile_graph(self, graph, example)
 
-    monkeypatch.setattr(compiled_backend.Graph, "_compile", failing)
+    monkeypatch.setattr(compiled_graph.Graph, "_compile", failing)
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = triton_optim.Lion([p], backend="compiled", maximize=True)
     p.grad = torch.ones(3)
-    compiled_backend.graph_for.cache_clear()
+    compiled_graph.graph_for.cache_clear()
     optimizer.step()
     assert seen == [True, None]
     assert (p > 1).all()

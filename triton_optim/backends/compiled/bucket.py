@@ -18,7 +18,8 @@ from ...buckets.step_scalars import StepScalars, step_scalars_for, table_of
 from ...spec import Update
 from ...util.layout import flat, local
 from ..update import update as run_eagerly
-from .graph import LONGEST, PARALLEL_FROM, SLOTS, Graph, codes_graph_for, graph_for
+from . import graph
+from .graph import Graph
 
 # Elements of a piece of what is kept in codes: what the rule returns waits in memory for the scale of its block, 4 MB
 # for two states. Smaller pieces make more calls, whose threads wait for each other.
@@ -29,7 +30,7 @@ class CompiledBucket(Bucket):
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
         super().__init__(optimizer, key, slots)
         self.graphs = self.prepare(optimizer, key, slots)
-        self.parallel = [numel >= PARALLEL_FROM for numel in self.numels]
+        self.parallel = [numel >= graph.PARALLEL_FROM for numel in self.numels]
         kept = [self.parts_of(m) for m in slots]
         self.views = [self._views(piece, kept[piece.slot]) for piece in self.pieces]
         if key.block_size:
@@ -39,7 +40,8 @@ class CompiledBucket(Bucket):
         """What a step of what is kept in codes needs of the pieces."""
         coded, rows = sum(codec.block_size > 0 for codec in self.key.codecs), PIECE // self.key.block_size
         waiting = [
-            [torch.empty(rows, self.key.block_size, device=self.key.device) for _ in range(coded)] for _ in range(SLOTS)
+            [torch.empty(rows, self.key.block_size, device=self.key.device) for _ in range(coded)]
+            for _ in range(graph.SLOTS)
         ]
         # Of each number of rows that a piece has, and each slot, what waits there.
         self.waiting = {
@@ -57,7 +59,7 @@ class CompiledBucket(Bucket):
 
     def cut(self, first: list[int]) -> list[Piece]:
         """No piece has indices whose upper halves differ. Of what is kept in codes, an incomplete block is a piece."""
-        longest, block_size = PIECE if self.key.block_size else LONGEST, self.key.block_size or 1
+        longest, block_size = PIECE if self.key.block_size else graph.LONGEST, self.key.block_size or 1
         pieces = []
         for i, (numel, index) in enumerate(zip(self.numels, first, strict=True)):
             start = 0
@@ -94,19 +96,19 @@ class CompiledBucket(Bucket):
         what: Any = (key.variant.rule, type(rows[0].h), key.codecs, key.gradient, key.compute, key.device, scaled)
         what += (key.variant.averaged,)
         graphs: dict[bool, list[Graph]] = {}
-        for parallel in {local(m.p).numel() >= PARALLEL_FROM for m in slots}:
-            graphs[parallel] = [graph_for(*what, parallel)]
+        for parallel in {local(m.p).numel() >= graph.PARALLEL_FROM for m in slots}:
+            graphs[parallel] = [graph.graph_for(*what, parallel)]
             if key.block_size:
-                graphs[parallel].append(codes_graph_for(key.codecs, key.device, parallel))
+                graphs[parallel].append(graph.codes_graph_for(key.codecs, key.device, parallel))
         return graphs
 
     @classmethod
     def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
         numels = [local(m.p).numel() for m in slots]
-        longest = PIECE if key.block_size else LONGEST
-        large = sum(-(-numel // longest) for numel in numels if numel >= PARALLEL_FROM)
-        small = sum(numel < PARALLEL_FROM for numel in numels)
-        return (1 + (key.block_size > 0)) * (-(-large // SLOTS) - -small // SLOTS)
+        longest = PIECE if key.block_size else graph.LONGEST
+        large = sum(-(-numel // longest) for numel in numels if numel >= graph.PARALLEL_FROM)
+        small = sum(numel < graph.PARALLEL_FROM for numel in numels)
+        return (1 + (key.block_size > 0)) * (-(-large // graph.SLOTS) - -small // graph.SLOTS)
 
     def run(self, rows: list[StepScalars | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged).unbind()
@@ -152,8 +154,8 @@ class CompiledBucket(Bucket):
                 else:
                     run_eagerly(self.key, self.views[i][0], part, self.views[i][1], row, keys[i])
         for (place, parallel), pieces in turns.items():
-            for start in range(0, len(pieces), SLOTS):
-                self._run_turn(pieces[start : start + SLOTS], self.graphs[parallel], table[place], keys)
+            for start in range(0, len(pieces), graph.SLOTS):
+                self._run_turn(pieces[start : start + graph.SLOTS], self.graphs[parallel], table[place], keys)
 
     def _run_turn(
         self, pieces: list[tuple[int, Tensor]], graphs: list[Graph], row: Tensor, keys: list[Tensor] | list[None]

@@ -308,7 +308,7 @@ extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); 
 
 def later(a: Value, x: Value) -> bool:
     """Whether `x` is computed in a later loop than its argument `a`, which all elements of the block are for."""
-    return a.moves in ("fold", "end") or x.moves in ("pick", "weave")
+    return a.moves in ("reduce", "end") or x.moves in ("deinterleave", "interleave")
 
 
 def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> str:

@@ -65,8 +65,8 @@ class Value:
         kind: its C++ type.
         shape: one of the shapes above.
         code: the expression, with {0} and so on for the arguments.
-        moves: how the arguments' elements become this one's: "" each its own, else "fold", "pick" or "weave"; "end"
-            each its own, and 0 where an incomplete block has none.
+        moves: how the arguments' elements become this one's: "" each its own, else "reduce", "deinterleave" or
+            "interleave"; "end" each its own, and 0 where an incomplete block has none.
         name: unique among the values of a trace; of a constant, which is not among them, its digits.
     """
 
@@ -127,7 +127,7 @@ class Trace:
             arguments = [self.as_kind(x, word.takes or kind_of(x)) for x in self.common(*xs)]
             if any(x.shape != (PAIR if word.moves == "interleave" else ELEMENT) for x in arguments):
                 raise UntranslatableError(f"{name} is for whole rows")
-            shape = {"fold": BLOCK, "pick": PAIR, "weave": ELEMENT}[word.moves]
+            shape = {"reduce": BLOCK, "deinterleave": PAIR, "interleave": ELEMENT}[word.moves]
             return self.new(word.gives or arguments[0].kind, shape, word.code, arguments, name, word.moves)
         if name == "like":
             return self.new(self.real, ELEMENT, word.code, [self.as_kind(xs[0], self.real)], name)
