@@ -329,7 +329,7 @@ def test_a_bucket_that_sits_out_the_first_step_of_a_plan_keeps_its_rates(backend
 
 
 def test_counts_that_are_moved_go_on_where_they_lie(backend, device):
-    """Shared memory is another: three cohorts, of which nothing but their counts tells that the middle one moved."""
+    """Shared memory is another: three step groups. Nothing but their counts tells that the middle one moved."""
     params = [Parameter(torch.ones(3, device=device)) for _ in range(3)]
     opt = to.AdamW([{"params": [p]} for p in params], backend=backend)
     for k in range(4):

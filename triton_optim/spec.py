@@ -75,7 +75,7 @@ class Update:
             step: number of this update, from 1; a 0-dim float64 tensor when ``capturable``. Where ``counts_steps`` is
                 False it is 1 for a parameter without the rule's states and more ever after, whatever else is kept.
 
-        An optimizer that carries numbers is given them too, by name: what :meth:`init_scalar_state` or the last
+        An optimizer with scalar states is given them too, by name: what :meth:`init_scalar_state` or the last
         :meth:`update_scalar_state` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method scalars(group, step)")
@@ -90,14 +90,14 @@ class Update:
         return self.variants[0]
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
-        """Numbers that a parameter's state carries from step to step beside ``step``, as they are before the first.
+        """Scalar states: numbers that a parameter has beside ``step``, as they are before the first step.
 
         Each is kept as a 0-dim tensor under its name: float32, or float64 where that is torch's default dtype.
         """
         return {}
 
     def update_scalar_state(self, group: dict[str, Any], step: Any, **scalar_state: Any) -> dict[str, Any]:
-        """The carried numbers after update number `step`; arguments as of :meth:`scalars`."""
+        """The scalar states after update number `step`; arguments as of :meth:`scalars`."""
         return scalar_state
 
     def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
@@ -144,14 +144,14 @@ class Update:
         return variant
 
     def first_scalar_states(self, group: dict[str, Any]) -> dict[str, float]:
-        """What else than ``step`` is carried, as it is before the first step."""
-        # Asked of every parameter: of an optimizer that carries nothing, no group is read for it.
+        """The scalar states beside ``step``, as they are before the first step."""
+        # Asked of every parameter: of an optimizer without them, no group is read for it.
         nothing = type(self).init_scalar_state is Update.init_scalar_state
         own = {} if nothing else self.init_scalar_state(plain_group(group))
         return own | ({COUNT: 0.0} if averages(group) else {})
 
     def scalar_state_names(self, group: dict[str, Any]) -> list[str]:
-        """The states of a group that are numbers: ``step`` if it is kept, and what else is carried."""
+        """The states of a group that are numbers: its scalar states, ``step`` first if it is kept."""
         may_skip_the_first = self.amp is not None and bool(self.variant(group).state_names)
         counts = self.counts_steps or rounds(group) or may_skip_the_first
         return ["step"] * counts + list(self.first_scalar_states(group))

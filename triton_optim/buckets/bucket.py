@@ -27,7 +27,7 @@ from .step_scalars import StepScalars, one_kind, step_scalars_for
 
 
 class Bucket(Memory):
-    """Members that one backend updates together."""
+    """Parameters that one backend updates together."""
 
     # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
     reads_stats: ClassVar[bool] = False
@@ -54,10 +54,10 @@ class Bucket(Memory):
     # What a backend says.
 
     def cut(self, first: list[int]) -> list[Piece]:
-        """The members, in the pieces that the backend runs them in.
+        """The parameters, in the pieces that the backend runs them in.
 
         Args:
-            first: of each member, the index of its first element here in the whole parameter.
+            first: of each parameter, the index of its first element here in the whole parameter.
         """
         return [Piece(i, 0, numel, k) for i, (numel, k) in enumerate(zip(self.numels, first, strict=True))]
 
@@ -76,7 +76,7 @@ class Bucket(Memory):
 
     @abstractmethod
     def run(self, rows: list[StepScalars | None]) -> None:
-        """Update every member i whose ``gradients[i]`` is not None by the scalars ``rows[self.row_of[i]]``."""
+        """Update every parameter i whose ``gradients[i]`` is not None by the scalars ``rows[self.row_of[i]]``."""
 
     @classmethod
     @abstractmethod
@@ -103,7 +103,7 @@ class Bucket(Memory):
     # Counting.
 
     def _form_step_groups(self, keys: list[Any]) -> None:
-        """Sort the members by group and key; those of one cohort have been counted alike."""
+        """Sort the parameters by group and key; those of one step group have been counted alike."""
         members_of: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.slots, keys, strict=True)):
             members_of.setdefault((m.group, key), []).append(i)
@@ -136,7 +136,7 @@ class Bucket(Memory):
         return numbers
 
     def form_scalars(self) -> None:
-        """Form the scalars of this step, a row for each cohort; None where no member has a gradient. Counts nothing."""
+        """Form the scalars of this step, a row for each step group; None where none has a gradient. Counts nothing."""
         if self._reads_constants:
             check_constants(self.key.variant.rule)
         if self.complete:
@@ -153,7 +153,7 @@ class Bucket(Memory):
             one_kind([row for row in self.rows if row is not None], self.optimizer)
 
     def form_rows(self, active: list[bool]) -> list[StepScalars | None]:
-        """The row of each cohort that is active."""
+        """The row of each step group that is active."""
         return [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
 
     def _row(self, step_group: StepGroup) -> StepScalars:

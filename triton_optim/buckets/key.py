@@ -48,7 +48,7 @@ class Key(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Elements of a member, as they lie in memory."""
+    """Elements of a parameter, as they lie in memory."""
 
     slot: int
     start: int

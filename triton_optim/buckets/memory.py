@@ -50,7 +50,7 @@ def kinds_of(tensors: list[Tensor]) -> list[Any]:
 
 
 class Memory(ABC):
-    """Where members, their states and the gradients of a step lie."""
+    """Where parameters, their states and the gradients of a step lie."""
 
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
     takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
@@ -66,7 +66,7 @@ class Memory(ABC):
         self._kinds = kinds_of(values)
         self._params = [m.p for m in slots]
         self.gradients: list[Tensor | None] = []
-        self.complete = False  # every member has a gradient in this step
+        self.complete = False  # every parameter has a gradient in this step
         self.indices = [m.index for m in slots]
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._all = self.indices == list(range(count))
@@ -188,7 +188,7 @@ class Memory(ABC):
         return self._gathered
 
     def present(self) -> list[bool]:
-        """Of each member, whether it has a gradient in this step."""
+        """Of each parameter, whether it has a gradient in this step."""
         if self._gathered and self._gatherer is not None:
             return [address != 0 for address in self._gatherer.addresses]
         return [g is not None for g in self.gradients]
@@ -252,7 +252,7 @@ class Memory(ABC):
             self._take_addresses(addresses_of(gradients))
 
     def take_update(self, place: int, update: Tensor) -> None:
-        """Put what a prologue made of a member's gradient in its place."""
+        """Put what a prologue made of a parameter's gradient in its place."""
         update = local(update).to(self.key.dtypes[1])
         if self.keeps_layout:
             update = in_layout_of(local(self.slots[place].p), update)

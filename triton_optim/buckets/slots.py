@@ -19,6 +19,7 @@ from .state import State
 from .step_scalars import requires_grad, scalar_state_dtype
 
 CPU = torch.device("cpu")
+_STEP = {"step"}
 _CODES = {torch.float32: "f", torch.float64: "d"}
 
 
@@ -41,7 +42,7 @@ class ParamSlot:
         started = optimizer.first_scalar_states(own_group)
         if COUNT in started and self.state.get(AVERAGE) is None:
             started[COUNT] = optimizer.averaged_so_far()
-        # The number of steps so far, and what else is carried: members that have these in common share scalars.
+        # The number of steps so far, and the other scalar states: parameters that have these in common share scalars.
         self.numbers: dict[str, Any] = {"step": count}
         for name, value in started.items():
             held = self.state.get(name, value)
@@ -53,7 +54,7 @@ class ParamSlot:
         """Make the states that are not there yet, and ``step`` and its like tensors where they belong.
 
         Args:
-            begun: tensors of numbers, for all members of a plan: a cohort will give each its own.
+            begun: tensors of numbers, for all parameters of a plan: a step group will give each its own.
         """
         group = optimizer.param_groups[self.group]
         counted = optimizer.scalar_state_names(group)
@@ -122,13 +123,13 @@ class Cells:
 
 
 class StepGroup:
-    """Members of one group whose steps were counted alike, and so share one row of scalars.
+    """Parameters of one group whose steps were counted alike, and so share one row of scalars.
 
-    Their ``step`` tensors, and those of what else is carried, are elements of one column: incrementing a thousand
+    Their ``step`` tensors, and those of the other scalar states, are elements of one column: incrementing a thousand
     tensors would cost more than all other host work of a step. What a user writes into one of them is noticed.
 
     Attributes:
-        columns: by name, ``(members,)``, where the members' own numbers lie.
+        columns: by name, ``(parameters,)``, where the parameters' own numbers lie.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class StepGroup:
         self._versions = [t._version for t in self._torchs]
 
     def untouched(self) -> bool:
-        """Whether nobody else has written the members' numbers since the last step. They must lie where they did."""
+        """Whether nobody else has written the parameters' numbers since the last step. They must lie where they did."""
         for cells in self._cells.values():
             if not cells.untouched():
                 return False
@@ -170,13 +171,15 @@ class StepGroup:
 
     @property
     def counted(self) -> tuple[Any, ...]:
-        """What the members of the group that share a row have in common."""
+        """What the parameters of the group that share a row have in common."""
         return (self.group, *self._numbers.values())
 
     def numbers(self, on_device: bool = False) -> dict[str, Any]:
-        """``step`` and what else is carried, as they are before the step; with `on_device` 0-dim float64 tensors."""
+        """The scalar states, ``step`` first, as they are before the step; with `on_device` 0-dim float64 tensors."""
         if on_device:
             return self._numbers | {name: column[0].double() for name, column in self.columns.items()}
+        if len(self._cells) == len(self.columns):
+            return dict(self._numbers)
         # A device is not asked: the host would wait for it.
         here = {n: t[0].item() for n, t in self.columns.items() if n not in self._cells and t.device == CPU}
         if "step" in here:
@@ -198,9 +201,12 @@ class StepGroup:
         """Count a step.
 
         Args:
-            carried: what the state carries on.
+            scalar_state: what else is kept, as it is after the step.
             skip: 0-dim, on the device: 1 where the step was none.
         """
+        if not scalar_state and self._cells.keys() == self.columns.keys() == _STEP:
+            self._write("step", self._numbers["step"] + 1)
+            return
         self.count(scalar_state)
         if self._counts and "step" not in self.columns:
             for m in self.slots:
@@ -225,7 +231,7 @@ class StepGroup:
         self._versions = [t._version for t in self._torchs]
 
     def _write(self, name: str, value: Any) -> None:
-        """Give all members this number."""
+        """Give all parameters this number."""
         if name not in self._cells:
             self._cells[name] = Cells(self.columns[name])
         kept = self._cells[name].write(value)

@@ -16,11 +16,11 @@ _NUMBERS = {float, int, bool}
 
 
 class StepScalars(NamedTuple):
-    """The scalars of one cohort in one step."""
+    """The scalars of one step group in one step."""
 
     factor: Any  # of the gradient
     h: Any  # the rule's
-    scalar_state: dict[str, Any]  # what the state carries to the next step
+    scalar_state: dict[str, Any]  # the scalar states after the step, but ``step``
     step: Any  # the number of the update
     weight: Any = 0.0  # of the parameter in its average
     counted: bool = False  # whether the device forms it, and counts the step as it does
@@ -32,7 +32,7 @@ def requires_grad(value: Any) -> bool:
 
 
 def scalar_state_dtype(group: dict[str, Any], name: str) -> torch.dtype:
-    """The dtype of ``step`` or what else is carried, as in torch: float32, but float64 where that is the default; and
+    """The dtype of a scalar state, as in torch: float32, but float64 where that is the default; and
     of counts that random bits depend on, for float32 stands still at 2^24.
     """
     wide = torch.get_default_dtype() == torch.float64 or (name in ("step", COUNT) and rounds(group))
@@ -48,7 +48,7 @@ def step_scalars_for(
     on_device: dict[str, Any] | None = None,
     values: dict[str, Any] | None = None,
 ) -> StepScalars:
-    """The scalars of a group's members in their update number `step`; without `scalar_state`, as before the first.
+    """The scalars of a group's parameters in their update number `step`; without `scalar_state`, as before the first.
 
     Args:
         on_device: hyperparameters that are to be read there.

@@ -270,7 +270,7 @@ def check_tensor(index: Any, p: Tensor, name: str, value: Tensor) -> None:
 
 
 def check_number(index: Any, name: str, value: Any, whole: bool) -> None:
-    """Raise RuntimeError where what is carried from step to step is no number, or a count is none."""
+    """Raise RuntimeError where a scalar state is no number, or a count is none."""
     number = value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         number = value.item()
@@ -323,7 +323,7 @@ def restore_dtypes(optimizer: Update, loaded: dict[str, Any]) -> None:
     for i, p in numbered(optimizer, loaded):
         for name, value in loaded["state"].get(i, {}).items():
             if name in counted:
-                optimizer.state[p][name] = value  # torch has cast what is carried besides step
+                optimizer.state[p][name] = value  # torch has cast all but step
                 own_number(optimizer, p, name)
             elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:
                 optimizer.state[p][name] = value.to(p.device, copy=True)

@@ -47,7 +47,7 @@ class RuleOptimizer(Optimizer, Update):
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
             ``capturable``, else on the CPU); float64 where something is rounded stochastically, as float32 counts to
             2^24.
-        counts_on_device: whether ``step`` and what else is carried are on the parameter's device always.
+        counts_on_device: whether the scalar states are on the parameter's device always.
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
         step_is_tensor: False keeps ``step`` as an int.
         prologue_names: names of the states that :meth:`prologue` keeps.

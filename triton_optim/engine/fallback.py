@@ -66,7 +66,7 @@ def instead_of(optimizer: Update, failed: dict[Key, Key], key: Key, error: Excep
 
 
 def replaced(optimizer: Update, failed: dict[Key, Key], bucket: Bucket, error: LaunchError) -> Bucket:
-    """A bucket of another backend with the same members and gradients, for a step of which nothing was done yet.
+    """A bucket of another backend with the same parameters and gradients, for a step of which nothing was done yet.
 
     Raises:
         RuntimeError: the backend was asked for by name.

@@ -77,6 +77,7 @@ class Plan:
         for m, key in started:
             m.start(optimizer, key, begun)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
+        self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values()) if place is None else []
@@ -216,7 +217,7 @@ class Plan:
                 factor = here.item() if here.device.type == "cpu" else here.to(bucket.key.device)
                 bucket.rows = [r and r._replace(factor=r.factor * factor) for r in bucket.rows]
         for piece in self._pieces:
-            if any(bucket.key.variant.prologue for bucket in piece):
+            if self._has_prologue and any(bucket.key.variant.prologue for bucket in piece):
                 self._begun = True
                 run_prologues(self.optimizer, piece)
             for bucket in piece:

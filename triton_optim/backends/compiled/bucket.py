@@ -73,7 +73,7 @@ class CompiledBucket(Bucket):
         return pieces
 
     def _views(self, piece: Piece, kept: list[list[Tensor]]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The piece of a member's parts: those of the parameter, and of each state."""
+        """The piece of a parameter's parts: those of the parameter, and of each state."""
         views = []
         for codec, parts in zip(self.key.codecs, kept, strict=True):
             own, stop = [], piece.stop + -piece.stop % (codec.block_size or 1)

@@ -1,4 +1,4 @@
-"""The C++ backend: one call updates every member of a bucket on a CPU, by a loop made of the rule's syntax tree."""
+"""The C++ backend: one call updates every parameter of a bucket on a CPU, by a loop made of the rule's syntax tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton backend: one launch of one kernel updates every member of a bucket."""
+"""The Triton backend: one launch of one kernel updates every parameter of a bucket."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ class Recording(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What the row of a cohort is formed of."""
+    """What the row of a step group is formed of."""
 
     fixed: dict[str, Any]  # the group, without what the device reads
-    counted: dict[str, Any]  # ``step``, and what else is carried, where the host counts
+    counted: dict[str, Any]  # the scalar states, where the host counts
     read: dict[str, Any]  # hyperparameters: the name and dtype of where each is read; of a tuple a list
     kept: dict[str, torch.dtype]  # what is counted on the device
 
@@ -128,7 +128,7 @@ def assembled(
 
 
 def numbers_of(group: dict[str, Any], step_group: StepGroup, held: OnDevice) -> Numbers:
-    """What the row of a cohort is formed of now."""
+    """What the row of a step group is formed of now."""
     read = held.names(step_group.group)
     for name, value in group.items():
         if isinstance(value, Tensor) and value.device == held.device and value.dtype in _READS and value.numel() == 1:
@@ -195,14 +195,14 @@ class TritonRows:
         self._are_pure = False  # whether they read their arguments alone
         self._are_known = False  # whether what was recorded is right while the numbers are the same
         self._laid: Any = None  # what is in the tables
-        self._cohorts: list[StepGroup] = []
+        self._step_groups: list[StepGroup] = []
         self._seen: list[Any] = []
         self._rows: list[StepScalars | None] = []
         self._tables: tuple[Tensor, ...] = ()
         self._launchers: dict[Any, Launcher] = {}
 
     def rows(self, step_groups: list[StepGroup], active: list[bool], held: OnDevice) -> list[StepScalars | None] | None:
-        """Make ready to form the rows of the active cohorts; None where they cannot be formed so.
+        """Make ready to form the rows of the active step groups; None where they cannot be formed so.
 
         Returns:
             Rows of which the type of ``h`` is all that is known here.
@@ -215,9 +215,9 @@ class TritonRows:
         kept = [t.data_ptr() for c in step_groups for t in c.columns.values()]
         formulas = (optimizer.scalars, optimizer.update_scalar_state)
         seen = [held.rebuilt, active, kept, [v.rebuilt for v in values], [c.unshared for c in step_groups], formulas]
-        if self._are_known and step_groups is self._cohorts and seen == self._seen and all(v.fixed for v in values):
+        if self._are_known and step_groups is self._step_groups and seen == self._seen and all(v.fixed for v in values):
             return self._rows
-        self._cohorts, self._seen = [], []
+        self._step_groups, self._seen = [], []
         numbers = [
             numbers_of(groups[c.group], c, held) if there else None
             for c, there in zip(step_groups, active, strict=True)
@@ -250,7 +250,7 @@ class TritonRows:
         if laid != self._laid:
             self._place(addresses, copies)
             self._laid = laid
-        self._cohorts, self._seen = step_groups, seen
+        self._step_groups, self._seen = step_groups, seen
         self._rows = [None if r is None else StepScalars(None, r.h, {}, None, counted=True) for r in self._recordings]
         return self._rows
 
