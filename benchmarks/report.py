@@ -39,7 +39,7 @@ HEADLINES = (
     Headline("RMSprop, which torch has no fused kernel for, ResNet-50", "cpp_step", f"RMSprop, {RESNET50}"),
     Headline("Muon, GPT-2's matrices", "matrix_step", "Muon, gpt2 (48 matrices)"),
     Headline(
-        "AdamW, 64M, bf16 and bf16 states, rounded stochastically",
+        "AdamW, 64M, bf16 and bf16 states, with stochastic rounding",
         "codec_step",
         "AdamW, 64M16 (16 tensors), bf16 stochastic, bf16 states",
     ),

@@ -1,4 +1,4 @@
-"""What states in codes cost in loss: ``python benchmarks/state_codecs.py --processes 2``.
+"""What quantized states cost in loss: ``python benchmarks/state_codecs.py --processes 2``.
 
 A character-level transformer of a million parameters learns the sources of Python's standard library with AdamW, Lion
 and SGD, whose states are kept in float32, in int8 and in int4 codes, from several seeds. A seed gives every codec the

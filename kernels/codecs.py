@@ -1,4 +1,4 @@
-"""How a value is kept in memory: as it is, rounded stochastically, with a correction beside it, or as a code.
+"""How a value is kept in memory: as it is, with stochastic rounding, with a correction beside it, or as a code.
 
 `decode` and `encode` are told a codec's name. What is kept comes and goes as a tuple of parts: floating-point ones as
 float32, exact in the dtype that they are kept in, integers as int32, of which the lower 8 bits are kept. The random

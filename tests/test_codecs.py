@@ -278,7 +278,7 @@ def test_how_much_a_correction_keeps(precision: str, dtype: torch.dtype) -> None
     found = read(codec, parts, x)
     own_bits = {torch.bfloat16: 8, torch.float16: 11}[dtype]
     more = {"split24": 8, "split32": 24 - own_bits, "kahan": own_bits}[precision]
-    # An ulp of the value where it is rounded stochastically, else half of one; a compensation in float16 has no more
+    # An ulp of the value with stochastic rounding, else half of one; a compensation in float16 has no more
     # than multiples of 2^-24.
     smallest = 2.0**-25 if (precision, dtype) == ("kahan", torch.float16) else 0.0
     assert ((found - x).abs() <= 2.0 ** -(own_bits + more - 1) * x.abs() + smallest).all()

@@ -1,4 +1,4 @@
-"""What is saved says how it is read: states in codes, in other readers, in other classes, after a probe, malformed."""
+"""What is saved says how it is read: quantized states, in other readers, in other classes, after a probe, malformed."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_codes_that_do_not_say_how_they_are_read() -> None:
     explains(error, "exp_avg of parameter 0", "to_torch_state_dict")
 
 
-# States that are never in codes.
+# States that are never quantized.
 
 
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
@@ -265,7 +265,7 @@ def test_what_torch_loaded_of_codes_and_saved_again_is_refused() -> None:
 
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
 def test_a_value_put_in_place_of_codes(state_dtype: str, backend: str, device: Any) -> None:
-    """It can be saved at once, and is in codes after the next step."""
+    """It can be saved at once, and is quantized after the next step."""
     params = parameters((4096,), device=device)
     opt = to.AdamW(params, state_dtype=state_dtype, backend=backend)
     train(params, opt, range(2))

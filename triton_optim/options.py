@@ -46,13 +46,13 @@ class Options(OptionsAfterForeach, total=False):
     fused: True prefers the one-kernel backend of the device; False, with foreach not True, is eager.
         It is Triton on a GPU, C++ on a CPU.
     state_dtype: keep the states in float32, bfloat16, "int8" or "int4"; None for the parameter's dtype.
-        ``torch.bfloat16`` is rounded stochastically. ``"int8"`` and ``"int4"`` are codes that share a scale, 256 and 64
+        ``torch.bfloat16`` has stochastic rounding. ``"int8"`` and ``"int4"`` are codes that share a scale, 256 and 64
         of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of others
         are float32. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
     param_precision: how 16-bit parameters are rounded, and whether what rounding leaves is kept.
         ``"storage"`` rounds to the nearest, and loses updates of less than half a step; ``"stochastic"`` rounds up or
         down so that the mean is exact; the others keep what rounding leaves, beside the parameter: ``"kahan"`` in its
-        dtype, ``"split24"`` in 8 more bits, rounded stochastically, ``"split32"`` in 16, with which a bfloat16
+        dtype, ``"split24"`` in 8 more bits, with stochastic rounding, ``"split32"`` in 16, with which a bfloat16
         parameter is an exact float32, and ``"master"`` a float32 copy.
     seed: an int that the random bits of stochastic rounding depend on.
         They depend on the number of the update, too, on the place of the parameter among the optimizer's and on that of
@@ -66,7 +66,7 @@ class Options(OptionsAfterForeach, total=False):
     ema_decay: keep an exponential moving average of the weights with this decay, such as 0.999.
         In the same pass, as ``torch.optim.swa_utils.AveragedModel`` that is updated after every step. None keeps none.
     ema_dtype: keep the average in float32 or bfloat16; None for float32, or the parameter's dtype where that is wider.
-        ``torch.bfloat16`` is rounded stochastically.
+        ``torch.bfloat16`` has stochastic rounding.
     ema_warmup: let the decay of the average rise to ema_decay: (1 + n) / (10 + n) after n steps.
     backend: "auto", or the one that must run: "triton", "cpp", "compiled" or "eager".
     """

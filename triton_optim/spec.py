@@ -168,7 +168,7 @@ def averages(group: dict[str, Any]) -> bool:
 
 
 def rounds(group: dict[str, Any]) -> bool:
-    """Whether anything of a group may be rounded stochastically: then its steps are counted."""
+    """Whether anything of a group may have stochastic rounding: then its steps are counted."""
     return (
         group.get("state_dtype") in (torch.bfloat16, "int4")
         or group.get("param_precision") in ("stochastic", "split24")

@@ -41,7 +41,7 @@ class Peer:
     compiled: bool = False
 
 
-# Of 11 optimizers, ours and others', results with states in codes of 8 bits were 0.8 % off at most, of 4 bits 11 %.
+# Of 11 optimizers, ours and others', results with quantized states of 8 bits were 0.8 % off at most, of 4 bits 11 %.
 CODES_OF_8_BITS, CODES_OF_4_BITS = 0.03, 0.2
 
 PEERS: dict[str, Peer] = {

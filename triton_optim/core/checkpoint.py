@@ -36,7 +36,7 @@ from .foreign import origin, refusal
 # What a group has only where it was asked for.
 OPTIONAL = (*PRECISION, "seed", "ema_decay", "ema_warmup")
 
-# What is saved of a state in codes, under its name: no other reader takes a dict for a tensor, whatever its shape.
+# What is saved of a quantized state, under its name: no other reader takes a dict for a tensor, whatever its shape.
 CODES = ("codes", SCALE, "bits", "signed", "block", "version")
 
 AGAIN = "Load the state dict as it was saved."
@@ -114,15 +114,15 @@ def loaded_state(optimizer: Update, index: Any, p: Tensor, state: dict[str, Any]
 
 
 def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[str, Any]) -> dict[str, Any]:
-    """The parts, by name, of a state that was saved in codes."""
+    """The parts, by name, of a quantized state that was saved."""
     where = f"{name} of parameter {index}"
     tensors = all(isinstance(saved.get(part), Tensor) for part in CODES[:2])
     if saved.keys() != {*CODES} or not tensors or saved["bits"] not in (4, 8):
-        raise RuntimeError(f"{where} was saved as {saved!r:.80}; what is in codes is a dict of {list(CODES)}. {AGAIN}")
+        raise RuntimeError(f"{where} was saved as {saved!r:.80}; a quantized state is a dict of {list(CODES)}. {AGAIN}")
     if saved["version"] != CODES_VERSION:
         raise RuntimeError(
-            f"{where} is in codes of version {saved['version']}, this triton_optim reads version {CODES_VERSION}. Load "
-            "it where it was saved, and save to_torch_state_dict(optimizer) there."
+            f"{where} was quantized by version {saved['version']}, this triton_optim reads version {CODES_VERSION}. "
+            "Load it where it was saved, and save to_torch_state_dict(optimizer) there."
         )
     parts = {name: saved["codes"], f"{name}_{SCALE}": saved[SCALE]}
     own = current_codec(optimizer, parts, name, p)
@@ -235,7 +235,7 @@ def checked_state(optimizer: Update, group: dict[str, Any], index: Any, p: Tenso
     for part in elementwise:
         if isinstance(state.get(f"{part}_{SCALE}"), Tensor):
             raise RuntimeError(
-                f"{part} of parameter {index} is in codes that do not say how they are read: its scale is a state of "
+                f"{part} of parameter {index} is quantized and does not say how: its scale is a state of "
                 "its own. Load the optimizer's state_dict(), or to_torch_state_dict(optimizer) of where it was saved."
             )
     held = loaded_state(optimizer, index, p, dict(state))

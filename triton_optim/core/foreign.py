@@ -175,7 +175,7 @@ def bitsandbytes_group(kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_codes(value: Any) -> bool:
-    """Whether a state is kept in codes."""
+    """Whether a state is quantized."""
     if not isinstance(value, Tensor):
         return False
     own = local(value)

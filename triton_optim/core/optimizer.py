@@ -45,7 +45,7 @@ class RuleOptimizer(Optimizer, Update):
         rule: the update.
         state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
-            ``capturable``, else on the CPU); float64 where something is rounded stochastically, as float32 counts to
+            ``capturable``, else on the CPU); float64 where something has stochastic rounding, as float32 counts to
             2^24.
         counts_on_device: whether the scalar states are on the parameter's device always.
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
@@ -291,7 +291,7 @@ class RuleOptimizer(Optimizer, Update):
     def state_dict(self) -> dict[str, Any]:
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
 
-        A state in codes is a dict of them, their scales and how they are read, which torch.optim cannot take for a
+        A quantized state is a dict of them, their scales and how they are read, which torch.optim cannot take for a
         tensor: its step raises. It can have :func:`to_torch_state_dict`.
         """
         self.engine.check_not_swapped("state_dict()")
@@ -313,8 +313,8 @@ class RuleOptimizer(Optimizer, Update):
             ValueError: it is that of another library (:func:`convert_state_dict` takes some), or its
                 groups, or the names of its states, are not those of this optimizer, or a state lacks some.
             KeyError: it lacks its groups or states, or a group a hyperparameter.
-            RuntimeError: a state is not of its parameter's shape or kind, or in codes that can't be read. In all cases
-                nothing was changed.
+            RuntimeError: a state is not of its parameter's shape or kind, or quantized in a way that can't be read. In
+                all cases nothing was changed.
         """
         self.engine.check_not_swapped("load_state_dict()")
         if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack

@@ -24,7 +24,7 @@ class ASGD(RuleOptimizer):
         \eta_{t+1} &= \gamma / (1 + \lambda \gamma t)^\alpha, \qquad \mu_{t+1} = 1 / \max(1, t - t_0)
 
     State of a parameter: ``step``, ``eta`` :math:`\eta` and ``mu`` :math:`\mu` (0-dim float32, on its device), ``ax``
-    :math:`a`, the average, which is never in codes. A changed learning rate acts one step later, through :math:`\eta`.
+    :math:`a`, the average, which is never quantized. A changed learning rate acts one step later, through :math:`\eta`.
 
     Args:
         params: parameters, named parameters or groups.

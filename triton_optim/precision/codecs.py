@@ -172,7 +172,7 @@ def write(codec: Codec, parts: Sequence[Tensor], value: Tensor, role: int = 0, r
 
     Args:
         role: the number of the result among the rule's.
-        random: of kernels.codecs.hashed; None rounds what would be rounded stochastically as half-way bits do.
+        random: of kernels.codecs.hashed; None rounds what stochastic rounding would as half-way bits do.
     """
     if codec.name == "plain":
         parts[0].copy_(value)

@@ -21,7 +21,7 @@ from ..update import update as run_eagerly
 from . import graph
 from .graph import Graph
 
-# Elements of a piece of what is kept in codes: what the rule returns waits in memory for the scale of its block, 4 MB
+# Elements of a piece of what is quantized: what the rule returns waits in memory for the scale of its block, 4 MB
 # for two states. Smaller pieces make more calls, whose threads wait for each other.
 PIECE = 1 << 17
 
@@ -37,7 +37,7 @@ class CompiledBucket(Bucket):
             self._prepare_blocks()
 
     def _prepare_blocks(self) -> None:
-        """What a step of what is kept in codes needs of the pieces."""
+        """What a step of what is quantized needs of the pieces."""
         coded, rows = sum(codec.block_size > 0 for codec in self.key.codecs), PIECE // self.key.block_size
         waiting = [
             [torch.empty(rows, self.key.block_size, device=self.key.device) for _ in range(coded)]
@@ -58,7 +58,7 @@ class CompiledBucket(Bucket):
             )
 
     def cut(self, first: list[int]) -> list[Piece]:
-        """No piece has indices whose upper halves differ. Of what is kept in codes, an incomplete block is a piece."""
+        """No piece has indices whose upper halves differ. Of what is quantized, an incomplete block is a piece."""
         longest, block_size = PIECE if self.key.block_size else graph.LONGEST, self.key.block_size or 1
         pieces = []
         for i, (numel, index) in enumerate(zip(self.numels, first, strict=True)):

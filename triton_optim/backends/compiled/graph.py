@@ -54,7 +54,7 @@ def update(
 
     A slot's tensors are the parts of p, the gradient, the parts of the states; then, for each state that is kept in
     codes, where its new value waits for `encode_codes`; then what the random bits depend on, where there are any. Where
-    states are kept in codes, all of them have a row for each block. With `averaged` the last state is the average of
+    states are quantized, all of them have a row for each block. With `averaged` the last state is the average of
     the parameter, and the row ends with the weight of a new value.
     """
     coded = [codec for codec in codecs if codec.block_size]
@@ -111,7 +111,7 @@ def rounded(value: Tensor) -> Tensor:
 
 
 def encode_codes(codecs: tuple[Codec, ...]) -> Body:
-    """The second half. A slot has the parts and the new value of each state that is kept in codes; then what the random
+    """The second half. A slot has the parts and the new value of each state that is quantized; then what the random
     bits depend on, where there are any. Apart from the first, each is one loop without anything between.
     """
     random = any(codec.random for codec in codecs)
