@@ -27,7 +27,19 @@ class Variant(NamedTuple):
 class Update:
     """What an optimizer declares of its update, and what every floor below it may read of the optimizer.
 
-    Class attributes: see :class:`RuleOptimizer`.
+    Class attributes:
+        rule: the update.
+        state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
+        counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
+            ``capturable``, else on the CPU); float64 where something has stochastic rounding, as float32 counts to
+            2^24.
+        counts_on_device: whether the scalar states are on the parameter's device always.
+        takes_dense_gradients: False for an optimizer that is for sparse gradients only.
+        step_is_tensor: False keeps ``step`` as an int.
+        prologue_names: names of the states that :meth:`prologue` keeps.
+        nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
+        never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
+        option_names: the options that every parameter group carries, whatever their value.
     """
 
     rule: ClassVar[Any] = None

@@ -145,6 +145,18 @@ def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[
     return dict(zip((name, *part_names(own, name)), new_parts(own, value), strict=True))
 
 
+def loaded_groups(optimizer: Update, state_dict: Any) -> list[dict[str, Any]]:
+    """The groups of a state dict. How values are kept is this optimizer's own: the next step brings what is loaded
+    into it.
+    """
+    return [
+        {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
+        | {name: value for name, value in saved.items() if name not in PRECISION}
+        | {name: own[name] for name in PRECISION if name in own}
+        for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ]
+
+
 def loaded_states(optimizer: Update, state_dict: Any) -> dict[Any, Any]:
     """The states of a state dict, by what it calls the parameters, as they will be held.
 

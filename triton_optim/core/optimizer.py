@@ -24,11 +24,20 @@ from ..engine.entries import request_for
 from ..kernels.straight import check_signature, straight
 from ..options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
 from ..precision.averaging import check_averaging, largest_count
-from ..precision.codecs import PRECISION, check_names, check_precision
+from ..precision.codecs import check_names, check_precision
 from ..spec import Update, Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from .averages import averaged_parameters
-from .checkpoint import as_saved, check_keys, fill_in, loaded_state, loaded_states, restore_dtypes, saved_state
+from .checkpoint import (
+    as_saved,
+    check_keys,
+    fill_in,
+    loaded_groups,
+    loaded_state,
+    loaded_states,
+    restore_dtypes,
+    saved_state,
+)
 from .checks import check_alone
 from .wrapping import leave_to_python, ordered, with_hooks
 
@@ -41,19 +50,7 @@ class RuleOptimizer(Optimizer, Update):
     (float64 for float64 parameters), however the values are stored. What is not in the language of rules
     (kernels/language.py) is refused when an optimizer is made.
 
-    Class attributes:
-        rule: the update.
-        state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
-        counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
-            ``capturable``, else on the CPU); float64 where something has stochastic rounding, as float32 counts to
-            2^24.
-        counts_on_device: whether the scalar states are on the parameter's device always.
-        takes_dense_gradients: False for an optimizer that is for sparse gradients only.
-        step_is_tensor: False keeps ``step`` as an int.
-        prologue_names: names of the states that :meth:`prologue` keeps.
-        nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
-        never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
-        option_names: the options that every parameter group carries, whatever their value.
+    What else it may declare: see :class:`triton_optim.spec.Update`.
 
     Args:
         params: parameters, named parameters or parameter groups, as in torch.optim.
@@ -291,7 +288,7 @@ class RuleOptimizer(Optimizer, Update):
     def state_dict(self) -> dict[str, Any]:
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
 
-        A quantized state is a dict of them, their scales and how they are read, which torch.optim cannot take for a
+        A quantized state is a dict of its codes, their scales and how they are read, which torch.optim cannot take for a
         tensor: its step raises. It can have :func:`to_torch_state_dict`.
         """
         self.engine.check_not_swapped("state_dict()")
@@ -323,13 +320,7 @@ class RuleOptimizer(Optimizer, Update):
 
         def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             states = loaded_states(self, state_dict)
-            # How values are kept is this optimizer's own: the next step brings what is loaded into it.
-            groups = [
-                {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
-                | {name: value for name, value in saved.items() if name not in PRECISION}
-                | {name: own[name] for name in PRECISION if name in own}
-                for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
-            ]
+            groups = loaded_groups(self, state_dict)
             loaded.update(state_dict, param_groups=groups, state=states)
             return dict(loaded)
 
