@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim as to
+from triton_optim.core.convert import master
 
 SHAPES = ((5, 60), (7,))  # for blocks of 256: one full and one that is not; and too small for codes
 BETAS = (0.8, 0.95)
@@ -288,7 +289,7 @@ def test_decay_and_kahan_summation_of_optimi() -> None:
     opt.load_state_dict(to.convert_state_dict(opt, saved))
     assert opt.param_groups[0]["weight_decay"] == pytest.approx(1e-3 / 0.02)
     for p, own in zip(params, kept, strict=True):
-        assert torch.equal(to.convert.master(p, opt), p.detach().float() + own.float())
+        assert torch.equal(master(p, opt), p.detach().float() + own.float())
 
 
 def test_what_flashoptim_keeps_of_the_weights_is_left_out_with_a_warning() -> None:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from triton_optim.kernels.rules.adam import adam
 
 import triton_optim as to
+from triton_optim.spec import averages
 
 BF16 = torch.bfloat16
 RULES = [case for case in CASES if case.elementwise and not case.sparse]
@@ -120,7 +121,7 @@ def test_what_is_saved_of_codes(state_dtype: str) -> None:
 
 
 MALFORMED_CODES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda kept: kept.update(version=2), "codes of version 2"),
+    "version": (lambda kept: kept.update(version=2), "was quantized by version 2"),
     "bits": (lambda kept: kept.update(bits=4), "4 bits in blocks of 256"),
     "other bits": (lambda kept: kept.update(bits=5), "a dict of"),
     "block": (lambda kept: kept.update(block=64), "8 bits in blocks of 64"),
@@ -161,7 +162,7 @@ def test_codes_that_do_not_say_how_they_are_read() -> None:
     params, opt = trained(to.AdamW, state_dtype="int8")
     saved = opt.state_dict()
     saved["state"][0] = dict(opt.state[params[0]])
-    with Unchanged(opt), pytest.raises(RuntimeError, match="do not say how they are read") as error:
+    with Unchanged(opt), pytest.raises(RuntimeError, match="does not say how") as error:
         opt.load_state_dict(saved)
     explains(error, "exp_avg of parameter 0", "to_torch_state_dict")
 
@@ -363,7 +364,7 @@ def check_probe(dcp: Any, make: Callable[[Any], Any], device: Any, released: boo
     for model in (probed, plain):
         load_other_weights(model)
     weights = [p.detach().clone() for p in probed.parameters()]
-    if any(map(to.codecs.averages, opt.param_groups)):
+    if any(map(averages, opt.param_groups)):
         with opt.averaged_parameters():
             assert all(map(torch.equal, probed.parameters(), weights))
     for model, optimizer in ((probed, opt), (plain, other)):

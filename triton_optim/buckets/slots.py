@@ -205,7 +205,8 @@ class StepGroup:
             skip: 0-dim, on the device: 1 where the step was none.
         """
         if not scalar_state and self._cells.keys() == self.columns.keys() == _STEP:
-            self._write("step", self._numbers["step"] + 1)
+            self._numbers = {"step": self._numbers["step"] + 1}  # others may have the old ones
+            self._write("step", self._numbers["step"])
             return
         self.count(scalar_state)
         if self._counts and "step" not in self.columns:

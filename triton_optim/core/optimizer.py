@@ -288,7 +288,7 @@ class RuleOptimizer(Optimizer, Update):
     def state_dict(self) -> dict[str, Any]:
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
 
-        A quantized state is a dict of its codes, their scales and how they are read, which torch.optim cannot take for a
+        A quantized state is a dict of its codes, their scales and how they are read. torch.optim cannot take it for a
         tensor: its step raises. It can have :func:`to_torch_state_dict`.
         """
         self.engine.check_not_swapped("state_dict()")
