@@ -144,7 +144,7 @@ def check_names(cls: type[RuleOptimizer]) -> None:
     for what in ("nonnegative", "never_quantized"):
         declared = cls.__dict__.get(what, ())
         if isinstance(declared, str) or not names.issuperset(declared):
-            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it is a tuple of names among {sorted(names)}.")
+            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it must be a tuple of names in {sorted(names)}.")
 
 
 def held_codec(optimizer: RuleOptimizer, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:

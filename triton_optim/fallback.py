@@ -85,5 +85,5 @@ def replaced(optimizer: RuleOptimizer, bucket: Bucket, error: LaunchError) -> Bu
     gradients = {m.index: g for m, g in zip(bucket.members, own, strict=True)}
     new = bucket_class(key)(optimizer, key, bucket.members)
     if not new.fits(gradients):
-        raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+        raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")
     return new

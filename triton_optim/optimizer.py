@@ -547,7 +547,7 @@ class RuleOptimizer(Optimizer):
             if plan is None or not plan.fits(gradients):
                 plan = self._plans_of_one[place] = PlanOfOne(self, self._flat, gradients, place=place)
                 if not plan.fits(gradients):
-                    raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+                    raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")
             plan.step()
 
     def _check_not_swapped(self, what: str = "step") -> None:
@@ -588,7 +588,7 @@ class RuleOptimizer(Optimizer):
         if plan is None or not fits:
             plan = self._plan = Plan(self, self._flat, gradients, previous=self._plan)
             if not plan.fits(gradients):
-                raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+                raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")
         if fresh and self.state and self._is_probed(gradients):
             self._note_probe()
             return
