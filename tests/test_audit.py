@@ -225,7 +225,7 @@ MUTATIONS = {
     ),
     "full chunks read under a mask": (
         "tl.load(pointers[i]) if FULL else",
-        "tl.load(pointers[i], mask=there[i]) if FULL else",
+        "tl.load(pointers[i], mask=start + item * EACH[i] != numel) if FULL else",
         "masked accesses in the full-chunk branch",
     ),
     "too few threads": ("BLOCK * widest // (16 * warp_size)", "1", "registers, over 64"),
