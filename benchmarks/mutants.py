@@ -22,7 +22,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo
 from mutations import MUTANTS, ROOT, Mutant, place_of
 
 LIMIT = 600.0  # seconds
@@ -72,7 +71,7 @@ class Copy:
     def test(self, tests: Sequence[str]) -> Outcome:
         """Run tests in the copy, up to the first that fails."""
         start = time.monotonic()
-        # Forked: to import torch takes longer than most tests.
+        # Forked, after torch was imported, which takes longer than most tests; Triton was not: tests say how it runs.
         process = multiprocessing.get_context("fork").Process(target=self._run, args=(tests,))
         process.start()
         process.join(LIMIT)
