@@ -8,6 +8,7 @@ benchmarks/mutants.py --results benchmarks/results``. No GPU is needed; it takes
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -108,11 +109,13 @@ class Copy:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="those with this in their names")
+    parser.add_argument(
+        "--only", default="", help="those with this in their names; what the results say of others stays"
+    )
     parser.add_argument("--results", type=Path, help="folder for mutants.json; nothing is written without it")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
-    outcomes = {}
+    outcomes = {} if arguments.results is None else read(arguments.results / "mutants.json")
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
         without = copy.test(sorted({mutant.test for mutant in chosen}))
@@ -123,7 +126,17 @@ def main() -> None:
             outcomes[mutant] = copy.test([mutant.test])
             copy.write(mutant, edited=False)
             print(f"{mutant.name}: {outcomes[mutant].verdict} {outcomes[mutant].test}", flush=True)
-    write(outcomes, arguments.results)
+    write({mutant: outcomes[mutant] for mutant in MUTANTS if mutant in outcomes}, arguments.results)
+
+
+def read(path: Path) -> dict[Mutant, Outcome]:
+    """The outcomes in a file of results."""
+    records = {r["case"]: r["figures"] for r in json.loads(path.read_text())["records"]} if path.exists() else {}
+    return {
+        mutant: Outcome(*(records[mutant.name][name] for name in ("verdict", "test", "seconds")))
+        for mutant in MUTANTS
+        if mutant.name in records
+    }
 
 
 def write(outcomes: dict[Mutant, Outcome], folder: Path | None) -> None:
