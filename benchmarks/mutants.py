@@ -34,7 +34,7 @@ class Outcome:
     """What came of tests.
 
     Attributes:
-        verdict: "passed", "failed" or "timed out".
+        verdict: "passed", "failed", "timed out", or "broken" where none was run.
         test: the first that failed; empty for none.
         seconds: that it took.
     """
@@ -82,9 +82,8 @@ class Copy:
             return Outcome("timed out", "", LIMIT)
         said = self.log.read_text()
         if process.exitcode not in (PASSED, FAILED):
-            raise RuntimeError(
-                f"pytest {' '.join(tests)} ended with {process.exitcode}. See what it says:\n{said[-3000:]}"
-            )
+            print(said[-3000:])
+            return Outcome("broken", "", time.monotonic() - start)
         failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAILED ")]
         verdict = "failed" if process.exitcode else "passed"
         return Outcome(verdict, failed[0] if failed else "", time.monotonic() - start)
@@ -143,14 +142,19 @@ def write(outcomes: dict[Mutant, Outcome], folder: Path | None) -> None:
     """Print the score, write the results, and end with how many survived."""
     from triton_optim.bench.records import Record, write_records  # the copy's is imported in a process of its own
 
-    said = {"failed": "killed by", "passed": "SURVIVED", "timed out": "killed: the tests never end"}
+    said = {
+        "failed": "killed by",
+        "passed": "SURVIVED",
+        "timed out": "killed: its test never ends",
+        "broken": "NO TEST RAN",
+    }
     records = []
     for mutant, outcome in outcomes.items():
         figures = {"verdict": outcome.verdict, "test": outcome.test, "seconds": round(outcome.seconds, 1)}
         figures |= {"file": place_of(mutant).name, "matters": mutant.matters}
         text = f"{said[outcome.verdict]} {outcome.test}".strip()
         records.append(Record("mutants", mutant.name, text, figures))
-    survived = [mutant.name for mutant, outcome in outcomes.items() if outcome.verdict == "passed"]
+    survived = [mutant.name for mutant, outcome in outcomes.items() if outcome.verdict in ("passed", "broken")]
     text = f"{len(outcomes) - len(survived)} of {len(outcomes)} killed"
     records.insert(0, Record("mutants", "all", text, {"survived": survived}, value=len(survived), target=0))
     print(records[0].line())
