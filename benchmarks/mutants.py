@@ -34,7 +34,7 @@ class Outcome:
     """What came of tests.
 
     Attributes:
-        verdict: "passed", "failed", "timed out", or "broken" where none was run.
+        verdict: "passed", "failed", "crashed", "timed out", or "broken" where none was run.
         test: the first that failed; empty for none.
         seconds: that it took.
     """
@@ -83,7 +83,8 @@ class Copy:
         said = self.log.read_text()
         if process.exitcode not in (PASSED, FAILED):
             print(said[-3000:])
-            return Outcome("broken", "", time.monotonic() - start)
+            crashed = process.exitcode is not None and process.exitcode < 0
+            return Outcome("crashed" if crashed else "broken", "", time.monotonic() - start)
         failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAILED ")]
         verdict = "failed" if process.exitcode else "passed"
         return Outcome(verdict, failed[0] if failed else "", time.monotonic() - start)
@@ -146,6 +147,7 @@ def write(outcomes: dict[Mutant, Outcome], folder: Path | None) -> None:
         "failed": "killed by",
         "passed": "SURVIVED",
         "timed out": "killed: its test never ends",
+        "crashed": "killed: its test crashes",
         "broken": "NO TEST RAN",
     }
     records = []

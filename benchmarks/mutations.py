@@ -339,7 +339,7 @@ MUTANTS = (
         "a step takes a number for another",
         "and tuple(group) == self._names",
         "",
-        "tests/test_hyperparameters.py::test_what_changed_is_read_anew",
+        "tests/test_hyperparameters.py::test_a_name_that_changed_is_read_anew",
     ),
     Mutant(
         "a step that is captured may lack a gradient",
@@ -364,11 +364,11 @@ MUTANTS = (
     ),
     # What is saved, told and reported.
     Mutant(
-        "saved step counts share memory",
-        "torch counts a loaded step once for each parameter",
-        "return {name: v.clone() if isinstance(v, Tensor) and not v.dim() else v for name, v in values.items()}",
-        "return dict(values)",
-        "tests/test_state_dict.py::test_trap_32_nothing_handed_out_aliases_step",
+        "states that were saved in another dtype are loaded in the parameter's",
+        "training in bfloat16 goes on from rounded moments",
+        "elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:",
+        "elif isinstance(value, Tensor) and value.dtype != value.dtype:",
+        "tests/test_state_dict.py::test_training_resumes_bit_for_bit_with_states_of_another_dtype",
     ),
     Mutant(
         "codes of another version are read",
@@ -446,7 +446,7 @@ MUTANTS = (
         "L-BFGS takes ever smaller steps",
         "return point.loss <= start.loss + c1 * point.t * start.slope",
         "return point.loss <= start.loss",
-        "tests/test_closure_driven.py",
+        "tests/test_closure_driven.py::test_strong_wolfe_conditions_hold",
     ),
     Mutant(
         "L-BFGS drops its newest pair",
@@ -460,7 +460,7 @@ MUTANTS = (
         "directions that are hardly conjugate are kept",
         "if slope >= 0 or abs(gb) >= ORTHOGONAL * gg * ratio:",
         "if slope >= 0:",
-        "tests/test_closure_driven.py",
+        "tests/test_closure_driven.py::test_conjugate_gradients_need_at_most_twice_torchs_lbfgs",
     ),
     Mutant(
         "Muon's iteration lacks its last term",

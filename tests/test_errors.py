@@ -373,14 +373,17 @@ def test_trap_9_gradient_of_another_shape(case, backend, started, device):
 
 
 @rows_and_backends(*DENSE)
-def test_gradient_that_would_only_broadcast(case, backend, device):
+@pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
+def test_gradient_that_would_only_broadcast(case, backend, started, device):
     """torch's for-loop stretches it, its fused kernel reads past its end. Refused here, as any other misfit."""
     params = case.parameters(device)
     opt = ours(case, params, backend)
-    give_grads(case, 0, params)
+    train(case, range(2 * started), (params, opt))
+    give_grads(case, 2, params)
+    data = params[0].data
     params[0].data = torch.ones(1, 3, device=device)
     params[0].grad = torch.ones(1, 3, device=device)
-    params[0].data = torch.ones(4, 3, device=device)
+    params[0].data = data
     with pytest.raises(RuntimeError) as error, Unchanged(opt):
         opt.step()
     explains(error, "parameter 0", "1, 3", "4, 3")
