@@ -85,7 +85,7 @@ class Copy:
             print(said[-3000:])
             crashed = process.exitcode is not None and process.exitcode < 0
             return Outcome("crashed" if crashed else "broken", "", time.monotonic() - start)
-        failed = [line.split()[1] for line in said.splitlines() if line.startswith("FAILED ")]
+        failed = [line[7:].partition(" - ")[0] for line in said.splitlines() if line.startswith("FAILED ")]
         verdict = "failed" if process.exitcode else "passed"
         return Outcome(verdict, failed[0] if failed else "", time.monotonic() - start)
 
