@@ -109,12 +109,10 @@ class Copy:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--only", default="", help="those with this in their names; what the results say of others stays"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], help="with this in their names; the others' results stay")
     parser.add_argument("--results", type=Path, help="folder for mutants.json; nothing is written without it")
     arguments = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    chosen = [mutant for mutant in MUTANTS if any(part in mutant.name for part in arguments.only)]
     outcomes = {} if arguments.results is None else read(arguments.results / "mutants.json")
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
