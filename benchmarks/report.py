@@ -54,6 +54,7 @@ HEADLINES = (
     Headline("Temporaries of a step, ResNet-50", "memory", f"AdamW, {RESNET50}, ours, cpu"),
     Headline("First step, 1,000 tensors, cold", "cold_start", "AdamW, 1000x1k (1000 tensors), cpu, empty caches"),
     Headline("Import", "import", "import"),
+    Headline("Faults put into the code that the tests notice", "mutants", "all"),
     Headline(
         "GPU: share of copy bandwidth, 1e9 parameters", "gpu_step", "AdamW, 100x10M (100 tensors), time over the floor"
     ),

@@ -72,8 +72,8 @@ def check_signature(rule: Any, states: int) -> None:
     taken = function.__code__.co_argcount - 3
     if taken != states:
         raise RuleError(
-            f"the rule {function.__name__} takes {taken} states, and its optimizer has {states}. It takes p, g, then "
-            "each of state_names in order, then h"
+            f"the rule {function.__name__} takes {taken} states, and its optimizer has {states}. Give it p, g, "
+            "then each of state_names in order, then h"
         )
     returned = getattr(function, "returned", 1 + states)
     if returned != 1 + states:
@@ -90,7 +90,7 @@ def check_fields(rule: Any, h: Any) -> None:
         if name not in h._fields:
             raise RuleError(
                 f"{function.__name__} uses `h.{name}` ({where}), and scalars() returned no {name}; it returned "
-                f"{', '.join(h._fields)}"
+                f"{', '.join(h._fields)}. Return it from scalars(), too"
             )
 
 
@@ -102,7 +102,7 @@ def made_of(function: types.FunctionType) -> Any:
     if given.vararg or given.kwarg or given.kwonlyargs or given.defaults or len(names) < 3:
         raise RuleError(
             f"{function.__name__} ({file}, line {line + tree.lineno}) is no rule: a rule takes p, g, its states and h, "
-            "each by a name of its own, without defaults"
+            "each by a name of its own, without defaults. Write it so"
         )
     lines = Lines(function, names)
     walk = Walk(lines, function)

@@ -42,7 +42,7 @@ plan.STEPS = plan.WORTHWHILE = 1
 # One folder of C++ libraries, and of what Triton compiles with the stub driver, for all processes of a run.
 if PIPE in os.environ:
     os.environ["TRITON_CACHE_DIR"] = os.path.join(os.environ["TRITON_OPTIM_CACHE_DIR"], "triton")
-elif "PYTEST_XDIST_WORKER" not in os.environ:
+elif "TRITON_OPTIM_CACHE_DIR" not in os.environ:
     os.environ["TRITON_OPTIM_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_optim_tests_")
     atexit.register(shutil.rmtree, os.environ["TRITON_OPTIM_CACHE_DIR"], ignore_errors=True)
 

@@ -44,6 +44,8 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ()
     # float32 against torch's float32 after a few steps on values of order 1: each side rounds, in its own order.
     close: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-5, "atol": 1e-6})
+    # Options, tuned once, with which 1,000 steps lead to the minimum of a parabola and of Rosenbrock's function.
+    minimizes: dict[str, Any] = field(default_factory=lambda: {"lr": 0.1, "betas": (0.9, 0.99)})
     # A representative: tests that are not about backends run it on each, and the other rows eagerly.
     on_every_backend: bool = False
 
@@ -123,6 +125,7 @@ CASES = [
             "amsgrad": {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1},
             "maximize": {"maximize": True, "betas": (0.8, 0.95), "eps": 1e-6},
         },
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
         on_every_backend=True,  # as one that counts its steps
     ),
     Case(
@@ -143,14 +146,18 @@ CASES = [
             "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
         },
         settings={"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9},
+        minimizes={"lr": 0.003, "momentum": 0.9},
         on_every_backend=True,  # as one that does not
     ),
     Case(
         triton_optim.Lion,
         {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.95, 0.98), "maximize": True}},
+        minimizes={"lr": 0.02},
     ),
     Case(
-        triton_optim.Adadelta, {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}}
+        triton_optim.Adadelta,
+        {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},
+        minimizes={"lr": 3.0},
     ),
     Case(
         triton_optim.Adagrad,
@@ -159,11 +166,17 @@ CASES = [
             "decays": {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "maximize": True},
             "accumulated": {"initial_accumulator_value": 0.5, "eps": 1e-5},
         },
+        minimizes={"lr": 1.5},
     ),
-    Case(triton_optim.Adamax, {"default": {}, "decay": {"betas": (0.8, 0.9), "weight_decay": 0.1, "maximize": True}}),
+    Case(
+        triton_optim.Adamax,
+        {"default": {}, "decay": {"betas": (0.8, 0.9), "weight_decay": 0.1, "maximize": True}},
+        minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
+    ),
     Case(
         triton_optim.ASGD,
         {"default": {}, "averaged": {"lr": 0.1, "lambd": 0.1, "t0": 5, "weight_decay": 0.1, "maximize": True}},
+        minimizes={"lr": 0.005, "lambd": 0.0},
     ),
     Case(
         triton_optim.NAdam,
@@ -172,6 +185,7 @@ CASES = [
             "decay": {"lr": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True},
             "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
         },
+        minimizes={"lr": 0.07, "betas": (0.9, 0.99)},
         on_every_backend=True,  # as one that carries a number besides
     ),
     Case(
@@ -181,6 +195,7 @@ CASES = [
             "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
             "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
         },
+        minimizes={"lr": 0.005, "betas": (0.9, 0.9)},
     ),
     Case(
         triton_optim.RMSprop,
@@ -191,12 +206,14 @@ CASES = [
             "centered momentum": {"centered": True, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1},
         },
         settings={"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9},
+        minimizes={"lr": 0.1, "momentum": 0.9},
     ),
     Case(
         triton_optim.Rprop,
         {"default": {}, "narrow": {"etas": (0.4, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}},
         still={"lr": 0.0, "step_sizes": (0.0, 50.0)},
         settings={"lr": 1e-2},
+        minimizes={"lr": 0.1, "etas": (0.7, 1.2)},
     ),
     Case(
         triton_optim.Adafactor,
@@ -208,6 +225,7 @@ CASES = [
         complex=False,
         elementwise=False,
         shapes=((4, 3), (5,), (2, 3, 4), ()),  # torch divides by the number of elements
+        minimizes={"lr": 0.02, "eps": (None, 1.0), "beta2_decay": -0.5},
     ),
     Case(
         triton_optim.Muon,
@@ -219,6 +237,7 @@ CASES = [
         matrices=True,
         complex=False,
         elementwise=False,
+        minimizes={"lr": 0.03, "weight_decay": 0.0},
     ),
     Case(
         triton_optim.SparseAdam,

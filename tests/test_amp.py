@@ -416,6 +416,16 @@ def test_grad_norm_is_of_gradients_without_their_scale(backend, device):
 
 
 @each_backend
+def test_a_norm_as_small_as_torchs_epsilon_is_clipped_by_torchs_factor(backend, device):
+    """1e-6 under a limit of 1e-6 is halved."""
+    p = Parameter(torch.zeros(4, device=device))
+    opt = triton_optim.SGD([p], lr=1e6, max_grad_norm=1e-6, backend=backend)
+    p.grad = torch.full_like(p, 5e-7)
+    opt.step()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, -0.25))
+
+
+@each_backend
 def test_max_grad_norm_may_change_between_steps(backend, device):
     params, plain = parameters(device), parameters(device)
     opt = triton_optim.SGD(params, lr=0.1, momentum=0.9, backend=backend)

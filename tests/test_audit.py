@@ -228,6 +228,11 @@ MUTATIONS = {
         "        if True:\n            if i == STATES:",
         "16 bytes an element stored for a floor of 12",
     ),
+    "full chunks read under a mask": (
+        "tl.load(pointers[i]) if FULL else",
+        "tl.load(pointers[i], mask=start + item * PER_ITEM[i] != numel) if FULL else",
+        "masked accesses in the full-chunk branch",
+    ),
     "too few threads": ("BLOCK * widest // (16 * warp_size)", "1", TOO_MANY),
 }
 

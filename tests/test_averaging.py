@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BACKENDS
 from test_errors import explains
 from torch import Tensor
 from torch.nn import Parameter
@@ -129,6 +130,19 @@ def test_warmup_lets_the_decay_rise(decay, backend, device):
         own = min(decay, (1 + n) / (10 + n)) if n else 0.0
         expected = own * expected + (1 - own) * now
         torch.testing.assert_close(averaged(opt)[0].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.values != ("compiled",)])
+def test_the_average_keeps_no_rounding_of_a_large_start(backend, device):
+    """1e8 is rounded to a multiple of 8, which an average that is a thousandth of it must not be."""
+    p = Parameter(torch.full((5,), 1e8, device=device))
+    opt = to.SGD([p], lr=0.0, ema_decay=2.0**-10, backend=backend)
+    for value in (1e8, 1.0):
+        p.data.fill_(value)
+        p.grad = torch.ones_like(p)
+        opt.step()
+    exact = torch.full((5,), 1 + (1e8 - 1) * 2.0**-10, device=device)
+    torch.testing.assert_close(opt.state[p]["ema"], exact, rtol=1e-6, atol=0)
 
 
 def test_the_average_of_a_double_is_a_double(backend, device):

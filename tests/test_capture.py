@@ -262,7 +262,7 @@ def test_hyperparameters_that_changed_must_be_pushed_before_a_capture(device: to
         optimizer.step()
 
 
-@pytest.mark.parametrize("change", ["moved", "loaded", "added"])
+@pytest.mark.parametrize("change", ["moved", "loaded", "added", "replaced"])
 def test_a_model_that_changed_after_its_capture_is_refused(change: str, device: torch.device, monkeypatch: Any) -> None:
     params = start(device, torch.float32)
     optimizer = triton_optim.AdamW(params, capturable=True, backend="eager")
@@ -273,6 +273,8 @@ def test_a_model_that_changed_after_its_capture_is_refused(change: str, device: 
     optimizer.push_hyperparameters()
     if change == "moved":
         params[1].data = params[1].data.clone()
+    elif change == "replaced":
+        optimizer.param_groups[0]["params"][1] = Parameter(params[1].detach().clone())
     elif change == "loaded":
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     else:

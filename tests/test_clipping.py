@@ -145,6 +145,14 @@ def test_norm_clipping_is_torchs(order, dtype, device):
         torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("size", "max_norm"), [(1e-6, 1e-6), (1e-8, 1e-7), (1.0, 0.0), (0.0, 0.0)])
+def test_torchs_epsilon_is_beside_the_norm(size, max_norm, device):
+    ours, theirs = (with_grads([torch.full((4,), size / 2, device=device)]) for _ in range(2))
+    clip_grad_norm_(ours, max_norm)
+    torchs_norm(theirs, max_norm)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad, rtol=1e-6, atol=0)
+
+
 def test_what_is_short_enough_keeps_every_bit(device):
     gradients = [random(shape, device=device) for shape in SHAPES]
     params = with_grads(gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from conftest import HAS_GPU
 
 import triton_optim
 from triton_optim.cli import doctor, launch_check, main
-from triton_optim.dispatch import this_machine
+from triton_optim.dispatch import BACKENDS, this_machine
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: nothing is launched")
 # The process reads this when it starts, and is then as if its driver did so.
@@ -84,6 +85,27 @@ def test_a_failed_launch_is_the_exit_status(
     out = capsys.readouterr().out
     assert "cuda: FAILED at the stage 'load': no kernel image" in out
     assert "Update it." in out
+
+
+def test_its_choices_are_those_that_optimizers_get(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device
+) -> None:
+    """What runs by itself, what may be pinned, and nothing else."""
+    monkeypatch.setattr(doctor, "places", list)  # nothing is launched
+    assert main(["doctor", "--json", str(tmp_path / "found.json")]) == 0
+    out = capsys.readouterr().out
+    choices = [c for c in json.loads((tmp_path / "found.json").read_text())["choices"] if c["device"] == device.type]
+    assert [c["dtype"] for c in choices] == ["float32", "bfloat16", "float16", "float64", "complex64"]
+    for choice in choices:
+        p = torch.nn.Parameter(torch.ones(3, dtype=getattr(torch, choice["dtype"]), device=device))
+        (bucket,) = triton_optim.explain(triton_optim.AdamW([p]))
+        assert (choice["present"], choice["backend"]) == (True, bucket.backend)
+        assert choice["reason"] == bucket.reason
+        assert choice["reason"] in out
+        for backend in BACKENDS:
+            allowed = backend in (choice["backend"], *choice["also"])
+            with nullcontext() if allowed else pytest.raises(RuntimeError, match=backend):
+                triton_optim.AdamW([p], backend=backend)
 
 
 def test_without_triton_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,18 @@ def test_gradient_of_the_learning_rate(case: Case, device: torch.device) -> None
     assert torch.autograd.gradcheck(lambda lr: steps(case, start + 0 * lr, gradients, lr), (lr,))
 
 
+def test_gradient_of_radams_learning_rate_where_the_variance_can_not_be_told(device: torch.device) -> None:
+    """The quotient is not used, and may not be 0 / 0: its derivative would be NaN."""
+    start, gradients = torch.ones(2, dtype=torch.float64, device=device), torch.tensor([[0.0, 3.0]], device=device)
+    lr = torch.tensor(0.5, dtype=torch.float64, device=device, requires_grad=True)
+    case = next(case for case in CASES if case.name == "RAdam")
+    end = steps(case, start, gradients.double(), lr, eps=0.0)
+    end.sum().backward()
+    assert end.tolist() == [1.0, -0.5]
+    assert lr.grad is not None
+    assert lr.grad.item() == -3.0
+
+
 @rows_and_backends(*CASES)
 @pytest.mark.parametrize("kind", ["number", "tensor"])
 def test_capturable_forms_its_scalars_on_the_device(case: Case, kind: str, backend: str, device: torch.device) -> None:

@@ -157,9 +157,19 @@ def change_rate(opt, params):
     opt.param_groups[0]["lr"] = 0.5
 
 
-DISTURBANCES = [move, reshape, shrink, turn, restride, widen, swap, replace, skip, skip_all, transpose, cut, negate,
-                negate_strided, narrow, make_sparse, expand, load_states, replace_state, add_group, shift_gradient,
-                change_rate]  # fmt: skip
+def share_parameter(opt, params):
+    params[0].data.share_memory_()  # other memory for the same storage
+
+
+def share_states(opt, params):
+    for value in opt.state[params[0]].values():
+        if value.dim():
+            value.share_memory_()
+
+
+DISTURBANCES = [share_parameter, share_states, move, reshape, shrink, turn, restride, widen, swap, replace, skip,
+                skip_all, transpose, cut, negate, negate_strided, narrow, make_sparse, expand, load_states,
+                replace_state, add_group, shift_gradient, change_rate]  # fmt: skip
 
 
 def run(disturb, backend, device, mark=lambda: None):

@@ -46,6 +46,17 @@ def test_what_changed_is_read_anew(change: Callable[[dict[str, Any]], None], reb
     assert values.plain == {name: value for name, value in group.items() if name != "params"}
 
 
+def test_a_name_that_changed_is_read_anew() -> None:
+    """The same objects in the same order."""
+    group, values = {"lr": 0.1, "eps": 0.2}, GroupValues()
+    values.read(group)
+    before = values.changes
+    renamed = {"eps": group["lr"], "lr": group["eps"]}
+    values.read(renamed)
+    assert values.changes > before
+    assert values.plain == renamed
+
+
 def test_what_changes_in_place_is_read_in_every_step() -> None:
     group, values = START | {"betas": [0.9, 0.99], "lr": torch.tensor(0.1)}, GroupValues()
     values.read(group)

@@ -160,7 +160,24 @@ def test_infinite_parameters_however_they_are_kept(
         assert all(v.isfinite().all() for v in moments)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("compiled",)])
+each_backend_but_compiled = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("compiled",)])
+
+
+@each_backend_but_compiled
+def test_equal_gradients_have_no_deviation_below_0(backend: str, device: torch.device) -> None:
+    """Of equal gradients square_avg - grad_avg**2 is 0 and rounds to less, of which the root is NaN, as in torch."""
+    g = torch.linspace(0.1, 3, 4096, device=device)
+    p = Parameter(torch.zeros_like(g))
+    optimizer = triton_optim.RMSprop([p], lr=1e-9, alpha=0.7, centered=True, backend=backend)
+    for _ in range(50):
+        p.grad = g.clone()
+        optimizer.step()
+    state = optimizer.state[p]
+    assert (state["square_avg"] - state["grad_avg"].square() < 0).any()
+    assert p.isfinite().all()
+
+
+@each_backend_but_compiled
 def test_an_average_of_infinities_is_theirs(backend: str, device: torch.device) -> None:
     """And with a decay of 0 nothing of the old one is left."""
     for decay, last in ((0.9, [-INF, INF, NAN, 0.5]), (0.0, [0.5, INF, -INF, 0.5])):

@@ -16,6 +16,7 @@ from table import CASES, NUMBERS, rows, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim as to
+from triton_optim.util.layout import all_aligned
 
 pytestmark = pytest.mark.usefixtures("two_slots")
 
@@ -305,6 +306,12 @@ def test_trap_4_one_launch_and_two_with_a_misaligned_tensor(device, launches):
             step(opt, params, [random_values(p.shape, 20, device) for p in params])
             assert [constants["ALIGNED"] for _, _, constants in launches] == wanted
         assert sum(bucket.launches for bucket in to.explain(opt)) == len(wanted)
+
+
+@pytest.mark.parametrize("last", [16, 24, 8, 4, 1])
+def test_alignment_is_a_multiple_of_16_bytes(last):
+    assert all_aligned([32, 4096, last]) == (last == 16)
+    assert all_aligned([last, 4096]) == (last == 16)
 
 
 def test_trap_4_alignment_is_never_claimed_for_a_misaligned_address(device, launches):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BACKENDS
 from torch.nn import Parameter
 
 import triton_optim
@@ -14,9 +15,9 @@ from triton_optim.buckets.state import State
 ONES = torch.ones(5)
 
 
-def stepped(device: torch.device) -> tuple[Any, Parameter]:
+def stepped(device: torch.device, backend: str = "eager") -> tuple[Any, Parameter]:
     p = Parameter(torch.zeros(5, device=device))
-    optimizer = triton_optim.SGD([p], lr=1.0, momentum=0.5, backend="eager")
+    optimizer = triton_optim.SGD([p], lr=1.0, momentum=0.5, backend=backend)
     p.grad = torch.zeros(5, device=device)
     optimizer.step()
     return optimizer, p
@@ -34,8 +35,10 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("own", [False, True], ids=["ours", "a user's dict"])
-def test_a_state_that_was_replaced_is_used(change: str, own: bool, device: torch.device) -> None:
-    optimizer, p = stepped(device)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values != ("compiled",)])
+def test_a_state_that_was_replaced_is_used(change: str, own: bool, backend: str, device: torch.device) -> None:
+    """Also by a backend that keeps where the states lie."""
+    optimizer, p = stepped(device, backend)
     if own:
         optimizer.state[p] = dict(optimizer.state[p])
         optimizer.step()

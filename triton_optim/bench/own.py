@@ -19,5 +19,5 @@ def own_shapes(name: str) -> Shapes:
         raise ValueError(f"--model {name} returned {type(model).__name__}. Return a torch.nn.Module.")
     shapes: Shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     if not shapes:
-        raise ValueError(f"--model {name} returned a module without parameters that require gradients.")
+        raise ValueError(f"--model {name} returned a module with no parameter to train. Return one that has some.")
     return shapes

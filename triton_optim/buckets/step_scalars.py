@@ -65,9 +65,7 @@ def step_scalars_for(
     if not _NUMBERS.issuperset(map(type, h)):
         for name, value in zip(h._fields, h, strict=True):
             if not isinstance(value, (int, float, Tensor)):
-                raise TypeError(
-                    f"{type(optimizer).__name__}.scalars returned {name}={value!r}; every field must be a number."
-                )
+                raise TypeError(f"{type(optimizer).__name__}.scalars returned {name}={value!r}; it must be a number.")
     factor = -1.0 if group.get("maximize") else 1.0
     scalar_state = optimizer.update_scalar_state(values, step, **scalar_state) if scalar_state else {}
     if not averaged:

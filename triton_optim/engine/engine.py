@@ -290,4 +290,4 @@ class Engine:
 def check_fits(plan: Plan, gradients: Any) -> None:
     """Raise RuntimeError where a new plan does not fit."""
     if not plan.bind(gradients):
-        raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+        raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")

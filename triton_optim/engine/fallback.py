@@ -82,5 +82,5 @@ def replaced(optimizer: Update, failed: dict[Key, Key], bucket: Bucket, error: L
     gradients = {m.index: g for m, g in zip(bucket.slots, own, strict=True)}
     new = bucket_class(key)(optimizer, key, bucket.slots)
     if not new.bind(gradients):
-        raise RuntimeError("a parameter or state changed during the step: another thread writes them.")
+        raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")
     return new

@@ -141,7 +141,7 @@ def check_names(cls: type[Update]) -> None:
     for what in ("nonnegative", "never_quantized"):
         declared = cls.__dict__.get(what, ())
         if isinstance(declared, str) or not names.issuperset(declared):
-            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it is a tuple of names among {sorted(names)}.")
+            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it must be a tuple of names in {sorted(names)}.")
 
 
 def in_blocks(codec: Codec, size: int) -> Codec:
