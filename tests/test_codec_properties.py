@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from triton_optim.core.convert import master
 from triton_optim.precision import codecs
 from triton_optim.precision.codecs import Codec, new_parts, part_names, read, stochastic, with_residual, write
 from triton_optim.precision.random_bits import bits_of_elements, row_key, tensor_keys
@@ -193,7 +194,7 @@ def test_a_step_is_one_in_float32_whose_results_are_kept(
             p.grad = g
             optimizer.step()
         # What there is now, in float32, and the last step of it.
-        wide = Parameter(triton_optim.convert.master(p, optimizer).float())
+        wide = Parameter(master(p, optimizer).float())
         plain = case.ours([wide], **options, backend="eager")
         if steps:
             plain.load_state_dict(copy.deepcopy(triton_optim.to_torch_state_dict(optimizer)))
