@@ -7,21 +7,12 @@ import sys
 
 import torch
 
-import triton_optim
-
 from ..core.memory import memory_report, meta_parameter
-from ..core.optimizer import RuleOptimizer
 from ..precision.codecs import PARAM_PRECISIONS, STATE_CODES
+from ..registry import rule_optimizers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **{code: code for code in STATE_CODES}}
-
-
-def optimizers() -> dict[str, type[RuleOptimizer]]:
-    """The optimizers that the package exports, by their names in lower case."""
-    found = (getattr(triton_optim, name) for name in triton_optim.__all__)
-    kinds = [cls for cls in found if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants]
-    return {cls.__name__.lower(): cls for cls in kinds}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    known = optimizers()
+    known = rule_optimizers()
     if args.optimizer not in known:
         print(f"--optimizer {args.optimizer}: there is none. Choose from {', '.join(known)}.", file=sys.stderr)
         return 1
