@@ -1,6 +1,7 @@
-"""Write what is derived from the optimizers' files: ``python tests/derived.py``, with ``--costs`` what they compile to.
+"""Write what is derived from the optimizers' files: ``python tests/derived.py``.
 
-The exports in `triton_optim/__init__.py`, README's list, and the tables in `tests/costs/`. Tests fail where they differ.
+These are the exports in `triton_optim/__init__.py` and README's list; with ``--costs`` the tables in `tests/costs/`,
+too. Tests fail where they differ.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from importlib import import_module
 from pathlib import Path
 
 from costs import REWRITE
-from torch.optim import Optimizer
 
 from triton_optim import RuleOptimizer, optimizers
 from triton_optim.optimizers.closure.closure_driven import ClosureOptimizer

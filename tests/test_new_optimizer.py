@@ -97,7 +97,10 @@ def run(root: Path, *arguments: str) -> str:
 
 def test_a_rule_a_class_and_a_row_are_enough(copy: Path) -> None:
     assert run(copy, "tests/derived.py") == "written: __init__.py, README.md\n"
-    assert run(copy, "-c", USE).split() == [f"{copy}/triton_optim/__init__.py", f"{copy}/triton_optim/kernels/rules/adan.py"]
+    assert run(copy, "-c", USE).split() == [
+        f"{copy}/triton_optim/__init__.py",
+        f"{copy}/triton_optim/kernels/rules/adan.py",
+    ]
     tests = [f"tests/test_{name}" for name in (*RUN, *WHOLE)]
     chosen = "(Adan and not (compiled or triton or float16)) or step or floor or circle or adan"
     out = run(copy, "-m", "pytest", "-n0", "-v", "-p", "no:cacheprovider", *tests, "-k", chosen)
