@@ -11,9 +11,9 @@ from .core.optimizer import RuleOptimizer
 
 def optimizers() -> dict[str, type[Optimizer]]:
     """The optimizers that the package exports, by their names in lower case."""
-    exported = (getattr(triton_optim, name) for name in triton_optim.__all__)
-    classes = (cls for cls in exported if isinstance(cls, type) and issubclass(cls, Optimizer))
-    return {cls.__name__.lower(): cls for cls in classes if cls is not RuleOptimizer}
+    exported = {name.lower(): getattr(triton_optim, name) for name in triton_optim.__all__}
+    kinds = {name: value for name, value in exported.items() if isinstance(value, type) and value is not RuleOptimizer}
+    return {name: cls for name, cls in kinds.items() if issubclass(cls, Optimizer)}
 
 
 def rule_optimizers() -> dict[str, type[RuleOptimizer]]:
