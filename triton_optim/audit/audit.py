@@ -23,6 +23,7 @@ from triton.runtime import JITFunction
 from ..backends.triton.bucket import kept_as
 from ..backends.triton.tables import TRITON_DTYPES
 from ..buckets.rows import row_for
+from ..core.optimizer import RuleOptimizer
 from ..kernels import multi_tensor
 from ..kernels.straight import straight
 from ..precision.codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
@@ -154,7 +155,7 @@ def every_rule() -> tuple[AuditedRule, ...]:
         ValueError: two rules have the same name.
     """
     p, classes = torch.zeros(1, 1, device="cpu", requires_grad=True), rule_optimizers().values()
-    optimizers = {cls.__name__: cls([p]) for cls in classes}  # type: ignore[call-arg]  # they have defaults
+    optimizers: dict[str, RuleOptimizer] = {cls.__name__: cls([p]) for cls in classes}  # type: ignore[call-arg]
     # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
     scalars = {name: type(row_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
     by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
