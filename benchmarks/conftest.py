@@ -24,7 +24,14 @@ import pytest  # noqa: E402
 from triton_optim.backends.triton import stub_driver  # noqa: E402
 from triton_optim.bench.measure import Measurement  # noqa: E402
 from triton_optim.bench.records import Record, write_records  # noqa: E402
+from triton_optim.registry import rule_optimizers  # noqa: E402
 
+# Every optimizer of which an element needs nothing but its own gradient.
+ELEMENTWISE = [
+    cls.__name__
+    for cls in rule_optimizers().values()
+    if cls.takes_dense_gradients and not any(variant.prologue for variant in cls.variants)
+]
 RECORDS = pytest.StashKey[list[Record]]()
 LONGEST_SECONDS = 3600  # a test waits for a quiet machine
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import ELEMENTWISE
 
 import triton_optim
 from triton_optim.bench.comparison import Case, compare
@@ -15,13 +16,12 @@ PATHS = ("torch-fused", "torch-foreach", "torch-for-loop")
 # torch's foreach writes Nesterov's sum into the gradients, so that from step to step they grow.
 NOT_FOREACH = ("torch-fused", "torch-for-loop")
 
-NAMES = ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "Lion")
 # Options that change what is computed, by label.
 OTHERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "SGD nesterov": ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}, NOT_FOREACH),
     "RMSprop centered, momentum": ("RMSprop", {"lr": 0.1, "centered": True, "momentum": 0.9}, PATHS),
 }
-OPTIMIZERS = {name: (name, None, PATHS) for name in NAMES} | OTHERS
+OPTIMIZERS = {name: (name, None, PATHS) for name in ELEMENTWISE} | OTHERS
 
 # Ratios to the fastest of torch's paths; and to foreach, where there is no fused path.
 TARGET, TARGET_TO_FOREACH = 1.05, 0.5

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU
+from conftest import ELEMENTWISE, HAS_GPU
 
 import triton_optim
 from triton_optim.bench.agreement import Contender, differences
@@ -16,12 +16,11 @@ from triton_optim.bench.measure import Side, measure
 from triton_optim.bench.models import elements, shapes
 from triton_optim.bench.room import SHARE, bytes_per_parameter, free_bytes
 
-NAMES = ("SGD", "Lion", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
 NESTEROV = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
 FUSED, PATHS = ("torch-fused",), ("torch-fused", "torch-foreach")
 # The optimizer, its settings and torch's paths, by label.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...]]] = {
-    **{name: (name, None, PATHS) for name in NAMES},
+    **{name: (name, None, PATHS) for name in ELEMENTWISE},
     "SGD without momentum": ("SGD", {"lr": 0.1}, PATHS),
     # torch's foreach writes Nesterov's sum into the gradients, so that from step to step they grow.
     "SGD nesterov": ("SGD", NESTEROV, FUSED),

@@ -1,4 +1,4 @@
-"""What each optimizer should compute: written from the papers, in plain NumPy and float64.
+"""What each of torch's optimizers should compute: written from the papers, in plain NumPy and float64.
 
 Nothing here is shared with the package or with torch, so that a mistake of theirs can't be repeated here.
 Speed does not matter. Every reference is called alike:
@@ -17,17 +17,15 @@ It returns the new parameters, and for each parameter a dict with torch's state 
 is empty before the first gradient (but torch's Adagrad has its state from the start), and "step" is in it
 only if torch keeps one.
 
-To add an optimizer, write the update of one parameter at one step, and put it in the table at the end. It
-gets the parameter p, the gradient g (negated already if maximize) and the parameter's state, and returns the
-new p. It binds new arrays and never writes into old ones.
+A reference is the update of one parameter at one step. It gets the parameter p, the gradient g (negated already if
+maximize) and the parameter's state, and returns the new p. It binds new arrays and never writes into old ones.
+table.py has a row for each optimizer, with its reference; of an optimizer that torch lacks the reference stands there.
 """
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
-from references_matrix import adafactor, muon
-from references_runner import Arrays, States, reference
+from references_runner import reference
 
 
 @reference
@@ -73,18 +71,6 @@ def sgd(p, g, state, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=
         b = state["momentum_buffer"] = g if b is None else momentum * b + (1 - dampening) * g
         g = g + momentum * b if nesterov else b
     return p - lr * g
-
-
-@reference
-def lion(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0):
-    """Chen et al. 2023, Algorithm 2. sign(0) is 0, and sign(NaN) is NaN (torch.sign says 0)."""
-    b1, b2 = betas
-    m = state.get("exp_avg", 0)
-    c = b1 * m + (1 - b1) * g
-    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
-    p = p - lr * (np.sign(c) + decay)
-    state["exp_avg"] = b2 * m + (1 - b2) * g
-    return p
 
 
 @reference
@@ -235,23 +221,3 @@ def sparse_adam(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
     v = state["exp_avg_sq"] = np.where(absent, v, b2 * v + (1 - b2) * g**2)
     update = np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps)
     return np.where(absent, p, p - lr * update)
-
-
-# By the name of the class, so that a test of many optimizers finds the reference of each.
-REFERENCES: dict[str, Callable[..., tuple[Arrays, States]]] = {
-    "ASGD": asgd,
-    "Adadelta": adadelta,
-    "Adafactor": adafactor,
-    "Adagrad": adagrad,
-    "Adam": adam,
-    "AdamW": adamw,
-    "Adamax": adamax,
-    "Lion": lion,
-    "Muon": muon,
-    "NAdam": nadam,
-    "RAdam": radam,
-    "RMSprop": rmsprop,
-    "Rprop": rprop,
-    "SGD": sgd,
-    "SparseAdam": sparse_adam,
-}

@@ -1,18 +1,24 @@
-"""One row an optimizer: what every property test needs to know of it. Adding an optimizer is adding its row."""
+"""One row an optimizer: all that the tests need to know of it. Adding an optimizer is adding its row.
+
+The reference of one that torch has is in references.py, where it is compared with torch's. Of any other it stands here,
+above the rows, as references.py says how; the row has steps worked out by hand to compare it with.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import references
 import torch
 from conftest import BACKENDS
-from published import Lion
-from references import REFERENCES
+from reference_peer import peer_of
+from references_matrix import adafactor, muon
+from references_runner import reference
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -22,12 +28,24 @@ import triton_optim
 NUMBERS = {"step", "mu_product", "eta", "mu"}
 
 
+class ByHand(NamedTuple):
+    """Steps from p = 1, worked out by hand: with these options, after these gradients, p and the states."""
+
+    options: dict[str, Any]
+    gradients: list[Any]
+    after: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Case:
     """An optimizer, torch's own if it has one, the float64 reference, and option sets to run."""
 
     ours: type[triton_optim.RuleOptimizer]
+    # What it should compute, in float64 and as the paper has it.
+    reference: Callable[..., Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"default": {}})
+    # What the reference gives, where torch has no optimizer that it could be compared with.
+    by_hand: tuple[ByHand, ...] = ()
     # Options with which no step moves anything.
     still: dict[str, Any] = field(default_factory=lambda: {"lr": 0.0, "weight_decay": 0.0})
     # Options of all property tests: one set, so that the compiled backend compiles each rule once for them.
@@ -64,12 +82,8 @@ class Case:
 
     @property
     def peer(self) -> type[torch.optim.Optimizer]:
-        """What stands beside ours: torch's, or the published one in torch's words."""
-        return self.torchs or {"Lion": Lion}[self.name]
-
-    @property
-    def reference(self) -> Callable[..., Any]:
-        return REFERENCES[self.name]
+        """What stands beside ours: torch's, or the reference in torch's words."""
+        return self.torchs or peer_of(self.reference)
 
     @property
     def counts_steps(self) -> bool:
@@ -117,19 +131,35 @@ def array(g: Tensor | None) -> Any:
     return np.ma.MaskedArray(plain, mask=(held.cpu().to_dense() == 0).numpy())
 
 
+@reference
+def lion(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0):
+    """Chen et al. 2023, Algorithm 2. sign(0) is 0, and so is sign(NaN), as torch.sign's."""
+    b1, b2 = betas
+    m = state.get("exp_avg", 0)
+    c = b1 * m + (1 - b1) * g
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    p = p - lr * (np.where(np.isnan(c), 0, np.sign(c)) + decay)
+    state["exp_avg"] = b2 * m + (1 - b2) * g
+    return p
+
+
+LION = {"lr": 0.1, "betas": (0.9, 0.5), "weight_decay": 0.5}
+
 CASES = [
     Case(
         triton_optim.AdamW,
+        references.adamw,
         {
             "default": {},
             "amsgrad": {"lr": 1e-2, "amsgrad": True, "weight_decay": 0.1},
             "maximize": {"maximize": True, "betas": (0.8, 0.95), "eps": 1e-6},
         },
-        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
         on_every_backend=True,  # as one that counts its steps
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
     Case(
         triton_optim.Adam,
+        references.adam,
         {
             "default": {},
             "decay": {"lr": 1e-2, "weight_decay": 0.1},
@@ -139,6 +169,7 @@ CASES = [
     ),
     Case(
         triton_optim.SGD,
+        references.sgd,
         {
             "default": {},
             "decay": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
@@ -146,21 +177,38 @@ CASES = [
             "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
         },
         settings={"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9},
-        minimizes={"lr": 0.003, "momentum": 0.9},
         on_every_backend=True,  # as one that does not
+        minimizes={"lr": 0.003, "momentum": 0.9},
     ),
     Case(
         triton_optim.Lion,
+        lion,
         {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.95, 0.98), "maximize": True}},
+        by_hand=(
+            # Of the first element c = 0.1 * 2, then 0.9 * 1 + 0.1 * -4 = 0.5: sign +1, where that of g and of m is -1.
+            # p = 1 - 0.1 * (1 + 0.5 * 1) = 0.85, then 0.85 - 0.1 * (1 + 0.5 * 0.85); m = 1, then 0.5 * 1 + 0.5 * -4.
+            # Of the second c = -0.2, then 0.9 * -1 + 0.1 * 18.5 = 0.95; the third has no gradient, and decays alone.
+            ByHand(LION, [[2.0, -2.0, 0.0]], {"p": [0.85, 1.05, 0.95], "exp_avg": [1.0, -1.0, 0.0]}),
+            ByHand(
+                LION,
+                [[2.0, -2.0, 0.0], [-4.0, 18.5, 0.0]],
+                {"p": [0.7075, 0.8975, 0.9025], "exp_avg": [-1.5, 8.75, 0.0]},
+            ),
+            # c = 0.1, then 0.9 * 0.01 - 0.1 = -0.091.
+            ByHand({}, [1.0], {"p": 0.9999, "exp_avg": 0.01}),
+            ByHand({}, [1.0, -1.0], {"p": 1.0, "exp_avg": -1e-4}),
+        ),
         minimizes={"lr": 0.02},
     ),
     Case(
         triton_optim.Adadelta,
+        references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},
         minimizes={"lr": 3.0},
     ),
     Case(
         triton_optim.Adagrad,
+        references.adagrad,
         {
             "default": {},
             "decays": {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "maximize": True},
@@ -170,26 +218,30 @@ CASES = [
     ),
     Case(
         triton_optim.Adamax,
+        references.adamax,
         {"default": {}, "decay": {"betas": (0.8, 0.9), "weight_decay": 0.1, "maximize": True}},
         minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.ASGD,
+        references.asgd,
         {"default": {}, "averaged": {"lr": 0.1, "lambd": 0.1, "t0": 5, "weight_decay": 0.1, "maximize": True}},
         minimizes={"lr": 0.005, "lambd": 0.0},
     ),
     Case(
         triton_optim.NAdam,
+        references.nadam,
         {
             "default": {},
             "decay": {"lr": 1e-2, "weight_decay": 0.1, "momentum_decay": 0.1, "maximize": True},
             "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
         },
-        minimizes={"lr": 0.07, "betas": (0.9, 0.99)},
         on_every_backend=True,  # as one that carries a number besides
+        minimizes={"lr": 0.07, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.RAdam,
+        references.radam,
         {
             "default": {},
             "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
@@ -199,6 +251,7 @@ CASES = [
     ),
     Case(
         triton_optim.RMSprop,
+        references.rmsprop,
         {
             "default": {},
             "momentum": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
@@ -210,6 +263,7 @@ CASES = [
     ),
     Case(
         triton_optim.Rprop,
+        references.rprop,
         {"default": {}, "narrow": {"etas": (0.4, 1.5), "step_sizes": (1e-3, 0.02), "maximize": True}},
         still={"lr": 0.0, "step_sizes": (0.0, 50.0)},
         settings={"lr": 1e-2},
@@ -217,6 +271,7 @@ CASES = [
     ),
     Case(
         triton_optim.Adafactor,
+        adafactor,
         {
             "default": {},
             "decay": {"lr": 0.1, "beta2_decay": -0.5, "weight_decay": 0.1, "maximize": True},
@@ -229,6 +284,7 @@ CASES = [
     ),
     Case(
         triton_optim.Muon,
+        muon,
         {
             "default": {},
             "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False},
@@ -241,6 +297,7 @@ CASES = [
     ),
     Case(
         triton_optim.SparseAdam,
+        references.sparse_adam,
         {"default": {}, "maximize": {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "maximize": True}},
         still={"lr": 1e-30},  # 0 is refused
         settings={"lr": 1e-2},
@@ -248,6 +305,8 @@ CASES = [
         sparse=True,
     ),
 ]
+
+REFERENCES = {case.name: case.reference for case in CASES}
 
 # (case, variant name), for parametrize(*EVERY).
 EVERY = {

@@ -78,8 +78,10 @@ def test_error_is_no_larger_than_torchs(
     truth = exact(case, start, gradients, **options)
     ours = error(run(case.ours, start, gradients, backend=backend, **options), truth)
     theirs = error(run(case.peer, start, gradients, **options), truth)
+    # Of a reference no scalar is rounded; of ours one may be, half an ulp off the same way at every step.
+    scalars = 0 if case.torchs else len(gradients) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     # torch's float16 goes to NaN where eps = 1e-8 is 0; any finite error is no worse.
-    assert ours <= BOUND[dtype] * theirs or (np.isfinite(ours) and np.isnan(theirs)), (
+    assert ours <= BOUND[dtype] * theirs + scalars or (np.isfinite(ours) and np.isnan(theirs)), (
         f"ours {ours:.3g}, torch {theirs:.3g}"
     )
 

@@ -31,6 +31,7 @@ from triton_optim.audit import bounds as audit_bounds
 from triton_optim.audit import measure as audit
 from triton_optim.backends.triton import launch as triton_launch
 from triton_optim.cli import audit as command
+from triton_optim.registry import rule_optimizers
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}
 OF_STATES = {"bf16 int8", "bf16 int4", "fp32 int8"}
@@ -70,11 +71,7 @@ def failing(rows: list[Row], good: Callable[[Row], bool], *fields: str) -> list[
 def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
     rules = {row["rule"] for row in rows}
     assert rules >= {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum", "sgd_nesterov", "lion"}
-    optimizers = {
-        name
-        for name in triton_optim.__all__
-        if getattr(getattr(triton_optim, name), "variants", ()) and name != "RuleOptimizer"
-    }
+    optimizers = {cls.__name__ for cls in rule_optimizers().values()}
     assert {name for row in rows for name in row["optimizers"]} == optimizers
     # What is made beside a rule is so for every one alike: two stand for all.
     nvidia, two = {"sm_80", "sm_90", "sm_100"}, {"sm_90", "gfx942"}
@@ -114,7 +111,11 @@ def test_registers(rows: list[Row]) -> None:
             return 72
         return 80 if row["dtypes"] in ("bf16", "fp16") else 64
 
-    assert not failing(rows, lambda row: row["registers"] <= bound(row), "registers")
+    def shares(row: Row) -> float:
+        """A rule of more than three states has their values in flight, too."""
+        return max(len(row["roles"]) - 2 - (row["dtypes"] == "fp32 whole"), 3) / 3
+
+    assert not failing(rows, lambda row: row["registers"] <= bound(row) * shares(row), "registers")
     assert not failing(rows, lambda row: row["registers"] <= row["bounds"]["registers"], "registers")
 
 

@@ -705,9 +705,9 @@ def test_tensor_hyperparameters_written_into_between_steps(case, backend, device
         settings["weight_decay"].fill_(0)
         changed["weight_decay"] = 0.0
     if "betas" in numbers:
-        settings["betas"][0].fill_(0.5)
-        settings["betas"][1].fill_(0.75)
-        changed["betas"] = (0.5, 0.75)
+        changed["betas"] = (0.5, 0.75, 0.875)[: len(numbers["betas"])]
+        for tensor, beta in zip(settings["betas"], changed["betas"], strict=True):
+            tensor.fill_(beta)
     torchs.param_groups[0].update(changed)
     train(case, range(2, 4), (params, opt), (theirs, torchs))
     assert_same(case, opt, torchs)
@@ -731,7 +731,7 @@ def test_trap_29_grad_scaler_skips_and_counts_as_with_torch(case, backend, clip,
         scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, growth_interval=3)
         for step in range(7):
             optimizer.zero_grad()
-            loss = sum((p * (step + 1)).sin().sum() for p in model)
+            loss = sum((step + 1) * p.sin().sum() for p in model)
             scaler.scale(loss).backward()
             skipped = step in (0, 4)
             if skipped:

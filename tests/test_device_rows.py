@@ -70,7 +70,7 @@ def schedule(optimizer: Any, k: int) -> None:
     if "weight_decay" in group:
         group["weight_decay"] = 0.01 * k
     if "betas" in group:
-        group["betas"] = (0.9 - 0.1 * k, 0.999 - 0.01 * k)
+        group["betas"] = (0.9 - 0.1 * k, *(0.999 - 0.01 * k for _ in group["betas"][1:]))
 
 
 @rows(*(case for case in CASES if case.elementwise and not case.sparse))

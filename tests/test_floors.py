@@ -24,6 +24,7 @@ FLOORS = (
     "optimizers",
     "training",
     "",  # the package itself: what users import
+    "registry",
     "bench",
     "audit",
     "race",

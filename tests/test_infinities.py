@@ -22,6 +22,8 @@ BF16 = torch.bfloat16
 
 # Options of which each is 0 in some, and each optimizer's other forms.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    case.name: [*case.variants.values()] for case in CASES if case.elementwise and not case.sparse
+} | {
     "SGD": [
         {"momentum": m, "dampening": d, "weight_decay": w}
         for m, d, w in ((0, 0, 0), (0.9, 0, 0), (0.9, 0.5, 0), (0.9, 1, 0), (0.9, 0.5, 0.1), (0, 0, 0.1))
@@ -91,7 +93,7 @@ def test_parameters_and_gradients_that_are_not_finite(name: str, backend: str, d
         if name != "SGD":
             pytest.skip("one rule is compiled: its words are those of all")
         several = several[2:3]  # momentum and dampening without decay
-    case, loop = PEERS[name], {} if name == "Lion" else {"foreach": False}
+    case, loop = PEERS[name], {"foreach": False}
     p, g = (x.to(device) for x in grid([0.5, 0.0, -INF, INF, NAN], [0.25, 0.0, INF, -INF, NAN]))
     gradients = [g, torch.full_like(g, 0.25), -g]
     for options in several:
@@ -106,7 +108,7 @@ def test_parameters_and_gradients_that_are_not_finite(name: str, backend: str, d
 def test_states_that_are_not_finite(name: str, device: torch.device) -> None:
     """A state of each kind, in a checkpoint of torch's that ours goes on from, too."""
     p, g, held = (x.to(device) for x in grid([0.5, -INF], [0.25, 0.0, INF], [0.5, 0.0, INF, NAN]))
-    loop = {} if name == "Lion" else {"foreach": False}
+    loop = {"foreach": False}
     for options in OPTIONS[name]:
         if "centered" in options:
             continue  # of what differs by less than 0, torch's root is NaN

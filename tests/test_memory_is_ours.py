@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from table import CASES as ROWS
+from table import Case, rows
 from torch import Tensor
 from torch.nn import Parameter
 from two_tensor import TwoTensor, parameter, value_of
@@ -260,21 +262,14 @@ def test_a_parameter_that_grew_is_refused(options: dict[str, Any], device: torch
 # Elements without an address.
 
 
-ALL = [name for name in to.__all__ if isinstance(getattr(to, name), type)
-       and issubclass(getattr(to, name), torch.optim.Optimizer)]  # fmt: skip
-ELEMENTWISE = ["AdamW", "Adam", "SGD", "Lion", "Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop",
-               "Rprop"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ELEMENTWISE)
-def test_a_wrapper_is_stepped_by_its_own_operations(name: str, device: torch.device) -> None:
-    assert name in ALL
+@rows(*(row for row in ROWS if row.elementwise and not row.sparse))
+def test_a_wrapper_is_stepped_by_its_own_operations(case: Case, device: torch.device) -> None:
     ended = []
     for wraps in (False, True):
         random = torch.Generator().manual_seed(0)
         values = [torch.randn(4, generator=random).to(device) for _ in range(3)]
         params = [parameter(v) if wraps and i == 1 else Parameter(v) for i, v in enumerate(values)]
-        opt = getattr(to, name)(params, lr=0.1, backend="eager" if not wraps else "auto")
+        opt = case.ours(params, lr=0.1, backend="eager" if not wraps else "auto")
         for _ in range(3):
             for p in params:
                 g = torch.randn(4, generator=random).to(device)

@@ -6,8 +6,8 @@ import functools
 import pytest
 import torch
 from conftest import OUR_ITERATED_IN, TORCHS_ITERATION, needs_loops
-from references import REFERENCES
 from references_matrix import newton_schulz as reference
+from table import REFERENCES
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -254,15 +254,15 @@ def test_schedules_move_the_learning_rate() -> None:
 
 
 def test_every_exported_optimizer_takes_part() -> None:
-    from triton_optim.race.contestants import known_optimizers
+    from triton_optim.registry import optimizers
 
     def task(seed: int) -> Task:
         x = torch.randn(32, 4)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
         return Task(model, [x], lambda model, x: model(x).square().mean(), [x], steps=15, heads=["1"], threads=1)
 
-    assert {"adamw", "lion", "muon", "adafactor", "lbfgs", "nonlinearcg", "sparseadam"} <= set(known_optimizers())
-    everyone = [name for name in known_optimizers() if name != "sparseadam"]
+    assert {"adamw", "lion", "muon", "adafactor", "lbfgs", "nonlinearcg", "sparseadam"} <= set(optimizers())
+    everyone = [name for name in optimizers() if name != "sparseadam"]
     eager = {} if torch.cuda.is_available() else {"backend": "eager"}
     closures = ["lbfgs", "nonlinearcg"]
     ruled = race(task, [name for name in everyone if name not in closures], ["onecycle"], seeds=1, options=eager)

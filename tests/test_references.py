@@ -6,13 +6,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from references import REFERENCES
 from references_matrix import newton_schulz
+from table import CASES as ROWS
+from table import REFERENCES
 
 STEPS = 20
-SHAPES = {name: [(5, 3), (7,), (), (0,)] for name in REFERENCES}
+SHAPES = {row.name: [(5, 3), (3, 5), (4, 4), (1, 6)] if row.matrices else [(5, 3), (7,), (), (0,)] for row in ROWS}
 SHAPES["Adafactor"] = [(5, 3), (7,), (), (2, 3, 4), (4, 1)]  # Of a parameter without elements torch divides by 0.
-SHAPES["Muon"] = [(5, 3), (3, 5), (4, 4), (1, 6)]
+SPARSE = [row.name for row in ROWS if row.sparse]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ ADAM = [
 ADAM_FLAGS = {"weight_decay": [0, 0.1], "amsgrad": [False, True], "maximize": [False, True]}
 
 # Every combination that the class accepts: Nesterov momentum excludes dampening and needs momentum.
-CASES = {
+CASES = {row.name: [*row.variants.values()] for row in ROWS if row.torchs} | {
     "Adam": [*ADAM, *every(**ADAM_FLAGS, decoupled_weight_decay=[False, True])],
     "AdamW": [*ADAM, *every(**ADAM_FLAGS)],
     "SGD": [
@@ -144,7 +145,7 @@ def random_problem(name):
         [k * rng.standard_normal(s) if i == 0 or rng.random() > 0.2 else None for i, s in enumerate(shapes)]
         for k in scale
     ]
-    if name == "SparseAdam":
+    if name in SPARSE:
         grads = [[g if g is None else sparse(g, rng) for g in step] for step in grads]
     return params, grads
 

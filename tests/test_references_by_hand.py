@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from references import REFERENCES, lion
+from table import CASES, REFERENCES, each_case
 
 RTOL = 1e-14
 
@@ -17,47 +17,25 @@ def close(ours, worked_out):
     np.testing.assert_allclose(ours, worked_out, rtol=RTOL)
 
 
+BY_HAND = [(case, steps) for case in CASES for steps in case.by_hand]
+
+
 @pytest.mark.parametrize("maximize", [False, True])
-def test_lion_by_hand(maximize):
-    """Two steps from p = 1, with lr = 0.1, betas = (0.9, 0.5), weight_decay = 0.5.
-
-    step 1, g = 2:    c = 0.9 * 0 + 0.1 * 2 = 0.2          sign +1
-                      p = 1 - 0.1 * (1 + 0.5 * 1) = 0.85
-                      m = 0.5 * 0 + 0.5 * 2 = 1
-    step 2, g = -4:   c = 0.9 * 1 + 0.1 * -4 = 0.5         sign +1; the sign of g, and of the new m, is -1
-                      p = 0.85 - 0.1 * (1 + 0.5 * 0.85) = 0.7075
-                      m = 0.5 * 1 + 0.5 * -4 = -1.5
-    A second element has g = -2, then 18.5: c = -0.2, then 0.9 * -1 + 0.1 * 18.5 = 0.95.
-                      p = 1 - 0.1 * (-1 + 0.5) = 1.05, then 1.05 - 0.1 * (1 + 0.525) = 0.8975
-                      m = -1, then 0.5 * -1 + 0.5 * 18.5 = 8.75
-    A third has no gradient but 0, and only decays: p = 0.95, then 0.9025.
-    """
-    grads = [np.array([2.0, -2.0, 0.0]), np.array([-4.0, 18.5, 0.0])]
-    grads = [[-g if maximize else g] for g in grads]
-    h = {"lr": 0.1, "betas": (0.9, 0.5), "weight_decay": 0.5, "maximize": maximize}
-
-    (p,), (state,) = lion([np.ones(3)], grads[:1], **h)
-    np.testing.assert_allclose(p, [0.85, 1.05, 0.95], rtol=1e-15)
-    np.testing.assert_allclose(state["exp_avg"], [1.0, -1.0, 0.0], rtol=1e-15)
-
-    (p,), (state,) = lion([np.ones(3)], grads, **h)
-    np.testing.assert_allclose(p, [0.7075, 0.8975, 0.9025], rtol=1e-15)
-    np.testing.assert_allclose(state["exp_avg"], [-1.5, 8.75, 0.0], rtol=1e-15)
-    assert list(state) == ["exp_avg"]
+@pytest.mark.parametrize(("case", "steps"), BY_HAND, ids=[f"{case.name}-{len(s.gradients)}" for case, s in BY_HAND])
+def test_rows(case, steps, maximize):
+    grads = [-np.asarray(g) if maximize else g for g in steps.gradients]
+    p, state = after(case.name, grads, np.ones(np.shape(grads[0])), **steps.options, maximize=maximize)
+    found = {"p": p, **state}
+    assert found.keys() >= steps.after.keys()
+    for name, value in steps.after.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
 
 
-def test_lion_defaults():
-    """lr = 1e-4, betas = (0.9, 0.99), no decay.
-
-    g = 1:    c = 0.1                               p = 1 - 1e-4         m = 0.01
-    g = -1:   c = 0.9 * 0.01 - 0.1 = -0.091         p = 1                m = 0.99 * 0.01 - 0.01 = -1e-4
-    """
-    (p,), (state,) = lion([np.ones(1)], [[np.ones(1)]])
-    np.testing.assert_allclose(p, [0.9999], rtol=1e-15)
-    np.testing.assert_allclose(state["exp_avg"], [0.01], rtol=1e-14)  # 1 - 0.99 is 9e-16 off
-    (p,), (state,) = lion([np.ones(1)], [[np.ones(1)], [-np.ones(1)]])
-    np.testing.assert_allclose(p, [1.0], rtol=1e-15)
-    np.testing.assert_allclose(state["exp_avg"], [-1e-4], rtol=1e-12)
+@each_case
+def test_every_reference_is_compared_with_something(case):
+    """With torch's, in test_references.py, or by hand, twice: more than one step, more than the defaults."""
+    by_hand = any(len(steps.gradients) > 1 for steps in case.by_hand) and any(steps.options for steps in case.by_hand)
+    assert case.torchs or by_hand, "give the row a by_hand"
 
 
 def test_adadelta_by_hand():

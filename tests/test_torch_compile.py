@@ -42,7 +42,7 @@ def change_hyperparameters(optimizer: torch.optim.Optimizer, i: int) -> None:
         group["lr"] = 0.01 / (i + 1)
         group["weight_decay"] = 0.01 * i
         if "betas" in group:
-            group["betas"] = (0.9 - 0.01 * i, 0.99)
+            group["betas"] = (0.9 - 0.01 * i, *group["betas"][1:])
         else:
             group["momentum"] = 0.9 - 0.01 * i
 

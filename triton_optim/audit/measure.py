@@ -20,8 +20,6 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-import triton_optim
-
 from ..backends.triton.bucket import kept_as
 from ..backends.triton.tables import TRITON_DTYPES
 from ..buckets.step_scalars import step_scalars_for
@@ -29,6 +27,7 @@ from ..core.optimizer import RuleOptimizer
 from ..kernels import multi_tensor
 from ..kernels.straight import straight
 from ..precision.codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
+from ..registry import rule_optimizers
 from ..spec import AVERAGE
 from .assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .compiling import code_bytes, compile_kernel, listings, ptx_functions, resources, wrapping_offsets
@@ -155,11 +154,8 @@ def every_rule() -> tuple[AuditedRule, ...]:
     Raises:
         ValueError: two rules have the same name.
     """
-    optimizers: dict[str, RuleOptimizer] = {}
-    for name in triton_optim.__all__:
-        cls = getattr(triton_optim, name)
-        if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants:
-            optimizers[name] = cls([torch.zeros(1, 1, device="cpu", requires_grad=True)])  # type: ignore[call-arg]  # they have defaults
+    p, classes = torch.zeros(1, 1, device="cpu", requires_grad=True), rule_optimizers().values()
+    optimizers: dict[str, RuleOptimizer] = {cls.__name__: cls([p]) for cls in classes}  # type: ignore[call-arg]
     # An optimizer's variants take the scalars of its default one, but one that is another optimizer's default, its.
     scalars = {name: type(step_scalars_for(opt, opt.param_groups[0], 1).h) for name, opt in optimizers.items()}
     by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}

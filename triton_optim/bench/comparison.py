@@ -26,9 +26,7 @@ from .records import Record
 # of a weight where the default leaves that open: smaller ones are lost in 16 bits, and a wrong one is then not noticed.
 SETTINGS: dict[str, dict[str, Any]] = {
     "Adadelta": {"lr": 100.0, "weight_decay": 0.1},
-    "Adafactor": {"lr": 0.1},
-    "AdamW": {"lr": 0.1, "weight_decay": 0.1},
-    "Lion": {"lr": 0.1, "weight_decay": 0.1},
+    **{name: {"lr": 0.1, "weight_decay": 0.1} for name in ("AdamW", "Lion")},
     "SGD": {"lr": 0.1, "momentum": 0.9},
 }
 OTHERS = {"lr": 0.1}

@@ -22,9 +22,10 @@ from ..core.memory import gibibytes
 from ..core.optimizer import RuleOptimizer
 from ..dispatch import BACKENDS
 from ..precision.codecs import PARAM_PRECISIONS
+from ..registry import rule_optimizers
 from ..util.named import load
 from .bench_terminal import open_console, print_comparison, progress_bar, say
-from .memory import DTYPES, STATES, optimizers
+from .memory import DTYPES, STATES
 
 EXTRAS = ("rich", "matplotlib")
 ALL_DTYPES = {**DTYPES, "float64": torch.float64}
@@ -188,7 +189,7 @@ def chosen_cases(
 def optimizer_class(name: str) -> type[RuleOptimizer]:
     """The class that `name` means: one of the package's, or a user's own as ``module:name``."""
     if ":" not in name:
-        found: type[RuleOptimizer] = known("--optimizer", name.lower(), optimizers())
+        found: type[RuleOptimizer] = known("--optimizer", name.lower(), rule_optimizers())
         return found
     own: Any = load("--optimizer", name)
     if not (isinstance(own, type) and issubclass(own, RuleOptimizer)):

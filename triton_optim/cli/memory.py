@@ -7,51 +7,37 @@ import sys
 
 import torch
 
-import triton_optim
-
 from ..core.memory import memory_report, meta_parameter
-from ..core.optimizer import RuleOptimizer
 from ..precision.codecs import PARAM_PRECISIONS, STATE_CODES
+from ..registry import rule_optimizers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **{code: code for code in STATE_CODES}}
 
 
-def optimizers() -> dict[str, type[RuleOptimizer]]:
-    """The optimizers that the package exports, by their names in lower case."""
-    found = (getattr(triton_optim, name) for name in triton_optim.__all__)
-    kinds = [cls for cls in found if isinstance(cls, type) and issubclass(cls, RuleOptimizer) and cls.variants]
-    return {cls.__name__.lower(): cls for cls in kinds}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--params", type=float, required=True, metavar="N", help="parameters, such as 7e9")
-    parser.add_argument("--optimizer", type=str.lower, default="adamw", metavar="NAME", help="such as adamw (default)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the parameters (default: bfloat16)")
-    parser.add_argument("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
-    parser.add_argument(
-        "--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)"
-    )
+    add, known = parser.add_argument, rule_optimizers()
+    add("--params", type=float, required=True, metavar="N", help="parameters, such as 7e9")
+    add("--optimizer", type=str.lower, choices=known, default="adamw", help="such as adamw (default)", metavar="NAME")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the parameters (default: bfloat16)")
+    add("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
+    add("--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    known = optimizers()
-    if args.optimizer not in known:
-        print(f"--optimizer {args.optimizer}: there is none. Choose from {', '.join(known)}.", file=sys.stderr)
-        return 1
     if not 0 < args.params < 1e15:
         print(f"--params {args.params:g}: a model has at least one and fewer than 1e15. Try 7e9.", file=sys.stderr)
         return 1
     parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
     try:
-        report = memory_report(known[args.optimizer]([parameter], **options))
+        report = memory_report(optimizer := rule_optimizers()[args.optimizer]([parameter], **options))
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     asked = f"state_dtype={args.state}, param_precision={args.precision}"
-    print(f"{known[args.optimizer].__name__} of {parameter.numel():,} {args.dtype} parameters, {asked}")
+    print(f"{type(optimizer).__name__} of {parameter.numel():,} {args.dtype} parameters, {asked}")
     print(report)
     return 0

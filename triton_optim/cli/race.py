@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..race import RaceError, Results, race
-from ..race.contestants import checked_lrs, known_optimizers, read_options, split_names
+from ..race.contestants import checked_lrs, read_options, split_names
 from ..race.names import require
 from ..race.records import write_whole
 from ..race.schedules import SCHEDULES
 from ..race.tasks import TASKS
+from ..registry import optimizers
 from ..util.provenance import provenance
 from . import demo_record
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers",
         default="adamw,lion,muon",
         metavar="NAMES",
-        help=f"{', '.join(sorted(known_optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))' "
+        help=f"{', '.join(sorted(optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))' "
         "(default: %(default)s)",
     )
     parser.add_argument(

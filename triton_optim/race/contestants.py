@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 import triton_optim
 
+from ..registry import optimizers
 from .names import RaceError, resolve
 from .task import Task
 
@@ -84,13 +85,6 @@ class Contestant:
         return tuple(sorted({*(self.lrs or tuple(lrs) or around)}))
 
 
-def known_optimizers() -> dict[str, OwnOptimizer]:
-    """The optimizers that the package exports, by their names in lower case."""
-    found = (getattr(triton_optim, name) for name in triton_optim.__all__)
-    classes = [cls for cls in found if isinstance(cls, type) and issubclass(cls, Optimizer)]
-    return {cls.__name__.lower(): cls for cls in classes if cls is not triton_optim.RuleOptimizer}
-
-
 def contestant(given: str | OwnOptimizer | Contestant, shared: Mapping[str, Any] | None = None) -> Contestant:
     """A contestant from its name, such as ``adamw``, ``mymodule:MyOptimizer`` or ``sgd(lr=(0.1, 0.3), momentum=0.9)``.
 
@@ -107,7 +101,7 @@ def contestant(given: str | OwnOptimizer | Contestant, shared: Mapping[str, Any]
         return Contestant(getattr(given, "__name__", repr(given)), given, dict(shared or {}))
     name, _, inside = given.strip().partition("(")
     name = name.strip() if ":" in name else name.strip().lower()
-    build = resolve("optimizer", name, known_optimizers())
+    build = resolve("optimizer", name, optimizers())
     options = read_options(given, f"({inside}" if inside else "()")
     lr = options.pop("lr", ())
     lrs = checked_lrs(given, lr if isinstance(lr, (tuple, list)) else (lr,))

@@ -1,0 +1,75 @@
+"""A reference as one of torch's optimizers: what stands beside ours where torch.optim has none to compare with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
+
+
+@cache
+def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
+    """A class that computes in float64 where the parameter is so wide, else in float32, and keeps torch's states."""
+    p, _, _, *hyperparameters = inspect.signature(reference).parameters.values()
+    optional = [inspect.Parameter(n, p.KEYWORD_ONLY, default=default) for n, default in OPTIONS.items()]
+
+    class Peer(torch.optim.Optimizer):
+        __signature__ = inspect.Signature([p.replace(name="params"), *hyperparameters, *optional])
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = self.__signature__.bind(*args, **kwargs)
+            given.apply_defaults()
+            params, *_ = given.arguments.values()
+            super().__init__(params, {n: v for n, v in given.arguments.items() if n != "params"})
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            for group in self.param_groups:
+                h = {x.name: number(group[x.name]) for x in hyperparameters}
+                for p in group["params"]:
+                    if p.grad is not None:
+                        g = array(p.grad)
+                        step_of(reference, p, -g if group["maximize"] else g, self.state[p], h)
+            return loss
+
+    Peer.__name__ = Peer.__qualname__ = f"{reference.__name__}_peer"
+    globals()[Peer.__name__] = Peer  # where pickle looks for it
+    return Peer
+
+
+def step_of(reference: Any, p: Tensor, g: np.ndarray, state: dict[str, Any], h: dict[str, Any]) -> None:
+    """One step of one parameter. The count is an int to the reference, and a float32 tensor in the state."""
+    arrays = {name: int(value) if name == "step" else array(value) for name, value in state.items()}
+    with np.errstate(all="ignore"):
+        new = reference.__wrapped__(array(p), g, arrays, **h)
+    new, kept = tensor(new, p), {n: torch.tensor(float(v)) if n == "step" else tensor(v, p) for n, v in arrays.items()}
+    p.copy_(new)
+    state.update(kept)
+
+
+def number(value: Any) -> Any:
+    return (
+        tuple(map(number, value)) if isinstance(value, tuple) else value.item() if isinstance(value, Tensor) else value
+    )
+
+
+def array(x: Tensor) -> np.ndarray:
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32)).numpy()
+
+
+def tensor(values: Any, like: Tensor) -> Tensor:
+    """A tensor as `like`, laid out as it is in memory."""
+    x = torch.as_tensor(np.array(values)).to(like.device)
+    return torch.empty_like(like).copy_(torch.view_as_complex(x) if like.is_complex() else x)
