@@ -72,19 +72,14 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    settings = {"epochs": args.epochs, "seed": args.seed, "device": str(device), "batch": digits.BATCH}
+    limits = {"needed_accuracy": NEEDED_ACCURACY, "allowed_accuracy_difference": ALLOWED_ACCURACY_DIFFERENCE}
     console = open_console()
     with threads(1):  # batches this small gain nothing from more
         record = {
             "command": command_line("demo", args),
             **provenance(device, ("scikit-learn",)),
-            "settings": {
-                "epochs": args.epochs,
-                "seed": args.seed,
-                "device": str(device),
-                "batch": digits.BATCH,
-                "needed_accuracy": NEEDED_ACCURACY,
-                "allowed_accuracy_difference": ALLOWED_ACCURACY_DIFFERENCE,
-            },
+            "settings": settings | limits,
             **compared(console, device, args),
         }
     failures = record["failures"] = failures_of(record)
@@ -120,16 +115,16 @@ def compared(console: Console, device: torch.device, args: argparse.Namespace) -
     say(console, "\nTrainings from the same weights, on the same batches", style="bold")
     apart = {name: largest_difference(trainings[name].losses, trainings["torch"].losses) for name in TRAINED[1:]}
     table = new_table("optimizer", "accuracy", "last loss", "loss differs by", "first step", "total")
-    for name, (accuracy, losses, *seconds) in trainings.items():
-        differs = f"{apart[name]:.1e}" if name in apart else "-"
-        first, total = map(readable_seconds, reversed(seconds))
-        table.add_row(BUILD[name][0], f"{accuracy:.2%}", f"{losses[-1]:.2e}", differs, first, total)
+    for name, (accuracy, losses, total, first) in trainings.items():
+        cells = (f"{accuracy:.2%}", f"{losses[-1]:.2e}", f"{apart[name]:.1e}" if name in apart else "-")
+        table.add_row(BUILD[name][0], *cells, readable_seconds(first), readable_seconds(total))
     console.print(table)
     say(console, "Two of torch's own differ, as they do the same sums in another order.")
 
     say(console, "\nTime of optimizer.step() on this network", style="bold")
     median = {name: times.median(name) for name in TIMED}
-    ratio = {name: seconds / median["torch_fused"] for name, seconds in median.items()}
+    seconds = {name: times.samples(name) for name in TIMED}
+    ratio = {name: median[name] / median["torch_fused"] for name in TIMED}
     table = new_table("optimizer", "median", "x torch fused")
     for name in TIMED:
         table.add_row(BUILD[name][0], readable_seconds(median[name]), f"{ratio[name]:.2f}")
@@ -142,13 +137,8 @@ def compared(console: Console, device: torch.device, args: argparse.Namespace) -
     return {
         "trainings": {name: training._asdict() for name, training in trainings.items()},
         "largest_loss_difference_from_torch": apart,
-        "step_times": {
-            "tensors": len(numels),
-            "elements": sum(numels),
-            "median_seconds": median,
-            "ratio_to_torch_fused": ratio,
-            "seconds": {name: times.samples(name) for name in TIMED},
-        },
+        "step_times": {"tensors": len(numels), "elements": sum(numels), "seconds": seconds}
+        | {"median_seconds": median, "ratio_to_torch_fused": ratio},
         "explain": {"backends": sorted({bucket.backend for bucket in explanation}), "text": str(explanation)},
     }
 

@@ -13,10 +13,10 @@ from .contestants import Contestant, OwnOptimizer, contestant
 from .names import RaceError, as_race_error
 from .records import Store
 from .results import Results
-from .runs import Race, Watcher, made_with_seed
+from .runs import Race, Watcher
 from .schedules import schedule_named
 from .task import MakeTask
-from .tasks import task_named
+from .tasks import made, task_named
 from .tuning import tuned
 
 
@@ -69,7 +69,7 @@ def race(
     check_numbers(field, schedules, tune, seeds, steps, storage)
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise RaceError(f"The race cannot be kept in {out}: it is a file. Name a folder.")
-    default_steps = made_with_seed(name, make, 0).steps
+    default_steps = made(name, make, 0).steps
     with as_race_error():
         chosen = usable_device("The device", device)
     own = Race(
