@@ -97,8 +97,8 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """
     from ..audit import measure
 
-    rules = chosen("--rule", args.rule, (rule.name for rule in measure.every_rule())) if args.rule else None
-    archs = chosen("--arch", args.arch, measure.TARGETS) if args.arch else measure.TARGETS
+    rules = chosen("--rule", args.rule, (rule.name for rule in measure.every_rule())) if args.rule is not None else None
+    archs = chosen("--arch", args.arch, measure.TARGETS) if args.arch is not None else measure.TARGETS
     return [case for case in measure.every_case(rules) if case.arch in archs]
 
 

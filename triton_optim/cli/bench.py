@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_options(args)
         device = usable_device("--device", args.device)
-        peers, backends = args.against.split(",") if args.against else [], args.backend.split(",")
+        peers = args.against.split(",") if args.against else []
+        backends = chosen("--backend", args.backend, ("auto", *BACKENDS))
         cases = [*chosen_cases(args, device, peers, backends)]
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -138,7 +139,6 @@ def chosen_cases(
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
     kinds = [optimizer_class(name) for name in args.optimizer.split(",")]
     dtypes = [ALL_DTYPES[name] for name in chosen("--dtype", args.dtype, ALL_DTYPES)]
-    chosen("--backend", args.backend, ("auto", *BACKENDS))
     models = {name: own_shapes(name) if ":" in name else shapes(name) for name in args.model.split(",")}
     free = free_bytes(device)
     for (name, whole), dtype, kind in product(models.items(), dtypes, kinds):

@@ -64,7 +64,7 @@ def check_launch(where: str, timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]
     lines = (line for line in out.decode(errors="replace").splitlines() if line.startswith("{") and line.endswith("}"))
     printed = [json.loads(line) for line in lines]
     if error:
-        stage = printed[-1]["stage"] if printed else "start"
+        stage = next((line["stage"] for line in reversed(printed) if "stage" in line), "start")
         return {"where": where, "works": False, "stage": stage, "error": error, "advice": ADVICE[stage]}
     return {"where": where, "works": True, **printed[-1]}
 
