@@ -291,8 +291,8 @@ def arguments(*words: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("option", "given", "message"),
     [
-        ("--rule", "adm", "--rule adm: the audit knows no 'adm'. Choose from "),
-        ("--arch", "sm_90,sm90", "--arch sm_90,sm90: the audit knows no 'sm90'. Choose from sm_80, "),
+        ("--rule", "adm", "--rule adm: there is none. Choose from "),
+        ("--arch", "sm_90,sm90", "--arch sm90: there is none. Choose from sm_80, "),
         ("--json", "/nowhere/a.json", "--json /nowhere/a.json: the folder /nowhere does not exist. Create it"),
     ],
 )

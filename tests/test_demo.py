@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from triton_optim.cli import demo, interpreter_check
-from triton_optim.cli.own_process import ProcessError
+from triton_optim.cli import demo
 
 needs_extras = pytest.mark.skipif(
     any(find_spec(module) is None for module in demo.EXTRAS),
@@ -51,9 +50,10 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @needs_extras
 def test_output_has_no_control_characters_and_fits_100_columns(short_run: Run) -> None:
     assert not [c for c in short_run.out if ord(c) < 32 and c != "\n"]
-    ours = [line for line in short_run.out.splitlines() if str(short_run.plot.parent) not in line]
+    others = [str(short_run.plot.parent), *short_run.record["explain"]["text"].splitlines()]  # as wide as it is
+    ours = [line for line in short_run.out.splitlines() if not any(other in line for other in others)]
     assert max(len(line.rstrip()) for line in ours) <= 100
-    for expected in ("torch.optim.AdamW(fused=True)", "torch for-loop", "torch foreach", "PASSED"):
+    for expected in ("torch.optim.AdamW(fused=True)", "torch.optim.AdamW(foreach=False)", "loss differs by", "PASSED"):
         assert expected in short_run.out
 
 
@@ -82,24 +82,11 @@ def test_record_says_where_its_numbers_come_from(short_run: Run) -> None:
     assert set(times["seconds"]) == {"torch_for_loop", "torch_foreach", "torch_fused", "ours"}
     assert set(times["median_seconds"]) == set(times["ratio_to_torch_fused"]) == set(times["seconds"])
     assert times["ratio_to_torch_fused"]["torch_fused"] == 1.0
+    assert all(min(seconds) > 0 for seconds in times["seconds"].values())
     assert (times["tensors"], times["elements"]) == (10, 96_426)
-    for backend in record["explain"]["backends"]:
-        assert backend in short_run.out
-        assert backend in record["explain"]["text"]
-
-
-@needs_extras
-def test_triton_kernels_ran_somewhere(short_run: Run) -> None:
-    interpreter = short_run.record["interpreter"]
-    if "triton" in short_run.record["explain"]["backends"]:
-        assert interpreter is None
-    elif find_spec("triton") is None:
-        assert interpreter["ran"] is False
-        assert "not installed" in interpreter["reason"]
-    else:
-        assert interpreter["ran"] is True
-        assert interpreter["largest_difference"] <= 1e-6
-        assert set(interpreter["differences"]) == {"parameters", "exp_avg", "exp_avg_sq"}
+    assert record["explain"]["text"] in short_run.out
+    assert record["explain"]["backends"]
+    assert all(backend in record["explain"]["text"] for backend in record["explain"]["backends"])
 
 
 @needs_extras
@@ -142,11 +129,10 @@ def test_bad_option_is_one_line(options: tuple[str, ...], expected: str, capsys:
     assert refused(capsys, *options).startswith(expected)
 
 
-def a_record(torch: float = 0.98, ours: float = 0.98, interpreter: dict[str, Any] | None = None) -> dict[str, Any]:
+def a_record(torch: float = 0.98, ours: float = 0.98) -> dict[str, Any]:
     return {
         "trainings": {"torch": {"accuracy": torch}, "ours": {"accuracy": ours}},
         "settings": {"epochs": 6},
-        "interpreter": interpreter,
     }
 
 
@@ -158,17 +144,6 @@ def a_record(torch: float = 0.98, ours: float = 0.98, interpreter: dict[str, Any
         (a_record(0.97, 0.975), ["torch.optim.AdamW reads 97.00%"]),
         (a_record(0.98, math.nan), ["triton_optim.AdamW reads nan%", "the accuracies differ by nan"]),
         (a_record(0.99, 0.975), ["the accuracies differ by 1.50 percentage points"]),
-        (a_record(interpreter={"ran": True, "largest_difference": 1e-6, "limit": 1e-6}), []),
-        (a_record(interpreter={"ran": False, "reason": "Triton is not installed"}), []),
-        (a_record(interpreter={"ran": False, "error": "stopped after 120 s"}), ["stopped after 120 s"]),
-        (
-            a_record(interpreter={"ran": True, "largest_difference": 2e-6, "limit": 1e-6}),
-            ["the kernels in the interpreter are 2.0e-06"],
-        ),
-        (
-            a_record(interpreter={"ran": True, "largest_difference": math.nan, "limit": 1e-6}),
-            ["the kernels in the interpreter are nan"],
-        ),
     ],
 )
 def test_failures(record: dict[str, Any], expected: list[str]) -> None:
@@ -176,15 +151,3 @@ def test_failures(record: dict[str, Any], expected: list[str]) -> None:
     assert len(failures) == len(expected)
     for failure, start in zip(failures, expected, strict=True):
         assert failure.startswith(start)
-
-
-def test_interpreter_check_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ModuleNotFoundError, match="Triton is not installed"):
-        interpreter_check.run_interpreter_check()
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter it starts")
-def test_interpreter_check_that_takes_too_long_is_stopped() -> None:
-    with pytest.raises(ProcessError, match=r"stopped after 0\.01 s"):
-        interpreter_check.run_interpreter_check(timeout=0.01)

@@ -183,10 +183,10 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--predict", "h100"], "--predict h100: the audit knows no 'h100'. Choose from h200, b200, a100, mi300x."),
+        (["--predict", "h100"], "--predict h100: there is none. Choose from h200, b200, a100, mi300x."),
         (["--predict", "h200", "--model", "gpt5"], "model 'gpt5': there is none. Choose from resnet50, "),
-        (["--predict", "h200", "--kept", "fp8"], "--kept fp8: the audit knows no 'fp8'. Choose from fp32, "),
-        (["--predict", "h200", "--rule", "adm"], "--rule adm: the audit knows no 'adm'. Choose from "),
+        (["--predict", "h200", "--kept", "fp8"], "--kept fp8: there is none. Choose from fp32, "),
+        (["--predict", "h200", "--rule", "adm"], "--rule adm: there is none. Choose from "),
         (["--predict", "h200", "--arch", "sm_90"], "--arch sm_90 says nothing to --predict"),
         (["--predict", "h200", "--results", "/nowhere"], "--results /nowhere: there is no such folder."),
     ],

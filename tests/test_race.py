@@ -21,8 +21,8 @@ import torch
 
 from triton_optim import cli
 from triton_optim.race import RaceError, Task, Watcher, race
-from triton_optim.race.names import DISTRIBUTIONS
-from triton_optim.race.records import write_whole
+from triton_optim.util.extras import DISTRIBUTIONS
+from triton_optim.util.files import write_whole
 
 needs_extras = pytest.mark.skipif(
     any(find_spec(module) is None for module in DISTRIBUTIONS),

@@ -56,15 +56,14 @@ def full_chunk_branch(blocks: list[Block]) -> Branch:
     Raises:
         ValueError: the stores do not lie on two sides of a test.
     """
-    dominators = _dominators(blocks)
-    storing = {i for i, block in enumerate(blocks) if dominators[i] and any(x.stored for x in block.instructions)}
-    shared = set.intersection(*(dominators[i] - {i} for i in storing)) if storing else set()
-    test = max(shared, key=lambda i: len(dominators[i]), default=None)
-    sides = []
-    for i, own in enumerate(dominators):
-        side = {j for j, above in enumerate(dominators) if i in above}
-        if test is not None and own - {i} == dominators[test] and storing & side:
-            sides.append(_from_first_access_to_last(blocks, side))
+    edges = [block.successors for block in blocks]
+    reachable = _reached({0}, edges)
+    # What a block dominates besides itself: no way leads there that avoids it.
+    below = [reachable - _reached({0}, edges, avoided=i) - {i} for i in range(len(blocks))]
+    storing = {i for i in reachable if any(x.stored for x in blocks[i].instructions)}
+    test = min((own for own in below if storing and storing <= own), key=len, default=set())
+    branches = [below[i] | {i} for i in sorted(test) if not any(i in below[j] for j in test)]
+    sides = [_from_first_access_to_last(blocks, side) for side in branches if storing & side]
     if len(sides) != 2:
         raise ValueError(f"the kernel's stores lie on {len(sides)} sides of a test, and the audit can read 2 of them")
     return min(sides, key=lambda side: len(side.instructions))
@@ -82,33 +81,14 @@ def _from_first_access_to_last(blocks: list[Block], side: set[int]) -> Branch:
     return Branch(instructions, [x for x in instructions if x.moved])
 
 
-def _reached(starts: set[int], edges: list[list[int]]) -> set[int]:
-    found, waiting = set(starts), list(starts)
+def _reached(starts: set[int], edges: list[list[int]], avoided: int | None = None) -> set[int]:
+    found = starts - {avoided}
+    waiting = list(found)
     while waiting:
-        for i in edges[waiting.pop()]:
-            if i not in found:
-                found.add(i)
-                waiting.append(i)
+        new = set(edges[waiting.pop()]) - found - {avoided}
+        found |= new
+        waiting += new
     return found
-
-
-def _dominators(blocks: list[Block]) -> list[set[int]]:
-    """For each block the blocks that every way to it from the first one passes, itself among them; {} if none leads."""
-    reachable = _reached({0}, [block.successors for block in blocks])
-    before: list[list[int]] = [[] for _ in blocks]
-    for i in reachable:
-        for j in blocks[i].successors:
-            before[j].append(i)
-    dominators = [set(reachable) if i in reachable else set() for i in range(len(blocks))]
-    dominators[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for i in sorted(reachable - {0}):
-            own = {i} | set.intersection(*(dominators[j] for j in before[i]))
-            changed |= own != dominators[i]
-            dominators[i] = own
-    return dominators
 
 
 class _Code(NamedTuple):

@@ -36,26 +36,12 @@ SCHEDULERS = 4  # a unit
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SM_80 = Unit(
-    warp_size=32,
-    cycles=1,
-    warps=16,
-    registers=512,
-    register_step=8,
-    programs=32,
-    shared_memory=164 * KIB,
-    reserved=KIB,
+    warp_size=32, cycles=1, warps=16, registers=512, register_step=8, programs=32, shared_memory=164 * KIB, reserved=KIB
 )
 SM_90 = SM_100 = SM_80._replace(shared_memory=228 * KIB)
 # A wave goes through 16 lanes: AMD CDNA 3 ISA guide. Waves, registers and groups: LLVM's AMDGPU target.
 CDNA_3 = Unit(
-    warp_size=64,
-    cycles=4,
-    warps=8,
-    registers=512,
-    register_step=8,
-    programs=16,
-    shared_memory=64 * KIB,
-    reserved=0,
+    warp_size=64, cycles=4, warps=8, registers=512, register_step=8, programs=16, shared_memory=64 * KIB, reserved=0
 )
 
 

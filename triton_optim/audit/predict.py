@@ -15,6 +15,7 @@ import torch
 
 from ..bench.models import shapes
 from ..precision.codecs import MIN_QUANTIZED_NUMEL, STATE_CODES
+from ..util.table import short
 from .gpu_model import Estimate, Kernel, estimate
 from .gpus import GPUS, Gpu
 from .measure import DTYPES, AuditedRule, Case, Measurement, audit, every_rule, role_codecs
@@ -130,8 +131,3 @@ def is_this(step: Measured, rule: AuditedRule, dtypes: str, model: str) -> bool:
     name = re.sub(r"\W", "_", _CODEC.sub("", match["label"])).lower()
     same = (_RULES.get(name, name), match["model"], int(match["tensors"])) == (rule.name, model, len(shapes(model)))
     return same and {word.strip() for word in match["rest"].split(",")} - _QUANTITIES == words - {""}
-
-
-def short(dtype: Any) -> str:
-    """The dtype without ``torch.``."""
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from ..core.explain import explain
 from ..core.optimizer import RuleOptimizer
 from ..options import OPTIONS
 from ..util import gather
+from ..util.table import short
 from .agreement import Contender, Difference, differences
 from .measure import Measurement, Side, measure
 from .models import Shapes, elements, parameters
@@ -254,8 +255,3 @@ def state_bytes(contender: Contender) -> float:
             if isinstance(value, Tensor):
                 count(value)
     return sum(found.values()) / sum(p.numel() for p in contender.params)
-
-
-def short(value: Any) -> str:
-    """An option's value, without ``torch.``."""
-    return str(value).removeprefix("torch.")

@@ -10,6 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import nn
+
+from ..util.named import load
 
 Shapes = list[tuple[int, ...]]
 
@@ -173,6 +176,21 @@ def shapes(name: str) -> Shapes:
     return NAMED[name]() if name in NAMED else equal_tensors(name)
 
 
+def own_shapes(name: str) -> Shapes:
+    """The shapes of the parameters of the `torch.nn.Module` that ``module:name`` returns; tied ones count once.
+
+    Raises:
+        ValueError: it is not there, or returns no module with parameters that are trained.
+    """
+    model = load("--model", name)()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {name} returned {type(model).__name__}. Return a torch.nn.Module.")
+    shapes: Shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    if not shapes:
+        raise ValueError(f"--model {name} returned a module with no parameter to train. Return one that has some.")
+    return shapes
+
+
 def elements(shapes: Sequence[tuple[int, ...]]) -> int:
     """How many parameters all of them have together."""
     return sum(torch.Size(shape).numel() for shape in shapes)
@@ -183,13 +201,13 @@ def parameters(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Iterator[torch.nn.Parameter]:
+) -> Iterator[nn.Parameter]:
     """Parameters with gradients, equal for equal seeds, so that two optimizers can be compared.
 
     They are random, never zeros: those are faster than data, and hide what was not written.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for shape in shapes:
-        p = torch.nn.Parameter(torch.randn(shape, device=device, generator=generator).to(dtype))
+        p = nn.Parameter(torch.randn(shape, device=device, generator=generator).to(dtype))
         p.grad = torch.randn(shape, device=device, generator=generator).to(dtype)
         yield p

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..util.pictures import new_figure, open_frame
 from .comparison import Comparison
 
 if TYPE_CHECKING:
@@ -46,15 +47,12 @@ def save_bars(path: Path, times: Times, title: str) -> None:
 
 def bars(times: Times, title: str) -> Figure:
     """The figure of `save_bars`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     sides = list(dict.fromkeys(side for case in times.values() for side in case))
     colours = {side: OURS if side.startswith("ours") else PEERS[(i - 1) % len(PEERS)] for i, side in enumerate(sides)}
     height = sum(len(case) + 1 for case in times.values())
-    figure = Figure(figsize=(8, max(2.0, 0.6 + 0.17 * height)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would choose a window system and keep the figure for ever
+    figure = new_figure(8, max(2.0, 0.6 + 0.17 * height), dpi=150)
     axes = figure.subplots()
     ticks: list[float] = []
     place = 0.0
@@ -82,12 +80,5 @@ def bars(times: Times, title: str) -> Figure:
     figure.legend(
         handles=handles, frameon=False, fontsize="small", ncols=min(4, len(sides)), loc="outside lower center"
     )
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
     return figure
-
-
-def plot_formats() -> list[str]:
-    """The suffixes, without the dot, that matplotlib can write with no window system."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    return sorted(FigureCanvasAgg.get_supported_filetypes())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..util.files import write_json
 from ..util.provenance import provenance
 from .measure import Measurement
 from .peers import PEERS
@@ -55,13 +54,10 @@ def write_records(folder: Path, records: Sequence[Record], device: torch.device)
 
 
 def write_file(path: Path, question: str, records: Sequence[Record], device: torch.device, **more: Any) -> None:
-    """One JSON file. It is never half written: the old one is replaced when the new one is whole."""
+    """One JSON file."""
     about = {"command": command(), "source": source(), **provenance(device, DISTRIBUTIONS), **more}
     own = [asdict(record) | {"met": record.met} for record in records]
-    text = json.dumps({"question": question, **about, "records": own}, indent=1) + "\n"
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write_json(path, {"question": question, **about, "records": own})
 
 
 DISTRIBUTIONS = sorted({peer.distribution for peer in PEERS.values()} - {"torch"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import asdict
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..audit.gpus import GPUS
+from ..util.files import write_json
 from ..util.table import table
-from .audit_options import KEPT, MODEL, RULES, chosen, default_results
+from .options import check_files, chosen
 
 if TYPE_CHECKING:
     from ..audit.measure import Case, Measurement
 
+KEPT = "fp32,bf16 stochastic,bf16 int8"  # that are predicted by default
 HEADER = ("rule", "dtypes", "arch", "regs", "spills", "loaded/floor", "stored/floor", "bits", "instr", "code")
 LEGEND = """\
 regs    registers a thread; on gfx942, vector registers
@@ -34,15 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     parser.add_argument("--arch", metavar="NAMES", help="architectures, such as sm_90,gfx942 (default: all)")
-    parser.add_argument(
-        "--rule", metavar="NAMES", help=f"rules, such as adam,lion (default: all; with --predict {RULES})"
-    )
+    parser.add_argument("--rule", metavar="NAMES", help="rules, such as adam,lion (default: all; with --predict adamw)")
     add = parser.add_argument
-    models = f"with --predict: such as gpt2,1000x1k (default: {MODEL})"
+    models = "with --predict: such as gpt2,1000x1k (default: %(default)s)"
     add("--predict", metavar="GPUS", help=f"how long a step would take on {','.join(GPUS)} (names, or all)")
-    add("--model", default=MODEL, metavar="NAMES", help=models)
-    add("--kept", default=KEPT, metavar="SETS", help=f"with --predict: sets of dtypes (default: {KEPT})")
-    add("--results", type=Path, default=default_results(), metavar="DIR", help="with --predict: what was measured")
+    add("--model", default="llama3_8b", metavar="NAMES", help=models)
+    add("--kept", default=KEPT, metavar="SETS", help="with --predict: sets of dtypes (default: %(default)s)")
+    add("--results", type=Path, metavar="DIR", help="with --predict: what was measured (default: this checkout's)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(HEADER, [row(m) for m in measured]))
     print(f"\n{LEGEND}\n")
     if args.json is not None:
-        args.json.write_text(json.dumps(record(measured, found), indent=1) + "\n")
+        write_json(args.json, record(measured, found))
         print(f"Everything measured: {args.json}")
     for m, own in zip(measured, found, strict=True):
         for problem in own:
@@ -87,8 +86,7 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if find_spec("triton") is None:
         raise ValueError(f"triton-optim audit needs triton: not installed in {sys.prefix}. pip install triton (Linux)")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist. Create it first.")
+    check_files(None, args.json)
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
@@ -99,9 +97,9 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """
     from ..audit import measure
 
-    rules = chosen("--rule", args.rule, [rule.name for rule in measure.every_rule()])
-    archs = chosen("--arch", args.arch, list(measure.TARGETS))
-    return [case for case in measure.every_case(rules if args.rule else None) if case.arch in archs]
+    rules = chosen("--rule", args.rule, (rule.name for rule in measure.every_rule())) if args.rule is not None else None
+    archs = chosen("--arch", args.arch, measure.TARGETS) if args.arch is not None else measure.TARGETS
+    return [case for case in measure.every_case(rules) if case.arch in archs]
 
 
 def show_progress(done: int, of: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from dataclasses import asdict
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -17,9 +17,12 @@ from ..audit.measure import DTYPES, every_rule
 from ..audit.predict import Prediction, measured_steps, predictions, what_fits
 from ..bench.models import shapes
 from ..core.memory import gibibytes
+from ..util.files import write_json
 from ..util.table import table
-from .audit_options import RULES, chosen, default_results
+from .options import chosen
 
+RULES = "adamw"  # by default
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # of the checkout that this package lies in
 HEADER = ("gpu", "model", "rule", "kept as", "peak", "memory", "issue", "latency", "ends", "step", "limit", "measured")
 LEGEND = """\
 peak     ms in which the bytes go at the datasheet's bandwidth
@@ -45,15 +48,15 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.arch is not None:
         raise ValueError(f"--arch {args.arch} says nothing to --predict: a GPU has its own. Leave it out.")
-    if args.results != default_results() and not args.results.is_dir():
+    if args.results is not None and not args.results.is_dir():
         raise ValueError(f"--results {args.results}: there is no such folder. Leave it out for this checkout's.")
-    gpus = chosen("--predict", None if args.predict == "all" else args.predict, list(GPUS))
-    rules = chosen("--rule", args.rule or RULES, [rule.name for rule in every_rule()])
-    kept = chosen("--kept", args.kept, list(DTYPES))
+    gpus = list(GPUS) if args.predict == "all" else chosen("--predict", args.predict, GPUS)
+    rules = chosen("--rule", args.rule or RULES, (rule.name for rule in every_rule()))
+    kept = chosen("--kept", args.kept, DTYPES)
     models = [name.strip() for name in args.model.split(",")]
     for name in models:
         shapes(name)
-    found = list(predictions(gpus, models, rules, kept, measured_steps(args.results)))
+    found = list(predictions(gpus, models, rules, kept, measured_steps(args.results or RESULTS)))
     print(table(HEADER, [row(p) for p in found]))
     print(f"\n{LEGEND}\n\n{wrapped(ASSUMED)}")
     for gpu in gpus:
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         for line in remarks(p):
             print(wrapped(line))
     if args.json is not None:
-        args.json.write_text(json.dumps(record(found), indent=1) + "\n")
+        write_json(args.json, record(found))
         print(f"Everything predicted: {args.json}")
     return 0
 

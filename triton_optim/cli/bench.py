@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 
 from ..bench.comparison import Case, Comparison, compare
-from ..bench.models import NAMED, elements, shapes
-from ..bench.own import own_shapes
+from ..bench.models import NAMED, elements, own_shapes, shapes
 from ..bench.peers import PEERS, Unavailable, check_peer
 from ..bench.records import Record, write_file
 from ..bench.room import SHARE, bytes_per_parameter, cut, fitting_models, free_bytes
@@ -23,11 +21,15 @@ from ..core.optimizer import RuleOptimizer
 from ..dispatch import BACKENDS
 from ..precision.codecs import PARAM_PRECISIONS
 from ..registry import rule_optimizers
+from ..util.devices import usable_device
+from ..util.extras import require
 from ..util.named import load
-from .bench_terminal import open_console, print_comparison, progress_bar, say
+from ..util.table import short
+from .bench_terminal import print_comparison
 from .memory import DTYPES, STATES
+from .options import check_files, chosen
+from .terminal import open_console, progress_bar, say
 
-EXTRAS = ("rich", "matplotlib")
 ALL_DTYPES = {**DTYPES, "float64": torch.float64}
 
 
@@ -56,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     """Print a table for each case; 1 if results disagree or if it cannot start, 130 if interrupted."""
     try:
         check_options(args)
-        device = usable_device(args.device)
-        peers, backends = args.against.split(",") if args.against else [], args.backend.split(",")
+        device = usable_device("--device", args.device)
+        peers = args.against.split(",") if args.against else []
+        backends = chosen("--backend", args.backend, ("auto", *BACKENDS))
         cases = [*chosen_cases(args, device, peers, backends)]
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -116,36 +119,12 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an extra is missing, or an option has no usable value.
     """
-    missing = [name for name in EXTRAS if find_spec(name) is None and (name != "matplotlib" or args.plot is not None)]
-    if missing:
-        raise ValueError(
-            f"triton-optim bench needs {', '.join(missing)}: not installed in {sys.prefix}. "
-            'Install the extra: pip install -e ".[bench]"'
-        )
+    require(("rich", "matplotlib") if args.plot else ("rich",), "triton-optim bench", "bench")
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds} measures nothing. Give 1 or more (5 is the default).")
     if not args.patience >= 0:
         raise ValueError(f"--patience {args.patience} is no time. Give seconds, 0 or more (5 is the default).")
-    for option, path in (("--plot", args.plot), ("--json", args.json)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{option} {path}: the folder {path.parent} does not exist. Create it first.")
-    if args.plot is not None:
-        from ..bench.picture import plot_formats
-
-        if args.plot.suffix[1:].lower() not in plot_formats():
-            raise ValueError(f"--plot {args.plot}: the suffix names no image format. Use .png, .pdf or .svg.")
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device of that name, or the GPU if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        device = torch.device(name) if name else accelerator or torch.device("cpu")
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts that it has CUDA
-        cause = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"--device {name} cannot be used: {cause}. Leave it out to choose automatically.") from None
-    return device
+    check_files(args.plot, args.json)
 
 
 def chosen_cases(
@@ -160,9 +139,7 @@ def chosen_cases(
         check_peer(peer)
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
     kinds = [optimizer_class(name) for name in args.optimizer.split(",")]
-    dtypes = [known("--dtype", name, ALL_DTYPES) for name in args.dtype.split(",")]
-    for backend in backends:
-        known("--backend", backend, {name: name for name in ("auto", *BACKENDS)})
+    dtypes = [ALL_DTYPES[name] for name in chosen("--dtype", args.dtype, ALL_DTYPES)]
     models = {name: own_shapes(name) if ":" in name else shapes(name) for name in args.model.split(",")}
     free = free_bytes(device)
     for (name, whole), dtype, kind in product(models.items(), dtypes, kinds):
@@ -172,7 +149,7 @@ def chosen_cases(
         text = ""
         if len(kept) < len(whole):
             need = (
-                f"{name} of {elements(whole):,} {str(dtype).removeprefix('torch.')} parameters needs "
+                f"{name} of {elements(whole):,} {short(dtype)} parameters needs "
                 f"{gibibytes(int(each * elements(whole)))} GiB for {len(backends) + len(peers)} sides, and "
                 f"{gibibytes(int(SHARE * free))} may be used"
             )
@@ -189,16 +166,8 @@ def chosen_cases(
 def optimizer_class(name: str) -> type[RuleOptimizer]:
     """The class that `name` means: one of the package's, or a user's own as ``module:name``."""
     if ":" not in name:
-        found: type[RuleOptimizer] = known("--optimizer", name.lower(), rule_optimizers())
-        return found
+        return rule_optimizers()[chosen("--optimizer", name.lower(), rule_optimizers())[0]]
     own: Any = load("--optimizer", name)
     if not (isinstance(own, type) and issubclass(own, RuleOptimizer)):
         raise ValueError(f"--optimizer {name} is no subclass of triton_optim.RuleOptimizer. Give it to --against.")
     return own
-
-
-def known(option: str, name: str, names: dict[str, Any]) -> Any:
-    """What a name means; an unknown one lists the known ones."""
-    if name not in names:
-        raise ValueError(f"{option} {name}: there is none. Choose from {', '.join(names)}.")
-    return names[name]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..bench.comparison import Comparison, Row
-from .demo_terminal import new_table, open_console, progress_bar, readable_seconds, say
+from ..util.table import readable_seconds
+from .terminal import new_table, say
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = ["open_console", "print_comparison", "progress_bar", "say"]
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import platform
 import sys
 from pathlib import Path
@@ -15,8 +13,11 @@ import torch
 from ..backends.triton.stub_driver import TARGETS
 from ..dispatch import BACKENDS, Machine, Request, choose, cxx_compiler, this_machine, unable
 from ..util.cpp_build import BuildError, folder
+from ..util.devices import accelerator
+from ..util.files import write_json
 from ..util.gather import library
-from ..util.table import table
+from ..util.provenance import installed_version
+from ..util.table import short, table
 from .launch_check import check_launch, places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
@@ -27,22 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write it as JSON")
 
 
-def version(package: str) -> str | None:
-    """The installed version of `package`, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def devices() -> dict[str, str]:
     """The devices torch sees: the kind and what it is."""
     found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        module = torch.get_device_module(accelerator)
-        name = module.get_device_name() if hasattr(module, "get_device_name") else accelerator.type
-        found[accelerator.type] = f"{torch.accelerator.device_count()} x {name}"
+    if (gpu := accelerator()) is not None:
+        module = torch.get_device_module(gpu)
+        name = module.get_device_name() if hasattr(module, "get_device_name") else gpu.type
+        found[gpu.type] = f"{torch.accelerator.device_count()} x {name}"
     return found
 
 
@@ -68,14 +60,14 @@ def diagnosis(machine: Machine) -> dict[str, Any]:
                 {
                     "device": kind,
                     "present": kind in present,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": short(dtype),
                     "backend": choice.backend,
                     "reason": choice.reason,
                     "also": [b for b in BACKENDS if b != choice.backend and unable(b, request, machine) is None],
                 }
             )
     return {
-        "versions": {name: version(name) for name in ("triton-optim", "torch", "triton")},
+        "versions": {name: installed_version(name) for name in ("triton-optim", "torch", "triton")},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "devices": present,
@@ -126,5 +118,5 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(table(["device", "dtype", "auto", "reason", "could be pinned"], rows))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.json, found)
     return 1 if failed else 0

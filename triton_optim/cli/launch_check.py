@@ -8,6 +8,8 @@ its own.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from typing import Any
@@ -19,7 +21,7 @@ import triton_optim
 
 from .. import dispatch
 from ..backends.triton import stub_driver
-from .own_process import ProcessError, run_module
+from ..util.devices import accelerator
 
 SHAPES = ((), (1,), (33, 5), (1023,), (1025,), (64, 64))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,11 +48,24 @@ def check_launch(where: str, timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]
     Returns:
         "where", "works", and "launches" and "seconds" if it does; "stage", "error" and "advice" if not.
     """
+    command = [sys.executable, "-m", f"{__package__}.launch_check", where]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
-        printed = run_module("The launch check", "launch_check", [where], {"TRITON_ALWAYS_COMPILE": "1"}, timeout)
-    except ProcessError as error:
-        stage = next((line["stage"] for line in reversed(error.printed)), "start")
-        return {"where": where, "works": False, "stage": stage, "error": error.error, "advice": ADVICE[stage]}
+        done = subprocess.run(
+            command, env=env | {"TRITON_ALWAYS_COMPILE": "1"}, capture_output=True, timeout=timeout, check=False
+        )
+        out, error = done.stdout, ""
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip() or "no message"
+            error = f"{said.splitlines()[-1]} (exit code {done.returncode})"
+    except subprocess.TimeoutExpired as late:
+        out, error = late.stdout or b"", f"stopped after {timeout:g} s: the machine is busy or a kernel hangs"
+    # Compilers may print other lines.
+    lines = (line for line in out.decode(errors="replace").splitlines() if line.startswith("{") and line.endswith("}"))
+    printed = [json.loads(line) for line in lines]
+    if error:
+        stage = next((line["stage"] for line in reversed(printed) if "stage" in line), "start")
+        return {"where": where, "works": False, "stage": stage, "error": error, "advice": ADVICE[stage]}
     return {"where": where, "works": True, **printed[-1]}
 
 
@@ -134,8 +149,8 @@ def main() -> int:
 
 def places() -> list[str]:
     """Where to launch: on the GPU, or where there is none on stub drivers."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return [accelerator.type] if accelerator is not None and accelerator.type in dispatch.GPUS else list(STUB_TARGETS)
+    gpu = accelerator()
+    return [gpu.type] if gpu is not None and gpu.type in dispatch.GPUS else list(STUB_TARGETS)
 
 
 if __name__ == "__main__":

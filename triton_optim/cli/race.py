@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,14 @@ import torch
 
 from ..race import RaceError, Results, race
 from ..race.contestants import checked_lrs, read_options, split_names
-from ..race.names import require
-from ..race.records import write_whole
+from ..race.names import as_race_error, require
 from ..race.schedules import SCHEDULES
 from ..race.tasks import TASKS
 from ..registry import optimizers
+from ..util.files import write_json
 from ..util.provenance import provenance
-from . import demo_record
+from .options import check_files, command_line
+from .terminal import open_console, say
 
 INTERRUPTED = 130  # what shells give for SIGINT
 
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         require(["rich", "matplotlib", *(["optuna"] if args.tune else [])], "triton-optim race")
         options = asked(args)
-        from .race_terminal import Board, open_console, print_results, say
+        from .race_terminal import Board, print_results
 
         console = open_console()
         with Board(console) as board:
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         print_results(console, results)
         say(console, f"\nPicture: {plot}\nRecords of all runs: {args.out / 'runs'}")
         if args.json is not None:
-            write_whole(args.json, json.dumps(record(args, results), indent=1, allow_nan=False) + "\n")
+            write_json(args.json, record(args, results), allow_nan=False)
             say(console, f"Everything measured: {args.json}")
     except (RaceError, OSError) as error:
         print(error, file=sys.stderr)
@@ -108,11 +107,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.target is not None and not math.isfinite(args.target):
         raise RaceError(f"--target {args.target} is no loss that can be reached. Give a number.")
-    for option, path in (("--plot", args.plot), ("--json", args.json)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise RaceError(f"{option} {path}: the folder {path.parent} does not exist. Create it first.")
-    if args.plot is not None and args.plot.suffix[1:].lower() not in demo_record.plot_formats():
-        raise RaceError(f"--plot {args.plot}: the suffix names no image format. Use .png, .pdf or .svg.")
+    with as_race_error():
+        check_files(args.plot, args.json)
     try:
         lrs = [float(lr) for lr in args.lrs.split(",") if lr.strip()]
     except ValueError:
@@ -135,13 +131,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
 
 def record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
     """What `--json` writes."""
-    words = ["triton-optim", "race"]
-    for option, value in vars(args).items():
-        for one in value if isinstance(value, list) else [value]:
-            if option not in ("command", "run") and one not in (None, "", 0):
-                words += [f"--{option}", str(one)]
     return {
-        "command": shlex.join(words),
+        "command": command_line("race", args),
         **provenance(torch.device(results.device)),
         **results.as_dict(),
     }

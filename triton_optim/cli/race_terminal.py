@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from ..race import Record, Results, Watcher
 from ..race.records import FINISHED, Run
 from ..race.results import HEADER, cells
-from .demo_terminal import PIPED_WIDTH, open_console, say
+from .terminal import PIPED_WIDTH, say
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
     from rich.progress import TaskID
-
-__all__ = ["Board", "open_console", "print_results", "say"]
 
 LEFT_OUT = ("last", "all of it")  # in a narrow terminal
 

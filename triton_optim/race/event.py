@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from ..util.devices import usable_device
 from .contestants import Contestant, OwnOptimizer, contestant
-from .names import RaceError
+from .names import RaceError, as_race_error
 from .records import Store
 from .results import Results
-from .runs import Race, Watcher, made_with_seed
+from .runs import Race, Watcher
 from .schedules import schedule_named
 from .task import MakeTask
-from .tasks import task_named
+from .tasks import made, task_named
 from .tuning import tuned
 
 
@@ -68,14 +69,16 @@ def race(
     check_numbers(field, schedules, tune, seeds, steps, storage)
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise RaceError(f"The race cannot be kept in {out}: it is a file. Name a folder.")
-    default_steps = made_with_seed(name, make, 0).steps
+    default_steps = made(name, make, 0).steps
+    with as_race_error():
+        chosen = usable_device("The device", device)
     own = Race(
         name=name,
         make=make,
         contestants=field,
         schedules={given: schedule_named(given) for given in schedules},
         steps=steps or default_steps,
-        device=chosen_device(device),
+        device=chosen,
         store=Store(None if out is None else Path(out)),
         watcher=watcher or Watcher(),
     )
@@ -106,18 +109,3 @@ def check_numbers(
             raise RaceError(f"{number} {what} are too few. Give {least} or more.")
     if storage is not None and not tune:
         raise RaceError(f"The storage {storage} is for trials, and there are none. Tune with 30, for one.")
-
-
-def chosen_device(device: str | torch.device | None) -> torch.device:
-    """The device that is named, or a GPU where there is one, or the CPU.
-
-    Raises:
-        RaceError: it cannot be used.
-    """
-    try:
-        chosen = torch.device(device or (torch.accelerator.current_accelerator(check_available=True) or "cpu"))
-        torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        cause = str(error).splitlines()[0].rstrip(".")
-        raise RaceError(f"The device {device} cannot be used: {cause}. Leave it out to choose automatically.") from None
-    return chosen

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ..util import extras
 from ..util.named import load
-
-DISTRIBUTIONS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "optuna": "optuna"}
 
 
 class RaceError(Exception):
     """A race cannot start or go on; the message is one line of value, cause and fix."""
 
 
+@contextmanager
+def as_race_error() -> Iterator[None]:
+    """What is wrong with what a user gave is wrong with the race."""
+    try:
+        yield
+    except ValueError as error:
+        raise RaceError(str(error)) from error
+
+
 def require(modules: Sequence[str], what: str) -> None:
     """Raise RaceError if one of the optional `modules` that `what` needs is not installed."""
-    missing = [DISTRIBUTIONS[module] for module in modules if find_spec(module) is None]
-    if missing:
-        raise RaceError(
-            f"{what} needs {', '.join(missing)}: not installed in {sys.prefix}. "
-            'Install the extra: pip install -e ".[race]"'
-        )
+    with as_race_error():
+        extras.require(modules, what, "race")
 
 
 def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -45,7 +48,5 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
         raise RaceError(
             f"There is no {kind} {name!r}. Choose from {', '.join(sorted(known))}, or name your own as mymodule:name."
         )
-    try:
+    with as_race_error():
         return load(f"The {kind}", name)
-    except ValueError as error:
-        raise RaceError(str(error)) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 
 import triton_optim
 
+from ..util.files import write_whole
 from .contestants import Contestant
 from .names import RaceError
 
@@ -139,13 +139,3 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"run": what, "record": asdict(record)}, allow_nan=False, default=str))
         self.kept[key] = record
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never there in part, not even when this is interrupted."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..util.table import table
+from ..util.pictures import new_figure, open_frame
+from ..util.table import readable_bytes, readable_seconds, table
 from .names import require
 from .records import DIVERGED, FINISHED, PRUNED, Record
 
@@ -204,42 +205,12 @@ def cells(s: Standing) -> list[str]:
     ]
 
 
-def readable_seconds(seconds: float | None) -> str:
-    """Seconds with the unit that fits."""
-    if seconds is None:
-        return "-"
-    if seconds < 1e-3:
-        return f"{three_digits(seconds * 1e6)} us"
-    return f"{three_digits(seconds * 1e3)} ms" if seconds < 1 else f"{three_digits(seconds)} s"
-
-
-def readable_bytes(count: int | None) -> str:
-    """Bytes with the unit that fits."""
-    if count is None:
-        return "-"
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{three_digits(size)} {unit}"
-
-
-def three_digits(number: float) -> str:
-    """Three digits of a number, and more of one above 1,000."""
-    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
-
-
 def draw(results: Results) -> Figure:
     """Draw losses over steps and over time (each optimizer at its best, with bands from the lowest to the highest
     seed), best losses over learning rates with what diverged and what was pruned, and learning rates over steps.
     """
     require(["matplotlib"], "The picture")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it would choose a window system and keep the figure for ever
+    figure = new_figure(12, 8.5, dpi=120)
     (by_step, by_time), (by_lr, rates) = figure.subplots(2, 2)
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(r.optimizer for r in results.records))}
     for optimizer, winner in results.winners.items():
@@ -262,9 +233,9 @@ def draw(results: Results) -> Figure:
         rates.set_ylim(bottom=max(rate for w in results.winners.values() for rate in w.records[0].lrs) / 1000)
     for axes in (by_step, by_time, by_lr, rates):
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize="small")
+    open_frame(by_step, by_time, by_lr, rates)
     figure.suptitle(f"{results.task}: {results.steps} steps, {results.seeds} seeds, {results.device}")
     return figure
 

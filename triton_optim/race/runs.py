@@ -37,13 +37,6 @@ class Watcher:
         """Some of a contestant's runs were made elsewhere."""
 
 
-def made_with_seed(name: str, make: MakeTask, seed: int) -> Any:
-    """The task for a seed, and nothing changed in torch's generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return made(name, make, seed)
-
-
 @dataclass
 class Race:
     """Who races on what, where records are kept, and who watches."""
@@ -103,7 +96,7 @@ class Race:
 
     def train(self, run: Run, steps: int, judged: Judged) -> Record:
         """Make a run, of so many steps."""
-        task = made_with_seed(self.name, self.make, run.seed)
+        task = made(self.name, self.make, run.seed)
         return train(run, task, self.schedules[run.schedule], steps, self.device, judged)
 
     def record(self, run: Run) -> Record | None:

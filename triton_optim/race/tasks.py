@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..util.named import cause_of
 from .charlm import charlm
 from .digits import digits
@@ -21,13 +23,15 @@ def task_named(task: str | MakeTask) -> tuple[str, MakeTask]:
 
 
 def made(name: str, make: MakeTask, seed: int) -> Task:
-    """The task for a seed.
+    """The task for a seed; nothing changes in torch's generator.
 
     Raises:
         RaceError: the function raised something, or what it gives is no task.
     """
     try:
-        task: Any = make(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            task: Any = make(seed)
     except RaceError:
         raise
     except Exception as error:
