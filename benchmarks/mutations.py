@@ -339,7 +339,7 @@ MUTANTS = (
         "replays never update that parameter",
         "if p.requires_grad and g is None:",
         "if not p.requires_grad and g is None:",
-        "tests/test_capture.py::test_trap_30_capturing_without_a_gradient_raises",
+        "tests/test_capture.py::test_capturing_without_a_gradient_raises",
     ),
     Mutant(
         "complex parameters go to a kernel",

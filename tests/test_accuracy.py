@@ -167,7 +167,7 @@ def test_zero_learning_rate_and_decay_changes_nothing(case: Case, backend: str, 
     assert all(torch.equal(a, b) for a, b in zip(start, after, strict=True))
 
 
-def test_trap_12_one_minus_beta_is_formed_in_float64(backend: str, device: torch.device) -> None:
+def test_one_minus_beta_is_formed_in_float64(backend: str, device: torch.device) -> None:
     # In float32, 1 - 0.99999 is off by 1.4e-3 relative: the second moment after one step would be too.
     p = torch.nn.Parameter(torch.zeros(8, device=device))
     p.grad = torch.ones_like(p)
@@ -179,7 +179,7 @@ def test_trap_12_one_minus_beta_is_formed_in_float64(backend: str, device: torch
 
 
 @rows(*DENSE)
-def test_trap_16_half_precision_gradients_do_not_overflow(case: Case, backend: str, device: torch.device) -> None:
+def test_half_precision_gradients_do_not_overflow(case: Case, backend: str, device: torch.device) -> None:
     # g * g is infinite in float16 at 300, and eps = 1e-8 is 0.
     if backend == "compiled" and not case.on_every_backend:
         pytest.skip("each takes seconds to compile; every backend computes in float32, for every rule")
@@ -196,7 +196,7 @@ def test_trap_16_half_precision_gradients_do_not_overflow(case: Case, backend: s
 
 
 @rows(*(case for case in DENSE if case.elementwise))
-def test_trap_14_bfloat16_is_rounded_to_nearest(case: Case, backend: str, device: torch.device) -> None:
+def test_bfloat16_is_rounded_to_nearest(case: Case, backend: str, device: torch.device) -> None:
     # Truncation would be off by more than half a place in every second element; at a tie, where the arithmetic of two
     # backends may part, either neighbour is as near.
     start = [torch.linspace(1, 2, 512, device=device).reshape(16, 32).to(torch.bfloat16)]
@@ -216,7 +216,7 @@ def test_roots_of_subnormal_numbers(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(p.detach(), torch.full_like(p, -0.5), rtol=1e-6, atol=0)
 
 
-def test_trap_18_amsgrad_keeps_nan(backend: str, device: torch.device) -> None:
+def test_amsgrad_keeps_nan(backend: str, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(4, device=device))
     optimizer = triton_optim.AdamW([p], amsgrad=True, backend=backend)
     p.grad = torch.tensor([1.0, float("nan"), 1.0, float("inf")], device=device)

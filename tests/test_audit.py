@@ -163,17 +163,17 @@ def test_bytes_an_element_are_the_floor(rows: list[Row]) -> None:
         assert [row["loaded"] + row["stored"] for row in adamw if row["dtypes"] == dtypes] == [moved] * 4
 
 
-def test_trap_1_offsets_are_int64(rows: list[Row]) -> None:
+def test_offsets_are_int64(rows: list[Row]) -> None:
     assert not failing(rows, lambda row: not row["wrapping_offsets"], "wrapping_offsets")
 
 
-def test_trap_4_misaligned_accesses_are_an_element_wide(rows: list[Row]) -> None:
+def test_misaligned_accesses_are_an_element_wide(rows: list[Row]) -> None:
     misaligned = [row for row in rows if not row["aligned"]]
     assert misaligned
     assert not failing(misaligned, lambda row: row["widest_bits"] <= ELEMENT_BITS[row["dtypes"]], "widest_bits")
 
 
-def test_trap_11_divisions_and_roots_are_as_exact_as_chosen(rows: list[Row]) -> None:
+def test_divisions_and_roots_are_as_exact_as_chosen(rows: list[Row]) -> None:
     """Roots are correctly rounded, and quotients in float64; quotients in float32 are within 2 ulp."""
     for row in rows:
         double = row["dtypes"] == "fp64"
@@ -182,7 +182,7 @@ def test_trap_11_divisions_and_roots_are_as_exact_as_chosen(rows: list[Row]) -> 
     assert {f for row in rows if row["rule"] == "adamw" for f in row["ptx_functions"]} > {"div.full.f32", "div.rn.f64"}
 
 
-def test_trap_13_fusion_of_multiply_and_add_is_set(rows: list[Row]) -> None:
+def test_fusion_of_multiply_and_add_is_set(rows: list[Row]) -> None:
     assert not failing(rows, lambda row: row["fp_fusion"] is True, "fp_fusion")
 
 

@@ -233,7 +233,7 @@ def test_cuda_graph(dtype: torch.dtype, options: dict[str, Any], device: torch.d
         assert torch.equal(a, b)
 
 
-def test_trap_30_capturing_without_a_gradient_raises(device: torch.device, monkeypatch: Any) -> None:
+def test_capturing_without_a_gradient_raises(device: torch.device, monkeypatch: Any) -> None:
     params = start(device, torch.float32)
     optimizer = triton_optim.AdamW(params, capturable=True)
     optimizer.step()

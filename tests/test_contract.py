@@ -161,7 +161,7 @@ def test_flags_of_sgd_changed_between_steps(backend, device):
 
 
 @each_case
-def test_trap_8_parameter_in_two_groups_is_refused(case, device):
+def test_parameter_in_two_groups_is_refused(case, device):
     p, q = case.parameters(device)[:2]
     with pytest.raises(ValueError, match="more than one parameter group"):
         ours(case, [{"params": [p]}, {"params": [p]}])
@@ -175,7 +175,7 @@ def test_trap_8_parameter_in_two_groups_is_refused(case, device):
 @pytest.mark.parametrize(
     ("case", "unpinned"), [*((case, "eager") for case in CASES if case.name != "SGD"), (ADAMW, "auto")]
 )
-def test_trap_8_parameter_twice_in_a_group_is_stepped_twice(case, unpinned, device):
+def test_parameter_twice_in_a_group_is_stepped_twice(case, unpinned, device):
     """torch warns, then updates it once for each time it is listed, one after the other."""
     params, theirs = case.parameters(device)[:2], case.parameters(device)[:2]
     with pytest.warns(UserWarning, match="duplicate parameters"):
@@ -201,7 +201,7 @@ class Tied(torch.nn.Module):
 
 
 @each_case_and_backend
-def test_trap_8_tied_parameters_are_stepped_once(case, backend, device):
+def test_tied_parameters_are_stepped_once(case, backend, device):
     model, theirs = Tied().to(device), Tied().to(device)
     opt, torchs = ours(case, model.parameters(), backend), peer(case, theirs.parameters())
     x = torch.linspace(-1, 1, 8, device=device).reshape(2, 4)
@@ -251,7 +251,7 @@ def test_frozen_parameter_with_a_gradient_left_on_it_is_stepped(case, backend, d
 
 
 @each_case_and_backend
-def test_trap_2_gradients_that_come_and_go(case, backend, device):
+def test_gradients_that_come_and_go(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     for step, missing in enumerate([(0, 2), (), (1, 2, 3), (0, 1, 2, 3), (2,), (2, 3), ()]):
         give_grads(case, step, params, theirs, missing=missing)
@@ -723,7 +723,7 @@ def test_tensor_hyperparameters_written_into_between_steps(case, backend, device
 
 @rows_and_backends(*DENSE)
 @pytest.mark.parametrize("clip", [False, True])
-def test_trap_29_grad_scaler_skips_and_counts_as_with_torch(case, backend, clip, device):
+def test_grad_scaler_skips_and_counts_as_with_torch(case, backend, clip, device):
     """Scale, backward, (unscale, clip,) step, update: with an overflow in the first and in the fifth step."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     scales = []
@@ -751,7 +751,7 @@ def test_trap_29_grad_scaler_skips_and_counts_as_with_torch(case, backend, clip,
 
 
 @rows(*(case for case in DENSE if case.torchs and case.peer_takes("fused")))
-def test_trap_29_grad_scaler_with_fused(case, device):
+def test_grad_scaler_with_fused(case, device):
     """torch's fused optimizers unscale and skip inside the step. Whoever asks for `fused` gets the same numbers."""
     params, opt, theirs, torchs = side_by_side(case, "auto", device, fused=True)
     for model, optimizer in ((params, opt), (theirs, torchs)):
@@ -773,7 +773,7 @@ def test_trap_29_grad_scaler_with_fused(case, device):
 
 
 @each_case_and_backend
-def test_trap_3_data_replaced_between_steps(case, backend, device):
+def test_data_replaced_between_steps(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     train(case, range(2), (params, opt), (theirs, torchs))
     old = [p.data for p in params]
@@ -787,7 +787,7 @@ def test_trap_3_data_replaced_between_steps(case, backend, device):
 
 
 @each_case_and_backend
-def test_trap_3_data_freed_and_replaced_at_the_same_address(case, backend, device):
+def test_data_freed_and_replaced_at_the_same_address(case, backend, device):
     """Allocators hand the same address out again, here to a parameter of the same size in another place."""
     params, theirs = ([Parameter(torch.full((16, 4), i + 1.0, device=device)) for i in range(3)] for _ in range(2))
     opt, torchs = ours(case, params, backend), peer(case, theirs)

@@ -240,7 +240,7 @@ def test_subnormal_numbers_are_not_flushed() -> None:
     assert torch.equal(p.detach(), torch.full((64,), 1e-42) - torch.full((64,), 1e-43))
 
 
-def test_trap_20_an_index_goes_past_2_32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_goes_past_2_32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of a sharded parameter: its elements are numbered on, and the upper half of the index counts."""
     from triton_optim.buckets import bucket
 

@@ -34,7 +34,7 @@ def test_complex_parameters(case: Case, dtype: torch.dtype, device: torch.device
 
 
 @rows(*COMPLEX)
-def test_trap_8_complex_is_not_pinned_elsewhere(case: Case, device: torch.device) -> None:
+def test_complex_is_not_pinned_elsewhere(case: Case, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64, device=device))
     for backend in ("compiled", "cpp", "triton"):
         with pytest.raises(RuntimeError, match="complex64"):

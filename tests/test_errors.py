@@ -345,7 +345,7 @@ def replaced(p, data):
 
 @rows_and_backends(*DENSE)
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
-def test_trap_9_gradient_of_another_shape(case, backend, started, device):
+def test_gradient_of_another_shape(case, backend, started, device):
     """torch has then stepped the parameters before it. Ours checks the whole list before the first write."""
 
     def build(make):
@@ -419,7 +419,7 @@ def refuses_sparse(case):
 
 @rows_and_backends(*(case for case in CASES if case.sparse or refuses_sparse(case)))
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
-def test_trap_8_sparse_gradient_or_dense_one_where_the_other_is_taken(case, backend, started, device):
+def test_sparse_gradient_or_dense_one_where_the_other_is_taken(case, backend, started, device):
     def build(make):
         params = case.parameters(device)
         opt = make(params[::-1])  # right ones before it
@@ -439,7 +439,7 @@ def test_trap_8_sparse_gradient_or_dense_one_where_the_other_is_taken(case, back
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # torch's Adagrad
 @rows_and_backends(*(case for case in DENSE if not refuses_sparse(case)))
 @pytest.mark.parametrize("maximize", [False, True])
-def test_trap_8_sparse_gradients_are_taken_where_torchs_takes_them(case, backend, maximize, device):
+def test_sparse_gradients_are_taken_where_torchs_takes_them(case, backend, maximize, device):
     """Embedding(sparse=True) with SGD is a documented pair."""
     # torch refuses a decay, which sparse gradients do not tell of.
     options = {"weight_decay": 0.0, "maximize": maximize}

@@ -44,7 +44,7 @@ def test_whole_chunks_are_read_once_without_a_mask_and_128_bits_at_a_time(compil
     assert [row for row in compiled if row["kernel"] == "partial_norms" and not good(row)] == []
 
 
-def test_trap_1_offsets_are_int64(compiled: list[dict[str, Any]]) -> None:
+def test_offsets_are_int64(compiled: list[dict[str, Any]]) -> None:
     assert [row for row in compiled if row.get("wrapping")] == []
 
 

@@ -84,7 +84,7 @@ def test_a_step_waits_for_nothing(options: dict[str, Any], device: torch.device)
 
 @needs_triton
 @pytest.mark.parametrize(("dtype", "more"), [(torch.float32, {}), (BF16, CODED)], ids=["float32", "coded"])
-def test_trap_26_a_hundred_steps_are_compiled_for_at_most_four_kinds(
+def test_a_hundred_steps_are_compiled_for_at_most_four_kinds(
     dtype: torch.dtype, more: dict[str, Any], launched: list[str], device: torch.device
 ) -> None:
     """Whatever the schedule, the sizes and which gradients there are: a norm, a signal, and an update that takes its

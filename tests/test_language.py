@@ -371,7 +371,7 @@ def test_torch_form_refuses_what_is_no_function() -> None:
         torch_form("adam")
 
 
-def test_trap_27_dynamo_does_not_find_triton_behind_a_rebound_rule() -> None:
+def test_dynamo_does_not_find_triton_behind_a_rebound_rule() -> None:
     form = torch_form(outer)
     compiled = torch.compile(form, fullgraph=True, backend="eager")
     x, y = torch.tensor([4.0, 1.0]), torch.tensor([1.0, 9.0])

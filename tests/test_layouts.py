@@ -146,7 +146,7 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("g_layout", list(GRADIENTS))
 @pytest.mark.parametrize("p_layout", list(DENSE))
-def test_trap_5_parameter_and_gradient_of_any_two_layouts(p_layout, g_layout, backend, device):
+def test_parameter_and_gradient_of_any_two_layouts(p_layout, g_layout, backend, device):
     start = random_values(SHAPE, 0, device)
     wanted = [random_values(SHAPE, 1 + i, device) for i in range(2)]
     if g_layout == "expanded":
@@ -273,7 +273,7 @@ def test_states_loaded_in_another_layout(case, backend, p_layout, s_layout, devi
     [(torch.float32, 1), (torch.float32, 2), (torch.float64, 1), (torch.bfloat16, 1), (torch.bfloat16, 4)],
     ids=str,
 )
-def test_trap_4_misaligned_view(what, dtype, offset, backend, device):
+def test_misaligned_view(what, dtype, offset, backend, device):
     """Its own bucket on Triton, and the memory around it is left alone."""
     values = [random_values((37,), i, device).to(dtype) for i in range(6)]
     p, q = (
@@ -295,7 +295,7 @@ def test_trap_4_misaligned_view(what, dtype, offset, backend, device):
         assert [(bucket.tensors, bucket.launches) for bucket in to.explain(opt)] == [(1, 1), (1, 1)]
 
 
-def test_trap_4_one_launch_and_two_with_a_misaligned_tensor(device, launches):
+def test_one_launch_and_two_with_a_misaligned_tensor(device, launches):
     shapes = [(5, 3), (7,), (2, 2, 2), ()]
     for misaligned, wanted in [(0, [True]), (1, [True, False])]:
         params = [Parameter(random_values(shape, i, device)) for i, shape in enumerate(shapes)]
@@ -314,7 +314,7 @@ def test_alignment_is_a_multiple_of_16_bytes(last):
     assert all_aligned([last, 4096]) == (last == 16)
 
 
-def test_trap_4_alignment_is_never_claimed_for_a_misaligned_address(device, launches):
+def test_alignment_is_never_claimed_for_a_misaligned_address(device, launches):
     """Gradients move into and out of alignment; 37 float32 fill no multiple of 16 bytes, so neighbours in a flat
     buffer, as sharded training makes them, are misaligned too.
     """
@@ -435,7 +435,7 @@ def test_overlapping_windows_run_eagerly(device):
 
 
 @each_elementwise_and_backend
-def test_trap_2_empty_and_0_dim_tensors(case, backend, device):
+def test_empty_and_0_dim_tensors(case, backend, device):
     shapes = [(0,), (), (3, 0, 2), (1,), (1, 1), (0, 5), (4,)]
     params = [Parameter(random_values(shape, i, device)) for i, shape in enumerate(shapes)]
     starts = [p.detach().clone() for p in params]
@@ -450,7 +450,7 @@ def test_trap_2_empty_and_0_dim_tensors(case, backend, device):
     assert [bucket.backend for bucket in rows] == [backend]
 
 
-def test_trap_2_nothing_but_empty_tensors(backend, device):
+def test_nothing_but_empty_tensors(backend, device):
     p = Parameter(torch.empty(0, 3, device=device))
     opt = to.AdamW([p], backend=backend)
     for _ in range(2):
@@ -459,7 +459,7 @@ def test_trap_2_nothing_but_empty_tensors(backend, device):
     assert sum(bucket.launches for bucket in to.explain(opt)) == 0
 
 
-def test_trap_33_0_dim_float64_is_written(backend, device):
+def test_0_dim_float64_is_written(backend, device):
     """A graph compiled by torch 2.13 drops an in-place write to a 0-dim float64 tensor."""
     p = Parameter(torch.tensor(1.0, dtype=torch.float64, device=device))
     opt = to.AdamW([p], lr=0.5, weight_decay=0, backend=backend)
@@ -500,7 +500,7 @@ def states_like(p, dtype):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES + MORE_DTYPES, ids=dtype_id)
-def test_trap_6_gradients_and_states_of_another_dtype(dtypes, backend, device):
+def test_gradients_and_states_of_another_dtype(dtypes, backend, device):
     if backend == "compiled" and dtypes in MORE_DTYPES:
         pytest.skip("each combination costs a compilation of seconds; the common ones are compiled")
     p_dtype, g_dtype, s_dtype = dtypes
@@ -555,7 +555,7 @@ def test_states_are_in_the_order_of_their_parameters(backend, device):
     assert list(opt.state_dict()["state"]) == list(range(6))
 
 
-def test_trap_6_gradient_is_not_rounded_to_the_parameters_dtype(backend, device):
+def test_gradient_is_not_rounded_to_the_parameters_dtype(backend, device):
     """1 + 2^-10 is 1 in bfloat16; a float32 state must see the difference."""
     p = Parameter(torch.ones(3, dtype=BF16, device=device))
     opt = to.AdamW([p], betas=(0.5, 0.5), backend=backend)

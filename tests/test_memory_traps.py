@@ -47,7 +47,7 @@ BOTH_WAYS = pytest.mark.usefixtures("gradients_are")
 
 @needs_triton
 @pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled for a GPU here, and the next test runs them")
-def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
+def test_offsets_beyond_2_31_elements(monkeypatch):
     """The last three chunks of a parameter of 2^31 + 1,029 elements, all tables made as ever.
 
     In front of it lie 2^31 more: there a wrapped offset, being negative, would read and write.
@@ -93,7 +93,7 @@ def test_trap_1_offsets_beyond_2_31_elements(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_trap_1_more_than_2_31_elements_on_a_gpu(backend, device):
+def test_more_than_2_31_elements_on_a_gpu(backend, device):
     needed = 60 if backend == "eager" else 12  # eager makes float32 copies of all of it
     if torch.cuda.mem_get_info()[0] < needed * 2**30:
         pytest.skip(f"needs {needed} GiB of free GPU memory")
@@ -105,7 +105,7 @@ def test_trap_1_more_than_2_31_elements_on_a_gpu(backend, device):
     assert (p[:-1] == 0.5).all()
 
 
-def test_trap_1_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
+def test_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
     """Inductor indexes by 32 bits on a GPU; longer tensors go through in pieces, the last one short."""
     from triton_optim.backends.compiled import graph as compiled_graph
 
@@ -126,7 +126,7 @@ def test_trap_1_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
 # Trap 2: empty shards, and very many tiny parameters.
 
 
-def test_trap_2_20_000_tiny_parameters_and_empty_ones_among_them(backend, device, monkeypatch):
+def test_20_000_tiny_parameters_and_empty_ones_among_them(backend, device, monkeypatch):
     """They move as one long parameter does. In the interpreter (20 ms a program) the launch is read instead of run.
 
     On the eager backend, where nothing is done for all of them together, a tenth of them.
@@ -166,7 +166,7 @@ def sgd(params, backend):
 
 
 @BOTH_WAYS
-def test_trap_3_data_replaced_by_its_transpose(backend, device):
+def test_data_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
     opt = sgd([p], backend)
@@ -178,7 +178,7 @@ def test_trap_3_data_replaced_by_its_transpose(backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_same_address_other_size(backend, device):
+def test_same_address_other_size(backend, device):
     base = torch.zeros(4, device=device)
     p = Parameter(base)
     opt = to.SGD([p], lr=1.0, backend=backend)
@@ -195,7 +195,7 @@ def test_trap_3_same_address_other_size(backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_gradient_left_from_another_size_is_refused(backend, device):
+def test_gradient_left_from_another_size_is_refused(backend, device):
     base = torch.zeros(4, device=device)
     p = Parameter(base)
     opt = to.SGD([p], lr=1.0, backend=backend)
@@ -209,7 +209,7 @@ def test_trap_3_gradient_left_from_another_size_is_refused(backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_same_address_other_dtype(backend, device):
+def test_same_address_other_dtype(backend, device):
     """1.0 in float16 is 0.0078125 in bfloat16."""
     p = Parameter(torch.ones(4, dtype=torch.float16, device=device))
     opt = to.SGD([p], lr=1.0, backend=backend)
@@ -222,7 +222,7 @@ def test_trap_3_same_address_other_dtype(backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_storage_freed_and_made_anew(backend, device):
+def test_storage_freed_and_made_anew(backend, device):
     """As training does that frees parameters between their uses."""
     p = Parameter(torch.zeros(1000, device=device))
     opt = sgd([p], backend)
@@ -238,7 +238,7 @@ def test_trap_3_storage_freed_and_made_anew(backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_gradient_at_the_same_address_in_another_layout(backend, device):
+def test_gradient_at_the_same_address_in_another_layout(backend, device):
     p, buffer = Parameter(torch.zeros(2, 2, device=device)), torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
     opt = to.SGD([p], lr=1.0, backend=backend)
     for view in (buffer, buffer, buffer.t(), torch._neg_view(buffer), buffer):
@@ -247,7 +247,7 @@ def test_trap_3_gradient_at_the_same_address_in_another_layout(backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_gradients_freed_and_others_at_their_addresses(backend, device):
+def test_gradients_freed_and_others_at_their_addresses(backend, device):
     """Each step's gradients are freed before the next ones are made, of another size and order."""
     params = [Parameter(torch.zeros(n, device=device)) for n in (100, 200, 100, 200)]
     opt = to.SGD(params, lr=1.0, backend=backend)
@@ -266,7 +266,7 @@ def test_trap_3_gradients_freed_and_others_at_their_addresses(backend, device):
 
 @pytest.mark.parametrize("place", [0, 2], ids=["first", "last"])  # what moves one state moves these too
 @BOTH_WAYS
-def test_trap_3_data_of_a_state_replaced(place, backend, device):
+def test_data_of_a_state_replaced(place, backend, device):
     """As code does that keeps states on another device between steps. The old memory must not be written."""
     params = [Parameter(torch.zeros(4, device=device)) for _ in range(3)]
     opt = sgd(params, backend)
@@ -283,7 +283,7 @@ def test_trap_3_data_of_a_state_replaced(place, backend, device):
 
 
 @BOTH_WAYS
-def test_trap_3_state_replaced_by_its_transpose(backend, device):
+def test_state_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
     opt = sgd([p], backend)
@@ -295,7 +295,7 @@ def test_trap_3_state_replaced_by_its_transpose(backend, device):
 
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed:UserWarning")  # Inductor's, when it compiles
 @BOTH_WAYS
-def test_trap_3_state_replaced_at_the_same_address_in_another_dtype(backend, device):
+def test_state_replaced_at_the_same_address_in_another_dtype(backend, device):
     p = Parameter(torch.zeros(4, dtype=torch.float16, device=device))
     opt = sgd([p], backend)
     step(opt, [p], [torch.ones_like(p)])
@@ -309,7 +309,7 @@ def test_trap_3_state_replaced_at_the_same_address_in_another_dtype(backend, dev
 # Trap 4: views at odd offsets.
 
 
-def test_trap_4_parameters_and_gradients_sliced_from_flat_buffers(backend, device):
+def test_parameters_and_gradients_sliced_from_flat_buffers(backend, device):
     """As sharded training keeps them. They move as the buffer would as a whole; the padding between is left alone."""
     sizes = [5, 1, 16, 7, 33, 4]
     spans = [(sum(sizes[:i]) + i, n) for i, n in enumerate(sizes)]  # one element of padding after each
@@ -393,7 +393,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("started", [False, True], ids=["fresh", "started"])
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_trap_9_scalars_of_the_last_group_are_wrong(fault, started, backend, device):
+def test_scalars_of_the_last_group_are_wrong(fault, started, backend, device):
     opt, params = two_buckets(Accumulate, backend, device, started)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -409,7 +409,7 @@ def test_trap_9_scalars_of_the_last_group_are_wrong(fault, started, backend, dev
 
 @pytest.mark.parametrize("started", [False, True], ids=["fresh", "started"])
 @pytest.mark.parametrize("bad", ["shape", "sparse", "complex", "state"])
-def test_trap_9_bad_gradient_or_state_last_in_the_list(bad, started, backend, device):
+def test_bad_gradient_or_state_last_in_the_list(bad, started, backend, device):
     opt, params = two_buckets(to.AdamW, backend, device, started)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -431,7 +431,7 @@ def test_trap_9_bad_gradient_or_state_last_in_the_list(bad, started, backend, de
     assert_failed_and_changed_nothing(opt, params)
 
 
-def test_trap_9_first_step_after_a_failed_one_is_still_the_first(backend, device):
+def test_first_step_after_a_failed_one_is_still_the_first(backend, device):
     """SGD's momentum starts with the whole gradient, later ones are damped: a failed step must not count as one."""
     p, q = (Parameter(torch.zeros(3, device=device)) for _ in range(2))
     opt = to.SGD([{"params": [p]}, {"params": [q]}], lr=1.0, momentum=0.5, dampening=0.75, backend=backend)

@@ -151,7 +151,7 @@ def test_local_shards_are_updated_and_the_state_is_placed_as_its_parameter(place
     assert sum(elements) == copies * 30
 
 
-def test_trap_2_empty_shard_counts_its_steps_and_launches_nothing(backend, device, monkeypatch):
+def test_empty_shard_counts_its_steps_and_launches_nothing(backend, device, monkeypatch):
     if backend == "triton":
         replace_launches(monkeypatch, lambda *_: pytest.fail("launched for no element"))
     with playing(RANKS - 1, device) as mesh:
@@ -198,7 +198,7 @@ def test_layout_of_local_shards(of_parameter, of_gradient, of_state, backend, de
             assert (opt.state[p][name].placements, opt.state[p][name].shape) == (p.placements, p.shape)
 
 
-def test_trap_4_misaligned_shard_is_a_bucket_of_its_own(device):
+def test_misaligned_shard_is_a_bucket_of_its_own(device):
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
     with playing(0, device) as mesh:
@@ -328,7 +328,7 @@ def test_state_on_another_dimension_of_the_mesh(backend, device):
 # Trap 31: the cost.
 
 
-def test_trap_31_no_dtensor_dispatch_in_a_step(backend, device):
+def test_no_dtensor_dispatch_in_a_step(backend, device):
     with playing(0, device) as mesh:
         starts = [values((5, i + 1), i, device) for i in range(4)]
         counts = []

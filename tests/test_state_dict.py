@@ -297,7 +297,7 @@ def awkward(shape, dtype, seed):
 @each_case
 @pytest.mark.parametrize("p_dtype", DTYPES)
 @pytest.mark.parametrize("s_dtype", DTYPES)
-def test_trap_22_every_state_is_restored_in_its_own_dtype_bit_for_bit(case, p_dtype, s_dtype, device):
+def test_every_state_is_restored_in_its_own_dtype_bit_for_bit(case, p_dtype, s_dtype, device):
     params = case.parameters(device, p_dtype)
     opt = ours(case, params, "eager")
     train(case, range(1), (params, opt))
@@ -316,7 +316,7 @@ def test_trap_22_every_state_is_restored_in_its_own_dtype_bit_for_bit(case, p_dt
 @each_case
 @pytest.mark.parametrize("p_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
-def test_trap_22_codes_of_a_state_stay_integers(case, p_dtype, dtype, device):
+def test_codes_of_a_state_stay_integers(case, p_dtype, dtype, device):
     """Whatever else a state holds, the quantized codes and scales of a codec say."""
     params = case.parameters(device, p_dtype)
     opt = ours(case, params, "eager")
@@ -375,7 +375,7 @@ def test_training_resumes_bit_for_bit_with_states_of_another_dtype(case, pinned,
 
 
 @each_case_and_backend
-def test_trap_25_checkpoint_without_the_newer_group_keys(case, backend, device):
+def test_checkpoint_without_the_newer_group_keys(case, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend), peer(case, theirs)
     train(case, range(2), (params, opt), (theirs, torchs))
@@ -406,7 +406,7 @@ def test_trap_25_checkpoint_without_the_newer_group_keys(case, backend, device):
     ],
     ids=["float", "int", "int64", "1-element", "float64", "bfloat16"],
 )
-def test_trap_25_step_in_another_form_becomes_torchs(case, form, device):
+def test_step_in_another_form_becomes_torchs(case, form, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params), peer(case, theirs)
     train(case, range(2), (theirs, torchs))
@@ -424,7 +424,7 @@ def test_trap_25_step_in_another_form_becomes_torchs(case, form, device):
 
 
 @each_counting_and_backend
-def test_trap_15_step_counts_on_where_bfloat16_would_stand_still(case, backend, device):
+def test_step_counts_on_where_bfloat16_would_stand_still(case, backend, device):
     params = case.parameters(device)
     opt = ours(case, params, backend)
     train(case, range(1), (params, opt))
@@ -437,7 +437,7 @@ def test_trap_15_step_counts_on_where_bfloat16_would_stand_still(case, backend, 
 
 
 @each_counting_and_backend
-def test_trap_24_step_is_a_0_dim_float32_tensor_on_the_cpu(case, backend, device):
+def test_step_is_a_0_dim_float32_tensor_on_the_cpu(case, backend, device):
     params = case.parameters(device)
     opt = ours(case, params, backend)
     for step in range(3):
@@ -452,7 +452,7 @@ def test_trap_24_step_is_a_0_dim_float32_tensor_on_the_cpu(case, backend, device
 
 @pytest.mark.gpu
 @each_counting_and_backend
-def test_trap_24_step_is_on_the_gpu_when_capturable(case, backend, device):
+def test_step_is_on_the_gpu_when_capturable(case, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend, capturable=True), peer(case, theirs, capturable=True)
     train(case, range(2), (params, opt), (theirs, torchs))
@@ -486,7 +486,7 @@ def distinct(tensors):
     ],
     ids=["state_dict", "deepcopied", "saved", "pickle", "deepcopy", "states of a deepcopy", "states of a pickle"],
 )
-def test_trap_32_nothing_handed_out_aliases_step(backend, passed_on, device):
+def test_nothing_handed_out_aliases_step(backend, passed_on, device):
     params = ADAMW.parameters(device)
     opt = ours(ADAMW, params, backend)
     train(ADAMW, range(2), (params, opt))
@@ -497,7 +497,7 @@ def test_trap_32_nothing_handed_out_aliases_step(backend, passed_on, device):
 
 
 @each_counting_and_backend
-def test_trap_32_torch_foreach_counts_a_loaded_step_once(case, backend, device):
+def test_torch_foreach_counts_a_loaded_step_once(case, backend, device):
     """Its foreach adds 1 to every `step` in the list: aliased ones would count each other's steps."""
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend), peer(case, theirs, foreach=True)
@@ -511,7 +511,7 @@ def test_trap_32_torch_foreach_counts_a_loaded_step_once(case, backend, device):
 
 
 @each_counting_and_backend
-def test_trap_32_aliased_steps_of_a_loaded_checkpoint_count_once(case, backend, device):
+def test_aliased_steps_of_a_loaded_checkpoint_count_once(case, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend), peer(case, theirs)
     train(case, range(2), (params, opt), (theirs, torchs))
@@ -526,7 +526,7 @@ def test_trap_32_aliased_steps_of_a_loaded_checkpoint_count_once(case, backend, 
 
 
 @each_counting_and_backend
-def test_trap_32_counts_part_when_gradients_do(case, backend, device):
+def test_counts_part_when_gradients_do(case, backend, device):
     """A shared count must be given up as soon as one parameter skips a step, or its state is replaced."""
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend), peer(case, theirs)
@@ -563,7 +563,7 @@ def model(case, device):
 
 @each_dense_and_backend
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float lr", "tensor lr"])
-def test_trap_23_distributed_checkpoint_leaves_a_fresh_optimizer_fresh(case, backend, lr, dcp, device):
+def test_distributed_checkpoint_leaves_a_fresh_optimizer_fresh(case, backend, lr, dcp, device):
     """It steps a fresh optimizer with gradients of zero and lr 0, to see what states there are."""
     net, theirs, untouched = model(case, device), model(case, device), model(case, device)
     opt, torchs = ours(case, net.parameters(), backend, lr=lr), peer(case, theirs.parameters(), lr=lr)

@@ -212,7 +212,7 @@ def test_a_triangle_of_the_most_tiles_is_exact() -> None:
 
 @needs_loops
 @pytest.mark.parametrize("dimension", range(3))
-def test_trap_1_offsets_beyond_2_31_elements(dimension: int, device: torch.device) -> None:
+def test_offsets_beyond_2_31_elements(dimension: int, device: torch.device) -> None:
     """A stride of 2^30 four times over, of memory that is lazily there. A wrapped offset would read before it."""
     if HAS_GPU and torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GiB of free GPU memory")
@@ -357,7 +357,7 @@ def test_what_is_compiled_moves_128_bits_an_access(compiled: list[dict[str, Any]
             assert set(row["bits"]["store"]) <= ({64, 128} if row["arch"] == "gfx942" else {128}), row
 
 
-def test_trap_1_what_is_compiled_has_offsets_of_64_bits(compiled: list[dict[str, Any]]) -> None:
+def test_what_is_compiled_has_offsets_of_64_bits(compiled: list[dict[str, Any]]) -> None:
     """The one product of 32 bits is that of the tiles of a triangle."""
     for row in compiled:
         assert row["offsets"] == ["i64"], row
