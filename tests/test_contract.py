@@ -279,7 +279,7 @@ def test_no_gradients_at_all_change_nothing(case, backend, device):
 
 @rows_and_backends(*DENSE)
 def test_gradients_keep_their_place_change_in_place_or_change_layout(case, backend, device):
-    """Each way that a cached address of a gradient can be right, or go stale (trap 3)."""
+    """Each way that a cached address of a gradient can be right, or go stale."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     give_grads(case, 0, params, theirs)
     for change in ("none", "in place", "data", "transposed", "new", "strided", "new"):

@@ -347,7 +347,7 @@ GAPPY = {
 @pytest.mark.parametrize("view", list(GAPPY))
 @rows(*ELEMENTWISE)
 def test_parameter_with_gaps_runs_eagerly(case, view, device):
-    """torch's fused CPU optimizer writes over the gaps (trap 34), so the reference is the judge."""
+    """torch's fused CPU optimizer writes over the gaps, so the reference is the judge."""
     base = random_values((6, 5), 0, device)
     p, other = Parameter(GAPPY[view](base)), Parameter(random_values((3,), 1, device))
     start, before = [p.detach().clone(), other.detach().clone()], base.clone()

@@ -1,4 +1,4 @@
-"""The traps of memory and indexing, by their numbers, and writes outside of what an optimizer was given."""
+"""Memory and indexing: offsets past 32 bits, alignment, and writes outside of what an optimizer was given."""
 
 import contextlib
 import mmap

@@ -177,7 +177,7 @@ def test_optimizer_whose_step_a_scheduler_has_wrapped_can_be_copied(case, backen
 # Not Rprop, of which lr is the first step size, whatever comes after; nor where a rate of 0 is refused.
 @rows_and_backends(*(case for case in CASES if case.still.keys() <= {"lr", "weight_decay"} and not case.still["lr"]))
 def test_first_step_with_lr_of_zero_still_takes_the_gradient_in(case, backend, device):
-    """A warm-up from zero is no probe of the states (trap 23): its first gradient counts."""
+    """A warm-up from zero is no probe of the states: its first gradient counts."""
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend, lr=0.0), peer(case, theirs, lr=0.0)
     train(case, range(1), (params, opt), (theirs, torchs))
