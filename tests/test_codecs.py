@@ -173,7 +173,7 @@ def test_every_code_stays(codec: Codec) -> None:
     every = torch.arange(-largest if signed else 0, largest + 1)
     k = torch.full((block_size,), largest)
     k[: len(every)] = every
-    packed = k if codec.each[0] == 1 else (k[::2] & 15) | ((k[1::2] & 15) << 4)
+    packed = k if codec.elements_per_item[0] == 1 else (k[::2] & 15) | ((k[1::2] & 15) << 4)
     parts = [packed.to(torch.int8), torch.full((1,), 0.37, dtype=codec.dtypes[1])]
     values = read(codec, parts, torch.zeros(block_size))
     assert (values[: len(every)].diff() > 0).all()

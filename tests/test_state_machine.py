@@ -522,7 +522,7 @@ WHOLE: Any = {
 
 def coarse(codec: Codec, near: dict[str, float], largest: float) -> dict[str, float]:
     """How far two values may be that were kept so, of which each was rounded."""
-    if codec.sharing:
+    if codec.block_size:
         # A step of the codes, of which the finest are near 0.
         return {"rtol": 0.5 if "4" in codec.name else 0.1, "atol": 1e-2}
     own = tolerance(*(torch.empty(0, dtype=dtype) for dtype in codec.dtypes))
