@@ -686,7 +686,7 @@ def test_another_block_size_is_read() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     for i in (0, 1):
         for name, nonnegative in (("exp_avg", False), ("exp_avg_sq", True)):
-            small = codes("int8", nonnegative)._replace(each=(1, 64))
+            small = codes("int8", nonnegative)._replace(elements_per_item=(1, 64))
             value = triton_optim.to_torch_state_dict(optimizer)["state"][i][name]
             parts = dict(zip(("codes", "scale"), new_parts(small, value.flatten()), strict=True))
             saved["state"][i][name] |= parts | {"block": 64}

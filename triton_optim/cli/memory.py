@@ -10,6 +10,7 @@ import torch
 from ..core.memory import memory_report, meta_parameter
 from ..precision.codecs import PARAM_PRECISIONS, STATE_CODES
 from ..registry import rule_optimizers
+from .options import chosen
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **{code: code for code in STATE_CODES}}
@@ -17,9 +18,9 @@ STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    add, known = parser.add_argument, rule_optimizers()
+    add = parser.add_argument
     add("--params", type=float, required=True, metavar="N", help="parameters, such as 7e9")
-    add("--optimizer", type=str.lower, choices=known, default="adamw", help="such as adamw (default)", metavar="NAME")
+    add("--optimizer", type=str.lower, default="adamw", help="such as adamw (default)", metavar="NAME")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the parameters (default: bfloat16)")
     add("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
     add("--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)")
@@ -32,8 +33,10 @@ def run(args: argparse.Namespace) -> int:
         return 1
     parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
+    known = rule_optimizers()
     try:
-        report = memory_report(optimizer := rule_optimizers()[args.optimizer]([parameter], **options))
+        (name,) = chosen("--optimizer", args.optimizer, known)
+        report = memory_report(optimizer := known[name]([parameter], **options))
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

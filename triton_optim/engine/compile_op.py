@@ -18,6 +18,7 @@ from ..spec import Update
 class Steps(Protocol):
     """What runs steps: an engine."""
 
+    name: str  # of the optimizer
     handle: int
     params: list[Tensor]
     release: Any
@@ -51,7 +52,7 @@ def step(params: list[Tensor], gradients: list[Tensor], indices: list[int], coun
     own = engine.params
     if len(own) != count:
         raise RuntimeError(
-            f"the optimizer has {len(own)} parameters, and had {count} where its step was traced. Change "
+            f"{engine.name} has {len(own)} parameters, and had {count} where its step was traced. Change "
             "param_groups outside of the compiled function, or leave the change and the step uncompiled."
         )
     present: list[Tensor | None] = [None] * count

@@ -56,11 +56,13 @@ class Engine:
         swapped: whether the weights are their averages now.
         stats: what the last step did with all gradients.
         limited: whether it limited their norm.
+        name: of the optimizer.
         handle: by which the operator of compiled steps finds the engine.
     """
 
     def __init__(self, optimizer: Update, check: Callable[[dict[str, Any], bool], None]) -> None:
         self._optimizer, self._check = optimizer, check
+        self.name = type(optimizer).__name__
         self.release: Release | None = None
         self.swapped = False
         self.hyperparameters = Hyperparameters()
