@@ -34,7 +34,7 @@ def graph_for(kind: str, dtype: torch.dtype, device: torch.device) -> Graph:
 
 
 def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
-    """See gradient_norm.partial_norms; tensors of one device and dtype."""
+    """See norms.partial_norms; tensors of one device and dtype."""
     if norm.kind not in _SUMS:
         return eager_partial_norms(tensors, norm)
     own, rest = [], []

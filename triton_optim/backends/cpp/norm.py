@@ -35,7 +35,7 @@ extern "C" void sums(int64_t works, const int64_t *first, const int64_t *chunks,
 
 
 def chunk_sums(chunks: Chunks, addresses: array[int], dtype: torch.dtype, norm: Norm) -> Tensor:
-    """What gradient_norm.partial_norms returns, for tensors of which the addresses are given; 0 for none."""
+    """What norms.partial_norms returns, for tensors of which the addresses are given; 0 for none."""
     out = torch.zeros(max(len(chunks), 1), 2, dtype=torch.float64, device="cpu")
     call = sums_of(norm.kind, dtype)
     call(*chunks.arguments(), addresses.buffer_info()[0], out.data_ptr(), chunks.threads())
@@ -43,7 +43,7 @@ def chunk_sums(chunks: Chunks, addresses: array[int], dtype: torch.dtype, norm: 
 
 
 def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
-    """See gradient_norm.partial_norms; dense tensors of one dtype on the CPU."""
+    """See norms.partial_norms; dense tensors of one dtype on the CPU."""
     if norm.kind not in KINDS:
         return eager_partial_norms(tensors, norm)
     addresses = array("q", [t.data_ptr() for t in tensors])

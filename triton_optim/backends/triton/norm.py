@@ -25,7 +25,7 @@ _KEPT = 8
 
 
 def partial_norms(tensors: Sequence[Tensor], norm: Norm) -> Tensor:
-    """See gradient_norm.partial_norms; tensors of one device and dtype."""
+    """See norms.partial_norms; tensors of one device and dtype."""
     device, numels = tensors[0].device, tuple(t.numel() for t in tensors)
     key = (device, numels)
     if key not in _TABLES:
