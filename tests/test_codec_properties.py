@@ -183,7 +183,7 @@ def test_a_step_is_one_in_float32_whose_results_are_kept(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codecs, "MIN_QUANTIZED_NUMEL", 32)
         case, variant = rule
-        options = case.variants[variant] | {"lr": 0.01}
+        options = case.variants[variant] | {"lr": 2.0**-7}  # exact in 16 bits, as a state may start with it
         precision = "storage" if dtype == torch.float32 else precision
         random = torch.Generator().manual_seed(seed)
         p = Parameter(torch.randn(shape, generator=random).to(dtype))

@@ -72,7 +72,7 @@ def test_an_unchanged_copy_has_no_fault(machine: Executor, mutate: Mutate) -> No
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("start + item * PER_ITEM[i] < numel,", "start + item * EACH[i] <= numel,"),
+        ("start + item * PER_ITEM[i] < numel,", "start + item * PER_ITEM[i] <= numel,"),
         ("if start + BLOCK <= numel:", "if start + BLOCK <= numel + 1021:"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_mask_that_is_off(old: str, new: str, machine: Executor, mutate: Mutat
 
 
 def test_a_mask_that_leaves_out_the_last_element(machine: Executor, mutate: Mutate) -> None:
-    mutate("start + item * PER_ITEM[i] < numel,", "start + item * EACH[i] < numel - 1,")
+    mutate("start + item * PER_ITEM[i] < numel,", "start + item * PER_ITEM[i] < numel - 1,")
     with unfused():
         different = differing(ADAMW.run("triton"), ADAMW.eagerly())
     assert different == {"0.p": 1, "0.exp_avg": 1, "0.exp_avg_sq": 1}

@@ -310,7 +310,7 @@ def test_options_in_names_and_for_all() -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"optimizers": ["adamx"]}, "There is no optimizer 'adamx'. Choose from adadelta, .*adamw.*, or name your own"),
+        ({"optimizers": ["adamx"]}, "There is no optimizer 'adamx'. Choose from .*adadelta, .*adamw.*, or name your own"),
         ({"task": "digit"}, "There is no task 'digit'. Choose from charlm, digits, or"),
         ({"schedules": ["cosin"]}, "There is no schedule 'cosin'. Choose from constant, cosine"),
         ({"task": "nowhere:task"}, "importing 'nowhere' raised ModuleNotFoundError.* looked for in /"),
@@ -380,7 +380,7 @@ def test_the_command_leaves_a_table_a_picture_and_valid_json(folder: Path, capsy
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--optimizers", "adamx"], "There is no optimizer 'adamx'. Choose from adadelta, "),
+        (["--optimizers", "adamx"], "There is no optimizer 'adamx'. Choose from "),
         (["--lrs", "fast"], "--lrs fast: not all of it are numbers"),
         (["--lrs", "0"], "The learning rate 0.0 of '--lrs 0' is no number above 0"),
         (["--plot", "race.abc"], "--plot race.abc: the suffix names no image format"),
