@@ -132,7 +132,7 @@ def array(g: Tensor | None) -> Any:
 
 
 @reference
-def lion(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0):
+def lion(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
     """Chen et al. 2023, Algorithm 2. sign(0) is 0, and so is sign(NaN), as torch.sign's."""
     b1, b2 = betas
     m = state.get("exp_avg", 0)
