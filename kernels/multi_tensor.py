@@ -2,7 +2,7 @@
 
 A program updates one chunk of one tensor. It finds which in the chunk table, the tensor's addresses, size and scalar
 row in the tensor table and the gradient column, and its scalars in the row table. A gradient address of 0 means that
-the tensor has no gradient in this step: its programs do nothing. Nor do any where the stats says to skip the step.
+the tensor has no gradient in this step: its programs do nothing. Nor do any where the stats say to skip the step.
 """
 
 import triton

@@ -72,7 +72,7 @@ def form_rows(
         rows: ``(rows, WIDTH)``, what is formed.
         keys: int32 ``(rows,)``: what the random bits of a row depend on. Not written unless RANDOM.
         stats: float64 ``(4,)``, whose second is whether the step is skipped (not 0).
-        partials, count, max_norm, grad_scale, found_inf: as of `gradient_stats`, of which the stats is formed.
+        partials, count, max_norm, grad_scale, found_inf: as of `gradient_stats`, of which the stats are formed.
         WIDTH: cells of a row. SLOTS: values of a row, a power of 2.
         STATS: "none" where there is none, "read" where there is, "form" where it is to be written here.
         RANDOM: whether to form keys.

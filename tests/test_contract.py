@@ -26,10 +26,7 @@ from side_by_side import (
 )
 from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
 from torch.nn import Parameter
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 BY_NAME = {case.name: case for case in CASES}
 ADAMW = BY_NAME["AdamW"]

@@ -224,7 +224,7 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
 
 @rows(*PLANNED)
 def test_rows_of_scalars_do_not_multiply(case, backend, device, formed, no_launch):
-    """At most two for each number of steps that members have made; where steps are not counted, two a group."""
+    """At most two for each number of steps that parameters have made; where steps are not counted, two a group."""
     slots, steps = 32, 30
     params = [Parameter(torch.zeros(2, 2, device=device)) for _ in range(slots)]
     opt = case.ours([{"params": params[:20]}, {"params": params[20:]}], backend=backend)

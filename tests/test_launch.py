@@ -17,16 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import torch
 import triton
 from steps import BF16, F32, Step, every_step, two_steps
-from stub_launches import (
-    BLOCK,
-    Recorder,
-    Seen,
-    Spy,
-    address,
-    check_arguments,
-    check_step,
-    forget_kernels,
-)
+from stub_launches import BLOCK, Recorder, Seen, Spy, address, check_arguments, check_step, forget_kernels
 from triton_optim.kernels import gradient_norm, symmetric_product
 
 from triton_optim import SGD, AdamW, RuleOptimizer

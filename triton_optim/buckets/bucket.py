@@ -1,4 +1,4 @@
-"""What every backend's bucket does alike: states, step counts, rows of scalars, and whether a step still fits."""
+"""What every backend's bucket does alike, and the few things that a backend says of itself."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from ..precision.codecs import read, write
 from ..precision.random_bits import bits_of_elements, first_index, row_key, tensor_keys
 from ..spec import AVERAGE, COUNT, Update
 from ..util.hyperparameters import exact_number, plain_group
-from ..util.layout import (
-    local,
-    places,
-)
+from ..util.layout import local, places
 from ..util.on_device import OnDevice
 from .gradient_norm import GradientStats, Norm, Scaling, gradient_stats_from
 from .key import Key, Piece
@@ -189,7 +186,7 @@ class Bucket(Memory):
         return keys if keys.device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
     def commit(self, skips: bool = False) -> None:
-        """Count the step, unless it `skips` where the stats says so."""
+        """Count the step, unless it `skips` where the stats say so."""
         skip = None
         if skips and self.stats is not None and not all(row is not None and row.counted for row in self.rows):
             skip = self.stats.skip

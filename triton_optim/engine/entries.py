@@ -18,15 +18,7 @@ from ..dispatch import Backend, Choice, Layout, Request, choose, this_machine
 from ..precision.codecs import Codec, parameter_codec, part_names, state_codec
 from ..precision.kept import check_residuals, check_state, current_codec, current_parameter_codec
 from ..spec import Update
-from ..util.layout import (
-    all_aligned,
-    has_memory,
-    is_sharded,
-    is_wrapper,
-    layout,
-    local,
-    overlapping,
-)
+from ..util.layout import all_aligned, has_memory, is_sharded, is_wrapper, layout, local, overlapping
 from .prologue import check_states
 
 # Elements whose updates a prologue may hold at a time. A step of more parameters is taken in pieces: in one, it would

@@ -22,11 +22,7 @@ from ..dispatch import LaunchError
 from ..precision.codecs import PRECISION
 from ..spec import Update
 from ..util.gather import STEPS, WORTHWHILE, IdentityList, library
-from ..util.layout import (
-    is_sharded,
-    ordinary,
-    placements_of,
-)
+from ..util.layout import is_sharded, ordinary, placements_of
 from .entries import Gradients, entries_of, sort_params
 from .fallback import prepared, replaced
 from .prologue import run_prologues, warm_prologue

@@ -287,7 +287,7 @@ class TritonRows:
         self._launchers = {}
 
     def form(self, stats: GradientStats | None) -> tuple[Tensor, Tensor]:
-        """Form the rows and count the step, unless the stats says to skip it. Stats that was not formed yet is
+        """Form the rows and count the step, unless the stats say to skip it. Stats that were not formed yet are
         formed in the same launch.
 
         Returns:
