@@ -52,3 +52,9 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
     if not low <= value or not value < high:
         bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
         raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")
+
+
+def check_betas(betas: Any, count: int = 2) -> None:
+    """Raise torch's ValueError unless each of so many betas is in [0, 1)."""
+    for index in range(count):
+        check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lion import LionScalars, lion
 from ..options import Options
@@ -62,8 +62,7 @@ class Lion(RuleOptimizer):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
-        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
-        check_range("beta parameter at index 1", group["betas"][1], 0.0, 1.0)
+        check_betas(group["betas"])
         check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> LionScalars:

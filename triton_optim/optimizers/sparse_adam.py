@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adam
 from ..options import OwnOptions
@@ -88,8 +88,7 @@ class SparseAdam(RuleOptimizer):
         check_range("epsilon value", group["eps"], 0.0)
         if not group["eps"] > 0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}. It must be greater than 0.")
-        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
-        check_range("beta parameter at index 1", group["betas"][1], 0.0, 1.0)
+        check_betas(group["betas"])
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         for found, rule in (
