@@ -50,6 +50,7 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.root, self.log, self.cache = folder / "copy", folder / "log", folder / "cache"
         self._written = time.time()
+        self._kept: dict[Path, str] = {}
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
         for name in filter(None, names.split("\0")):
@@ -62,8 +63,8 @@ class Copy:
 
     def write(self, mutant: Mutant, edited: bool) -> None:
         """Make the edit, or take it back."""
-        place = place_of(mutant)
-        text, own = place.read_text(), self.root / place.relative_to(ROOT)
+        own = self.root / place_of(mutant).relative_to(ROOT)
+        text = self._kept.setdefault(own, own.read_text())  # as it was copied, whatever is edited meanwhile
         own.write_text(text.replace(mutant.old, mutant.new) if edited else text)
         # What Python has compiled is told from stale code by size and second.
         self._written += 2
@@ -85,8 +86,9 @@ class Copy:
             print(said[-3000:])
             crashed = process.exitcode is not None and process.exitcode < 0
             return Outcome("crashed" if crashed else "broken", "", time.monotonic() - start)
-        failed = [line[7:].partition(" - ")[0] for line in said.splitlines() if line.startswith("FAILED ")]
-        verdict = "failed" if process.exitcode else "passed"
+        failed = [line.partition(" ")[2].partition(" - ")[0] for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        # What ends with an error, and no failed test, has shown nothing.
+        verdict = "passed" if not process.exitcode else "failed" if failed else "broken"
         return Outcome(verdict, failed[0] if failed else "", time.monotonic() - start)
 
     def _run(self, tests: Sequence[str]) -> None:
@@ -98,7 +100,7 @@ class Copy:
         with self.log.open("w") as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
-        code = pytest.main(["-q", "-x", "-n0", "-rf", "-p", "no:cacheprovider", *tests])
+        code = pytest.main(["-q", "-x", "-n0", "-rfE", "-p", "no:cacheprovider", *tests])
         imported = [*sys.modules["triton_optim"].__path__, *sys.modules["triton_optim.kernels"].__path__]
         if not all(Path(place).is_relative_to(self.root) for place in imported):
             print(f"{imported} were imported, and not the copy.")
