@@ -86,7 +86,11 @@ class Copy:
             print(said[-3000:])
             crashed = process.exitcode is not None and process.exitcode < 0
             return Outcome("crashed" if crashed else "broken", "", time.monotonic() - start)
-        failed = [line.partition(" ")[2].partition(" - ")[0] for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        failed = [
+            line.partition(" ")[2].partition(" - ")[0]
+            for line in said.splitlines()
+            if line.startswith(("FAILED ", "ERROR "))
+        ]
         # What ends with an error, and no failed test, has shown nothing.
         verdict = "passed" if not process.exitcode else "failed" if failed else "broken"
         return Outcome(verdict, failed[0] if failed else "", time.monotonic() - start)
