@@ -161,7 +161,7 @@ MUTANTS = (
         "its root is divided by",
         "where(x > 0, where(k < 1, 1.0, k), 0.0)",
         "where(x > 0, k, 0.0)",
-        "tests/test_codec_properties.py::test_a_code_is_a_neighbour_of_its_value",
+        "tests/test_codecs.py::test_what_is_never_negative_is_0_only_where_it_was",
     ),
     Mutant(
         "split32 loses its lowest byte",

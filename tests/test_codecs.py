@@ -166,6 +166,16 @@ def test_error_beside_the_dynamic_code(kind: str, signed: bool, norm: str) -> No
     assert error(ours) <= error(theirs)
 
 
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+def test_what_is_never_negative_is_0_only_where_it_was(state_dtype: str) -> None:
+    """The root of a second moment is divided by: however small beside its block, it stays above 0."""
+    codec = codes(state_dtype, True)
+    x = torch.full((codec.block_size,), 1e-12)
+    x[0], x[1::2] = 1.0, 0.0
+    kept = read(codec, new_parts(codec, x), x)
+    assert torch.equal(kept > 0, x > 0)
+
+
 @pytest.mark.parametrize("codec", CODES, ids=lambda codec: codec.name)
 def test_every_code_stays(codec: Codec) -> None:
     largest, block_size = LARGEST[codec.name], codec.block_size
