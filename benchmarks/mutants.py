@@ -2,7 +2,7 @@
 
 Each mutant of `mutations.py` is one edit that a tired person might make. It is made in a copy of the repository, in
 which the tests that should notice it are run, after all of them have passed there without it: ``python
-benchmarks/mutants.py --results benchmarks/results``. No GPU is needed; it takes about five minutes of two cores.
+benchmarks/mutants.py --results benchmarks/results``. No GPU is needed; it takes about five minutes.
 """
 
 from __future__ import annotations
