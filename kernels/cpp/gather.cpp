@@ -10,9 +10,12 @@
 extern "C" {
 
 // Of Python's stable interface, so that its headers need not be installed.
+extern char PyList_Type;  // of which only the address is taken
 void Py_DecRef(PyObject *);
 ssize_t PyList_Size(PyObject *);
 PyObject *PyList_GetItem(PyObject *, ssize_t);
+PyObject *PyDict_GetItem(PyObject *, PyObject *);
+int PyDict_Next(PyObject *, ssize_t *, PyObject **, PyObject **);
 PyObject *PyObject_Type(PyObject *);
 }
 
@@ -321,12 +324,33 @@ int gather(void *of, int64_t *addresses) try {
     return -1;
 }
 
-// Whether a list of Python's holds these objects. None of them is read: a thousand may lie outside of all caches.
-bool holds(PyObject *list, int64_t n, const PyObject *const *objects) {
-    if (PyList_Size(list) != n) return false;
-    for (int64_t i = 0; i < n; ++i)
-        if (PyList_GetItem(list, i) != objects[i]) return false;
-    return true;
+// What is known of a parameter group: its names and hyperparameters, one after the other, and its parameters.
+struct Group {
+    int64_t items;
+    const PyObject *const *item;
+    int64_t params;
+    const PyObject *const *param;
+};
+
+// Whether these are groups of the same parameters in the same order: 1 if they are, and 2 if the hyperparameters are the
+// same objects, too. No parameter is read: a thousand may lie outside of all caches.
+int groups_hold(PyObject *groups, int64_t n, const Group *noted, PyObject *params) {
+    const PyObject *list = reinterpret_cast<PyObject *>(&PyList_Type);
+    if (!is_a(list, groups) || PyList_Size(groups) != n) return 0;
+    bool same = true;
+    for (int64_t i = 0; i < n; ++i) {
+        PyObject *group = PyList_GetItem(groups, i), *own = PyDict_GetItem(group, params);
+        const Group &known = noted[i];
+        if (own == nullptr || !is_a(list, own) || PyList_Size(own) != known.params) return 0;
+        for (int64_t j = 0; j < known.params; ++j)
+            if (PyList_GetItem(own, j) != known.param[j]) return 0;
+        PyObject *name, *value;
+        int64_t read = 0;
+        for (ssize_t at = 0; same && PyDict_Next(group, &at, &name, &value); ++read)
+            same = read < known.items && known.item[2 * read] == name && known.item[2 * read + 1] == value;
+        same &= read == known.items;
+    }
+    return 1 + same;
 }
 
 // Whether none of these parameters has a gradient.

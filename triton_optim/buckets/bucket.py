@@ -33,6 +33,7 @@ class Bucket(Memory):
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
         super().__init__(optimizer, key, slots)
         self.compute, self.random = key.compute, key.random
+        self._hyperparameters = optimizer.hyperparameters
         self._reads_constants = bool(constants_of(key.variant.rule))
         # Whether it reads the stats itself. A prologue before it can't be skipped there.
         self.takes_stats = self.reads_stats and not key.variant.prologue
@@ -120,6 +121,7 @@ class Bucket(Memory):
         for row, step_group in enumerate(self.step_groups):
             for i in step_group.places:
                 self.row_of[i] = row
+        self._all_active = [True] * len(self.step_groups)
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
         self.note_states()
@@ -136,30 +138,40 @@ class Bucket(Memory):
         """Form the scalars of this step, a row for each step group; None where none has a gradient. Counts nothing."""
         if self._reads_constants:
             check_constants(self.key.variant.rule)
-        if self.complete:
-            active = [True] * len(self.step_groups)
-        else:
+        active = self._all_active
+        if not self.complete:
             present = self.present()
             if any(len({present[i] for i in step_group.places}) == 2 for step_group in self.step_groups):
                 numbers = self._numbers()
                 self._form_step_groups([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
             active = [present[step_group.places[0]] for step_group in self.step_groups]
-        self._on_device = self.optimizer.hyperparameters.on_device(self.key.device) if self.key.capturable else None
+        if self.key.capturable:
+            self._on_device = self.optimizer.hyperparameters.on_device(self.key.device)
+        self.stats = None
         self.rows = self.form_rows(active)
         if len(self.rows) > 1:
             one_kind([row for row in self.rows if row is not None], self.optimizer)
+
+    def scale(self, stats: GradientStats) -> None:
+        """Have the gradients multiplied by the factor of the stats, and the step skipped where they say so."""
+        if self.takes_stats:
+            self.stats = stats.on(self.key.device)
+            return
+        here = stats.factor
+        factor = here.item() if here.device.type == "cpu" else here.to(self.key.device)
+        self.rows = [row and row._replace(factor=row.factor * factor) for row in self.rows]
 
     def form_rows(self, active: list[bool]) -> list[StepScalars | None]:
         """The row of each step group that is active."""
         return [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
 
     def _row(self, step_group: StepGroup) -> StepScalars:
-        numbers = step_group.numbers(on_device=self.key.capturable)
-        optimizer, keep = self.optimizer, self.key.differentiable
-        group = optimizer.param_groups[step_group.group]
+        numbers = step_group.numbers(on_device=self._on_device is not None)
+        optimizer, keep, number = self.optimizer, self.key.differentiable, step_group.group
+        group = optimizer.param_groups[number]
         step = numbers.pop("step") + 1
-        on_device = self._on_device.group(step_group.group) if self._on_device is not None else {}
-        values = None if keep else optimizer.hyperparameters.values[step_group.group].plain
+        on_device = None if self._on_device is None else self._on_device.group(number)
+        values = None if keep else self._hyperparameters.values[number].plain
         return step_scalars_for(optimizer, group, step, numbers, keep, on_device, values)
 
     def row_keys(self, rows: list[StepScalars | None]) -> Tensor:
@@ -199,7 +211,6 @@ class Bucket(Memory):
                 self._average_what_stays(step_group, skip)
         if not self.optimizer.step_is_tensor:
             self.note_states()
-        self.gradients = []
 
     def _average_what_stays(self, step_group: StepGroup, skip: Tensor | None) -> None:
         """Count parameters that have no gradient in this step into their averages, too."""

@@ -177,14 +177,15 @@ class Memory(ABC):
         False says that :meth:`bind` must look at them.
         """
         found = self._gatherer
-        self._gathered = (
+        self._gathered = False
+        if (
             found is not None
-            and self._states_are_held()
+            and (self._changes == State.changes or self._states_are_held())
             and found.gather()
             and self.counts_match()
-            and self.accept_addresses(found.addresses, found.aligned)
-        )
-        self.complete = found is not None and found.complete
+        ):
+            self.complete = found.complete
+            self._gathered = self.accept_addresses(found.addresses, found.aligned)
         return self._gathered
 
     def present(self) -> list[bool]:

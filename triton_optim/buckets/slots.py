@@ -115,9 +115,13 @@ class Cells:
     def write(self, value: float) -> float:
         """Write it into all cells; returns it as they keep it."""
         values = self._values
-        some = array(self._code, [value]) * min(len(values), 128)
-        for start in range(0, len(values), 128):
-            values[start : start + 128] = some[: len(values) - start]
+        count = len(values)
+        if count <= 128:
+            values[:] = array(self._code, (value,)) * count
+        else:
+            some = array(self._code, (value,)) * 128
+            for start in range(0, count, 128):
+                values[start : start + 128] = some[: count - start]
         self._written = self._bits[0]
         return float(values[0])
 
@@ -159,6 +163,8 @@ class StepGroup:
                         m.state[name] = own  # which counts writes with the column
                 if here:
                     self._write(name, numbers[name])
+        # Whether all that is counted is `step`, and that on the CPU.
+        self._only_steps = self._cells.keys() == self.columns.keys() == (_STEP if self._counts else set())
         self._torchs = [t for name, t in self.columns.items() if name not in self._cells]
         self._versions = [t._version for t in self._torchs]
 
@@ -176,6 +182,8 @@ class StepGroup:
 
     def numbers(self, on_device: bool = False) -> dict[str, Any]:
         """The scalar states, ``step`` first, as they are before the step; with `on_device` 0-dim float64 tensors."""
+        if self._only_steps:
+            return dict(self._numbers)
         if on_device:
             return self._numbers | {name: column[0].double() for name, column in self.columns.items()}
         if len(self._cells) == len(self.columns):
@@ -204,9 +212,11 @@ class StepGroup:
             scalar_state: what else is kept, as it is after the step.
             skip: 0-dim, on the device: 1 where the step was none.
         """
-        if not scalar_state and self._cells.keys() == self.columns.keys() == _STEP:
-            self._numbers = {"step": self._numbers["step"] + 1}  # others may have the old ones
-            self._write("step", self._numbers["step"])
+        if self._only_steps and not scalar_state:
+            count = self._numbers["step"] + 1 if self._counts else 1
+            for cells in self._cells.values():
+                cells.write(count)
+            self._numbers = {"step": count}  # others may have the old ones
             return
         self.count(scalar_state)
         if self._counts and "step" not in self.columns:

@@ -57,8 +57,12 @@ def step_scalars_for(
     values = dict(plain_group(group, keep) if values is None else values)
     if on_device:
         values |= on_device
-    scalar_state = optimizer.first_scalar_states(group) if scalar_state is None else dict(scalar_state)
-    averaged = {COUNT: scalar_state.pop(COUNT)} if COUNT in scalar_state else {}
+    if scalar_state is None:
+        scalar_state = optimizer.first_scalar_states(group)
+    count = None
+    if COUNT in scalar_state:
+        scalar_state = dict(scalar_state)
+        count = scalar_state.pop(COUNT)
     h: Any = optimizer.scalars(values, step, **scalar_state)
     if not hasattr(h, "_fields"):
         raise TypeError(f"{type(optimizer).__name__}.scalars returned {h!r}; it must return a NamedTuple.")
@@ -68,9 +72,8 @@ def step_scalars_for(
                 raise TypeError(f"{type(optimizer).__name__}.scalars returned {name}={value!r}; it must be a number.")
     factor = -1.0 if group.get("maximize") else 1.0
     scalar_state = optimizer.update_scalar_state(values, step, **scalar_state) if scalar_state else {}
-    if not averaged:
+    if count is None:
         return StepScalars(factor, h, scalar_state, step)
-    count = averaged[COUNT]
     return StepScalars(factor, h, scalar_state | {COUNT: count + 1}, step, weight(values, count))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..buckets.gradient_norm import GradientStats, scaling_of
 from ..buckets.key import Key
 from ..spec import Update
+from ..util.gather import GroupTable
 from ..util.hyperparameters import Hyperparameters
 from ..util.layout import is_sharded, local_gradient, local_gradients, placements_of
 from ..util.on_device import capturing
@@ -78,6 +79,7 @@ class Engine:
         self.repeats = False
         self.plan: Plan | None = None
         self._plans_of_one: dict[int, PlanOfOne] = {}  # with gradient release
+        self._groups: GroupTable | None = None  # of which parameters the plan is, once steps are gathered
         self.probe = Probe()
         self.stats: GradientStats | None = None
         self.limited = False
@@ -103,11 +105,17 @@ class Engine:
             given: the gradients, one for each parameter in the order of the groups; None skips a parameter. Left out,
                 those that the parameters have.
         """
-        self.check_not_swapped()
-        self.read_groups()
-        self._optimizer._opt_called = True
-        plan = None if given is not None or self.repeats or self._is_capturing() else self.plan
-        if plan is not None and plan.bind_gathered():
+        if self.swapped:
+            self.check_not_swapped()
+        optimizer, plan, table = self._optimizer, self.plan, self._groups
+        self.hyperparameters.max_norm = optimizer.max_grad_norm
+        same = 0 if table is None else table.matches(optimizer.param_groups)
+        if same < 2:
+            self.read_groups()
+            if table is not None and same:
+                table.note_hyperparameters(optimizer.param_groups, self.hyperparameters.fixed)
+        optimizer._opt_called = True
+        if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
             recording = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)  # the context manager takes as long as the launch
             try:
@@ -118,12 +126,12 @@ class Engine:
         self.take_params()
         gradients = [p.grad for p in self.params] if given is None else given
         self._check_capture(gradients)
-        recording = any(group.get("differentiable") for group in self._optimizer.param_groups)
+        recording = any(group.get("differentiable") for group in optimizer.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in self._turns(gradients):
                 self._update(own)
-        if given is None and self.plan is not None and not self.repeats:
-            self.plan.note_gradients()
+        if given is None and self.plan is not None and not self.repeats and self.plan.note_gradients():
+            self._groups = GroupTable(optimizer.param_groups, self.hyperparameters.fixed)
 
     def update_one(self, place: int, g: Tensor | None) -> None:
         """Run a step of the parameter number `place` alone, with this gradient."""
@@ -153,14 +161,14 @@ class Engine:
         if self.release is not None:
             self.release.follow(params, repeats)
         self.params, self._sizes, self.repeats = params, sizes, repeats
-        self.plan, self._plans_of_one = None, {}
+        self.plan, self._plans_of_one, self._groups = None, {}, None
 
     def read_groups(self) -> None:
         """Take note of the hyperparameters as they are now, once a step. What the constructor would refuse raises, in
         every step that finds it.
         """
-        optimizer = self._optimizer
-        self.hyperparameters.read(optimizer.param_groups, optimizer.max_grad_norm, self._check)
+        self.hyperparameters.max_norm = self._optimizer.max_grad_norm
+        self.hyperparameters.read(self._optimizer.param_groups, self._check)
 
     def check_not_swapped(self, what: str = "step") -> None:
         """Raise RuntimeError within ``averaged_parameters()``."""

@@ -21,7 +21,7 @@ from ..buckets.state import State, States
 from ..dispatch import LaunchError
 from ..precision.codecs import PRECISION
 from ..spec import Update
-from ..util.gather import STEPS, WORTHWHILE, IdentityList, library
+from ..util.gather import STEPS, WORTHWHILE, ParamTable, library
 from ..util.layout import is_sharded, ordinary, placements_of
 from .entries import Gradients, entries_of, sort_params
 from .fallback import prepared, replaced
@@ -56,6 +56,7 @@ class Plan:
         place: int | None = None,
     ) -> None:
         self.optimizer, self._failed, self.params = optimizer, failed, params
+        self._hyperparameters = optimizer.hyperparameters
         # A plan of one is made for each parameter: it must not go through all of them.
         self.sharded = any(map(is_sharded, params if place is None else [params[place]]))
         self.placements = list(map(placements_of, params)) if self.sharded and place is None else []
@@ -81,10 +82,7 @@ class Plan:
         self._changes = -1
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
-        self._idle = IdentityList([params[i] for i in self._without])
-        self._groups = (
-            [IdentityList(list(group["params"])) for group in optimizer.param_groups] if place is None else []
-        )
+        self._idle = ParamTable([params[i] for i in self._without])
         self._looked = 0  # steps for which Python looked at all gradients
 
     def same_params(self, params: list[Tensor]) -> bool:
@@ -103,51 +101,44 @@ class Plan:
         """Whether the plan can run a step with the gradients that the parameters have now, of which it needs to know
         only where they lie. False where :meth:`bind` must look at them.
         """
-        return (
-            library.loaded is not None
-            and self._are_still_those_of(self.optimizer.param_groups)
-            and self.matches()
-            and not (self.sharded and self.optimizer.scales_gradients)  # ranks speak of their norm
-            and self._idle.have_no_gradients()
-            and self._bind_gathered()
-        )
-
-    def _bind_gathered(self) -> bool:
+        if not self.matches() or (self._without and not self._idle.have_no_gradients()):
+            return False
+        if self.sharded and self.optimizer.scales_gradients:  # ranks speak of their norm
+            return False
         for bucket in self.buckets:  # noqa: SIM110  a generator takes as long as what it asks
             if not bucket.bind_gathered():
                 return False
         return True
 
-    def _are_still_those_of(self, groups: list[dict[str, Any]]) -> bool:
-        own = self._groups
-        if len(groups) != len(own):
-            return False
-        for objects, group in zip(own, groups, strict=True):  # noqa: SIM110  a generator takes as long as what it asks
-            if not objects.matches(group["params"]):
-                return False
-        return True
-
-    def note_gradients(self) -> None:
+    def note_gradients(self) -> bool:
         """After a step for which Python looked at the gradients that the parameters have: now and then, make ready to
-        gather those of the next.
+        gather those of the next. Whether that was done.
         """
         self._looked += 1
-        if self._looked % STEPS == 0:
-            if self._looked * len(self.params) >= WORTHWHILE:
+        if (self._looked - 1) % STEPS:
+            return False
+        if library.loaded is None:
+            if self._looked == 1:
+                library.load_built()
+            elif self._looked * len(self.params) >= WORTHWHILE:
                 library.start_build()
-            for bucket in self.buckets:
-                bucket.note_gradients()
+        if library.loaded is None:
+            return False
+        for bucket in self.buckets:
+            bucket.note_gradients()
+        return True
 
     def matches(self) -> bool:
         """Whether states and options are those that it was made for. Changes nothing that a step depends on."""
-        return self._states_are_there() and self._options_hold()
+        same = self.optimizer.state is self._states and State.changes == self._changes
+        return (same or self._states_are_there()) and self._options_hold()
 
     def _options_hold(self) -> bool:
-        optimizer, seen = self.optimizer, self._seen
-        now: list[Any] = [optimizer.amp, optimizer.scales_gradients]
-        for values, group in zip(optimizer.hyperparameters.values, optimizer.param_groups, strict=True):
-            now += [values.changes, optimizer.variant(group)]
-        if now != seen:
+        optimizer = self.optimizer
+        now: list[Any] = [optimizer.amp, optimizer.max_grad_norm is None]
+        for values, group in zip(self._hyperparameters.values, optimizer.param_groups, strict=True):
+            now += (values.changes, optimizer.variant(group))
+        if now != self._seen:
             if options_of(optimizer) != self.options:
                 return False
             self._seen = now
@@ -155,8 +146,6 @@ class Plan:
 
     def _states_are_there(self) -> bool:
         states, changes = self.optimizer.state, State.changes
-        if states is self._states and changes == self._changes:
-            return True
         there = len(states) == len(self._state_dicts) and all(map(is_, states.values(), self._state_dicts))
         if there and type(states) is States:  # another dict counts nothing
             self._states, self._changes = states, changes
@@ -205,13 +194,8 @@ class Plan:
                 return stats
         for bucket in self.buckets:
             bucket.form_scalars()
-            bucket.stats = None
-            if stats is not None and bucket.takes_stats:
-                bucket.stats = stats.on(bucket.key.device)
-            elif stats is not None:
-                here = stats.factor
-                factor = here.item() if here.device.type == "cpu" else here.to(bucket.key.device)
-                bucket.rows = [r and r._replace(factor=r.factor * factor) for r in bucket.rows]
+            if stats is not None:
+                bucket.scale(stats)
         for piece in self._pieces:
             if self._has_prologue and any(bucket.key.variant.prologue for bucket in piece):
                 self._begun = True
@@ -220,8 +204,7 @@ class Plan:
                 if any(bucket.rows):
                     bucket.run(bucket.rows)
                     self._begun = True
-                if bucket.key.variant.prologue:
-                    bucket.gradients = []  # the memory is the next piece's
+                    bucket.gradients = []  # the memory may be the next piece's
         for bucket in self.buckets:
             bucket.commit(skips)
         return stats

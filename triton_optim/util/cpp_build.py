@@ -159,13 +159,7 @@ def library(source: str, flags: tuple[str, ...] = FLAGS, kind: type[ctypes.CDLL]
     Raises:
         BuildError: there is no compiler, it hangs or fails, or the library cannot be kept or loaded.
     """
-    compiler = cxx_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler was found")
-    if compiler in _failed:
-        raise BuildError(_failed[compiler])
-    made_of = "\0".join((source, *flags, compiler, version(compiler), processor(), sys.platform))
-    place = folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+    compiler, place = library_place(source, flags)
     if str(place) in _failed:
         raise BuildError(_failed[str(place)])
     try:
@@ -175,6 +169,25 @@ def library(source: str, flags: tuple[str, ...] = FLAGS, kind: type[ctypes.CDLL]
     except (BuildError, OSError) as error:
         _failed[str(place)] = str(error)
         raise BuildError(str(error)) from error
+
+
+def is_built(source: str, flags: tuple[str, ...] = FLAGS) -> bool:
+    """Whether the library of a C++ source is kept already."""
+    try:
+        return is_whole(library_place(source, flags)[1])
+    except BuildError:
+        return False
+
+
+def library_place(source: str, flags: tuple[str, ...]) -> tuple[str, Path]:
+    """The compiler of a library, and the file that it is kept in."""
+    compiler = cxx_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found")
+    if compiler in _failed:
+        raise BuildError(_failed[compiler])
+    made_of = "\0".join((source, *flags, compiler, version(compiler), processor(), sys.platform))
+    return compiler, folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
 
 
 def is_whole(place: Path) -> bool:

@@ -1,7 +1,8 @@
 """Where the gradients of many parameters lie, found in one call: see kernels/cpp/gather.cpp.
 
-The call is compiled against torch's headers, which takes seconds, so that is done beside the training once it has gone
-on for a while, and kept on disk. Until then, and where it cannot be compiled, Python looks at every gradient.
+The call is compiled against torch's headers, which takes seconds, so that is done beside the first training that goes
+on for a while, and kept on disk, where every later one finds it in its first step. Until then, and where it cannot be
+compiled, Python looks at every gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,7 @@ class Library:
         self.loaded: Any = None
         self.build_error: str | None = None  # why there is none, once that is known
         self._thread: threading.Thread | None = None
+        self._looked_for = False
 
     def start_build(self) -> None:
         """Compile it, if that was not begun yet, beside what goes on."""
@@ -87,6 +90,13 @@ class Library:
             self._thread = threading.Thread(target=self.load, daemon=True, name="triton_optim.util.gather")
             self._thread.start()
             atexit.register(self._end)
+
+    def load_built(self) -> None:
+        """Take it from disk if it is there, once."""
+        if not self._looked_for and self._thread is None:
+            self._looked_for = True
+            if this_machine().cpp and cpp_build.is_built(source(), flags()):
+                self.load()
 
     def load(self) -> None:
         """Compile it, or take it from disk."""
@@ -110,7 +120,7 @@ class Library:
             ("watch", None, (table, size, table, table)),
             ("forget", None, (table,)),
             ("gather", ctypes.c_int, (table, table)),
-            ("holds", ctypes.c_bool, (ctypes.py_object, size, table)),
+            ("groups_hold", ctypes.c_int, (ctypes.py_object, size, table, ctypes.py_object)),
             ("without", ctypes.c_bool, (size, table)),
             ("written", None, (table,)),
         ):
@@ -211,26 +221,59 @@ def spec_of(p: Any) -> Any:
     return g._spec if is_sharded(p) and is_sharded(g) and g.placements == p.placements else None
 
 
-class IdentityList:
-    """IdentityList by their identity: those of a list.
+class ParamTable:
+    """Parameters that the library can look at, as long as this holds them."""
 
-    Example:
-        >>> from triton_optim.util.gather import IdentityList, library
-        >>> library.load()
-        >>> first, second = object(), object()
-        >>> IdentityList([first, second]).matches([second, first])
-        False
-    """
-
-    def __init__(self, objects: list[Any]) -> None:
-        self._held = objects  # so that no other object can take their addresses
-        self._table = array("q", map(id, objects))
-        self._address, self._count = self._table.buffer_info()
-
-    def matches(self, objects: Any) -> bool:
-        """Whether this is a list of the same objects in the same order."""
-        return type(objects) is list and bool(library.loaded.holds(objects, self._count, self._address))
+    def __init__(self, params: list[Tensor]) -> None:
+        self._held = params  # so that no other object can take their addresses
+        self._table = array("q", map(id, params))
+        self.address, self.count = self._table.buffer_info()
 
     def have_no_gradients(self) -> bool:
-        """Whether these are tensors none of which has a gradient."""
-        return not self._count or bool(library.loaded.without(self._count, self._address))
+        """Whether none of them has a gradient."""
+        return not self.count or bool(library.loaded.without(self.count, self.address))
+
+
+class GroupTable:
+    """Parameter groups as they were: of which parameters, and with which hyperparameters.
+
+    Example:
+        >>> import torch
+        >>> from triton_optim.util.gather import GroupTable, library
+        >>> library.load()
+        >>> groups = [{"params": [torch.zeros(1)], "lr": 0.5}]
+        >>> table = GroupTable(groups)
+        >>> table.matches(groups)
+        2
+        >>> groups[0]["lr"] = 0.25
+        >>> table.matches(groups)
+        1
+        >>> groups[0]["params"] = [torch.zeros(1)]
+        >>> table.matches(groups)
+        0
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], fixed: bool = True) -> None:
+        self._params = [ParamTable(list(group["params"])) for group in groups]
+        self._table = array("q", bytes(4 * WORD * len(groups)))
+        self._address, _ = self._table.buffer_info()
+        self.note_hyperparameters(groups, fixed)
+
+    def note_hyperparameters(self, groups: list[dict[str, Any]], fixed: bool = True) -> None:
+        """Take note of the hyperparameters as they are now. The parameters must be those that were noted.
+
+        Args:
+            fixed: whether what is the same object has the same value; else they will always be others.
+        """
+        self._held = [tuple(chain.from_iterable(group.items())) for group in groups]
+        self._items = [array("q", map(id, items)) for items in self._held]
+        for i, (items, params) in enumerate(zip(self._items, self._params, strict=True)):
+            address, count = items.buffer_info()
+            own = (count // 2 if fixed else -1, address, params.count, params.address)
+            self._table[4 * i : 4 * i + 4] = array("q", own)
+
+    def matches(self, groups: Any) -> int:
+        """Whether these are groups of the same parameters in the same order, 1, and whether all of their
+        hyperparameters are the same objects, too, 2. Else 0.
+        """
+        return library.loaded.groups_hold(groups, len(self._params), self._address, "params")  # type: ignore[no-any-return]

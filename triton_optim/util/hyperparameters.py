@@ -119,27 +119,28 @@ class Hyperparameters:
 
     Attributes:
         values: of each group.
+        max_norm: the largest norm of all gradients together; None for any.
         captured: whether a captured step reads them on a device.
     """
 
     def __init__(self) -> None:
         self.values: list[GroupValues] = []
         self.captured = False
-        self._max_norm: float | None = None
+        self.max_norm: float | None = None
         self._devices: dict[torch.device, OnDevice] = {}
 
-    def read(
-        self,
-        groups: list[dict[str, Any]],
-        max_norm: float | None,
-        check: Callable[[dict[str, Any], bool], None] | None = None,
-    ) -> None:
-        """Take note of them as they are now; `check` as of :meth:`GroupValues.read`."""
-        values, self._max_norm = self.values, max_norm
+    def read(self, groups: list[dict[str, Any]], check: Callable[[dict[str, Any], bool], None] | None = None) -> None:
+        """Take note of those of the groups as they are now; `check` as of :meth:`GroupValues.read`."""
+        values = self.values
         if len(values) != len(groups):
             values = self.values = [GroupValues() for _ in groups]
         for own, group in zip(values, groups, strict=True):
             own.read(group, check)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether what is the same object has the same value."""
+        return all(own.fixed for own in self.values)
 
     def on_device(self, device: torch.device) -> OnDevice:
         """Those in the memory of `device`, up to date."""
@@ -154,8 +155,8 @@ class Hyperparameters:
             self._push(held)
 
     def _push(self, held: OnDevice) -> None:
-        seen = [self._max_norm, *[own.changes for own in self.values]]
-        held.push([own.plain for own in self.values], self._max_norm, seen, self.captured)
+        seen = [self.max_norm, *[own.changes for own in self.values]]
+        held.push([own.plain for own in self.values], self.max_norm, seen, self.captured)
 
 
 def kind_of(value: Any) -> Any:

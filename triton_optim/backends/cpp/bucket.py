@@ -43,7 +43,8 @@ class CppBucket(Bucket):
         own = zip(self.numels, kept, strict=True)
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
         self.gradient_table = array("q")
-        self.call = self.prepare(optimizer, key, slots)
+        self._fixed = (*self.chunks.arguments(), self.tensors.data_ptr())
+        self.call, self._width = self.prepare(optimizer, key, slots)
 
     @classmethod
     def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
@@ -52,7 +53,9 @@ class CppBucket(Bucket):
         scalars: Any = type(step_scalars_for(optimizer, group, 1).h)
         if optimizer.max_grad_norm is not None or optimizer.amp is not None:
             sums_of(EUCLIDEAN.kind, key.gradient)
-        return step_of(key.variant.rule, scalars, key.codecs, key.gradient, key.variant.averaged)
+        averaged = key.variant.averaged
+        width = 1 + len(scalars._fields) + averaged
+        return step_of(key.variant.rule, scalars, key.codecs, key.gradient, averaged), width
 
     @classmethod
     def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
@@ -71,18 +74,13 @@ class CppBucket(Bucket):
         if self.regrouped:
             self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False
-        width = 1 + len(next(row.h for row in rows if row is not None)) + self.key.variant.averaged
         cells = array("d")
         for row in rows:
-            own = [0.0] * width if row is None else (row.factor, *row.h, row.weight)[:width]
-            cells.extend(map(float, own))
+            if row is None:
+                cells.extend((0.0,) * self._width)
+            else:
+                cells.extend((row.factor, *row.h, row.weight)[: self._width])
         keys = self.random_keys(rows) if self.random else self.tensors
-        self.call(
-            *self.chunks.arguments(),
-            self.tensors.data_ptr(),
-            self.gradient_table.buffer_info()[0],
-            cells.buffer_info()[0],
-            keys.data_ptr(),
-            self.chunks.threads(),
-        )
+        gradients, _ = self.gradient_table.buffer_info()
+        self.call(*self._fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), self.chunks.threads())
         self.mark_written()

@@ -213,10 +213,11 @@ class TritonBucket(Bucket):
         if self.regrouped:
             self.tensors[:, kernel.ROW] = torch.tensor(self.row_of, device="cpu").to(self.key.device)
             self.regrouped = False
-        key, averaged = self.key, self.key.variant.averaged
+        averaged = self.key.variant.averaged
         only = rows[0] if self._by_value and len(rows) == 1 else None
-        host = only is not None and type(only.step) is int  # else the device counts
-        cells = plain_cells(only, averaged) if only is not None and host else None
+        cells = None
+        if only is not None and type(only.step) is int:  # else the device counts
+            cells = plain_cells(only, averaged)
         table: Any = cells
         keys: Any = self.chunks  # not read
         if only is not None and cells is not None:
@@ -228,10 +229,10 @@ class TritonBucket(Bucket):
             keys = self.to_device_async(self.row_keys(rows)) if self.random else keys
         some = only or next(row for row in rows if row is not None)
         compiled_for = (type(some.h), self.stats is not None, cells is not None)
-        if compiled_for not in self._launchers:
-            self._launchers[compiled_for] = launcher_for(key, *compiled_for)
+        launch = self._launchers.get(compiled_for)
+        if launch is None:
+            launch = self._launchers[compiled_for] = launcher_for(self.key, *compiled_for)
         stats = self.chunks if self.stats is None else self.stats.tensor
-        launch = self._launchers[compiled_for]
         launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, stats)
         self.mark_written()
 
