@@ -176,8 +176,9 @@ class RuleOptimizer(Optimizer, Update):
         if more:
             self._check_group(group)
         else:
-            self.check_hyperparameters(unread(group))
-            check_averaging(self, unread(group))
+            numbers = unread(group)
+            self.check_hyperparameters(numbers)
+            check_averaging(self, numbers)
 
     def warmup(self) -> None:
         """Compile all that the first step will need, without stepping: no parameter or state changes, none is made.

@@ -20,7 +20,7 @@ from ..buckets.key import Key
 from ..buckets.state import State, States
 from ..dispatch import LaunchError
 from ..precision.codecs import PRECISION
-from ..spec import Update
+from ..spec import Update, averages
 from ..util.gather import STEPS, WORTHWHILE, ParamTable, library
 from ..util.layout import is_sharded, ordinary, placements_of
 from .entries import Gradients, entries_of, sort_params
@@ -292,4 +292,6 @@ def options_of(optimizer: Update) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
     names = ("maximize", "foreach", "fused", "capturable", "differentiable", *PRECISION)
     of_all = (optimizer.amp, optimizer.scales_gradients)
-    return [(of_all, optimizer.running_variant(group), *map(group.get, names)) for group in optimizer.param_groups]
+    return [
+        (of_all, optimizer.variant(group), averages(group), *map(group.get, names)) for group in optimizer.param_groups
+    ]

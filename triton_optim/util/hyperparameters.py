@@ -85,7 +85,7 @@ class GroupValues:
         self.fixed = False
         self._names: tuple[str, ...] = ()
         self._values: tuple[Any, ...] = ()
-        self._kinds: list[Any] = []
+        self._kinds: dict[str, Any] = {}
         self.plain: dict[str, Any] = {}
 
     def read(self, group: dict[str, Any], check: Callable[[dict[str, Any], bool], None] | None = None) -> None:
@@ -96,22 +96,25 @@ class GroupValues:
             check: called with the group if they are others, and with whether more than the values of numbers is. Where
                 it raises nothing is noted, and it is called again in the next step.
         """
-        if not (
-            self.fixed
-            and len(group) == len(self._values)
-            and all(map(is_, group.values(), self._values))
-            and tuple(group) == self._names
-        ):
-            kinds = [kind_of(value) for name, value in group.items() if name not in NOT_NUMBERS]
-            if check is not None:
-                check(group, kinds != self._kinds)
-            self.changes = next(_numbers)
-            self._names, self._values = tuple(group), tuple(group.values())
-            self.plain = plain_group(group)
-            self.fixed = None not in kinds
-            if not self.fixed or kinds != self._kinds:
-                self.rebuilt = next(_numbers)
-                self._kinds = kinds
+        names, values = tuple(group), tuple(group.values())
+        known = self.fixed and names == self._names
+        if known and all(map(is_, values, self._values)):
+            return
+        kinds, read = self._kinds, group
+        if known:
+            others = zip(names, values, self._values, strict=True)
+            read = {name: value for name, value, before in others if value is not before}
+        found = {name: kind_of(value) for name, value in read.items() if name not in NOT_NUMBERS}
+        more = not found.items() <= kinds.items() if known else found != kinds
+        if check is not None:
+            check(group, more)
+        self.changes = next(_numbers)
+        self._names, self._values = names, values
+        self.plain = self.plain | plain_group(read) if known else plain_group(group)
+        self._kinds = kinds | found if known else found
+        self.fixed = None not in found.values()
+        if more or not self.fixed:
+            self.rebuilt = next(_numbers)
 
 
 class Hyperparameters:
