@@ -324,7 +324,7 @@ int gather(void *of, int64_t *addresses) try {
     return -1;
 }
 
-// What is known of a parameter group: its names and hyperparameters, one after the other, and its parameters.
+// What is known of a parameter group: its names, then the hyperparameters, and its parameters.
 struct Group {
     int64_t items;
     const PyObject *const *item;
@@ -347,7 +347,7 @@ int groups_hold(PyObject *groups, int64_t n, const Group *noted, PyObject *param
         PyObject *name, *value;
         int64_t read = 0;
         for (ssize_t at = 0; same && PyDict_Next(group, &at, &name, &value); ++read)
-            same = read < known.items && known.item[2 * read] == name && known.item[2 * read + 1] == value;
+            same = read < known.items && known.item[read] == name && known.item[known.items + read] == value;
         same &= read == known.items;
     }
     return 1 + same;

@@ -167,16 +167,11 @@ class RuleOptimizer(Optimizer, Update):
     # it instead, which leaves `torch.compile(optimizer.step, fullgraph=True)` whole.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _check_edited(self, group: dict[str, Any], more: bool) -> None:
-        """Raise where a group has come to hold what the constructor refuses.
-
-        Args:
-            more: whether more than the values of numbers changed.
-        """
-        if more:
+    def _check_edited(self, group: dict[str, Any], numbers: dict[str, Any] | None) -> None:
+        """Raise where a group has come to hold what the constructor refuses; see GroupValues.read."""
+        if numbers is None:
             self._check_group(group)
         else:
-            numbers = unread(group)
             self.check_hyperparameters(numbers)
             check_averaging(self, numbers)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
 from operator import is_, itemgetter
@@ -15,7 +14,7 @@ from ..buckets.gradient_norm import GradientStats, scaling_of
 from ..buckets.key import Key
 from ..spec import Update
 from ..util.gather import GroupTable
-from ..util.hyperparameters import Hyperparameters
+from ..util.hyperparameters import Check, Hyperparameters
 from ..util.layout import is_sharded, local_gradient, local_gradients, placements_of
 from ..util.on_device import capturing
 from . import compile_op
@@ -45,7 +44,7 @@ class Engine:
 
     Args:
         optimizer: whose parameter groups and states are used as they are in each step.
-        check: called with a group that was edited, and whether more than the values of numbers changed.
+        check: called with a group that was edited; see GroupValues.read.
 
     Attributes:
         params: the parameters, in the order of the groups.
@@ -61,7 +60,7 @@ class Engine:
         handle: by which the operator of compiled steps finds the engine.
     """
 
-    def __init__(self, optimizer: Update, check: Callable[[dict[str, Any], bool], None]) -> None:
+    def __init__(self, optimizer: Update, check: Check) -> None:
         self._optimizer, self._check = optimizer, check
         self.name = type(optimizer).__name__
         self.release: Release | None = None

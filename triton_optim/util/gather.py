@@ -15,7 +15,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +264,14 @@ class GroupTable:
         Args:
             fixed: whether what is the same object has the same value; else they will always be others.
         """
-        self._held = [tuple(chain.from_iterable(group.items())) for group in groups]
+        self._held = [(*group, *group.values()) for group in groups]
         self._items = [array("q", map(id, items)) for items in self._held]
-        for i, (items, params) in enumerate(zip(self._items, self._params, strict=True)):
+        table, at = self._table, 0
+        for items, params in zip(self._items, self._params, strict=True):
             address, count = items.buffer_info()
-            own = (count // 2 if fixed else -1, address, params.count, params.address)
-            self._table[4 * i : 4 * i + 4] = array("q", own)
+            table[at], table[at + 1] = count // 2 if fixed else -1, address
+            table[at + 2], table[at + 3] = params.count, params.address
+            at += 4
 
     def matches(self, groups: Any) -> int:
         """Whether these are groups of the same parameters in the same order, 1, and whether all of their

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from itertools import compress, count
 from numbers import Integral, Real
-from operator import is_
+from operator import is_not
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .on_device import OnDevice
 
 PLAIN = frozenset({float, int, bool, str, type(None), torch.dtype})
 NOT_NUMBERS = ("params", "param_names")
+Check = Callable[[dict[str, Any], "dict[str, Any] | None"], None]
 _numbers = count(1)
 
 
@@ -88,32 +89,31 @@ class GroupValues:
         self._kinds: dict[str, Any] = {}
         self.plain: dict[str, Any] = {}
 
-    def read(self, group: dict[str, Any], check: Callable[[dict[str, Any], bool], None] | None = None) -> None:
+    def read(self, group: dict[str, Any], check: Check | None = None) -> None:
         """Take note of them as they are now.
 
         Args:
             group: whose they are.
-            check: called with the group if they are others, and with whether more than the values of numbers is. Where
-                it raises nothing is noted, and it is called again in the next step.
+            check: called with the group if they are others; where no more than the values of numbers is, with these, as
+                :func:`unread` gives them, too. If it raises nothing is noted, and it is called again in the next step.
         """
         names, values = tuple(group), tuple(group.values())
-        known = self.fixed and names == self._names
-        if known and all(map(is_, values, self._values)):
-            return
-        kinds, read = self._kinds, group
+        known, read = self.fixed and names == self._names, group
         if known:
-            others = zip(names, values, self._values, strict=True)
-            read = {name: value for name, value, before in others if value is not before}
+            read = dict(compress(zip(names, values, strict=True), map(is_not, values, self._values)))
+            if not read:
+                return
         found = {name: kind_of(value) for name, value in read.items() if name not in NOT_NUMBERS}
-        more = not found.items() <= kinds.items() if known else found != kinds
+        more = not found.items() <= self._kinds.items() if known else found != self._kinds
+        fixed = None not in found.values()
         if check is not None:
-            check(group, more)
+            check(group, None if more else group if fixed else unread(group))
         self.changes = next(_numbers)
-        self._names, self._values = names, values
+        self._names, self._values, self.fixed = names, values, fixed
         self.plain = self.plain | plain_group(read) if known else plain_group(group)
-        self._kinds = kinds | found if known else found
-        self.fixed = None not in found.values()
-        if more or not self.fixed:
+        if more:
+            self._kinds = self._kinds | found if known else found
+        if more or not fixed:
             self.rebuilt = next(_numbers)
 
 
@@ -132,7 +132,7 @@ class Hyperparameters:
         self.max_norm: float | None = None
         self._devices: dict[torch.device, OnDevice] = {}
 
-    def read(self, groups: list[dict[str, Any]], check: Callable[[dict[str, Any], bool], None] | None = None) -> None:
+    def read(self, groups: list[dict[str, Any]], check: Check | None = None) -> None:
         """Take note of those of the groups as they are now; `check` as of :meth:`GroupValues.read`."""
         values = self.values
         if len(values) != len(groups):
