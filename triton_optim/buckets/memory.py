@@ -54,6 +54,7 @@ class Memory(ABC):
 
     keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
     takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
+    tells_aligned: ClassVar[bool] = False  # what lies at multiples of 16 is in a bucket of its own
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
 
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:

@@ -74,13 +74,16 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
         optimizer.running_variant(group),
         entry.gradient,
         entry.codecs,
-        aligned=choice.backend == "triton" and entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts),
+        aligned=False,
         capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
     )
+    kind = bucket_class(key)
+    if kind.tells_aligned:
+        key = key._replace(aligned=entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts))
     # A skipped step is not counted: where only the device knows of it, the device counts.
-    return key._replace(capturable=True) if optimizer.amp is not None and bucket_class(key).reads_stats else key
+    return key._replace(capturable=True) if optimizer.amp is not None and kind.reads_stats else key
 
 
 def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
@@ -216,9 +219,8 @@ def entries_of(
             sparse = g.is_sparse
             dtype, aligned = g.dtype, sparse or g.data_ptr() % 16 == 0
         elif index in known:
-            # A bucket that is not Triton's knows nothing of alignment.
             key = known[index]
-            dtype, aligned, sparse = key.gradient, key.aligned or key.choice.backend != "triton", key.sparse
+            dtype, aligned, sparse = key.gradient, key.aligned or not bucket_class(key).tells_aligned, key.sparse
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
         own = optimizer.param_groups[group]

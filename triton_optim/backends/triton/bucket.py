@@ -98,6 +98,7 @@ class TritonBucket(Bucket):
 
     reads_stats = True
     takes_addresses = True
+    tells_aligned = True
     launches_kernels = True
 
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:

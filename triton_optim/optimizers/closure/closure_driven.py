@@ -100,6 +100,21 @@ class ClosureOptimizer(Optimizer):
         parts = torch.split(x, [view.numel() for view in views])
         torch._foreach_copy_(views, [part.view_as(view) for part, view in zip(parts, views, strict=True)])
 
+    def start(
+        self, closure: Callable[[], Any] | None
+    ) -> tuple[Callable[[], tuple[Any, float]], Any, float, Tensor, dict[str, Any]]:
+        """Begin a step: the closure as of :meth:`checked`, what it returned, the loss, its gradient, the state."""
+        evaluate = self.checked(closure)
+        first, loss = evaluate()
+        params = self.param_groups[0]["params"]
+        if not params:
+            return evaluate, first, loss, torch.empty(0), {}
+        # The first parameter's, so that load_state_dict casts them as that parameter.
+        state = self.state[params[0]]
+        state["func_evals"] = state.get("func_evals", 0) + 1
+        state.setdefault("n_iter", 0)
+        return evaluate, first, loss, self.gather_gradient(), state
+
     def checked(self, closure: Callable[[], Any] | None) -> Callable[[], tuple[Any, float]]:
         """Make a closure give what it returns and that as a float to be minimized, with gradients enabled.
 

@@ -122,16 +122,8 @@ class LBFGS(ClosureOptimizer):
             raise RuntimeError(
                 f"only 'strong_wolfe' is supported as line_search_fn, got {line_search!r}. Use it or None."
             )
-        evaluate = self.checked(closure)
-        first, loss = evaluate()
-        if not group["params"]:
-            return first
-        g = self.gather_gradient()
+        evaluate, first, loss, g, state = self.start(closure)
         evaluations = 1
-        # The first parameter's, so that load_state_dict casts them as that parameter.
-        state = self.state[group["params"][0]]
-        state["func_evals"] = state.get("func_evals", 0) + 1
-        state.setdefault("n_iter", 0)
         if not math.isfinite(loss) or not group["tolerance_grad"] < largest(g) < math.inf:
             return first
 

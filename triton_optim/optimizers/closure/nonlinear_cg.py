@@ -135,15 +135,8 @@ class NonlinearCG(ClosureOptimizer):
         """
         group = self.param_groups[0]
         self.check_hyperparameters(group)
-        evaluate = self.checked(closure)
-        first, loss = evaluate()
-        if not group["params"]:
-            return first
-        g = self.gather_gradient()
+        evaluate, first, loss, g, state = self.start(closure)
         evaluations = 1
-        state = self.state[group["params"][0]]
-        state["func_evals"] = state.get("func_evals", 0) + 1
-        state.setdefault("n_iter", 0)
         size = largest(g)
         smallest = group["tolerance_grad"] * size
         if not math.isfinite(loss) or not smallest < size < math.inf:
