@@ -335,6 +335,20 @@ MUTANTS = (
         "tests/test_hyperparameters.py::test_a_name_that_changed_is_read_anew",
     ),
     Mutant(
+        "the compiled look at groups sees no hyperparameter",
+        "a schedule's rates are not taken",
+        "return 1 + same;",
+        "return 2;",
+        "tests/test_gather.py::test_what_happens_between_steps_is_noticed[change_rate-cpp]",
+    ),
+    Mutant(
+        "the compiled look at groups sees no parameter",
+        "a step takes parameters that have gone",
+        "if (PyList_GetItem(own, j) != known.param[j]) return 0;",
+        "if (PyList_GetItem(own, j) == nullptr) return 0;",
+        "tests/test_gather.py::test_what_happens_between_steps_is_noticed[replace-cpp]",
+    ),
+    Mutant(
         "a step that is captured may lack a gradient",
         "replays never update that parameter",
         "if p.requires_grad and g is None:",

@@ -157,6 +157,41 @@ def change_rate(opt, params):
     opt.param_groups[0]["lr"] = 0.5
 
 
+def change_betas(opt, params):
+    opt.param_groups[0]["betas"] = (0.5, 0.6)
+
+
+def rate_in_a_tensor(opt, params):
+    opt.param_groups[0]["lr"] = torch.tensor(0.5)
+
+
+def maximize(opt, params):
+    opt.param_groups[0]["maximize"] = True
+
+
+def limit(opt, params):
+    opt.max_grad_norm = 0.01
+
+
+def reverse(opt, params):
+    opt.param_groups[0]["params"].reverse()
+
+
+def drop(opt, params):
+    opt.param_groups[0]["params"].pop(1)
+
+
+def trade_names(opt, params):
+    group = opt.param_groups[0]
+    group["lr"], group["eps"] = group["eps"], group["lr"]
+
+
+def other_order(opt, params):
+    """The same values, of which the rate has come last."""
+    group = opt.param_groups[0]
+    group["lr"] = group.pop("lr")
+
+
 def share_parameter(opt, params):
     params[0].data.share_memory_()  # other memory for the same storage
 
@@ -169,7 +204,8 @@ def share_states(opt, params):
 
 DISTURBANCES = [share_parameter, share_states, move, reshape, shrink, turn, restride, widen, swap, replace, skip,
                 skip_all, transpose, cut, negate, negate_strided, narrow, make_sparse, expand, load_states,
-                replace_state, add_group, shift_gradient, change_rate]  # fmt: skip
+                replace_state, add_group, shift_gradient, change_rate, change_betas, rate_in_a_tensor, maximize, limit,
+                reverse, drop, trade_names, other_order]  # fmt: skip
 
 
 def run(disturb, backend, device, mark=lambda: None):
@@ -212,6 +248,51 @@ def test_what_happens_between_steps_is_noticed(disturb, backend, device, looks, 
 def test_usual_steps_take_no_look(disturb, device, looks):
     run(disturb or (lambda opt, params: None), "auto", device)
     assert looks == [True]
+
+
+def test_what_is_on_disk_is_there_from_the_first_step_on(monkeypatch):
+    found = gather.Library()
+    found.load_built()
+    assert found.loaded is not None
+    monkeypatch.setattr(gather, "flags", lambda: ("--of-another-compiler",))
+    other = gather.Library()
+    other.load_built()
+    assert other.loaded is None
+    assert other.build_error is None  # nothing was tried
+
+
+def test_parameters_that_went_and_came_back_are_noticed(device):
+    """The groups are again those that were noted; the last plan is another's."""
+    results = []
+    for changes in (True, False):
+        params = made(device)
+        opt = to.SGD(params, lr=0.1)
+        for step in range(STEPS):
+            give_gradients(params, step)
+            opt.step()
+            if step == DISTURBED:  # in a step of the others alone
+                if changes:
+                    last = opt.param_groups[0]["params"].pop()
+                    give_gradients(params, step + STEPS)
+                    opt.step()
+                    opt.param_groups[0]["params"].append(last)
+                else:
+                    give_gradients(params, step + STEPS)
+                    params[-1].grad = None
+                    opt.step()
+        results.append([p.detach() for p in params])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_tensor_that_is_changed_in_place_is_read_in_every_step(device):
+    params, rate = made(device), torch.tensor(0.0)
+    opt = to.SGD(params, lr=rate)
+    before = [p.detach().clone() for p in params]
+    for step in range(STEPS):
+        give_gradients(params, step)
+        rate.fill_(0.5 * (step == DISTURBED))
+        opt.step()
+        assert all(map(torch.equal, params, before)) == (step < DISTURBED)
 
 
 @pytest.mark.skipif(not this_machine().triton, reason="Triton is not installed")

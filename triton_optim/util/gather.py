@@ -92,13 +92,14 @@ class Library:
 
     def load_built(self) -> None:
         """Take it from disk if it is there, once."""
-        if not self._looked_for and self._thread is None:
+        if not self._looked_for:
             self._looked_for = True
             if this_machine().cpp and cpp_build.is_built(source(), flags()):
                 self.load()
 
     def load(self) -> None:
         """Compile it, or take it from disk."""
+        self._looked_for = True
         try:
             place = tensor_place()
             if not this_machine().cpp:
