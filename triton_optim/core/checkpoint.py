@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ..precision.codecs import (
 )
 from ..precision.kept import check_state, current_codec
 from ..spec import AVERAGE, COUNT, Update
-from ..util.layout import local
+from ..util.layout import ORDINARY, local
 from .foreign import origin, refusal
 
 # What a group has only where it was asked for.
@@ -39,6 +39,10 @@ OPTIONAL = (*PRECISION, "seed", "ema_decay", "ema_warmup")
 # What is saved of a quantized state, under its name: no other reader takes a dict for a tensor, whatever its shape.
 CODES = ("codes", SCALE, "bits", "signed", "block", "version")
 
+# Of what kinds the values of a state are that is held as it is saved.
+HELD = frozenset((*ORDINARY, int, float))
+
+CPU = torch.device("cpu")
 AGAIN = "Load the state dict as it was saved."
 
 
@@ -47,54 +51,92 @@ def elementwise_names(optimizer: Update) -> list[str]:
     return list(dict.fromkeys([*chain.from_iterable(v.state_names for v in optimizer.variants), AVERAGE]))
 
 
-def numbered(optimizer: Update, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
-    """The parameters, with what the state dict calls each."""
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        yield from zip(saved["params"], group["params"], strict=True)
+class Names(NamedTuple):
+    """What the states of an optimizer are called: found once, as thousands of parameters have them."""
+
+    elementwise: list[str]
+    scales: frozenset[str]  # of those, where they are quantized
+    counted: frozenset[str]  # numbers, those that the groups have
+    numbers: frozenset[str]  # and those that others may have
+
+
+def names_of(optimizer: Update) -> Names:
+    """What the states of any parameter may be called."""
+    elementwise = elementwise_names(optimizer)
+    scales = frozenset(f"{name}_{SCALE}" for name in elementwise)
+    counted = {"step", *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
+    return Names(elementwise, scales, frozenset(counted), frozenset(counted | {COUNT}))
 
 
 # Saving.
 
 
-def saved_state(optimizer: Update, state: Any, p: Tensor) -> Any:
-    """A state as it is saved: with numbers that share memory with no other's, and codes that say how they are read."""
-    saved = with_own_memory(state)
-    for name in elementwise_names(optimizer):
-        if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
-            continue
-        scale = saved.pop(f"{name}_{SCALE}")
-        if codec.block_size:  # else a value was put in place of codes, and their scales are left over
-            kept = (
-                state[name],
-                scale,
-                8 // codec.elements_per_item[0],
-                int(name not in optimizer.nonnegative),
-                codec.block_size,
-            )
-            saved[name] = dict(zip(CODES, (*kept, CODES_VERSION), strict=True))
+def packed(optimizer: Update) -> dict[str, Any]:
+    """The state dict, as torch packs it: parameters are their numbers."""
+    places: dict[int, int] = {}
+    groups, start = [], 0
+    for group in optimizer.param_groups:
+        params = group["params"]
+        end = start + len(params)
+        places.update({id(p): i for i, p in enumerate(params, start) if id(p) not in places})
+        numbers = list(range(start, end)) if len(places) == end else [places[id(p)] for p in params]
+        groups.append({name: value for name, value in group.items() if name != "params"} | {"params": numbers})
+        start = end
+    keys = [places[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
+    return {"state": dict(zip(keys, saved_states(optimizer, optimizer.state), strict=True)), "param_groups": groups}
+
+
+def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
+    """States as they are saved, in their order: with numbers that share memory with no other's, and codes that say how
+    they are read.
+
+    Loaded into torch.optim, numbers that share memory would each be counted once for every one of them; and who pickles
+    one pickles all the memory that it is in.
+
+    Args:
+        states: by parameter, or by what else there may be states of.
+    """
+    names = names_of(optimizer)
+    saved = [dict(state) if isinstance(state, dict) else state for state in states.values()]
+    dicts = [state for state in saved if type(state) is dict]
+    there: set[str] = set().union(*dicts)
+    for name in there.difference(names.elementwise):
+        having = [state for state in dicts if isinstance(value := state.get(name), Tensor) and not value.dim()]
+        for state, value in zip(having, clones([state[name] for state in having]), strict=True):
+            state[name] = value
+    if not names.scales.isdisjoint(there):
+        for p, state in zip(states, saved, strict=True):
+            if isinstance(p, Tensor) and isinstance(state, dict) and not names.scales.isdisjoint(state):
+                describe_codes(optimizer, names, state, p)
     return saved
 
 
-def with_own_memory(values: Any) -> Any:
-    """A parameter's state with numbers that share memory with no other's, as counted ones do."""
-    if not isinstance(values, dict):
-        return values
-    return {name: v.clone() if isinstance(v, Tensor) and not v.dim() else v for name, v in values.items()}
+def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor) -> None:
+    """Put what is saved of quantized states in the places of their codes and scales."""
+    for name in names.elementwise:
+        if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
+            continue
+        scale = state.pop(f"{name}_{SCALE}")
+        if codec.block_size:  # else a value was put in place of codes, and their scales are left over
+            bits, signed = 8 // codec.elements_per_item[0], int(name not in optimizer.nonnegative)
+            kept = (state[name], scale, bits, signed, codec.block_size, CODES_VERSION)
+            state[name] = dict(zip(CODES, kept, strict=True))
 
 
-def as_saved(optimizer: Update, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook of ``state_dict``."""
-    # Loaded into torch.optim, steps that share memory would each be counted once for every one of them.
-    params = dict(numbered(optimizer, state_dict))
-    states = {
-        i: saved_state(optimizer, state, params[i]) if i in params else with_own_memory(state)
-        for i, state in state_dict["state"].items()
-    }
-    return {**state_dict, "state": states}
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each."""
+    if set(map(type, tensors)) == {Tensor} and hasattr(torch, "_foreach_clone"):  # torch 2.9 has none
+        return list(torch._foreach_clone(tensors))
+    return [t.clone() for t in tensors]
 
 
 # Loading.
 
+
+def numbered(optimizer: Update, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
+    """The parameters, with what the state dict calls each."""
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        yield from zip(saved["params"], group["params"], strict=True)
 
 def loaded_state(optimizer: Update, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """A state as it is held, from how it was saved.
@@ -103,6 +145,8 @@ def loaded_state(optimizer: Update, index: Any, p: Tensor, state: dict[str, Any]
         RuntimeError: its codes are not those of so many elements, or of a version that is not known, or hold what the
             optimizer says they never do.
     """
+    if HELD.issuperset(map(type, state.values())):  # as most are: nothing is quantized
+        return dict(state)
     names = elementwise_names(optimizer)
     held: dict[str, Any] = {}
     for name, value in state.items():
@@ -157,29 +201,65 @@ def loaded_groups(optimizer: Update, state_dict: Any) -> list[dict[str, Any]]:
     ]
 
 
-def loaded_states(optimizer: Update, state_dict: Any) -> dict[Any, Any]:
-    """The states of a state dict, by what it calls the parameters, as they will be held.
+def loaded_states(optimizer: Update, state_dict: Any, groups: list[dict[str, Any]]) -> dict[Any, Any]:
+    """The states of a state dict as they will be held, by parameter; what is of no parameter by its name.
+
+    Args:
+        groups: those of the optimizer as they will be.
 
     Raises:
         What :meth:`RuleOptimizer.load_state_dict` says of a state dict that does not fit.
     """
-    check_groups(optimizer, state_dict)
+    given, names, defaults = state_dict["state"], names_of(optimizer), defaults_of(optimizer)
     params: dict[Any, Tensor] = {}
     for i, p in numbered(optimizer, state_dict):
         if params.setdefault(i, p) is not p:
             raise ValueError(f"the groups of the state dict list parameter {i} twice. {AGAIN}")
-    unknown = [i for i in state_dict["state"] if isinstance(i, int) and i not in params]
+    unknown = [i for i in given if isinstance(i, int) and i not in params]
     if unknown:
         raise ValueError(
             f"the state dict has states of parameters {unknown}, and its groups are of {list(params)}. {AGAIN}"
         )
-    states = dict(state_dict["state"])
+    states = {}
     for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        group = filled(optimizer, saved)
+        checks = Checks(optimizer, names, filled(saved, defaults))
         for i, p in zip(saved["params"], own["params"], strict=True):
-            if i in states:
-                states[i] = checked_state(optimizer, group, i, p, state_dict["state"][i])
-    return states
+            if i in given:
+                states[i] = checks.checked(i, p, given[i])
+    # All fit.
+    for own, saved, new in zip(optimizer.param_groups, state_dict["param_groups"], groups, strict=True):
+        group = filled(new, defaults)
+        dtypes = {name: scalar_state_dtype(group, name) for name in names.numbers}
+        for i, p in zip(saved["params"], own["params"], strict=True):
+            if i in given:
+                states[i] = ready_state(optimizer, group, dtypes, p, states[i])
+    return {params[i] if i in params else i: states.get(i, state) for i, state in given.items()}
+
+
+def ready_state(
+    optimizer: Update, group: dict[str, Any], dtypes: dict[str, torch.dtype], p: Tensor, state: dict[str, Any]
+) -> dict[str, Any]:
+    """A state that fits, where it belongs: its numbers copied, the rest in the dtypes in which it was saved."""
+    device, dtype = p.device, p.dtype
+    for name, value in state.items():
+        if name in dtypes:
+            state[name] = own_number(optimizer, group, p, name, value, dtypes[name])
+        elif isinstance(value, Tensor):
+            # Torch makes the states of a state dict the optimizer's own where they are of the parameter's dtype.
+            if value.dtype != dtype or value.device != device:
+                state[name] = value.to(device, copy=value.dtype != dtype and not dtype.is_complex)
+        else:
+            state[name] = moved(value, device)
+    return state
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """What is in a state besides tensors, with the tensors in it on this device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: moved(v, device) for name, v in value.items()}
+    return type(value)(moved(v, device) for v in value) if type(value) in (list, tuple) else value
 
 
 def check_keys(state_dict: Any) -> None:
@@ -217,10 +297,10 @@ def check_groups(optimizer: Update, state_dict: Any) -> None:
             f"loaded state dict has {what}: its groups are of {saved} parameters, those of {name} of {own}. Load one "
             "saved with the same parameters."
         )
+    # An option may be newer than the checkpoint; a hyperparameter can't be.
+    numbers = {name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))}
+    needed = sorted(numbers - {*OPTIONAL})
     for number, group in enumerate(groups):
-        # An option may be newer than the checkpoint; a hyperparameter can't be.
-        numbers = {name for name, value in optimizer.defaults.items() if not isinstance(value, (bool, type(None)))}
-        needed = sorted(numbers - {*OPTIONAL})
         if missing := [name for name in needed if name not in group]:
             raise KeyError(
                 f"group {number} of the state dict holds {sorted(group)} and lacks {missing}: it is not one of "
@@ -228,43 +308,87 @@ def check_groups(optimizer: Update, state_dict: Any) -> None:
             )
 
 
-def checked_state(optimizer: Update, group: dict[str, Any], index: Any, p: Tensor, state: Any) -> dict[str, Any]:
-    """:func:`loaded_state` of a parameter in `group`, in which all that the optimizer knows is as it must be."""
-    name = type(optimizer).__name__
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the state of parameter {index} is {state!r:.80}, no dict of states by name. {AGAIN}")
-    counted = {"step", *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
-    elementwise = elementwise_names(optimizer)
-    known = counted | {*elementwise} | {*optimizer.prologue_names}
-    parts = {*RESIDUALS, COUNT, *(f"{name}_{SCALE}" for name in elementwise)}
-    # Names that optimizers share, such as step, prove nothing where others are in place of ours.
-    complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
-    if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
-        raise ValueError(
-            f"the state of parameter {index} holds {sorted(state)}, {name} keeps {sorted(known)}: this state dict is "
-            "of another optimizer. Load it into that one."
-        )
-    for part in elementwise:
+class Checks:
+    """What the states of the parameters of a group must be to be loaded; what is the same for all is asked once.
+
+    Args:
+        optimizer: whose they will be.
+        names: of its states.
+        group: with all that the optimizer knows.
+    """
+
+    def __init__(self, optimizer: Update, names: Names, group: dict[str, Any]) -> None:
+        self._optimizer, self._names, self._group = optimizer, names, group
+        self._known: set[tuple[str, ...]] = set()  # states with these names are its
+        self._complete: set[Any] = set()  # states with these names lack none
+
+    def checked(self, index: Any, p: Tensor, state: Any) -> dict[str, Any]:
+        """:func:`loaded_state` of a parameter, in which all that the optimizer knows is as it must be."""
+        optimizer, names = self._optimizer, self._names
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state of parameter {index} is {state!r:.80}, no dict of states by name. {AGAIN}")
+        form = tuple(state)
+        if form not in self._known:
+            self._check_names(index, state)
+            self._known.add(form)
+        if not names.scales.isdisjoint(form):
+            check_no_scales(names, index, state)
+        held = loaded_state(optimizer, index, p, dict(state))
+        there = {part: value for part, value in held.items() if value is not None}
+        for part, value in there.items():
+            elementwise = part in names.elementwise
+            if elementwise and is_like(p, value):  # as most are
+                continue
+            if isinstance(value, Tensor):
+                check_tensor(index, p, part, value)
+            if part in names.numbers:
+                check_number(index, part, value, whole=part in ("step", COUNT))
+            elif elementwise:
+                check_state(optimizer, index, p, part, held)
+            elif part in RESIDUALS or part in optimizer.prologue_names:
+                check_part(index, p, part, value)
+        if optimizer.prologue_names:
+            check_states(optimizer, self._group, index, p, held)
+        form = (*there, p.shape, p.dtype) if optimizer.prologue_names else tuple(there)
+        if form not in self._complete:
+            check_complete(optimizer, self._group, index, p, there)
+            self._complete.add(form)
+        return held
+
+    def _check_names(self, index: Any, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where a state has none of the optimizer's names, or others in place of them."""
+        optimizer, names = self._optimizer, self._names
+        known = {*names.counted, *names.elementwise, *optimizer.prologue_names}
+        parts = {*RESIDUALS, COUNT, *names.scales}
+        # Names that optimizers share, such as step, prove nothing where others are in place of ours.
+        complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
+        if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
+            raise ValueError(
+                f"the state of parameter {index} holds {sorted(state)}, {type(optimizer).__name__} keeps "
+                f"{sorted(known)}: this state dict is of another optimizer. Load it into that one."
+            )
+
+
+def check_no_scales(names: Names, index: Any, state: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where a quantized state does not say how it is read."""
+    for part in names.elementwise:
         if isinstance(state.get(f"{part}_{SCALE}"), Tensor):
             raise RuntimeError(
                 f"{part} of parameter {index} is quantized and does not say how: its scale is a state of "
                 "its own. Load the optimizer's state_dict(), or to_torch_state_dict(optimizer) of where it was saved."
             )
-    held = loaded_state(optimizer, index, p, dict(state))
-    there = {part: value for part, value in held.items() if value is not None}
-    for part, value in there.items():
-        if isinstance(value, Tensor):
-            check_tensor(index, p, part, value)
-        if part in counted or part == COUNT:
-            check_number(index, part, value, whole=part in ("step", COUNT))
-        elif part in elementwise:
-            check_state(optimizer, index, p, part, held)
-        elif part in RESIDUALS or part in optimizer.prologue_names:
-            check_part(index, p, part, value)
-    if optimizer.prologue_names:
-        check_states(optimizer, group, index, p, held)
-    check_complete(optimizer, group, index, p, there)
-    return held
+
+
+def is_like(p: Tensor, value: Any) -> bool:
+    """Whether a state is an ordinary tensor of real numbers, and like its parameter: all is well with it."""
+    return (
+        type(value) is Tensor
+        and type(p) in ORDINARY
+        and value.shape == p.shape
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and not (value.is_meta or p.is_complex())
+    )
 
 
 def check_tensor(index: Any, p: Tensor, name: str, value: Tensor) -> None:
@@ -329,52 +453,50 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
         )
 
 
-def restore_dtypes(optimizer: Update, loaded: dict[str, Any]) -> None:
-    """Give the states the dtypes in which they were saved, and the numbers among them theirs."""
-    counted = {"step", COUNT, *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
-    for i, p in numbered(optimizer, loaded):
-        for name, value in loaded["state"].get(i, {}).items():
-            if name in counted:
-                optimizer.state[p][name] = value  # torch has cast all but step
-                own_number(optimizer, p, name)
-            elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:
-                optimizer.state[p][name] = value.to(p.device, copy=True)
-
-
-def group_of(optimizer: Update, p: Tensor) -> dict[str, Any]:
-    """The parameter group that `p` is in."""
-    return next(group for group in optimizer.param_groups if any(q is p for q in group["params"]))
-
-
-def own_number(optimizer: Update, p: Tensor, name: str) -> None:
-    """Make a state that is a number what it must be: a tensor of its own, of the right dtype, where it belongs."""
-    group, value = group_of(optimizer, p), optimizer.state[p][name]
+def own_number(
+    optimizer: Update, group: dict[str, Any], p: Tensor, name: str, value: Any, dtype: torch.dtype
+) -> Tensor | int | None:
+    """A state of `p` that is a number as it must be: a tensor of its own, of this dtype, where it belongs."""
+    if value is None:
+        return None
     if name == "step" and not optimizer.step_is_tensor:
-        optimizer.state[p][name] = int(value)
-        return
-    device = p.device if group.get("capturable") or optimizer.counts_on_device else torch.device("cpu")
-    value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
-    optimizer.state[p][name] = value.to(device, scalar_state_dtype(group, name), copy=True).reshape(())
+        return int(value)
+    device = p.device if group.get("capturable") or optimizer.counts_on_device else CPU
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=dtype, device=device)
+    value = value.detach() if value.requires_grad else value
+    value = value.to(device, dtype, copy=True)
+    return value.reshape(()) if value.dim() else value
 
 
-def filled(optimizer: Update, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group of a checkpoint, with what it lacks because it is older."""
+def defaults_of(optimizer: Update) -> dict[str, Any]:
+    """What the groups of a checkpoint that lack an option were made with: it is older than the option."""
     written = inspect.signature(type(optimizer).__init__).parameters
-    full = dict(group)
-    # A checkpoint from before an option existed lacks its key, and was made with what is its default now.
+    defaults = {}
     for name, value in optimizer.defaults.items():
         if name in OPTIONS and name not in optimizer.option_names:
             continue  # a group has it only where it was asked for
         default = written[name].default if name in written else OPTIONS.get(name, value)
-        full.setdefault(name, value if default is inspect.Parameter.empty else default)
+        defaults[name] = value if default is inspect.Parameter.empty else default
+    return defaults
+
+
+def filled(group: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The group of a checkpoint, with what it lacks."""
+    full = dict(group)
+    for name, value in defaults.items():
+        full.setdefault(name, value)
     return full
 
 
 def fill_in(optimizer: Update) -> None:
     """Give the groups and states of a checkpoint what they lack because it is older."""
+    defaults = defaults_of(optimizer)
     for group in optimizer.param_groups:
-        group.update(filled(optimizer, group))
-        for p in group["params"]:
-            for name in optimizer.scalar_state_names(group):
-                if name in optimizer.state.get(p, ()) and not isinstance(optimizer.state[p][name], Tensor):
-                    own_number(optimizer, p, name)
+        group.update(filled(group, defaults))
+        dtypes = {name: scalar_state_dtype(group, name) for name in optimizer.scalar_state_names(group)}
+        for p in group["params"] if dtypes else ():
+            state = optimizer.state.get(p, {})
+            for name, dtype in dtypes.items():
+                if name in state and not isinstance(state[name], Tensor):
+                    state[name] = own_number(optimizer, group, p, name, state[name], dtype)
