@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from numbers import Real
 from typing import Any, NamedTuple
@@ -78,11 +78,14 @@ def packed(optimizer: Update) -> dict[str, Any]:
     for group in optimizer.param_groups:
         params = group["params"]
         end = start + len(params)
-        places.update({id(p): i for i, p in enumerate(params, start) if id(p) not in places})
-        numbers = list(range(start, end)) if len(places) == end else [places[id(p)] for p in params]
+        own = dict(zip(map(id, params), range(start, end), strict=True))
+        places.update(own if places.keys().isdisjoint(own) else {p: i for p, i in own.items() if p not in places})
+        numbers = list(own.values()) if len(places) == end else [places[id(p)] for p in params]
         groups.append({name: value for name, value in group.items() if name != "params"} | {"params": numbers})
         start = end
-    keys = [places[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
+    keys: list[Any] = list(map(places.get, map(id, optimizer.state)))
+    if None in keys:
+        keys = [places[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
     return {"state": dict(zip(keys, saved_states(optimizer, optimizer.state), strict=True)), "param_groups": groups}
 
 
@@ -325,7 +328,7 @@ class Checks:
     def checked(self, index: Any, p: Tensor, state: Any) -> dict[str, Any]:
         """:func:`loaded_state` of a parameter, in which all that the optimizer knows is as it must be."""
         optimizer, names = self._optimizer, self._names
-        if not isinstance(state, Mapping):
+        if type(state) is not dict and not isinstance(state, Mapping):
             raise ValueError(f"the state of parameter {index} is {state!r:.80}, no dict of states by name. {AGAIN}")
         form = tuple(state)
         if form not in self._known:
@@ -333,10 +336,10 @@ class Checks:
             self._known.add(form)
         if not names.scales.isdisjoint(form):
             check_no_scales(names, index, state)
-        held = loaded_state(optimizer, index, p, dict(state))
-        there = {part: value for part, value in held.items() if value is not None}
-        for part, value in there.items():
-            elementwise = part in names.elementwise
+        held = loaded_state(optimizer, index, p, state)
+        there = tuple(part for part, value in held.items() if value is not None)
+        for part in there:
+            value, elementwise = held[part], part in names.elementwise
             if elementwise and is_like(p, value):  # as most are
                 continue
             if isinstance(value, Tensor):
@@ -349,7 +352,7 @@ class Checks:
                 check_part(index, p, part, value)
         if optimizer.prologue_names:
             check_states(optimizer, self._group, index, p, held)
-        form = (*there, p.shape, p.dtype) if optimizer.prologue_names else tuple(there)
+        form = (*there, p.shape, p.dtype) if optimizer.prologue_names else there
         if form not in self._complete:
             check_complete(optimizer, self._group, index, p, there)
             self._complete.add(form)
@@ -393,6 +396,8 @@ def is_like(p: Tensor, value: Any) -> bool:
 
 def check_tensor(index: Any, p: Tensor, name: str, value: Tensor) -> None:
     """Raise RuntimeError where a tensor has no numbers of its own to load."""
+    if type(value) is Tensor and value.layout == torch.strided and not value.is_meta:  # as most are
+        return
     own = local(value)
     kind = type(own)
     if hasattr(own, "__tensor_flatten__") and kind is not type(local(p)):
@@ -410,7 +415,7 @@ def check_number(index: Any, name: str, value: Any, whole: bool) -> None:
     number = value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         number = value.item()
-    fits = isinstance(number, Real)
+    fits = type(number) is float or isinstance(number, Real)
     if fits and whole:
         fits = math.isfinite(number) and number >= 0 and number % 1 == 0
     if not fits:
@@ -433,22 +438,22 @@ def check_part(index: Any, p: Tensor, name: str, value: Any) -> None:
         )
 
 
-def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tensor, state: dict[str, Any]) -> None:
+def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tensor, there: Sequence[str]) -> None:
     """Raise ValueError where a state that has been started lacks what the group's variant keeps."""
     variant = optimizer.variant(group)
     needed = {*variant.state_names}
     if variant.prologue and optimizer.prologue_names:
         needed |= optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
-    if needed & state.keys() or (optimizer.counts_steps and "step" in state):
+    if needed & {*there} or (optimizer.counts_steps and "step" in there):
         needed |= {"step"} if optimizer.counts_steps else set()
         needed |= optimizer.first_scalar_states(group).keys() - {COUNT}
     else:
         needed = set()
     for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), ("residual_low", "residual")):
-        needed |= {other} if one in state else set()
-    if missing := sorted(needed - state.keys()):
+        needed |= {other} if one in there else set()
+    if missing := sorted(needed.difference(there)):
         raise ValueError(
-            f"the state of parameter {index} holds {sorted(state)} and lacks {missing}: {type(optimizer).__name__} "
+            f"the state of parameter {index} holds {sorted(there)} and lacks {missing}: {type(optimizer).__name__} "
             f"can't go on from it. {AGAIN}"
         )
 
@@ -465,7 +470,8 @@ def own_number(
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=dtype, device=device)
     value = value.detach() if value.requires_grad else value
-    value = value.to(device, dtype, copy=True)
+    same = value.dtype == dtype and value.device == device
+    value = value.clone() if same else value.to(device, dtype, copy=True)  # the one is half the other
     return value.reshape(()) if value.dim() else value
 
 
