@@ -141,7 +141,8 @@ def numbered(optimizer: Update, state_dict: dict[str, Any]) -> Iterator[tuple[An
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         yield from zip(saved["params"], group["params"], strict=True)
 
-def loaded_state(optimizer: Update, index: Any, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+
+def loaded_state(optimizer: Update, index: Any, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state as it is held, from how it was saved.
 
     Raises:
@@ -236,7 +237,7 @@ def loaded_states(optimizer: Update, state_dict: Any, groups: list[dict[str, Any
         for i, p in zip(saved["params"], own["params"], strict=True):
             if i in given:
                 states[i] = ready_state(optimizer, group, dtypes, p, states[i])
-    return {params[i] if i in params else i: states.get(i, state) for i, state in given.items()}
+    return {params.get(i, i): states.get(i, state) for i, state in given.items()}
 
 
 def ready_state(
@@ -469,10 +470,10 @@ def own_number(
     device = p.device if group.get("capturable") or optimizer.counts_on_device else CPU
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=dtype, device=device)
-    value = value.detach() if value.requires_grad else value
-    same = value.dtype == dtype and value.device == device
-    value = value.clone() if same else value.to(device, dtype, copy=True)  # the one is half the other
-    return value.reshape(()) if value.dim() else value
+    own: Tensor = value.detach() if value.requires_grad else value
+    same = own.dtype == dtype and own.device == device
+    own = own.clone() if same else own.to(device, dtype, copy=True)  # the first takes half as long
+    return own.reshape(()) if own.dim() else own
 
 
 def defaults_of(optimizer: Update) -> dict[str, Any]:

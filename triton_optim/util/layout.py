@@ -25,9 +25,9 @@ def first_of_each_kind(tensors: Sequence[Tensor]) -> Iterable[int]:
     """
     if not {*ORDINARY}.issuperset(map(type, tensors)):
         return range(len(tensors))
-    if len(set(map(_DTYPE, tensors))) == 1 and all(map(Tensor.is_contiguous, tensors)):
-        if all(map(_IS_CPU, tensors)) or len(set(map(_DEVICE, tensors))) == 1:
-            return (0,)
+    alike = len(set(map(_DTYPE, tensors))) == 1 and all(map(Tensor.is_contiguous, tensors))
+    if alike and (all(map(_IS_CPU, tensors)) or len(set(map(_DEVICE, tensors))) == 1):
+        return (0,)
     kinds = list(zip(map(_DTYPE, tensors), map(_DEVICE, tensors), map(Tensor.is_contiguous, tensors), strict=True))
     first = dict(zip(reversed(kinds), range(len(kinds) - 1, -1, -1), strict=True))
     return [i for i, kind in enumerate(kinds) if not kind[2] or first[kind] == i]
