@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..buckets.state import State
 from ..buckets.step_scalars import scalar_state_dtype
 from ..engine.prologue import check_states
 from ..options import OPTIONS
@@ -237,7 +238,7 @@ def loaded_states(optimizer: Update, state_dict: Any, groups: list[dict[str, Any
         for i, p in zip(saved["params"], own["params"], strict=True):
             if i in given:
                 states[i] = ready_state(optimizer, group, dtypes, p, states[i])
-    return {params.get(i, i): states.get(i, state) for i, state in given.items()}
+    return {params.get(i, i): State(states[i]) if i in states else state for i, state in given.items()}
 
 
 def ready_state(
@@ -338,10 +339,13 @@ class Checks:
         if not names.scales.isdisjoint(form):
             check_no_scales(names, index, state)
         held = loaded_state(optimizer, index, p, state)
-        there = tuple(part for part, value in held.items() if value is not None)
-        for part in there:
-            value, elementwise = held[part], part in names.elementwise
+        there: Any = tuple(held)
+        for part, value in held.items():
+            elementwise = part in names.elementwise
             if elementwise and is_like(p, value):  # as most are
+                continue
+            if value is None:
+                there = tuple(name for name in there if name != part)
                 continue
             if isinstance(value, Tensor):
                 check_tensor(index, p, part, value)

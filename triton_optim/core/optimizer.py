@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..backends.triton import compile_ahead
-from ..buckets.state import watch
+from ..buckets.state import State, watch
 from ..dispatch import BACKENDS, choose, this_machine
 from ..engine import compile_op
 from ..engine.engine import Engine
@@ -352,9 +352,11 @@ class RuleOptimizer(Optimizer, Update):
         return {name: getattr(self, name) for name in kept} | {"state": defaultdict(dict, states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        params = chain.from_iterable(group["params"] for group in state["param_groups"])
-        states = {p: loaded_state(self, i, p, state["state"][p]) for i, p in enumerate(params) if p in state["state"]}
-        super().__setstate__(state | {"state": defaultdict(dict, {**state["state"], **states})})
+        states = dict(state["state"])
+        if set(map(type, states.values())) != {State}:  # else they are as they are held: load_state_dict made them
+            params = chain.from_iterable(group["params"] for group in state["param_groups"])
+            states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
+        super().__setstate__(state | {"state": defaultdict(dict, states)})
         watch(self)
         # A copy has none of these; who loads a state dict keeps them.
         for name, value in {"backend": "auto", "amp": None, "_max_grad_norm": None}.items():
