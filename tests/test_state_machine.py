@@ -49,7 +49,7 @@ from user_actions import (
 )
 
 from triton_optim.backends.compiled import graph as compiled_graph
-from triton_optim.core.checkpoint import saved_states
+from triton_optim.core.saved_form import saved_states
 from triton_optim.precision import codecs
 from triton_optim.precision.averaging import value_of
 from triton_optim.precision.codecs import Codec, part_names, read

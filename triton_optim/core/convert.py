@@ -13,8 +13,9 @@ from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, re
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT
 from ..util.layout import local, with_local
-from .checkpoint import OPTIONAL, loaded_state
+from .loadable import OPTIONAL
 from .optimizer import RuleOptimizer
+from .saved_form import loaded_state
 
 
 def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:

@@ -29,17 +29,10 @@ from ..spec import Update, Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_kind
 from .averages import averaged_parameters
-from .checkpoint import (
-    check_groups,
-    check_keys,
-    fill_in,
-    loaded_groups,
-    loaded_state,
-    loaded_states,
-    packed,
-    saved_states,
-)
+from .checkpoint import fill_in, loaded_groups, loaded_states, packed
 from .checks import check_alone
+from .loadable import check_groups, check_keys
+from .saved_form import loaded_state, saved_states
 from .wrapping import leave_to_python, ordered, with_hooks
 
 
