@@ -146,6 +146,7 @@ def check_names(cls: type[Update]) -> None:
             raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it must be a tuple of names in {sorted(names)}.")
 
 
+@cache
 def in_blocks(codec: Codec, size: int) -> Codec:
     """These codes in blocks of another size."""
     return codec._replace(elements_per_item=(codec.elements_per_item[0], size))
