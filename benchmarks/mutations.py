@@ -373,8 +373,8 @@ MUTANTS = (
     Mutant(
         "states that were saved in another dtype are loaded in the parameter's",
         "training in bfloat16 goes on from rounded moments",
-        "elif isinstance(value, Tensor) and value.dtype != optimizer.state[p][name].dtype:",
-        "elif isinstance(value, Tensor) and value.dtype != value.dtype:",
+        "state[name] = value.to(device, copy=value.dtype != dtype and not dtype.is_complex)",
+        "state[name] = value.to(device, dtype)",
         "tests/test_state_dict.py::test_training_resumes_bit_for_bit_with_states_of_another_dtype",
     ),
     Mutant(
@@ -387,8 +387,8 @@ MUTANTS = (
     Mutant(
         "a checkpoint that lacks a state is taken",
         "training goes on with a moment of 0",
-        "if missing := sorted(needed - state.keys()):",
-        "if missing := sorted(needed - needed):",
+        "if missing := sorted(needed.difference(there)):",
+        "if missing := sorted(needed.difference(needed)):",
         "tests/test_saved_state.py::test_a_state_that_lacks_anything_is_refused",
     ),
     Mutant(

@@ -670,20 +670,26 @@ def has_others_words(message):
     return bool(OTHERS & {node.id for node in ast.walk(message) if isinstance(node, ast.Name)})
 
 
+def constants(tree):
+    """The texts that a module has names for."""
+    return {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+
+
 def messages():
     """Each error that the package raises, with its place."""
     package = Path(triton_optim.__file__).parent
     rules = Path(kernels.__path__[0])
-    for path in sorted({*package.rglob("*.py"), *rules.rglob("*.py")}):
-        tree = ast.parse(path.read_text())
-        known = {
-            node.targets[0].id: node.value.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        }
+    trees = {path: ast.parse(path.read_text()) for path in sorted({*package.rglob("*.py"), *rules.rglob("*.py")})}
+    shared = {name: text for tree in trees.values() for name, text in constants(tree).items()}
+    for path, tree in trees.items():
+        known = shared | constants(tree)
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
                 continue

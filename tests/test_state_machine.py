@@ -49,7 +49,7 @@ from user_actions import (
 )
 
 from triton_optim.backends.compiled import graph as compiled_graph
-from triton_optim.core.checkpoint import saved_state
+from triton_optim.core.saved_form import saved_states
 from triton_optim.precision import codecs
 from triton_optim.precision.averaging import value_of
 from triton_optim.precision.codecs import Codec, part_names, read
@@ -435,9 +435,8 @@ class BesideATwin(Machine):
         numbers = iter(range(len(ours.params)))
         for group in saved:
             group["params"] = [next(numbers) for _ in group["params"]]
-        states = {
-            i: saved_state(ours.opt, ours.opt.state[p], p) for i, p in enumerate(ours.params) if p in ours.opt.state
-        }
+        kept = dict(zip(ours.opt.state, saved_states(ours.opt, ours.opt.state), strict=True))
+        states = {i: kept[p] for i, p in enumerate(ours.params) if p in kept}
         twin.load_state_dict(copy.deepcopy({"state": states, "param_groups": saved}))
         return twin, [copies[id(p)] for p in ours.params]
 

@@ -13,8 +13,9 @@ from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, re
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT
 from ..util.layout import local, with_local
-from .checkpoint import OPTIONAL, group_of, loaded_state
+from .loadable import OPTIONAL
 from .optimizer import RuleOptimizer
+from .saved_form import loaded_state
 
 
 def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
@@ -72,11 +73,12 @@ def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) 
     """
     optimizer.load_state_dict(state_dict)
     for group in optimizer.param_groups:
+        names = optimizer.running_variant(group).state_names
         for p in group["params"]:
             state = optimizer.state.get(p)
             if state is None:
                 continue
-            for name in optimizer.running_variant(group).state_names:
+            for name in names:
                 held = current_codec(optimizer, state, name, p)
                 if held is not None:
                     convert_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))
@@ -135,11 +137,11 @@ def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: 
     model.load_state_dict(state_dict)
     optimizer.engine.forget_probe()
     weights: dict[str, Any] = model.state_dict(keep_vars=True)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, p in weights.items():
-        if id(p) not in known:
+        if id(p) not in groups:
             continue
-        codec = parameter_codec(group_of(optimizer, p), p.dtype)
+        codec = parameter_codec(groups[id(p)], p.dtype)
         if codec.suffixes:
             state = optimizer.state[p]
             convert_parameter(state, p, codec)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import Update
-from ..util.layout import local, with_local
+from ..util.layout import ORDINARY, local, with_local
 
 # The states of each optimizer that another library has, too.
 STATES = {
@@ -37,15 +38,15 @@ GROUP = 32  # of flashoptim's
 
 def origin(state_dict: Mapping[str, Any]) -> str | None:
     """The library that saved a state dict, if its form is one of those that are known; None of torch's and ours."""
-    states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
+    states = [s for s in state_dict["state"].values() if type(s) is dict or isinstance(s, Mapping)]
     groups = state_dict["param_groups"]
-    if any(WRAPPED in state or "state1" in state for state in states):
+    if not {WRAPPED, "state1"}.isdisjoint(chain.from_iterable(states)):
         return "bitsandbytes"
     if any("master_bytewidth" in group for group in groups):
         return "flashoptim"
     if any({"decouple_lr", "kahan_sum"} <= group.keys() for group in groups):
         return "optimi"
-    if any(has_codes(value) for state in states for value in state.values()):
+    if any(has_codes(value) for state in states for value in state.values() if type(value) not in ORDINARY):
         return "torchao"
     return None
 

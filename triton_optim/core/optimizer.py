@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..backends.triton import compile_ahead
-from ..buckets.state import watch
+from ..buckets.state import State, watch
 from ..dispatch import BACKENDS, choose, this_machine
 from ..engine import compile_op
 from ..engine.engine import Engine
@@ -27,18 +27,12 @@ from ..precision.averaging import check_averaging, largest_count
 from ..precision.codecs import check_names, check_precision
 from ..spec import Update, Variant
 from ..util.hyperparameters import Hyperparameters, unread
+from ..util.layout import first_of_each_kind
 from .averages import averaged_parameters
-from .checkpoint import (
-    as_saved,
-    check_keys,
-    fill_in,
-    loaded_groups,
-    loaded_state,
-    loaded_states,
-    restore_dtypes,
-    saved_state,
-)
+from .checkpoint import fill_in, loaded_groups, loaded_states, packed
 from .checks import check_alone
+from .loadable import check_groups, check_keys
+from .saved_form import loaded_state, saved_states
 from .wrapping import leave_to_python, ordered, with_hooks
 
 
@@ -252,7 +246,8 @@ class RuleOptimizer(Optimizer, Update):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            self.engine.take_params()
+            if self.engine.release is not None:  # else the next step finds the group
+                self.engine.take_params()
         except Exception:
             self.param_groups.pop()
             raise
@@ -265,7 +260,10 @@ class RuleOptimizer(Optimizer, Update):
             check_signature(straight(variant.rule), len(variant.state_names))
         check_precision(self, group)
         check_averaging(self, numbers)
-        for i, p in enumerate(group["params"]):
+        params = group["params"]
+        each = type(self).check_parameter is not RuleOptimizer.check_parameter
+        for i in range(len(params)) if each else first_of_each_kind(params):
+            p = params[i]
             self.check_parameter(i, p, group)
             if is_lazy(p):
                 continue
@@ -281,6 +279,7 @@ class RuleOptimizer(Optimizer, Update):
                 "complex tensors. Leave it out of params."
             )
 
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
 
@@ -289,11 +288,14 @@ class RuleOptimizer(Optimizer, Update):
         """
         self.engine.check_not_swapped("state_dict()")
         self.engine.probe_again()
-        handle = self.register_state_dict_post_hook(as_saved, prepend=True)  # type: ignore[arg-type]
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        # As torch's own, in one pass: another one over its result would take as long again.
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = packed(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours or of torch.optim's.
@@ -312,40 +314,38 @@ class RuleOptimizer(Optimizer, Update):
         self.engine.check_not_swapped("load_state_dict()")
         if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
             check_keys(state_dict)
-        loaded: dict[str, Any] = {}
 
-        def keep(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            states = loaded_states(self, state_dict)
+        def ready(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            check_groups(self, state_dict)
             groups = loaded_groups(self, state_dict)
-            loaded.update(state_dict, param_groups=groups, state=states)
-            return dict(loaded)
+            # What is by parameter torch leaves as it is: else it would look for each value's parameter in all groups.
+            states = loaded_states(self, state_dict, groups)
+            for group in groups:  # of which torch asks only how many there are
+                group["params"] = range(len(group["params"]))
+            return {**state_dict, "param_groups": groups, "state": states}
 
-        def restore(_: Optimizer) -> None:
-            restore_dtypes(self, loaded)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(keep),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
+        handle = self.register_load_state_dict_pre_hook(ready)
         try:
             super().load_state_dict(state_dict)
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
         if self.engine.release is not None:
             self.engine.release.restart()
 
     def __getstate__(self) -> dict[str, Any]:
         self.engine.check_not_swapped("a copy")
         probed = set(map(id, self.engine.probe.params(self)))
-        states = {p: saved_state(self, state, p) for p, state in self.state.items() if id(p) not in probed}
+        own = {p: state for p, state in self.state.items() if id(p) not in probed}
+        states = dict(zip(own, saved_states(self, own), strict=True))
         kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
         return {name: getattr(self, name) for name in kept} | {"state": defaultdict(dict, states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        params = chain.from_iterable(group["params"] for group in state["param_groups"])
-        states = {p: loaded_state(self, i, p, state["state"][p]) for i, p in enumerate(params) if p in state["state"]}
-        super().__setstate__(state | {"state": defaultdict(dict, {**state["state"], **states})})
+        states = dict(state["state"])
+        if set(map(type, states.values())) != {State}:  # else they are as they are held: load_state_dict made them
+            params = chain.from_iterable(group["params"] for group in state["param_groups"])
+            states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
+        super().__setstate__(state | {"state": defaultdict(dict, states)})
         watch(self)
         # A copy has none of these; who loads a state dict keeps them.
         for name, value in {"backend": "auto", "amp": None, "_max_grad_norm": None}.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ MIN_QUANTIZED_NUMEL = 4096
 
 SCALE = "scale"
 CODES_VERSION = 1  # of what codes stand for (kernels/codecs.py); it is saved with them
+_DTYPE = attrgetter("dtype")
 _decode, _encode = torch_form(decode), torch_form(encode)
 
 
@@ -144,6 +146,7 @@ def check_names(cls: type[Update]) -> None:
             raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it must be a tuple of names in {sorted(names)}.")
 
 
+@cache
 def in_blocks(codec: Codec, size: int) -> Codec:
     """These codes in blocks of another size."""
     return codec._replace(elements_per_item=(codec.elements_per_item[0], size))
@@ -251,9 +254,9 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
             f"{name}: {asked} is for the states of a rule; {optimizer.prologue_names} are what comes before it keeps, "
             "in the parameter's dtype. Leave state_dtype out."
         )
-    if state_dtype is not None and any(p.is_complex() for p in params):
+    if state_dtype is not None and any(dtype.is_complex for dtype in set(map(_DTYPE, params))):
         raise RuntimeError(f"{name}: states of complex parameters are complex, not {asked}. Leave state_dtype out.")
-    if state_dtype in STATE_CODES and any(map(is_sharded, params)):
+    if state_dtype in STATE_CODES and any(map(is_sharded, dict(zip(map(type, params), params, strict=True)).values())):
         raise RuntimeError(
             f"{name}: {asked} has blocks in the order of memory, which another sharding would cut elsewhere. Use "
             "state_dtype=torch.bfloat16 for sharded parameters."

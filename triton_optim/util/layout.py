@@ -16,6 +16,21 @@ from ..dispatch import Layout
 
 ORDINARY = (Tensor, Parameter)  # a DTensor that is a parameter has another type
 _LOCAL, _PLACEMENTS = attrgetter("_local_tensor"), attrgetter("_spec.placements")
+_DTYPE, _DEVICE, _IS_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
+
+
+def first_of_each_kind(tensors: Sequence[Tensor]) -> Iterable[int]:
+    """The places of the tensors that stand for all: of those that fill one stretch of memory in the usual order the
+    first of each dtype and device, and all others.
+    """
+    if not {*ORDINARY}.issuperset(map(type, tensors)):
+        return range(len(tensors))
+    alike = len(set(map(_DTYPE, tensors))) == 1 and all(map(Tensor.is_contiguous, tensors))
+    if alike and (all(map(_IS_CPU, tensors)) or len(set(map(_DEVICE, tensors))) == 1):
+        return (0,)
+    kinds = list(zip(map(_DTYPE, tensors), map(_DEVICE, tensors), map(Tensor.is_contiguous, tensors), strict=True))
+    first = dict(zip(reversed(kinds), range(len(kinds) - 1, -1, -1), strict=True))
+    return [i for i, kind in enumerate(kinds) if not kind[2] or first[kind] == i]
 
 
 def is_sharded(tensor: Tensor) -> bool:

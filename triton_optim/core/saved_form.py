@@ -1,0 +1,140 @@
+"""How states are saved: as they are held, but for numbers that share memory, and for codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..precision.codecs import CODES_VERSION, SCALE, codes, in_blocks, new_parts, part_names, read
+from ..precision.kept import check_state, current_codec
+from ..spec import AVERAGE, COUNT, Update
+from ..util.layout import ORDINARY, local
+
+# What is saved of a quantized state, under its name: no other reader takes a dict for a tensor, whatever its shape.
+CODES = ("codes", SCALE, "bits", "signed", "block", "version")
+
+# Of what kinds the values of a state are that is held as it is saved.
+HELD = frozenset((*ORDINARY, int, float))
+
+AGAIN = "Load the state dict as it was saved."
+
+
+def elementwise_names(optimizer: Update) -> list[str]:
+    """The states of all variants that have an item for each element of the parameter."""
+    return list(dict.fromkeys([*chain.from_iterable(v.state_names for v in optimizer.variants), AVERAGE]))
+
+
+class Names(NamedTuple):
+    """What the states of an optimizer are called: found once, as thousands of parameters have them."""
+
+    elementwise: list[str]
+    scales: frozenset[str]  # of those, where they are quantized
+    counted: frozenset[str]  # numbers, those that the groups have
+    numbers: frozenset[str]  # and those that others may have
+
+
+def names_of(optimizer: Update) -> Names:
+    """What the states of any parameter may be called."""
+    elementwise = elementwise_names(optimizer)
+    scales = frozenset(f"{name}_{SCALE}" for name in elementwise)
+    counted = {"step", *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
+    return Names(elementwise, scales, frozenset(counted), frozenset(counted | {COUNT}))
+
+
+def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
+    """States as they are saved, in their order: with numbers that share memory with no other's, and codes that say how
+    they are read.
+
+    Loaded into torch.optim, numbers that share memory would each be counted once for every one of them; and who pickles
+    one pickles all the memory that it is in.
+
+    Args:
+        states: by parameter, or by what else there may be states of.
+    """
+    names = names_of(optimizer)
+    saved = [dict(state) if isinstance(state, dict) else state for state in states.values()]
+    dicts = [state for state in saved if type(state) is dict]
+    there: set[str] = set().union(*dicts)
+    for name in there.difference(names.elementwise):
+        having = [state for state in dicts if isinstance(value := state.get(name), Tensor) and not value.dim()]
+        for state, value in zip(having, clones([state[name] for state in having]), strict=True):
+            state[name] = value
+    if not names.scales.isdisjoint(there):
+        for p, state in zip(states, saved, strict=True):
+            if isinstance(p, Tensor) and isinstance(state, dict) and not names.scales.isdisjoint(state):
+                describe_codes(optimizer, names, state, p)
+    return saved
+
+
+def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor) -> None:
+    """Put what is saved of quantized states in the places of their codes and scales."""
+    for name in names.elementwise:
+        if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
+            continue
+        scale = state.pop(f"{name}_{SCALE}")
+        if codec.block_size:  # else a value was put in place of codes, and their scales are left over
+            bits, signed = 8 // codec.elements_per_item[0], int(name not in optimizer.nonnegative)
+            kept = (state[name], scale, bits, signed, codec.block_size, CODES_VERSION)
+            state[name] = dict(zip(CODES, kept, strict=True))
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each."""
+    if set(map(type, tensors)) == {Tensor} and hasattr(torch, "_foreach_clone"):  # torch 2.9 has none
+        return list(torch._foreach_clone(tensors))
+    return [t.clone() for t in tensors]
+
+
+def loaded_state(optimizer: Update, index: Any, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it is held, from how it was saved.
+
+    Raises:
+        RuntimeError: its codes are not those of so many elements, or of a version that is not known, or hold what the
+            optimizer says they never do.
+    """
+    if HELD.issuperset(map(type, state.values())):  # as most are: nothing is quantized
+        return dict(state)
+    names = elementwise_names(optimizer)
+    held: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, dict) and name in names:
+            held |= held_codes(optimizer, index, p, name, value)
+        elif value != {} or not name.endswith(SCALE):  # of scales, too, DCP's flat form asks by the names that are held
+            held[name] = value
+    return held
+
+
+def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[str, Any]) -> dict[str, Any]:
+    """The parts, by name, of a quantized state that was saved."""
+    where = f"{name} of parameter {index}"
+    tensors = all(isinstance(saved.get(part), Tensor) for part in CODES[:2])
+    if saved.keys() != {*CODES} or not tensors or saved["bits"] not in (4, 8):
+        raise RuntimeError(f"{where} was saved as {saved!r:.80}; a quantized state is a dict of {list(CODES)}. {AGAIN}")
+    if saved["version"] != CODES_VERSION:
+        raise RuntimeError(
+            f"{where} was quantized by version {saved['version']}, this triton_optim reads version {CODES_VERSION}. "
+            "Load it where it was saved, and save to_torch_state_dict(optimizer) there."
+        )
+    parts = {name: saved["codes"], f"{name}_{SCALE}": saved[SCALE]}
+    own = current_codec(optimizer, parts, name, p)
+    codec = in_blocks(codes(f"int{saved['bits']}", not saved["signed"]), saved["block"])
+    if own is None or own._replace(name=codec.name) != codec:
+        raise RuntimeError(
+            f"{where} is said to be {saved['bits']} bits in blocks of {saved['block']}; there are "
+            f"{saved['codes'].numel():,} items of {saved['codes'].dtype} and {saved[SCALE].numel():,} scales of "
+            f"{saved[SCALE].dtype}. {AGAIN}"
+        )
+    check_state(optimizer, index, p, name, parts)
+    if own == codec:
+        return parts
+    value = read(codec, list(parts.values()), local(p))
+    if saved["signed"] and bool((value < 0).any()):
+        raise RuntimeError(
+            f"{where} was saved with signs and holds negative numbers; `nonnegative` of {type(optimizer).__name__} "
+            "says that it never does. Take it out of `nonnegative`, or load a state dict of this optimizer."
+        )
+    return dict(zip((name, *part_names(own, name)), new_parts(own, value), strict=True))
