@@ -18,7 +18,7 @@ from ...options import Options
 from ...spec import Variant
 from ...util.layout import gathered, placed_as
 from ..adam import AdamW, adam_scalars
-from .newton_schulz import newton_schulz
+from .newton_schulz import newton_schulz, triples
 
 # The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
 ADJUST: dict[str | None, Callable[[int, int], float]] = {
@@ -128,8 +128,7 @@ class Muon(RuleOptimizer):
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_range("momentum value", group["momentum"], 0.0)
         check_range("ns_steps", group["ns_steps"], 0, 100)
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"Invalid ns_coefficients: {group['ns_coefficients']}. Give three numbers, (a, b, c).")
+        triples(group["ns_coefficients"], group["ns_steps"])
         if group["adjust_lr_fn"] not in ADJUST:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported. "
