@@ -176,11 +176,22 @@ class Muon(RuleOptimizer):
         buffers = [state["momentum_buffer"] for state in states]
         gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - mu)
-        momenta = torch._foreach_lerp(gradients, buffers, mu) if group["nesterov"] else buffers
         adjusted = ADJUST[group["adjust_lr_fn"]]
         scales = [adjusted(*p.shape) for p in params]
-        matrices = [gathered(m) for m in momenta]
-        updates = newton_schulz(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"], scales)
+
+        def ahead(places: list[int]) -> list[Tensor]:
+            momenta = torch._foreach_lerp([gradients[i] for i in places], [buffers[i] for i in places], mu)
+            return [gathered(m) for m in momenta]
+
+        nesterov = group["nesterov"]
+        updates = newton_schulz(
+            buffers if nesterov else [gathered(b) for b in buffers],
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+            scales,
+            ahead if nesterov else None,
+        )
         return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
 
 

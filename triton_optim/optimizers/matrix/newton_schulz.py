@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import GPUS
-from .symmetric_product import PANEL, by_panels, symmetric_product
+from .symmetric_product import by_panels, symmetric_product
 
 Triple: TypeAlias = tuple[float, float, float]
 
@@ -42,6 +42,7 @@ def newton_schulz(
     steps: int,
     eps: float,
     scales: Sequence[float],
+    fetch: Callable[[list[int]], list[Tensor]] | None = None,
 ) -> list[Tensor]:
     r"""Bring the singular values of each matrix near 1.
 
@@ -58,6 +59,8 @@ def newton_schulz(
         steps: number of iterations.
         eps: :math:`\epsilon`, the smallest norm that is divided by.
         scales: a factor of the result, a matrix.
+        fetch: makes what is iterated in place of the matrices at some indices, and of their shapes, when it is their
+            turn: new tensors, which may be overwritten.
 
     Returns:
         A matrix for each, of its shape, in the dtype of the iteration: see :func:`iterated_in`.
@@ -73,7 +76,7 @@ def newton_schulz(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; in the Gram matrix, Zhang et al. 2026,
     https://tridao.me/blog/2026/gram-newton-schulz/.
     """
-    own_triples = triples(coefficients, steps)
+    own_triples, recorded = triples(coefficients, steps), torch.is_grad_enabled()
     alike: dict[Any, list[int]] = {}
     for i, m in enumerate(matrices):
         alike.setdefault((m.device, iterated_in(m), min(m.shape), max(m.shape)), []).append(i)
@@ -81,13 +84,22 @@ def newton_schulz(
     for (device, dtype, rows, columns), places in alike.items():
         largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
         at_once = max(1, largest // max(rows * columns, 1))
+        tall = [matrices[i].shape[0] > rows for i in range(len(matrices))]
+        places.sort(key=tall.__getitem__)  # those that lie alike use the same buffers
+        buffers: list[Tensor | None] = []
         for start in range(0, len(places), at_once):
             own = places[start : start + at_once]
-            wide = [matrices[i].mT if matrices[i].shape[0] > rows else matrices[i] for i in own]
-            x = iterate(normalized(wide, eps, dtype), own_triples)
-            scaled = torch._foreach_mul(x.unbind(), [scales[i] for i in own])
+            fetched = fetch(own) if fetch else [matrices[i] for i in own]
+            wide = [m.mT if tall[i] else m for i, m in zip(own, fetched, strict=True)]
+            x = normalized(wide, eps, dtype, owned=fetch is not None and not recorded)
+            scaled = iterate(x, own_triples, buffers).unbind()
+            own_scales = [scales[i] for i in own]
+            if recorded:
+                scaled = torch._foreach_mul(scaled, own_scales)
+            else:
+                torch._foreach_mul_(scaled, own_scales)
             for i, x in zip(own, scaled, strict=True):
-                results[i] = x.mT if matrices[i].shape[0] > rows else x
+                results[i] = x.mT if tall[i] else x
     return [results[i] for i in range(len(matrices))]
 
 
@@ -141,22 +153,44 @@ def cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def normalized(matrices: Sequence[Tensor], eps: float, dtype: torch.dtype) -> Tensor:
+def normalized(matrices: Sequence[Tensor], eps: float, dtype: torch.dtype, owned: bool = False) -> Tensor:
     """A batch of the matrices, each divided by its norm, or by `eps` if that is larger: in at least float32, and
-    rounded to `dtype` once.
+    rounded to `dtype` once. Where they are `owned` they may be overwritten.
     """
-    x = torch.stack(matrices) if len(matrices) > 1 else matrices[0].unsqueeze(0)
+    alone = len(matrices) == 1
+    x = matrices[0].unsqueeze(0) if alone else torch.stack(list(matrices))
     wide = torch.promote_types(x.dtype, torch.float32)
     # Of a smaller norm the squares underflow. Zeros stay zeros even if eps is 0.
     eps = max(eps, torch.finfo(wide).tiny ** 0.5)
-    return (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)).to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)
+    x = x.div_(norm) if owned and x.dtype == wide else x / norm
+    # Products of 16 bits copy what does not lie as a contiguous matrix or its transpose does, and panels of either.
+    return x if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
 
 
-def iterate(x: Tensor, coefficients: Sequence[Triple]) -> Tensor:
-    """The iteration on a batch ``(B, M, N)`` of normalized matrices with M <= N."""
+def iterate(x: Tensor, coefficients: Sequence[Triple], buffers: list[Tensor | None]) -> Tensor:
+    """The iteration on a batch ``(B, M, N)`` of normalized matrices with M <= N, which are overwritten.
+
+    Args:
+        buffers: those that the last batch of these sizes left, or none. On a CPU new memory costs as much as several
+            products of small matrices, or a tenth of one of large ones.
+    """
+    if torch.is_grad_enabled():  # autograd records torch's products, into new memory
+        for a, b, c in coefficients:
+            gram = torch.bmm(x, x.mT)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    if x.device.type != "cpu":
+        buffers[:] = [None] * 5
+    elif not buffers or buffers[0].shape != x.shape or buffers[0].stride() != x.stride():  # type: ignore[union-attr]
+        square = (x.shape[0], x.shape[1], x.shape[1])
+        buffers[:] = [torch.empty_like(x), *(x.new_empty(square) for _ in range(4))]
     long = x.shape[2] > LONG * x.shape[1]
     for phase in phases(coefficients) if long else [[triple] for triple in coefficients]:
-        x = advance(x, phase)
+        following = advance(x, phase, buffers)
+        if buffers[0] is not None:
+            buffers[0] = x
+        x = following
     return x
 
 
@@ -173,49 +207,53 @@ def phases(coefficients: Sequence[Triple]) -> list[list[Triple]]:
     return found
 
 
-def advance(x: Tensor, phase: Sequence[Triple]) -> Tensor:
+def advance(x: Tensor, phase: Sequence[Triple], buffers: Sequence[Tensor | None]) -> Tensor:
     r"""Take the steps of a phase.
 
     With :math:`R = X X^\top` and :math:`Z = b R + c R^2`, a step makes :math:`(a I + Z) X` of X, and
     :math:`(a I + Z) R (a I + Z)` of R. So R alone tells the factors of all steps; their product Q multiplies X at the
     end. All but X are polynomials of R: symmetric, and every product of two as well.
 
-    For n rows and r n columns, a phase of one step, which is the ordinary iteration, takes :math:`4 r + 2` times
-    :math:`n^3` operations; one of k > 1 steps :math:`4 r + 8 k - 6`. Where symmetric products are halved, it is
-    :math:`3 r + 1` and :math:`3 r + 4 k - 3`. So five steps take
+    For n rows and r n columns, a phase of k steps takes :math:`4 r + 8 k - 6` times :math:`n^3` operations; where
+    symmetric products are halved, :math:`3 r + 4 k - 3`. A phase of one is the ordinary iteration. So five steps take
 
-    =====  =====================  =============================
-    r      one by one (halved)    3 and 2 in a phase (halved)
-    =====  =====================  =============================
-    1      30 (20)                36 (20)
-    2      50 (35)                44 (26)
-    4      90 (65)                60 (38)
-    8      170 (125)              92 (62)
-    =====  =====================  =============================
+    ===  =====================  =============================
+    r    one by one (halved)    3 and 2 in a phase (halved)
+    ===  =====================  =============================
+    1    30 (20)                36 (20)
+    2    50 (35)                44 (26)
+    4    90 (65)                60 (38)
+    8    170 (125)              92 (62)
+    ===  =====================  =============================
+
+    Args:
+        x: a batch ``(B, M, N)``.
+        phase: coefficients of each of its steps.
+        buffers: where the result may be written, then four of ``(B, M, M)``; None for new memory.
     """
-    gram = product(x, x)
-    factor: Tensor | None = None
+    out, gram, z, spare, factor = buffers
+    gram = product(x, x, out=gram)
     for i, (a, b, c) in enumerate(phase):
-        z = product(gram, gram, c, b, gram)
-        last = i == len(phase) - 1
-        if last and factor is None:
-            return torch.baddbmm(x, z, x, beta=a)
-        if not last:
-            half = product(z, gram, 1.0, a, gram)
-            gram = product(z, half, 1.0, a, half)
-        if factor is None:
-            factor = z.clone()
+        z = product(gram, gram, c, b, gram, out=z)
+        if i < len(phase) - 1:
+            spare = product(z, gram, 1.0, a, gram, out=spare)
+            gram = product(z, spare, 1.0, a, spare, out=gram)
+        elif i == 0:
+            return torch.baddbmm(x, z, x, beta=a, out=out)
+        if i == 0:
+            factor, z = z, factor
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            factor = product(z, factor, 1.0, a, factor)
-    return x if factor is None else torch.bmm(factor, x)
+            assert factor is not None
+            factor, spare = product(z, factor, 1.0, a, factor, out=spare), factor
+    assert factor is not None
+    return torch.bmm(factor, x, out=out)
 
 
-def product(x: Tensor, y: Tensor, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None) -> Tensor:
-    """The symmetric alpha x y^T + beta c, in the fastest way there is."""
-    if not torch.is_grad_enabled():  # autograd records torch's products only
-        if x.device.type in GPUS:
-            return symmetric_product(x, alpha, beta, c, y=y)
-        if x.device.type == "cpu" and x.shape[1] >= 2 * PANEL:
-            return by_panels(x, y, alpha, beta, c)
-    return torch.bmm(x, y.mT) if c is None else torch.baddbmm(c, x, y.mT, beta=beta, alpha=alpha)
+def product(
+    x: Tensor, y: Tensor, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """alpha x y^T + beta c, which is symmetric, the fastest way; in `out` where that helps."""
+    if x.device.type in GPUS:
+        return symmetric_product(x, alpha, beta, c, y=y)
+    return by_panels(x, y, alpha, beta, c, out)

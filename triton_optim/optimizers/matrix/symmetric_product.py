@@ -4,6 +4,7 @@ iteration needs.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from ...util.layout import all_aligned, layout, overlapping
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KERNEL_DTYPES = DTYPES[:3]
-# Rows at a time of a product on a CPU. Of smaller panels copying the halves takes what multiplying them spares.
+# Rows at a time of a product on a CPU: of fewer, copying a half takes what is spared by not multiplying it.
 PANEL = 192
 
 
@@ -91,15 +92,20 @@ def symmetric_product(
 def by_panels(
     x: Tensor, y: Tensor, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """:func:`symmetric_product` by torch's products, unchecked: the same on both sides but for roundings near the
-    diagonal. It multiplies 1/2 + 1/2n of a product of n panels.
+    """:func:`symmetric_product` by torch's products, unchecked, and the same on both sides but for their roundings.
+
+    Of n panels it multiplies 1/2 + 1/2n of the whole, on a CPU and if n > 1; the rest is copied.
     """
     m = x.shape[1]
+    count = m // PANEL
+    if x.device.type != "cpu" or count < 2:
+        if c is None:
+            return torch.baddbmm(x.new_empty(()), x, y.mT, beta=0, alpha=alpha, out=out)
+        return torch.baddbmm(c, x, y.mT, beta=beta, alpha=alpha, out=out)
     if out is None:
         out = x.new_empty(x.shape[0], m, m)
-    count = max(1, m // PANEL)
     bounds = [m * i // count for i in range(count + 1)]
-    for start, stop in zip(bounds, bounds[1:]):
+    for start, stop in pairwise(bounds):
         panel = out[:, start:stop, :stop]
         added = panel if c is None else c[:, start:stop, :stop]  # any tensor will do that beta=0 ignores
         torch.baddbmm(added, x[:, start:stop], y[:, :stop].mT, beta=beta, alpha=alpha, out=panel)
