@@ -1,4 +1,4 @@
-"""alpha x y^T + beta c, where that is symmetric, for a batch of matrices, in one launch and with half the multiplications.
+"""alpha x y^T + beta c, where that is symmetric, for a batch of matrices, in one launch with half the multiplications.
 
 A program computes one tile of one matrix of the batch, on or under the diagonal, and also writes it, transposed, to
 the other side. Most products of Muon's Newton-Schulz iteration are such: gram = x x^T, and those of polynomials of

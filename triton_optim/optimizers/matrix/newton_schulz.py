@@ -29,7 +29,7 @@ PRESETS: dict[str, tuple[Triple, ...]] = {
 
 # Elements iterated at once: an iteration holds several batches of this size. A CPU's are to stay in its caches.
 LARGEST_BATCH, LARGEST_ON_CPU = 1 << 26, 1 << 19
-# The ratio of sides above which steps are taken in the Gram matrix: from there on it takes fewer operations, see `advance`.
+# The ratio of sides above which steps in the Gram matrix take fewer operations: see `advance`.
 LONG = 1.5
 # What rounding leaves in a Gram matrix grows by a^2 a step, in the directions of small singular values. So much it may
 # grow before the Gram matrix is computed anew: more in the first phase, whose errors the later ones correct.

@@ -1,5 +1,5 @@
-"""alpha x y^T + beta c, where that is symmetric, for a batch of matrices with about half the multiplications: what Muon's
-iteration needs.
+"""alpha x y^T + beta c, where that is symmetric, for a batch of matrices, with about half the multiplications: what
+Muon's iteration needs.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def symmetric_product(
         c: ``(B, M, M)``, symmetric: of each matrix only the lower triangle counts.
         out: ``(B, M, M)``, written and returned; a new tensor by default. It must not share memory with `x`, `y` or
             `c`.
-        y: of x's shape, by default `x`. The product :math:`x y^\top` must be symmetric, as that of two symmetric matrices
-            is which commute; of others the lower triangle is returned, twice.
+        y: of x's shape, by default `x`. The product must be symmetric, as that of two symmetric matrices is which
+            commute; of another, both sides are the lower one.
         backend: ``"triton"`` or ``"eager"``; by default Triton for tensors on a GPU.
 
     Raises:
@@ -169,9 +169,7 @@ def _unable(x: Tensor) -> str | None:
     return dispatch.unable("triton", dispatch.Request(x.device.type, x.dtype), dispatch.this_machine())
 
 
-def _check(
-    x: Tensor, y: Tensor | None, beta: float, c: Tensor | None, out: Tensor | None, backend: str | None
-) -> None:
+def _check(x: Tensor, y: Tensor | None, beta: float, c: Tensor | None, out: Tensor | None, backend: str | None) -> None:
     if backend not in (None, "triton", "eager"):
         raise ValueError(
             f'symmetric_product(backend={backend!r}): there is no such backend. Use "triton" or "eager", or leave '
