@@ -46,10 +46,10 @@ class Muon(RuleOptimizer):
     :math:`0.2 \sqrt{\max(A, B)}`, with ``"spectral_unclamped"`` :math:`\sqrt{A / B}`.
 
     Matrices of one shape, or its transpose, are iterated together, and of a symmetric product one half is computed.
-    Where one side is more than 1.5 times the other, the small matrix :math:`X X^\top` is iterated, and computed anew from
-    X after as many steps as rounding allows: of torch's coefficients after three. All that is done in bfloat16 on GPUs
-    and on CPUs with instructions for it; elsewhere in float32 (float64 parameters: float64). torch iterates in bfloat16
-    everywhere, so the two agree to its precision.
+    Where one side is more than 1.5 times the other, the small matrix :math:`X X^\top` is iterated, and computed anew
+    from X after as many steps as rounding allows: of torch's coefficients after three. All that is done in bfloat16 on
+    GPUs and on CPUs with instructions for it; elsewhere in float32 (float64 parameters: float64). torch iterates in
+    bfloat16 everywhere, so the two agree to its precision.
 
     A parameter group with ``"use_muon": False`` is updated by AdamW, in the group's ``lr``, ``betas``, ``eps`` and
     ``weight_decay``, by default torch.optim.AdamW's. :func:`muon_param_groups` sorts a model's parameters so.
