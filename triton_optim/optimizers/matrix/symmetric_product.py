@@ -16,7 +16,7 @@ from ...util.layout import all_aligned, layout, overlapping
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KERNEL_DTYPES = DTYPES[:3]
 # Rows at a time of a product on a CPU: of fewer, copying a half takes what is spared by not multiplying it.
-PANEL = 256
+PANEL = 192
 
 
 @torch.no_grad()
