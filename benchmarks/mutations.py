@@ -472,8 +472,15 @@ MUTANTS = (
     Mutant(
         "Muon's iteration lacks its last term",
         "singular values do not come near one",
-        "polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)",
-        "polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=0.0)",
+        "z = product(gram, gram, c, b, gram, out=z)",
+        "z = product(gram, gram, 0.0, b, gram, out=z)",
         "tests/test_muon.py::test_steps_are_the_references",
+    ),
+    Mutant(
+        "Muon's Gram matrix is never computed anew",
+        "what rounding leaves in it grows until singular values are far above one",
+        "GROWTH_AT_FIRST, GROWTH = 150, 20",
+        "GROWTH_AT_FIRST, GROWTH = 1e9, 1e9",
+        "tests/test_newton_schulz.py::test_singular_values_beside_torchs",
     ),
 )

@@ -21,8 +21,8 @@ def test_muon(device: torch.device, benchmark: Callable, answer: Callable, patie
     for name, make in {"torch": torch.optim.Muon, "ours": triton_optim.Muon}.items():
         params = list(parameters(GPT2_MATRICES, device))
         optimizer = make(params, lr=1e-2, weight_decay=0.0)  # without decay the change is the orthogonal matrix alone
-        # torch iterates in bfloat16: of random matrices its result is 1.1 % off that in float32.
-        contenders.append(Contender(name, optimizer, params, optimizer.step, share=2e-2))
+        # In bfloat16 the results for random matrices are off: torch's by 1.2 %, in the Gram matrix by 2 %.
+        contenders.append(Contender(name, optimizer, params, optimizer.step, share=4e-2))
     assert_agree(contenders)
 
     # On a CPU without bfloat16 instructions a step of torch's takes half a minute. The comparison was the warm-up.
@@ -31,7 +31,7 @@ def test_muon(device: torch.device, benchmark: Callable, answer: Callable, patie
     ms = {f"{c.name} ms": 1e3 * m.median(c.name) for c in contenders}
     text = f"ours {ms['ours ms']:.2f} ms, torch {ms['torch ms']:.2f} ms; {words}"
     case = f"Muon, gpt2 ({len(GPT2_MATRICES)} matrices)"
-    answer(case, text, ms | ratios, value=ratios["ratio"], target=1.0, measurement=m)
+    answer(case, text, ms | ratios, value=ratios["ratio"], target=0.55, measurement=m)
     benchmark.pedantic(contenders[-1].step, rounds=1)
 
 

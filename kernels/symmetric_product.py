@@ -1,8 +1,8 @@
-"""alpha x x^T + beta c for a batch of matrices, in one launch and with half the multiplications.
+"""alpha x y^T + beta c, where that is symmetric, for a batch of matrices, in one launch with half the multiplications.
 
 A program computes one tile of one matrix of the batch, on or under the diagonal, and also writes it, transposed, to
-the other side. Two of the three products of a step of Muon's Newton-Schulz iteration are such: gram = x x^T, and
-b gram + c gram gram^T, since a gram matrix is symmetric.
+the other side. Most products of Muon's Newton-Schulz iteration are such: gram = x x^T, and those of polynomials of
+it, which are symmetric and commute.
 
 Programs go through a triangle row by row. Squares of tiles would reuse more in the L2 cache, which matters once x is
 larger than that cache: 50 MB on an H100.
@@ -66,9 +66,11 @@ def tile_of(program, TILES):
 @triton.jit
 def symmetric_product(
     x,
+    y,
     c,
     out,
     x_strides,
+    y_strides,
     c_strides,
     out_strides,
     M,
@@ -80,13 +82,13 @@ def symmetric_product(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute one tile of ``out[b] = alpha x[b] x[b]^T + beta c[b]``, and its mirror image.
+    """Compute one tile of ``out[b] = alpha x[b] y[b]^T + beta c[b]``, and its mirror image.
 
     Args:
-        x: ``(B, M, K)``.
+        x, y: ``(B, M, K)``. Their product is symmetric.
         c: ``(B, M, M)`` and symmetric, or None for no such term.
         out: ``(B, M, M)``.
-        x_strides, c_strides, out_strides: three each.
+        x_strides, y_strides, c_strides, out_strides: three each.
         PRECISION: of float32 products.
         INTERPRETED: whether Triton's interpreter runs this. It would multiply the bits of bfloat16 as integers.
     """
@@ -99,9 +101,11 @@ def symmetric_product(
     j = column.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     x += batch * x_strides[0]
+    y += batch * y_strides[0]
     left = x + i[:, None] * x_strides[1] + k[None, :] * x_strides[2]
-    right = x + j[None, :] * x_strides[1] + k[:, None] * x_strides[2]
-    step = tl.full((), BLOCK_K, tl.int64) * x_strides[2]
+    right = y + j[None, :] * y_strides[1] + k[:, None] * y_strides[2]
+    left_step = tl.full((), BLOCK_K, tl.int64) * x_strides[2]
+    right_step = tl.full((), BLOCK_K, tl.int64) * y_strides[2]
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, K, BLOCK_K):
         a = tl.load(left, mask=(i < M)[:, None] & (start + k < K)[None, :], other=0.0)
@@ -109,8 +113,8 @@ def symmetric_product(
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-        left += step
-        right += step
+        left += left_step
+        right += right_step
     total *= alpha
     inside = (i < M)[:, None] & (j < M)[None, :]
     if c is not None:

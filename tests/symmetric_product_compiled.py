@@ -62,7 +62,8 @@ def build(case: str, arch: str) -> Any:
     )
     x = torch.empty((4, m, k) if contiguous == "rows" else (4, k, m), dtype=dtype, device="meta")
     out, c = (torch.empty(4, m, m, dtype=dtype, device="meta") for _ in range(2))
-    symmetric_product._run_kernel(x if contiguous == "rows" else x.mT, 2.0, 0.5, c, out)
+    x = x if contiguous == "rows" else x.mT
+    symmetric_product._run_kernel(x, x, 2.0, 0.5, c, out)
     return compiled[0]
 
 

@@ -243,6 +243,8 @@ def test_symmetric_products_are_launched(dtype: torch.dtype, gpu: Recorder) -> N
     assert (second.values["M"], second.values["K"]) == (192, 48)
     assert address(second.values["c"]) == c.data_ptr()
     assert address(second.values["out"]) == out.data_ptr()
+    assert address(second.values["y"]) == address(second.values["x"])
+    assert second.values["y_strides"] == second.values["x_strides"]
     assert second.values["x_strides"] == (192 * 48, 1, 192)
     assert second.values["out_strides"] == second.values["c_strides"] == out.stride()
     assert second.launch.grid == (symmetric_product.programs(2, 192, second.constant("BLOCK")), 1, 1)

@@ -38,10 +38,13 @@ def symmetric(batch: int, m: int, dtype: torch.dtype, device: torch.device) -> t
     return (c + c.mT).to(device, dtype)
 
 
-def check(out: torch.Tensor, x: torch.Tensor, alpha: float = 1.0, beta: float = 0.0, c: Any = None) -> None:
+def check(
+    out: torch.Tensor, x: torch.Tensor, alpha: float = 1.0, beta: float = 0.0, c: Any = None, y: Any = None
+) -> None:
     """Within the rounding of a float32 sum and of what is stored; the same on both sides of the diagonal."""
-    wide = x.double()
-    product, bound = wide @ wide.mT, wide.abs() @ wide.abs().mT
+    wide, other = x.double(), (x if y is None else y).double().mT
+    product, bound = wide @ other, wide.abs() @ other.abs()
+    product = product.tril() + product.tril(-1).mT  # of polynomials that were rounded it is almost symmetric
     added = 0.0 if c is None else beta * c.double()
     expected = alpha * product + added
     sums = (x.shape[2] + 4) * torch.finfo(torch.float32).eps * (abs(alpha) * bound + abs(torch.as_tensor(added)))
@@ -67,6 +70,45 @@ def test_a_newton_schulz_step(how: str, device: torch.device) -> None:
     x = matrices(3, 40, 70, torch.float32, device) / 20
     gram = symmetric_product(x, backend=how)
     check(symmetric_product(gram, 2.0315, -4.7750, gram, backend=how), gram, 2.0315, -4.7750, gram)
+
+
+def polynomials(m: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two of one symmetric matrix, which commute."""
+    gram = symmetric(2, m, torch.float64, device) / m**0.5
+    return (gram @ gram - gram).to(dtype), (gram @ gram @ gram + 2 * gram).to(dtype)
+
+
+@in_backends
+@in_dtypes
+@pytest.mark.parametrize("m", [1, 7, 64, 129])
+def test_the_product_of_two_that_commute(how: str, dtype: torch.dtype, m: int, device: torch.device) -> None:
+    x, y = polynomials(m, dtype, device)
+    c = symmetric(2, m, dtype, device)
+    check(symmetric_product(x, y=y, backend=how), x, y=y)
+    check(symmetric_product(x, -0.5, 2.0, c, y=y, backend=how), x, -0.5, 2.0, c, y)
+
+
+@in_backends
+@pytest.mark.parametrize("layout", ["transposed", "batch innermost", "gappy", "rows of a wider matrix", "misaligned"])
+def test_layouts_of_the_second(how: str, layout: str, device: torch.device) -> None:
+    x, y = polynomials(70, torch.float32, device)
+    for a, b in ((x, LAYOUTS[layout](y)), (LAYOUTS[layout](x), y)):
+        check(symmetric_product(a, y=b, backend=how), x, y=y)
+
+
+@pytest.mark.parametrize("m", [24, 47, 48, 49, 100])
+def test_panels_of_rows(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU large matrices are multiplied so."""
+    monkeypatch.setattr(module, "PANEL", 24)
+    x, y = polynomials(m, torch.float32, torch.device("cpu"))
+    c, wide = symmetric(2, m, torch.float32, x.device), matrices(3, m, 10, torch.bfloat16, x.device)
+    check(symmetric_product(x, 3.0, 0.5, c, torch.full_like(c, torch.nan), y=y), x, 3.0, 0.5, c, y)
+    check(symmetric_product(wide), wide)
+    spoilt = c + torch.full_like(c, 99.0).triu(1)
+    check(symmetric_product(x, 1.0, 0.5, spoilt), x, 1.0, 0.5, c)
+    sides = module.by_panels(x, y, 3.0, 0.5, c)
+    torch.testing.assert_close(sides, sides.mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sides, symmetric_product(x, 3.0, 0.5, c, y=y))
 
 
 def test_float64_runs_eagerly(device: torch.device) -> None:
@@ -263,6 +305,9 @@ def errors() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "beta alone": ({"x": x, "beta": 0.5}, ValueError, r"beta=0\.5\) has no c .*Pass c"),
         "shape of c": ({"x": x, "c": x, "beta": 1.0}, ValueError, r"c has shape \(2, 3, 4\) .*Make it \(2, 3, 3\)"),
         "shape of out": ({"x": x, "out": square[0]}, ValueError, r"out has shape \(3, 3\) .*Make it \(2, 3, 3\)"),
+        "shape of y": ({"x": x, "y": square}, ValueError, r"y has shape \(2, 3, 3\) .*Make it \(2, 3, 4\)"),
+        "dtype of y": ({"x": x, "y": x.half()}, TypeError, r"y is torch\.float16 and x torch\.float32"),
+        "out is y": ({"x": square + 1, "y": square, "out": square}, ValueError, "out shares memory with y"),
         "dtype of c": (
             {"x": x, "c": square.half(), "beta": 1.0},
             TypeError,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ...options import Options
 from ...spec import Variant
 from ...util.layout import gathered, placed_as
 from ..adam import AdamW, adam_scalars
-from .newton_schulz import newton_schulz
+from .newton_schulz import newton_schulz, triples
 
 # The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
 ADJUST: dict[str | None, Callable[[int, int], float]] = {
@@ -41,13 +41,15 @@ class Muon(RuleOptimizer):
         p_t &= (1 - \gamma\lambda) p_{t-1} - \gamma s \operatorname{NS}(m_t)
 
     NS brings all singular values near 1: from :math:`X = m_t / \max(\lVert m_t \rVert_F, \epsilon)` on, ``ns_steps``
-    times :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`. For a parameter of :math:`A \times B`, s is
-    :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"`` :math:`0.2 \sqrt{\max(A, B)}`, with
-    ``"spectral_unclamped"`` :math:`\sqrt{A / B}`.
+    times :math:`X \leftarrow a X + (b X X^\top + c (X X^\top)^2) X`, with the same a, b and c or others for each step.
+    For a parameter of :math:`A \times B`, s is :math:`\sqrt{\max(1, A / B)}`, with ``"match_rms_adamw"``
+    :math:`0.2 \sqrt{\max(A, B)}`, with ``"spectral_unclamped"`` :math:`\sqrt{A / B}`.
 
-    Matrices of one shape, or its transpose, are iterated together. That is done in bfloat16 on GPUs, where a symmetric
-    product computes one half of itself, and on CPUs with instructions for it; elsewhere in float32 (float64 parameters:
-    float64). torch iterates in bfloat16 everywhere, so the two agree to its precision.
+    Matrices of one shape, or its transpose, are iterated together, and of a symmetric product one half is computed.
+    Where one side is more than 1.5 times the other, the small matrix :math:`X X^\top` is iterated, and computed anew
+    from X after as many steps as rounding allows: of torch's coefficients after three. All that is done in bfloat16 on
+    GPUs and on CPUs with instructions for it; elsewhere in float32 (float64 parameters: float64). torch iterates in
+    bfloat16 everywhere, so the two agree to its precision.
 
     A parameter group with ``"use_muon": False`` is updated by AdamW, in the group's ``lr``, ``betas``, ``eps`` and
     ``weight_decay``, by default torch.optim.AdamW's. :func:`muon_param_groups` sorts a model's parameters so.
@@ -61,9 +63,10 @@ class Muon(RuleOptimizer):
         weight_decay: :math:`\lambda \ge 0`.
         momentum: :math:`\mu \ge 0`.
         nesterov: Nesterov's momentum.
-        ns_coefficients: :math:`(a, b, c)`.
+        ns_coefficients: :math:`(a, b, c)`, or a sequence of such triples, one a step, or the name of one:
+            ``"polar_express"``, 5 steps that bring values from 1e-3 on nearer to 1 than torch's triple does.
         eps: :math:`\epsilon`.
-        ns_steps: number of iterations, below 100.
+        ns_steps: number of iterations, below 100. Where each has its triple it must be their number.
         adjust_lr_fn: None or ``"original"``, ``"match_rms_adamw"``, with which AdamW's rates and decays fit, or
             ``"spectral_unclamped"``, with which an update's spectral norm goes with the square root of its shape.
         options: see :class:`Options`.
@@ -86,7 +89,8 @@ class Muon(RuleOptimizer):
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; ``"match_rms_adamw"``: Liu et al. 2025,
     section 2.2, https://arxiv.org/abs/2502.16982; ``"spectral_unclamped"``: Bernstein 2025,
-    https://jeremybernste.in/writing/deriving-muon. The momentum is torch's, an average.
+    https://jeremybernste.in/writing/deriving-muon; ``"polar_express"``: Amsel et al. 2025,
+    https://arxiv.org/abs/2505.16932. The momentum is torch's, an average.
     """
 
     variants = (Variant(muon, (), prologue=True), Variant(adamw, ("exp_avg", "exp_avg_sq")))
@@ -102,7 +106,7 @@ class Muon(RuleOptimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
@@ -128,8 +132,7 @@ class Muon(RuleOptimizer):
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_range("momentum value", group["momentum"], 0.0)
         check_range("ns_steps", group["ns_steps"], 0, 100)
-        if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"Invalid ns_coefficients: {group['ns_coefficients']}. Give three numbers, (a, b, c).")
+        triples(group["ns_coefficients"], group["ns_steps"])
         if group["adjust_lr_fn"] not in ADJUST:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported. "
@@ -177,11 +180,22 @@ class Muon(RuleOptimizer):
         buffers = [state["momentum_buffer"] for state in states]
         gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - mu)
-        momenta = torch._foreach_lerp(gradients, buffers, mu) if group["nesterov"] else buffers
         adjusted = ADJUST[group["adjust_lr_fn"]]
         scales = [adjusted(*p.shape) for p in params]
-        matrices = [gathered(m) for m in momenta]
-        updates = newton_schulz(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"], scales)
+
+        def ahead(places: list[int]) -> list[Tensor]:
+            momenta = torch._foreach_lerp([gradients[i] for i in places], [buffers[i] for i in places], mu)
+            return [gathered(m) for m in momenta]
+
+        nesterov = group["nesterov"]
+        updates = newton_schulz(
+            buffers if nesterov else [gathered(b) for b in buffers],
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+            scales,
+            ahead if nesterov else None,
+        )
         return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
 
 
