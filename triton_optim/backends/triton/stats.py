@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ...buckets.gradient_norm import EUCLIDEAN, GradientStats, Scaling
 from ...kernels import gradient_norm as kernels
+from ...util.on_device import capturing
 from .launch import Launcher, warp_size
 
 THREADS = 256  # a program
+ROWS = 64  # that are allocated at a time
 
 
 class TritonGradientStats(GradientStats):
@@ -28,7 +30,7 @@ class TritonGradientStats(GradientStats):
 
     def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> None:
         device = max_norm.device
-        out = torch.empty(4, dtype=torch.float64, device=device)
+        out = memory_on(device).row()
         super().__init__(out)
         # In the order of the kernels' arguments; what is not read is any table.
         sums, count = (out, 0) if partials is None else (partials, partials.shape[0])
@@ -45,6 +47,29 @@ class TritonGradientStats(GradientStats):
             stats_launcher(self.kind, self._tensor.device)(1, *self.arguments)
             self.is_formed = True
         return self._tensor
+
+
+class Memory:
+    """Rows of four numbers on a device, each handed out once: to allocate one takes as long as a launch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rows: list[Tensor] = []
+
+    def row(self) -> Tensor:
+        """A row that nobody else has. A captured graph has its own memory."""
+        if capturing(self._device):
+            return torch.empty(4, dtype=torch.float64, device=self._device)
+        if not self._rows:
+            with torch.inference_mode(False):
+                self._rows = list(torch.empty(ROWS, 4, dtype=torch.float64, device=self._device).unbind())
+        return self._rows.pop()
+
+
+@cache
+def memory_on(device: torch.device) -> Memory:
+    """That of a device, one for a process."""
+    return Memory(device)
 
 
 _READS = EUCLIDEAN.kind
