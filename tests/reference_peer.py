@@ -55,7 +55,12 @@ def step_of(reference: Any, p: Tensor, g: np.ndarray, state: dict[str, Any], h: 
         new = reference.__wrapped__(array(p), g, arrays, **h)
     new, kept = tensor(new, p), {n: torch.tensor(float(v)) if n == "step" else tensor(v, p) for n, v in arrays.items()}
     p.copy_(new)
-    state.update(kept)
+    for name, value in kept.items():  # where it lies, as torch does: another parameter may have the same
+        own = state.setdefault(name, value)
+        if (own.shape, own.dtype, own.device) == (value.shape, value.dtype, value.device):
+            own.copy_(value)
+        else:
+            state[name] = value
 
 
 def number(value: Any) -> Any:
