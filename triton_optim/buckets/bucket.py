@@ -145,11 +145,16 @@ class Bucket(Memory):
                 numbers = self._numbers()
                 self._form_step_groups([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
             active = [present[step_group.places[0]] for step_group in self.step_groups]
+        self.stats = rows = None
         if self.key.capturable:
-            self._on_device = self.optimizer.hyperparameters.on_device(self.key.device)
-        self.stats = None
-        self.rows = self.form_rows(active)
-        if len(self.rows) > 1:
+            self._on_device = self._hyperparameters.on_device(self.key.device)
+            rows = self.rows_on_device(active, self._on_device)
+        if rows is None and len(active) == 1:
+            rows = [self._row(self.step_groups[0]) if active[0] else None]
+        elif rows is None:
+            rows = [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
+        self.rows = rows
+        if len(rows) > 1:
             one_kind([row for row in self.rows if row is not None], self.optimizer)
 
     def scale(self, stats: GradientStats) -> None:
@@ -161,9 +166,9 @@ class Bucket(Memory):
         factor = here.item() if here.device.type == "cpu" else here.to(self.key.device)
         self.rows = [row and row._replace(factor=row.factor * factor) for row in self.rows]
 
-    def form_rows(self, active: list[bool]) -> list[StepScalars | None]:
-        """The row of each step group that is active."""
-        return [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
+    def rows_on_device(self, active: list[bool], on_device: OnDevice) -> list[StepScalars | None] | None:
+        """The row of each step group that is active, as the device will form it; None where it can't."""
+        return None
 
     def _row(self, step_group: StepGroup) -> StepScalars:
         numbers = step_group.numbers(on_device=self._on_device is not None)

@@ -137,7 +137,7 @@ class Plan:
         optimizer = self.optimizer
         now: list[Any] = [optimizer.amp, optimizer.max_grad_norm is None]
         for values, group in zip(self._hyperparameters.values, optimizer.param_groups, strict=True):
-            now += (values.changes, optimizer.variant(group))
+            now += (values.rebuilt, optimizer.variant(group))
         if now != self._seen:
             if options_of(optimizer) != self.options:
                 return False

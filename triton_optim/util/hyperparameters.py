@@ -164,12 +164,12 @@ class Hyperparameters:
 
 def kind_of(value: Any) -> Any:
     """What is the same of two hyperparameters that differ at most in the values of numbers; None of what may change
-    and stay the same object.
+    and stay the same object. An int counts with its value: it may be meant as a choice.
     """
     kind = type(value)
     if kind is tuple:
         kinds = [kind_of(x) for x in value]
         return None if None in kinds else kinds
-    if kind in (float, int) or (kind not in PLAIN and isinstance(value, Real)):
+    if kind is float or (kind not in PLAIN and isinstance(value, Real)):
         return kind
     return (kind, value) if kind in PLAIN else None

@@ -23,7 +23,7 @@ from ...kernels import multi_tensor as kernel
 from ...precision.codecs import Codec, plain
 from ...precision.random_bits import host_row_key, tensor_numbers
 from ...spec import Update
-from ...util.on_device import capturing
+from ...util.on_device import OnDevice, capturing
 from .launch import Launcher, places, warp_size
 from .norm import NormPass, norm_launcher
 from .rows import SLOTS, TritonRows
@@ -196,12 +196,10 @@ class TritonBucket(Bucket):
         self._captured += [self._staging, self.gradient_table]
         self._staging = None
 
-    def form_rows(self, active: list[bool]) -> list[StepScalars | None]:
-        if self._on_device is not None and not self.key.variant.prologue:
-            rows = self._rows_on_device.rows(self.step_groups, active, self._on_device)
-            if rows is not None:
-                return rows
-        return super().form_rows(active)
+    def rows_on_device(self, active: list[bool], on_device: OnDevice) -> list[StepScalars | None] | None:
+        if self.key.variant.prologue:
+            return None
+        return self._rows_on_device.rows(self.step_groups, active, on_device)
 
     def partial_norms(self, norm: Norm) -> list[Tensor] | None:
         if self.key.variant.prologue:  # the gradients are not in the table yet
