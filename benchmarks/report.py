@@ -50,6 +50,7 @@ HEADLINES = (
     Headline("Other packages, AdamW in int8 states, ResNet-50", "peers", f"AdamW, {RESNET50}, state_dtype=int8"),
     Headline("Host time of a Triton step, 1,000 tensors", "host_time", "AdamW, 1000 tensors, new gradients: ms"),
     Headline("The same, one-rank DTensor", "host_time", "AdamW, 1000 tensors, new gradients: one-rank DTensor"),
+    Headline("A step of 10 small tensors on a CPU", "small_steps", "AdamW, MLP of 10 tensors, 1 thread, new gradients"),
     Headline("Kernels a Triton step launches", "launches", f"AdamW, {RESNET50}, 2 groups, 0 misaligned"),
     Headline("Temporaries of a step, ResNet-50", "memory", f"AdamW, {RESNET50}, ours, cpu"),
     Headline("First step, 1,000 tensors, cold", "cold_start", "AdamW, 1000x1k (1000 tensors), cpu, empty caches"),
