@@ -150,6 +150,21 @@ def test_states_of_a_prologue_are_saved_and_loaded() -> None:
         resumed.load_state_dict(saved)
 
 
+def test_a_state_that_was_deleted_comes_back_with_the_gradient(backend: str, device: torch.device) -> None:
+    params = [Parameter(torch.ones(4, device=device)) for _ in range(2)]
+    optimizer = triton_optim.Adafactor(params, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    del optimizer.state[params[1]]["variance"]
+    g, params[1].grad = params[1].grad, None
+    optimizer.step()
+    assert "variance" not in optimizer.state[params[1]]
+    params[1].grad = g
+    optimizer.step()
+    assert "variance" in optimizer.state[params[1]]
+
+
 def test_explained_with_its_operations() -> None:
     optimizer = NormalizedSGD([Parameter(torch.ones(10, 2))], backend="eager")
     (report,) = triton_optim.explain(optimizer)

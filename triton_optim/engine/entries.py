@@ -186,6 +186,7 @@ def entries_of(
     entries = []
     for index in range(len(params)) if place is None else [place]:
         p, g, group = params[index], gradients[index], bisect_right(ends, index)
+        own = optimizer.param_groups[group]
         if is_lazy(p):  # it gets its shape in the first forward
             continue
         state = optimizer.state.get(p, {})
@@ -196,11 +197,14 @@ def entries_of(
                 "Give it to another optimizer."
             )
         names = variant.state_names
-        lacking = any(state.get(name) is None for name in (*names, *counted[group])) or (variant.prologue and not state)
+        lacking = any(state.get(name) is None for name in (*names, *counted[group]))
+        if variant.prologue and g is None and not lacking:
+            like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+            lacking = not state or not optimizer.prologue_state(like, own).keys() <= state.keys()
         if g is None and not every and (repeats or lacking):
             continue
         if variant.prologue:
-            check_states(optimizer, optimizer.param_groups[group], index, p, state)
+            check_states(optimizer, own, index, p, state)
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "
@@ -215,7 +219,7 @@ def entries_of(
                 check_state(optimizer, index, p, name, state)
         check_residuals(index, p, state)
         if g is not None:
-            check_gradient(optimizer, optimizer.param_groups[group], index, p, g)
+            check_gradient(optimizer, own, index, p, g)
             sparse = g.is_sparse
             dtype, aligned = g.dtype, sparse or g.data_ptr() % 16 == 0
         elif index in known:
@@ -223,7 +227,6 @@ def entries_of(
             dtype, aligned, sparse = key.gradient, key.aligned or not bucket_class(key).tells_aligned, key.sparse
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
-        own = optimizer.param_groups[group]
         current = [current_parameter_codec(state, p), *(current_codec(optimizer, state, name, p) for name in names)]
         target = [parameter_codec(own, p.dtype)]
         target += [state_codec(optimizer, own, n, p, h) for n, h in zip(names, current[1:], strict=True)]

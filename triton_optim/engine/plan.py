@@ -135,7 +135,7 @@ class Plan:
 
     def _options_hold(self) -> bool:
         optimizer = self.optimizer
-        now: list[Any] = [optimizer.amp, optimizer.max_grad_norm is None]
+        now: list[Any] = [optimizer.amp, optimizer.max_grad_norm is None, torch.is_inference_mode_enabled()]
         for values, group in zip(self._hyperparameters.values, optimizer.param_groups, strict=True):
             now += (values.rebuilt, optimizer.variant(group))
         if now != self._seen:
@@ -291,7 +291,8 @@ def check_captured(optimizer: Update, plan: Plan) -> None:
 def options_of(optimizer: Update) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
     names = ("maximize", "foreach", "fused", "capturable", "differentiable", *PRECISION)
-    of_all = (optimizer.amp, optimizer.scales_gradients)
+    # What was made in inference mode can't be written outside of it: that is looked at where a plan is made.
+    of_all = (optimizer.amp, optimizer.scales_gradients, torch.is_inference_mode_enabled())
     return [
         (of_all, optimizer.variant(group), averages(group), *map(group.get, names)) for group in optimizer.param_groups
     ]
