@@ -24,7 +24,7 @@ from ...precision.codecs import Codec, plain
 from ...precision.random_bits import host_row_key, tensor_numbers
 from ...spec import Update
 from ...util.on_device import OnDevice, capturing
-from .launch import Launcher, places, warp_size
+from .launch import Launcher, warp_size
 from .norm import NormPass, norm_launcher
 from .rows import SLOTS, TritonRows
 from .rows import launcher_for as launcher_of_rows
@@ -119,7 +119,6 @@ class TritonBucket(Bucket):
             first = torch.tensor([piece.first for piece in self.pieces], device="cpu")
             numbers = torch.tensor([m.index for m in slots], dtype=torch.int32, device="cpu")
             self.numbers = tensor_numbers(first, numbers).to(key.device)
-        self._places = places(self.chunks, self.tensors, self.numbers)
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
         self._norm_passes: dict[Norm, Any] = {}
@@ -219,8 +218,7 @@ class TritonBucket(Bucket):
         if only is not None and type(only.step) is int:  # else the device counts
             cells = plain_cells(only, averaged)
         table: Any = cells
-        chunks, tensors, numbers = self._places
-        keys: Any = chunks  # not read
+        keys: Any = self.chunks  # not read
         if only is not None and cells is not None:
             keys = host_row_key(self._seed(0), only.step) if self.random else keys
         elif any(row is not None and row.counted for row in rows):
@@ -233,8 +231,8 @@ class TritonBucket(Bucket):
         launch = self._launchers.get(compiled_for)
         if launch is None:
             launch = self._launchers[compiled_for] = launcher_for(self.key, *compiled_for)
-        stats = chunks if self.stats is None else self.stats.tensor
-        launch(self._programs, chunks, tensors, self.gradient_table, table, numbers, keys, stats)
+        stats = self.chunks if self.stats is None else self.stats.tensor
+        launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, stats)
         self.mark_written()
 
     def _table_of(self, rows: list[StepScalars | None]) -> Tensor:

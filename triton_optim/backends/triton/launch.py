@@ -76,7 +76,7 @@ class Launcher:
 
         Args:
             programs: how many.
-            arguments: those that are not constants: tables as tensors or :func:`places`, numbers, tuples of numbers.
+            arguments: those that are not constants: tables as tensors, numbers, tuples of numbers.
 
         Raises:
             LaunchError: it could not be started.
@@ -112,11 +112,6 @@ class Launcher:
         return LaunchError(
             f"the Triton kernel {name} could not be {what} on {self.device}: {type(error).__name__}: {lines[0]}"
         )
-
-
-def places(*tables: torch.Tensor) -> tuple[Any, ...]:
-    """Tables that stay where they are, as a launch takes them at the least cost. Who has this must hold them."""
-    return tables if this_machine().interpreter else tuple(t.data_ptr() for t in tables)
 
 
 def on(device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...buckets.gradient_norm import Norm
 from ...kernels import gradient_norm as kernels
 from ...util.layout import all_aligned
-from .launch import Launcher, places, warp_size
+from .launch import Launcher, warp_size
 from .staging import Staging
 from .tables import TRITON_DTYPES, chunk_table
 
@@ -55,10 +55,8 @@ class NormPass:
         self._programs = -(-count // kernels.CHUNKS)
         self._launch = norm_launcher(dtype, norm.kind, aligned, device)
         self._sums = torch.empty(self._programs, 2, dtype=torch.float64, device=device)
-        power = power_of(device, norm)
-        self._held = (chunks, tensors, power)
-        self._tables, (sums, power_place) = places(chunks, tensors), places(self._sums, power)
-        self._rest = (sums, count, tensors.shape[1], power_place)
+        self._tables = (chunks, tensors)
+        self._rest = (self._sums, count, tensors.shape[1], power_of(device, norm))
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """The sums, ``(programs, 2)``, in memory that the next pass writes anew.

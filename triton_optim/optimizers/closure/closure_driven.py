@@ -108,7 +108,7 @@ class ClosureOptimizer(Optimizer):
         first, loss = evaluate()
         params = self.param_groups[0]["params"]
         if not params:
-            return evaluate, first, loss, torch.empty(0), {}
+            return evaluate, first, loss, torch.empty(0, device="cpu"), {}
         # The first parameter's, so that load_state_dict casts them as that parameter.
         state = self.state[params[0]]
         state["func_evals"] = state.get("func_evals", 0) + 1
