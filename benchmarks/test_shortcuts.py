@@ -26,10 +26,11 @@ from triton_optim.util import gather
 
 WORTH = 1 / 1.1
 ROUNDED = {"param_precision": "stochastic", "state_dtype": torch.bfloat16}
-COMPILED: list[tuple[str, torch.dtype, dict[str, Any]]] = [
-    ("1000x1k", torch.float32, {}),
-    ("64M16", torch.float32, {}),
-    ("64M16", torch.bfloat16, ROUNDED),
+# Many calls show what guards cost, stochastic rounding what the words do; large float32 tensors show neither.
+COMPILED: list[tuple[str, torch.dtype, dict[str, Any], float | None]] = [
+    ("1000x1k", torch.float32, {}, WORTH),
+    ("64M16", torch.float32, {}, None),
+    ("64M16", torch.bfloat16, ROUNDED, WORTH),
 ]
 
 
@@ -79,9 +80,17 @@ def compiled(name: str, model: str, dtype: torch.dtype, options: dict[str, Any])
     return Contender(name, optimizer, params, optimizer.step)
 
 
-@pytest.mark.parametrize(("model", "dtype", "options"), COMPILED, ids=["1000x1k", "64M16", "64M16-stochastic"])
+@pytest.mark.parametrize(
+    ("model", "dtype", "options", "target"), COMPILED, ids=["1000x1k", "64M16", "64M16-stochastic"]
+)
 def test_compiled(
-    model: str, dtype: torch.dtype, options: dict[str, Any], benchmark: Callable, answer: Callable, patience: float
+    model: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    target: float | None,
+    benchmark: Callable,
+    answer: Callable,
+    patience: float,
 ) -> None:
     case = (model, dtype, options)
     contenders = [compiled("ours", *case)]
@@ -91,7 +100,7 @@ def test_compiled(
     m = measure([Side(c.name, c.step) for c in contenders], patience, rounds=5)
     ratios, words = m.compared("ours", ["plain torch.compile"])
     kind = "stochastic rounding" if options else "float32"
-    answer(f"the compiled backend, AdamW, {model}, {kind}", words, ratios, value=ratios["ratio"], target=WORTH,
+    answer(f"the compiled backend, AdamW, {model}, {kind}", words, ratios, value=ratios["ratio"], target=target,
            measurement=m)  # fmt: skip
     benchmark.pedantic(contenders[0].step, rounds=3)
 
