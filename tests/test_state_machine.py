@@ -63,7 +63,6 @@ IN_CI = 100
 # Actions that are left out, of all optimizers or of one, and why.
 KNOWN: dict[str, str] = {
     "SGD: listed_twice": "torch starts the momentum of a parameter that is listed twice with the gradient each time",
-    "Adafactor: hyperparameter_of_numpy": "torch raises a count to a power of NumPy's in the precision of that number",
 }
 
 # What an error of ours says where torch steps.

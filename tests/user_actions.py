@@ -781,10 +781,13 @@ def listed_twice(side: Side, draw: random.Random) -> None:
 # Options.
 
 
+NUMBER = (float, np.floating, Tensor)
+
+
 def change(side: Side, draw: random.Random, *kinds: Callable[[float], Any]) -> None:
     """Another hyperparameter of the same range."""
     group = draw.choice(side.groups)
-    name = draw.choice(sorted(n for n, v in group.items() if isinstance(v, (float, Tensor)) and n not in STARTS))
+    name = draw.choice(sorted(n for n, v in group.items() if isinstance(v, NUMBER) and n not in STARTS))
     value = float(group[name])
     group[name] = draw.choice(kinds)(value * draw.choice((0.5, 0.9)) if value else draw.choice((0.0, 0.05)))
 
@@ -796,7 +799,10 @@ def hyperparameter(side: Side, draw: random.Random) -> None:
 
 @action(OPTIONS)
 def hyperparameter_of_numpy(side: Side, draw: random.Random) -> None:
-    change(side, draw, np.float64, np.float32, np.float16)
+    kinds: list[Callable[[float], Any]] = [np.float64, np.float32, np.float16]
+    if side.memory is None:  # torch would go on in the precision of the number
+        kinds = [lambda value, kind=kind: float(kind(value)) for kind in kinds]
+    change(side, draw, *kinds)
 
 
 @action(OPTIONS)
