@@ -71,6 +71,7 @@ REFUSALS = (
     "the gradient of parameter .* has (shape|device)",
     "of parameter .* has shape .*the parameter",
     "was made in inference mode",
+    "list parameter .* twice",  # as another than it stands for now
     "Clipping threshold d should be",
     "Nesterov momentum requires",  # what a constructor refuses, a step refuses
     "holds .* and lacks",  # a state dict of which a state was deleted
