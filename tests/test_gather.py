@@ -284,6 +284,45 @@ def test_parameters_that_went_and_came_back_are_noticed(device):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("between", ["push", "warmup", "a step that is refused"])
+def test_numbers_that_were_read_and_taken_back_are_noticed(between, device):
+    """The groups are again those that a step noted; what was read last is not."""
+    params = made(device)
+    opt = to.SGD([{"params": params[:3]}, {"params": params[3:]}], lr=0.5)
+    first, second = opt.param_groups
+    give_gradients(params, 0)
+    opt.step()
+    kept = first["lr"], second["lr"]
+    first["lr"] = 0.0
+    if between == "push":
+        opt.push_hyperparameters()
+    elif between == "warmup":
+        opt.warmup()
+    else:
+        second["lr"] = -1.0
+        with pytest.raises(ValueError, match="learning rate"):
+            opt.step()
+    first["lr"], second["lr"] = kept
+    expected = [p.detach() - 0.5 * p.grad for p in params]
+    opt.step()
+    assert all(map(torch.equal, params, expected))
+
+
+def test_a_number_that_scalars_changes_counts_in_the_next_step(device):
+    class Halving(to.SGD):
+        def scalars(self, group, step):
+            h = super().scalars(group, step)
+            self.param_groups[0]["lr"] *= 0.5
+            return h
+
+    p = Parameter(torch.zeros(1, device=device))
+    opt = Halving([p], lr=1.0)
+    for _ in range(4):
+        rate, before, p.grad = opt.param_groups[0]["lr"], p.detach().clone(), torch.ones_like(p)
+        opt.step()
+        assert (before - p.detach()).item() == pytest.approx(rate)
+
+
 def test_a_tensor_that_is_changed_in_place_is_read_in_every_step(device):
     params, rate = made(device), torch.tensor(0.0)
     opt = to.SGD(params, lr=rate)

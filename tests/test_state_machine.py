@@ -63,6 +63,8 @@ IN_CI = 100
 # Actions that are left out, of all optimizers or of one, and why.
 KNOWN: dict[str, str] = {
     "SGD: listed_twice": "torch starts the momentum of a parameter that is listed twice with the gradient each time",
+    "Adagrad: added_group": "torch makes the states of an added group in its next step, ours at once",
+    "Adagrad: state_of_one_cleared": "torch's copies raise KeyError",
 }
 
 # What an error of ours says where torch steps.

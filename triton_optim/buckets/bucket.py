@@ -149,9 +149,7 @@ class Bucket(Memory):
         if self.key.capturable:
             self._on_device = self._hyperparameters.on_device(self.key.device)
             rows = self.rows_on_device(active, self._on_device)
-        if rows is None and len(active) == 1:
-            rows = [self._row(self.step_groups[0]) if active[0] else None]
-        elif rows is None:
+        if rows is None:
             rows = [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
         self.rows = rows
         if len(rows) > 1:

@@ -182,8 +182,6 @@ class StepGroup:
 
     def numbers(self, on_device: bool = False) -> dict[str, Any]:
         """The scalar states, ``step`` first, as they are before the step; with `on_device` 0-dim float64 tensors."""
-        if self._only_steps:
-            return dict(self._numbers)
         if on_device:
             return self._numbers | {name: column[0].double() for name, column in self.columns.items()}
         if len(self._cells) == len(self.columns):

@@ -112,7 +112,7 @@ class Engine:
         if same < 2:
             self.read_groups()
             if table is not None and same:
-                table.note_hyperparameters(optimizer.param_groups, self.hyperparameters.fixed)
+                table.note_hyperparameters(self.hyperparameters.values)
         optimizer._opt_called = True
         if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
             recording = torch.is_grad_enabled()
@@ -130,7 +130,7 @@ class Engine:
             for own in self._turns(gradients):
                 self._update(own)
         if given is None and self.plan is not None and not self.repeats and self.plan.note_gradients():
-            self._groups = GroupTable(optimizer.param_groups, self.hyperparameters.fixed)
+            self._groups = GroupTable(optimizer.param_groups, self.hyperparameters.values)
 
     def update_one(self, place: int, g: Tensor | None) -> None:
         """Run a step of the parameter number `place` alone, with this gradient."""
@@ -166,6 +166,8 @@ class Engine:
         """Take note of the hyperparameters as they are now, once a step. What the constructor would refuse raises, in
         every step that finds it.
         """
+        if self._groups is not None:  # what is read in part, or by others than a step, is not what was noted
+            self._groups.forget_hyperparameters()
         self.hyperparameters.max_norm = self._optimizer.max_grad_norm
         self.hyperparameters.read(self._optimizer.param_groups, self._check)
 

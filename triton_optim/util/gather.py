@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import kernels
 from ..dispatch import this_machine
 from . import cpp_build
+from .hyperparameters import GroupValues
 from .layout import ORDINARY, is_sharded
 
 WORD = ctypes.sizeof(ctypes.c_void_p)
@@ -31,6 +32,8 @@ WORD = ctypes.sizeof(ctypes.c_void_p)
 # Compiling takes as long as thousands of steps of few parameters, and a short run would not see its end.
 WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
 STEPS = 16  # from one look to the next
+
+OTHERS = -1  # as many hyperparameters no group has
 
 
 class Places(ctypes.Structure):
@@ -240,9 +243,11 @@ class GroupTable:
     Example:
         >>> import torch
         >>> from triton_optim.util.gather import GroupTable, library
+        >>> from triton_optim.util.hyperparameters import Hyperparameters
         >>> library.load()
-        >>> groups = [{"params": [torch.zeros(1)], "lr": 0.5}]
-        >>> table = GroupTable(groups)
+        >>> groups, hyperparameters = [{"params": [torch.zeros(1)], "lr": 0.5}], Hyperparameters()
+        >>> hyperparameters.read(groups)
+        >>> table = GroupTable(groups, hyperparameters.values)
         >>> table.matches(groups)
         2
         >>> groups[0]["lr"] = 0.25
@@ -253,26 +258,28 @@ class GroupTable:
         0
     """
 
-    def __init__(self, groups: list[dict[str, Any]], fixed: bool = True) -> None:
+    def __init__(self, groups: list[dict[str, Any]], values: Sequence[GroupValues]) -> None:
         self._params = [ParamTable(list(group["params"])) for group in groups]
-        self._table = array("q", bytes(4 * WORD * len(groups)))
+        self._table = array("q")
+        for params in self._params:
+            self._table.extend((OTHERS, 0, params.count, params.address))
         self._address, _ = self._table.buffer_info()
-        self.note_hyperparameters(groups, fixed)
+        self.note_hyperparameters(values)
 
-    def note_hyperparameters(self, groups: list[dict[str, Any]], fixed: bool = True) -> None:
-        """Take note of the hyperparameters as they are now. The parameters must be those that were noted.
-
-        Args:
-            fixed: whether what is the same object has the same value; else they will always be others.
+    def note_hyperparameters(self, values: Sequence[GroupValues]) -> None:
+        """Take note of the hyperparameters as they were read. Where one may change and stay the same object, they will
+        always be others.
         """
-        self._held = [(*group, *group.values()) for group in groups]
+        self._held = [(*own.names, *own.values) for own in values]
         self._items = [array("q", map(id, items)) for items in self._held]
-        table, at = self._table, 0
-        for items, params in zip(self._items, self._params, strict=True):
-            address, count = items.buffer_info()
-            table[at], table[at + 1] = count // 2 if fixed else -1, address
-            table[at + 2], table[at + 3] = params.count, params.address
-            at += 4
+        for i, (own, items) in enumerate(zip(values, self._items, strict=True)):
+            self._table[4 * i] = len(own.names) if own.fixed else OTHERS
+            self._table[4 * i + 1], _ = items.buffer_info()
+
+    def forget_hyperparameters(self) -> None:
+        """Take them to be others, until they are noted again."""
+        for i in range(len(self._params)):
+            self._table[4 * i] = OTHERS
 
     def matches(self, groups: Any) -> int:
         """Whether these are groups of the same parameters in the same order, 1, and whether all of their

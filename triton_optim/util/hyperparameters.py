@@ -77,6 +77,7 @@ class GroupValues:
         changes: a number that no other object of this class has had, new where :meth:`read` has found others.
         rebuilt: likewise, where it has found others in more than the values of numbers.
         fixed: whether what is the same object has the same value.
+        names, values: of the group, in its order.
         plain: of :func:`plain_group`. Not to be written.
     """
 
@@ -84,8 +85,8 @@ class GroupValues:
         self.changes = 0
         self.rebuilt = 0
         self.fixed = False
-        self._names: tuple[str, ...] = ()
-        self._values: tuple[Any, ...] = ()
+        self.names: tuple[str, ...] = ()
+        self.values: tuple[Any, ...] = ()
         self._kinds: dict[str, Any] = {}
         self.plain: dict[str, Any] = {}
 
@@ -98,9 +99,9 @@ class GroupValues:
                 :func:`unread` gives them, too. If it raises nothing is noted, and it is called again in the next step.
         """
         names, values = tuple(group), tuple(group.values())
-        known, read = self.fixed and names == self._names, group
+        known, read = self.fixed and names == self.names, group
         if known:
-            read = dict(compress(zip(names, values, strict=True), map(is_not, values, self._values)))
+            read = dict(compress(zip(names, values, strict=True), map(is_not, values, self.values)))
             if not read:
                 return
         found = {name: kind_of(value) for name, value in read.items() if name not in NOT_NUMBERS}
@@ -109,7 +110,7 @@ class GroupValues:
         if check is not None:
             check(group, None if more else group if fixed else unread(group))
         self.changes = next(_numbers)
-        self._names, self._values, self.fixed = names, values, fixed
+        self.names, self.values, self.fixed = names, values, fixed
         self.plain = self.plain | plain_group(read) if known else plain_group(group)
         if more:
             self._kinds = self._kinds | found if known else found
@@ -139,11 +140,6 @@ class Hyperparameters:
             values = self.values = [GroupValues() for _ in groups]
         for own, group in zip(values, groups, strict=True):
             own.read(group, check)
-
-    @property
-    def fixed(self) -> bool:
-        """Whether what is the same object has the same value."""
-        return all(own.fixed for own in self.values)
 
     def on_device(self, device: torch.device) -> OnDevice:
         """Those in the memory of `device`, up to date."""
