@@ -22,7 +22,7 @@ def test_muon(device: torch.device, benchmark: Callable, answer: Callable, patie
         params = list(parameters(GPT2_MATRICES, device))
         optimizer = make(params, lr=1e-2, weight_decay=0.0)  # without decay the change is the orthogonal matrix alone
         # In bfloat16 the results for random matrices are off: torch's by 1.2 %, in the Gram matrix by 2 %.
-        contenders.append(Contender(name, optimizer, params, optimizer.step, share=4e-2))
+        contenders.append(Contender(name, optimizer, params, optimizer.step, share=3e-2))
     assert_agree(contenders)
 
     # On a CPU without bfloat16 instructions a step of torch's takes half a minute. The comparison was the warm-up.

@@ -33,8 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 OTHERS = {"lr": 0.1}
 
 # Of optimizers that torch computes in another precision: its Muon iterates in bfloat16, 1.2 % off for random matrices.
-# Ours, where it does so too, is 2 % off.
-OPTIMIZER_SHARES = {"Muon": 4e-2}
+# Two results in bfloat16 differ by 2.4 %.
+OPTIMIZER_SHARES = {"Muon": 3e-2}
 
 # Of the states of ours, as the peers' codes; in bfloat16, with stochastic rounding, results were 0.12 % off at most.
 STATE_SHARES: dict[Any, float] = {"int8": CODES_OF_8_BITS, "int4": CODES_OF_4_BITS, torch.bfloat16: 0.01}

@@ -115,13 +115,9 @@ class Cells:
     def write(self, value: float) -> float:
         """Write it into all cells; returns it as they keep it."""
         values = self._values
-        count = len(values)
-        if count <= 128:
-            values[:] = array(self._code, (value,)) * count
-        else:
-            some = array(self._code, (value,)) * 128
-            for start in range(0, count, 128):
-                values[start : start + 128] = some[: count - start]
+        some = array(self._code, (value,)) * min(len(values), 128)
+        for start in range(0, len(values), 128):
+            values[start : start + 128] = some[: len(values) - start]
         self._written = self._bits[0]
         return float(values[0])
 

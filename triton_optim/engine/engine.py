@@ -107,12 +107,13 @@ class Engine:
         if self.swapped:
             self.check_not_swapped()
         optimizer, plan, table = self._optimizer, self.plan, self._groups
-        self.hyperparameters.max_norm = optimizer.max_grad_norm
         same = 0 if table is None else table.matches(optimizer.param_groups)
         if same < 2:
             self.read_groups()
             if table is not None and same:
                 table.note_hyperparameters(self.hyperparameters.values)
+        else:
+            self.hyperparameters.max_norm = optimizer.max_grad_norm
         optimizer._opt_called = True
         if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
             recording = torch.is_grad_enabled()

@@ -4,6 +4,7 @@ the rows of scalars.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -30,7 +31,7 @@ class TritonGradientStats(GradientStats):
 
     def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> None:
         device = max_norm.device
-        out = memory_on(device).row()
+        out = rows_on(device).take()
         super().__init__(out)
         # In the order of the kernels' arguments; what is not read is any table.
         sums, count = (out, 0) if partials is None else (partials, partials.shape[0])
@@ -49,27 +50,29 @@ class TritonGradientStats(GradientStats):
         return self._tensor
 
 
-class Memory:
+class StatsRows:
     """Rows of four numbers on a device, each handed out once: to allocate one takes as long as a launch."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rows: list[Tensor] = []
+        self._left: Iterator[Tensor] = iter(())
 
-    def row(self) -> Tensor:
+    def take(self) -> Tensor:
         """A row that nobody else has. A captured graph has its own memory."""
         if capturing(self._device):
             return torch.empty(4, dtype=torch.float64, device=self._device)
-        if not self._rows:
+        row = next(self._left, None)
+        if row is None:
             with torch.inference_mode(False):
-                self._rows = list(torch.empty(ROWS, 4, dtype=torch.float64, device=self._device).unbind())
-        return self._rows.pop()
+                left = iter(torch.empty(ROWS, 4, dtype=torch.float64, device=self._device).unbind())
+            row, self._left = next(left), left
+        return row
 
 
 @cache
-def memory_on(device: torch.device) -> Memory:
-    """That of a device, one for a process."""
-    return Memory(device)
+def rows_on(device: torch.device) -> StatsRows:
+    """Those of a device, for a whole process."""
+    return StatsRows(device)
 
 
 _READS = EUCLIDEAN.kind
