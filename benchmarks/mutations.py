@@ -330,8 +330,8 @@ MUTANTS = (
     Mutant(
         "hyperparameters may trade their names",
         "a step takes a number for another",
-        "self.fixed and names == self._names",
-        "self.fixed and len(names) == len(self._names)",
+        "self.fixed and names == self.names",
+        "self.fixed and len(names) == len(self.names)",
         "tests/test_hyperparameters.py::test_a_name_that_changed_is_read_anew",
     ),
     Mutant(
@@ -347,6 +347,20 @@ MUTANTS = (
         "if (PyList_GetItem(own, j) != known.param[j]) return 0;",
         "if (PyList_GetItem(own, j) == nullptr) return 0;",
         "tests/test_gather.py::test_what_happens_between_steps_is_noticed[replace-cpp]",
+    ),
+    Mutant(
+        "numbers that were read beside a step are taken for noted ones",
+        "a rate that was changed and taken back is not the one that steps",
+        "self._groups.forget_hyperparameters()",
+        "pass",
+        "tests/test_gather.py::test_numbers_that_were_read_and_taken_back_are_noticed",
+    ),
+    Mutant(
+        "a plan that was made in inference mode serves outside of it",
+        "a step fails halfway",
+        "optimizer.max_grad_norm is None, torch.is_inference_mode_enabled()]",
+        "optimizer.max_grad_norm is None]",
+        "tests/test_memory_is_ours.py::test_a_tensor_of_inference_mode_is_refused",
     ),
     Mutant(
         "a step that is captured may lack a gradient",
