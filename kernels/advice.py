@@ -2,7 +2,10 @@
 
 import ast
 
-OF_ALL = "an element is updated on its own; what all of a tensor go into is for a method `prologue`"
+OF_ALL = (
+    "an element is updated on its own. What is summed over a tensor is for `measure` and a method `factors`, all else "
+    "for a method `prologue`"
+)
 BRANCH = "it would branch on what differs between elements or steps. Write where(condition, x, y)"
 LOOP = "there are no loops. Write out the lines"
 IN_SCALARS = "it is of scalars alone. Form it in scalars(), in float64"

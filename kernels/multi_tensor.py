@@ -80,6 +80,43 @@ def items(PER_ITEM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr)
 
 
 @triton.jit
+def read_chunk(
+    addresses,
+    start,
+    numel,
+    FULL: tl.constexpr,
+    CODECS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    PER_ITEM: tl.constexpr,
+    FIRST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The values of each role in a chunk; the pointers to the items of each part, and which of them are there."""
+    pointers = ()
+    there = ()
+    parts = ()
+    for i in tl.static_range(len(DTYPES)):
+        # Before the pointer: after it, ptxas takes twice the registers for misaligned accesses on sm_90.
+        item = items(PER_ITEM[i], BLOCK, BLOCK_SIZE)
+        there = there + (start + item * PER_ITEM[i] < numel,)
+        pointer = addresses[i].to(tl.pointer_type(DTYPES[i]))
+        if ALIGNED:
+            # After the cast: only there does the hint reach the access, which is scalar without it.
+            pointer = tl.multiple_of(pointer, 16)
+        pointers = pointers + (pointer + start // PER_ITEM[i] + item,)
+        part = tl.load(pointers[i]) if FULL else tl.load(pointers[i], mask=there[i])
+        parts = parts + (widen(part, DTYPES[i]),)
+    values = ()
+    for i in tl.static_range(len(CODECS)):
+        # Triton 3.6 hands a tuple's strings on as plain ones, which `decode` does not take.
+        values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], tl.constexpr(CODECS[i])).to(COMPUTE),)
+    return values, pointers, there
+
+
+@triton.jit
 def update_chunk(
     addresses,
     start,
@@ -105,24 +142,9 @@ def update_chunk(
 ):
     """Update a chunk of a tensor: all of it, or with a mask."""
     offsets = items(1, BLOCK, BLOCK_SIZE)
-    pointers = ()
-    there = ()
-    parts = ()
-    for i in tl.static_range(len(DTYPES)):
-        # Before the pointer: after it, ptxas takes twice the registers for misaligned accesses on sm_90.
-        item = items(PER_ITEM[i], BLOCK, BLOCK_SIZE)
-        there = there + (start + item * PER_ITEM[i] < numel,)
-        pointer = addresses[i].to(tl.pointer_type(DTYPES[i]))
-        if ALIGNED:
-            # After the cast: only there does the hint reach the access, which is scalar without it.
-            pointer = tl.multiple_of(pointer, 16)
-        pointers = pointers + (pointer + start // PER_ITEM[i] + item,)
-        part = tl.load(pointers[i]) if FULL else tl.load(pointers[i], mask=there[i])
-        parts = parts + (widen(part, DTYPES[i]),)
-    values = ()
-    for i in tl.static_range(len(CODECS)):
-        # Triton 3.6 hands a tuple's strings on as plain ones, which `decode` does not take.
-        values = values + (decode(parts[FIRST[i] : FIRST[i + 1]], tl.constexpr(CODECS[i])).to(COMPUTE),)
+    values, pointers, there = read_chunk(
+        addresses, start, numel, FULL, CODECS, DTYPES, PER_ITEM, FIRST, COMPUTE, BLOCK, BLOCK_SIZE, ALIGNED
+    )
     STATES: tl.constexpr = len(CODECS) - AVERAGED
     g = values[1] * factor
     new = RULE(values[0], g, *values[2:STATES], SCALARS(*h))
@@ -153,6 +175,18 @@ def update_chunk(
                     tl.store(pointers[FIRST[i] + j], part)
                 else:
                     tl.store(pointers[FIRST[i] + j], part, mask=there[FIRST[i] + j])
+
+
+@triton.jit
+def addresses_of(entry, gradient, GRADIENT: tl.constexpr, PARTS: tl.constexpr):
+    """The address of each part of a tensor: those in its entry of the table, and that of the gradient at its place."""
+    addresses = ()
+    for i in tl.static_range(PARTS):
+        if i == GRADIENT:
+            addresses = addresses + (gradient,)
+        else:
+            addresses = addresses + (tl.load(entry + (_FIRST_ADDRESS + i - (i > GRADIENT))),)
+    return addresses
 
 
 # An int argument would else be compiled for where it is 1, or a multiple of 16.
@@ -231,12 +265,7 @@ def multi_tensor(
                 cells = cells + (tl.load(rows + number * WIDTH + i),)
             if RANDOM:
                 row_key = tl.load(keys + number)
-        addresses = ()
-        for i in tl.static_range(len(DTYPES)):
-            if i == FIRST[1]:
-                addresses = addresses + (gradient,)
-            else:
-                addresses = addresses + (tl.load(entry + (_FIRST_ADDRESS + i - (i > FIRST[1]))),)
+        addresses = addresses_of(entry, gradient, FIRST[1], len(DTYPES))
         factor = cells[0]
         if STATS:
             factor = factor * tl.load(stats).to(COMPUTE)

@@ -66,8 +66,12 @@ def constants_of(rule: Any) -> tuple[Constant, ...]:
     return getattr(python_function(rule), "constants", ())
 
 
-def check_signature(rule: Any, states: int) -> None:
-    """Raise RuleError unless a rule of :func:`straight` takes so many states, and returns as many."""
+def check_signature(rule: Any, states: int, sums: bool = False) -> None:
+    """Raise RuleError unless a rule of :func:`straight` takes so many states, and returns as many.
+
+    Args:
+        sums: whether it returns what is summed, however many values.
+    """
     function = python_function(rule)
     taken = function.__code__.co_argcount - 3
     if taken != states:
@@ -76,7 +80,9 @@ def check_signature(rule: Any, states: int) -> None:
             "then each of state_names in order, then h"
         )
     returned = getattr(function, "returned", 1 + states)
-    if returned != 1 + states:
+    if sums and not returned:
+        raise RuleError(f"{function.__name__} returned no value; it must return a tuple of what is to be summed")
+    if returned != 1 + states and not sums:
         raise RuleError(
             f"the rule {function.__name__} returned {returned} values; it must return a tuple of p and its {states} "
             "states"
@@ -109,7 +115,10 @@ def made_of(function: types.FunctionType) -> Any:
     roles = [Value(VALUE, ast.Name(name, ast.Load())) for name in lines.arguments[:-1]]
     found = walk.run(dict(zip(names, [*roles, Scalars(lines.arguments[-1])], strict=True)))
     if not isinstance(found, tuple):
-        walk.refuse(walk.returned or tree, f"it must return a tuple of p and its {len(names) - 3} states")
+        walk.refuse(
+            walk.returned or tree,
+            f"it must return a tuple: of p and its {len(names) - 3} states, or, as a measure, of what is to be summed",
+        )
     new = [lines.like(walk.number(x, walk.returned)).node for x in found]
     lines.lines.append(ast.Return(ast.Tuple(new, ast.Load())))
     arguments = ast.arguments([], [ast.arg(name) for name in lines.arguments], None, [], [], None, [])

@@ -18,6 +18,7 @@ import torch
 from conftest import BACKENDS
 from reference_peer import peer_of
 from references_matrix import adafactor, muon
+from references_measured import LAMB_BY_HAND, lamb
 from references_runner import reference
 from torch import Tensor
 from torch.nn import Parameter
@@ -294,6 +295,18 @@ CASES = [
         complex=False,
         elementwise=False,
         minimizes={"lr": 0.03, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.LAMB,
+        lamb,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
+            "without trust": {"trust_ratio": False, "eps": 1e-3},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in LAMB_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.03, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
     Case(
         triton_optim.SparseAdam,

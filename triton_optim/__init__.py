@@ -14,6 +14,7 @@ from .optimizers.adamax import Adamax
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
+from .optimizers.lamb import LAMB
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASGD",
+    "LAMB",
     "LBFGS",
     "SGD",
     "Adadelta",

@@ -22,6 +22,34 @@ class Variant(NamedTuple):
     state_names: tuple[str, ...]
     prologue: bool = False  # the gradients go through Update.prologue first
     averaged: bool = False  # the last state is the average of the parameter, which no rule takes
+    measure: Any = None  # what is summed over each parameter first, for Update.factors
+
+    @property
+    def staged(self) -> bool:
+        """Whether something else comes before the rule."""
+        return self.prologue or self.measure is not None
+
+
+class Measured(NamedTuple):
+    """What :attr:`Update.measure` found of parameters of a group that were counted alike.
+
+    Attributes:
+        group: the parameter group, as :meth:`Update.scalars` gets it.
+        h: what :meth:`Update.scalars` returned.
+        params: the parameters.
+        states: a parameter's states by name. Those of :meth:`Update.prologue_state` may be written in place.
+        numel: how many elements each parameter has, of a sharded one all; float64 ``(n,)`` on the device.
+        sums: what was summed, in the order in which ``measure`` returns it, each float64 ``(n,)`` on the device.
+        total: what :meth:`Update.total` returned.
+    """
+
+    group: dict[str, Any]
+    h: Any
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    numel: Tensor
+    sums: tuple[Tensor, ...]
+    total: Any = None
 
 
 class Update:
@@ -29,6 +57,8 @@ class Update:
 
     Class attributes:
         rule: the update.
+        measure: what is summed over each parameter before the rule runs: a ``@jit`` function of the rule's arguments
+            that returns a tuple of values. :meth:`factors` makes scalars of the sums. It writes nothing.
         state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
             ``capturable``, else on the CPU); float64 where something has stochastic rounding, as float32 counts to
@@ -36,13 +66,14 @@ class Update:
         counts_on_device: whether the scalar states are on the parameter's device always.
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
         step_is_tensor: False keeps ``step`` as an int.
-        prologue_names: names of the states that :meth:`prologue` keeps.
+        prologue_names: names of the states that :meth:`prologue` or :meth:`factors` keeps.
         nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
         never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
         option_names: the options that every parameter group carries, whatever their value.
     """
 
     rule: ClassVar[Any] = None
+    measure: ClassVar[Any] = None
     state_names: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
     counts_on_device: ClassVar[bool] = False
@@ -138,8 +169,36 @@ class Update:
         raise NotImplementedError(f"{type(self).__name__} has no prologue")
 
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """New states that :meth:`prologue` keeps for a parameter, as they are before the first step; of any shapes."""
+        """New states that :meth:`prologue` or :meth:`factors` keeps for a parameter, as they are before the first step;
+        of any shapes.
+        """
         return {}
+
+    def factors(self, measured: Measured) -> dict[str, Any]:
+        """The scalars that differ from parameter to parameter, of what ``measure`` summed: for updates of which an
+        element needs norms, means or counts over its parameter.
+
+        Arithmetic on the sums is torch's, in float64, without waiting for the device. It runs once a step for the
+        parameters of a group that were counted alike.
+
+        Returns:
+            By the name of a field of the rule's scalars its values, ``(n,)``, which take the place of the one that
+            :meth:`scalars` returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a measure and needs a method factors(measured)")
+
+    def total(self, measured: list[Measured]) -> Any:
+        """What sums over the whole model come to, which :meth:`factors` is then given; asked once a step.
+
+        Args:
+            measured: of all parameters that have a gradient.
+        """
+        return None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a parameter's update depends on the gradients of others."""
+        return type(self).total is not Update.total
 
     def sparse_gradients(self, group: dict[str, Any]) -> str:
         """What becomes of a sparse gradient: ``"rows"``: the elements that it holds are updated, and no others.
@@ -150,7 +209,8 @@ class Update:
     def running_variant(self, group: dict[str, Any]) -> Variant:
         """What a group runs: its variant, and the average of its parameters where one is kept."""
         variant = self.variant(group)
-        variant = variant._replace(rule=straight(variant.rule))
+        measure = variant.measure and straight(variant.measure)
+        variant = variant._replace(rule=straight(variant.rule), measure=measure)
         if averages(group):
             variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
         return variant

@@ -21,10 +21,30 @@ struct Part {
     bool padded;
 };
 
+// The sum of elements, in double, in an order that depends on nothing but their number.
+template <class T>
+static inline double sum_of(const T *x, int64_t n) {
+    constexpr int LANES = 16;
+    double lane[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+#pragma omp simd
+        for (int j = 0; j < LANES; ++j) lane[j] += x[i + j];
+    }
+    for (; i < n; ++i) lane[i % LANES] += x[i];
+    for (int half = LANES / 2; half; half /= 2)
+        for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    return lane[0];
+}
+
+// What is called for the elements of a block; of a measure `sums` is (chunks, sums), which it adds to.
+#define UPDATE_PARAMETERS                                                                                    \
+    char *const *parts, const double *row, const int32_t *key, int32_t low, int32_t high, int64_t n, int64_t chunk, \
+        double *sums
 #define STEP_PARAMETERS                                                                                         \
     int64_t works, const int64_t *first, const int64_t *chunks, const int64_t *tensors, const int64_t *gradients, \
-        const double *rows, const int32_t *keys, int64_t threads
-#define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, threads
+        const double *rows, const int32_t *keys, double *sums, int64_t threads
+#define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, sums, threads
 
 // Portions that a thread takes at a time: those that follow each other are read faster than those between another
 // thread's. Each thread takes eight times or more, so that none waits long for another.
@@ -73,7 +93,7 @@ static void run(Update update, STEP_PARAMETERS) {
                         memcpy(own[i] = memory[i], parts[i], n * ABOUT[i].bytes);
                     }
                 }
-                update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n);
+                update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n, c, sums);
                 for (int i = 0; i < PARTS; ++i) {
                     if (own[i] != parts[i] && i != GRADIENT) memcpy(parts[i], own[i], n * ABOUT[i].bytes);
                     parts[i] += WHOLE ? BLOCK / ABOUT[i].each * ABOUT[i].bytes : n * ABOUT[i].bytes;

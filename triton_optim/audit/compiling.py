@@ -45,7 +45,7 @@ def compile_kernel(
         kernel: the module of the multi-tensor kernel.
         rule, scalars: the rule and the NamedTuple type of its scalars.
         parameter: the dtype of p.
-        kept: how the roles are kept, and the launch options: of backends.triton.bucket.kept_as.
+        kept: how the roles are kept, and the launch options: of backends.triton.tables.kept_as.
         aligned: whether every address is a multiple of 16.
     """
     compute = TRITON_DTYPES[torch.float64 if parameter == torch.float64 else torch.float32]

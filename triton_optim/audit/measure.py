@@ -20,8 +20,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from ..backends.triton.bucket import kept_as
-from ..backends.triton.tables import TRITON_DTYPES
+from ..backends.triton.tables import TRITON_DTYPES, kept_as
 from ..buckets.step_scalars import step_scalars_for
 from ..core.optimizer import RuleOptimizer
 from ..kernels import multi_tensor

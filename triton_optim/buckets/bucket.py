@@ -16,7 +16,7 @@ from ..spec import AVERAGE, COUNT, Update
 from ..util.hyperparameters import exact_number, plain_group
 from ..util.layout import local, places
 from ..util.on_device import OnDevice
-from .gradient_norm import GradientStats, Norm, Scaling, gradient_stats_from
+from .gradient_norm import GradientStats, Norm, Scaling, exact_dtype, gradient_stats_from
 from .key import Key, Piece
 from .memory import Memory
 from .slots import CPU, ParamSlot, StepGroup
@@ -35,10 +35,12 @@ class Bucket(Memory):
         self.compute, self.random = key.compute, key.random
         self._hyperparameters = optimizer.hyperparameters
         self._reads_constants = bool(constants_of(key.variant.rule))
-        # Whether it reads the stats itself. A prologue before it can't be skipped there.
-        self.takes_stats = self.reads_stats and not key.variant.prologue
+        # Whether it reads the stats itself. What comes before the rule can't be skipped there.
+        self.takes_stats = self.reads_stats and not key.variant.staged
         self.stats: GradientStats | None = None  # in a step that has one
-        self.rows: list[StepScalars | None] = []  # of this step
+        self.rows: list[StepScalars | None] = []  # of this step, one a step group
+        self._whole_numels: Tensor | None = None
+        self.factors: dict[str, Tensor] = {}  # of this step: the scalars that differ from parameter to parameter
         self.pieces = self.cut(list(map(first_index, [m.p for m in slots])) if key.random else [0] * len(slots))
         if key.random:
             # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
@@ -98,6 +100,12 @@ class Bucket(Memory):
         """See gradient_norm.gradient_stats_from; asked of a bucket that takes the stats."""
         return gradient_stats_from(partials, scaling, device)
 
+    def measure(self) -> Tensor:
+        """What the variant's measure sums over each parameter, in the step whose rows were formed: ``(slots, sums)`` in
+        the widest dtype of the device; 0 where there is no gradient.
+        """
+        raise NotImplementedError
+
     # Counting.
 
     def _form_step_groups(self, keys: list[Any]) -> None:
@@ -117,10 +125,13 @@ class Bucket(Memory):
             )
             for (group, _), own in members_of.items()
         ]
-        self.row_of = [0] * len(self.slots)
-        for row, step_group in enumerate(self.step_groups):
+        self.group_of = [0] * len(self.slots)
+        for number, step_group in enumerate(self.step_groups):
             for i in step_group.places:
-                self.row_of[i] = row
+                self.group_of[i] = number
+        # After a measure each parameter has scalars of its own.
+        self.row_of = self.group_of if self.key.variant.measure is None else list(range(len(self.slots)))
+        self._group_places: list[Tensor] = []
         self._all_active = [True] * len(self.step_groups)
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
@@ -146,6 +157,7 @@ class Bucket(Memory):
                 self._form_step_groups([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
             active = [present[step_group.places[0]] for step_group in self.step_groups]
         self.stats = rows = None
+        self.factors = {}
         if self.key.capturable:
             self._on_device = self._hyperparameters.on_device(self.key.device)
             rows = self.rows_on_device(active, self._on_device)
@@ -154,6 +166,47 @@ class Bucket(Memory):
         self.rows = rows
         if len(rows) > 1:
             one_kind([row for row in self.rows if row is not None], self.optimizer)
+
+    def places_of(self, step_group: int) -> Tensor:
+        """Which of the parameters belong to a step group, on the device."""
+        if not self._group_places:
+            every = [torch.tensor(own.places, device="cpu") for own in self.step_groups]
+            self._group_places = [places.to(self.key.device) for places in every]
+        return self._group_places[step_group]
+
+    @property
+    def whole_numels(self) -> Tensor:
+        """How many elements each parameter has, of a sharded one all, as numbers on the device."""
+        if self._whole_numels is None:
+            wide = exact_dtype(self.key.device)
+            numels = torch.tensor([m.p.numel() for m in self.slots], dtype=wide, device="cpu")
+            self._whole_numels = numels.to(self.key.device)
+        return self._whole_numels
+
+    def take_factors(self, step_group: int, factors: dict[str, Tensor]) -> None:
+        """Keep the scalars of the parameters of a step group: each ``(parameters,)``."""
+        for name, values in factors.items():
+            if len(self.step_groups) == 1:
+                self.factors[name] = values
+                continue
+            into = self.factors.get(name)
+            into = values.new_zeros(len(self.slots)) if into is None else into
+            self.factors[name] = into.index_copy(0, self.places_of(step_group), values)
+
+    def rows_to_run(self) -> list[StepScalars | None]:
+        """The rows by which the step runs: ``row_of[i]`` is that of parameter i."""
+        if self.key.variant.measure is None:
+            return self.rows
+        own = [self.rows[number] for number in self.group_of]
+        if not self.factors:
+            return own
+        # A device is not asked: as tensors they are read there.
+        here = self.key.device == CPU and not self.key.differentiable
+        values: list[Any] = [t.tolist() if here else t.unbind() for t in self.factors.values()]
+        return [
+            row and row._replace(h=row.h._replace(**dict(zip(self.factors, of_one, strict=True))))
+            for row, of_one in zip(own, zip(*values, strict=True), strict=True)
+        ]
 
     def scale(self, stats: GradientStats) -> None:
         """Have the gradients multiplied by the factor of the stats, and the step skipped where they say so."""
@@ -177,20 +230,21 @@ class Bucket(Memory):
         values = None if keep else self._hyperparameters.values[number].plain
         return step_scalars_for(optimizer, group, step, numbers, keep, on_device, values)
 
-    def row_keys(self, rows: list[StepScalars | None]) -> Tensor:
+    def row_keys(self) -> Tensor:
         """What the random bits of each row depend on in this step, int32."""
         device, groups = self._numbers_of_params.device, self.optimizer.param_groups
         own = []
-        for step_group, row in zip(self.step_groups, rows, strict=True):
+        for step_group, row in zip(self.step_groups, self.rows, strict=True):
             seed: Any = int(groups[step_group.group].get("seed", 0))
             if self._on_device is not None:
                 seed = self._on_device.group(step_group.group).get("seed", seed)
             own.append(row_key(seed, 0 if row is None else row.step, device))
-        return torch.stack(own)
+        keys = torch.stack(own)
+        return keys if self.row_of is self.group_of else keys[torch.tensor(self.group_of, device="cpu").to(device)]
 
-    def random_keys(self, rows: list[StepScalars | None]) -> Tensor:
+    def random_keys(self) -> Tensor:
         """What the random bits of each piece depend on in this step: see random_bits.tensor_keys."""
-        own = self.row_keys(rows)
+        own = self.row_keys()
         if self._row_index is None:
             self._row_index = torch.tensor([self.row_of[p.slot] for p in self.pieces], device=own.device)
         keys = tensor_keys(own[self._row_index], self._numbers_of_params, self._first_indices)

@@ -59,7 +59,7 @@ class ParamSlot:
         group = optimizer.param_groups[self.group]
         counted = optimizer.scalar_state_names(group)
         param, *kept = key.codecs
-        if not (key.variant.state_names or counted or key.variant.prologue or param.suffixes or self.state):
+        if not (key.variant.state_names or counted or key.variant.staged or param.suffixes or self.state):
             return
         self.state = optimizer.state[self.p]
         device = self.p.device if key.capturable or optimizer.counts_on_device else CPU
@@ -88,7 +88,7 @@ class ParamSlot:
                 self.state |= new_state(optimizer, name, self.p, group, codec)
             else:
                 convert_state(optimizer, self.state, name, self.p, codec)
-        if key.variant.prologue:
+        if key.variant.staged:
             self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
 
 

@@ -202,7 +202,7 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
     """Raise ValueError where a state that has been started lacks what the group's variant keeps."""
     variant = optimizer.variant(group)
     needed = {*variant.state_names}
-    if variant.prologue and optimizer.prologue_names:
+    if variant.staged and optimizer.prologue_names:
         needed |= optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
     if needed & {*there} or (optimizer.counts_steps and "step" in there):
         needed |= {"step"} if optimizer.counts_steps else set()

@@ -103,7 +103,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
                     nbytes(wanted.dtypes, wanted.elements_per_item, numel),
                     nbytes(plain(p.dtype).dtypes, (1,), numel),
                 )
-            if variant.prologue:
+            if variant.staged:
                 like = torch.empty(own.shape, dtype=p.dtype, device="meta")
                 for name, value in optimizer.prologue_state(like, group).items():
                     add(name, value.nbytes, value.nbytes)

@@ -69,7 +69,7 @@ class RuleOptimizer(Optimizer, Update):
         leave_to_python(cls, "__init__")
         if cls.rule is not None and "variants" not in cls.__dict__:
             prologue = cls.prologue is not RuleOptimizer.prologue
-            cls.variants = (Variant(cls.rule, cls.state_names, prologue),)
+            cls.variants = (Variant(cls.rule, cls.state_names, prologue, measure=cls.measure),)
         check_names(cls)
         describe_options(cls)
 
@@ -258,6 +258,8 @@ class RuleOptimizer(Optimizer, Update):
         check_options(group)
         for variant in (*self.variants, self.variant(group)):
             check_signature(straight(variant.rule), len(variant.state_names))
+            if variant.measure is not None:
+                check_signature(straight(variant.measure), len(variant.state_names), sums=True)
         check_precision(self, group)
         check_averaging(self, numbers)
         params = group["params"]

@@ -198,12 +198,12 @@ def entries_of(
             )
         names = variant.state_names
         lacking = any(state.get(name) is None for name in (*names, *counted[group]))
-        if variant.prologue and g is None and not lacking:
+        if variant.staged and g is None and not lacking:
             like = torch.empty(p.shape, dtype=p.dtype, device="meta")
             lacking = not state or not optimizer.prologue_state(like, own).keys() <= state.keys()
         if g is None and not every and (repeats or lacking):
             continue
-        if variant.prologue:
+        if variant.staged:
             check_states(optimizer, own, index, p, state)
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
             raise RuntimeError(

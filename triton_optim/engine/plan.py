@@ -25,6 +25,7 @@ from ..util.gather import STEPS, WORTHWHILE, ParamTable, library
 from ..util.layout import is_sharded, ordinary, placements_of
 from .entries import Gradients, entries_of, sort_params
 from .fallback import prepared, replaced
+from .measures import run_measures
 from .prologue import run_prologues, warm_prologue
 
 
@@ -75,6 +76,7 @@ class Plan:
             m.start(optimizer, key, begun)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
+        self._measures = any(bucket.key.variant.measure is not None for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values()) if place is None else []
@@ -196,13 +198,15 @@ class Plan:
             bucket.form_scalars()
             if stats is not None:
                 bucket.scale(stats)
+        if self._measures and run_measures(self.optimizer, self.buckets):
+            self._begun = True
         for piece in self._pieces:
             if self._has_prologue and any(bucket.key.variant.prologue for bucket in piece):
                 self._begun = True
                 run_prologues(self.optimizer, piece)
             for bucket in piece:
                 if any(bucket.rows):
-                    bucket.run(bucket.rows)
+                    bucket.run(bucket.rows_to_run() if self._measures else bucket.rows)
                     self._begun = True
                     bucket.gradients = []  # the memory may be the next piece's
         for bucket in self.buckets:

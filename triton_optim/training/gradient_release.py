@@ -26,6 +26,11 @@ class GradientRelease:
         if optimizer.engine.release is not None:
             raise RuntimeError(f"{name}: gradient release is enabled already. Keep its handle, or remove() it first.")
         check_alone(name, optimizer.max_grad_norm, optimizer.amp)
+        if optimizer.needs_all:
+            raise RuntimeError(
+                f"{name}: its update of a parameter needs the gradients of all, which gradient release never has at "
+                "once. Leave gradient release out, or use an optimizer whose parameters are updated on their own."
+            )
         self._optimizer = optimizer
         self._accumulating = False
         self._arrived: dict[int, Tensor] = {}  # parameters that were updated since the last step, by identity

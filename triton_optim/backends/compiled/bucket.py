@@ -17,6 +17,7 @@ from ...buckets.slots import ParamSlot
 from ...buckets.step_scalars import StepScalars, step_scalars_for, table_of
 from ...spec import Update
 from ...util.layout import flat, local
+from ..update import measure
 from ..update import update as run_eagerly
 from . import graph
 from .graph import Graph
@@ -110,11 +111,14 @@ class CompiledBucket(Bucket):
         small = sum(numel < graph.PARALLEL_FROM for numel in numels)
         return (1 + (key.block_size > 0)) * (-(-large // graph.SLOTS) - -small // graph.SLOTS)
 
+    def measure(self) -> Tensor:
+        return measure(self)
+
     def run(self, rows: list[StepScalars | None]) -> None:
         table = table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged).unbind()
         keys: list[Tensor] | list[None] = [None] * len(self.pieces)
         if self.random:
-            keys = list(self.random_keys(rows).unbind())
+            keys = list(self.random_keys().unbind())
         if self.key.block_size:
             self._run_blocks(rows, table, keys)
             self.mark_written()

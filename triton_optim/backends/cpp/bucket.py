@@ -15,19 +15,31 @@ from ...buckets.gradient_norm import EUCLIDEAN, Norm
 from ...buckets.key import Key
 from ...buckets.slots import ParamSlot
 from ...buckets.step_scalars import StepScalars, step_scalars_for
+from ...kernels.language import python_function
 from ...precision.codecs import Codec
 from ...spec import Update
 from ...util.cpp_build import library
 from .chunks import Chunks
 from .norm import KINDS, chunk_sums, sums_of
-from .source import source
+from .source import measure_source, source
 
 
 @cache
 def step_of(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> Any:
     """The compiled update, one for a process; see kernels/cpp/multi_tensor.h. A failure is not remembered here."""
-    step = library(source(rule, scalars, codecs, gradient, averaged)).step
-    step.argtypes, step.restype = [c_int64, *[c_void_p] * 6, c_int64], None
+    return step_in(source(rule, scalars, codecs, gradient, averaged))
+
+
+@cache
+def measure_of(measure: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> Any:
+    """The compiled sums of a measure, one for a process."""
+    return step_in(measure_source(measure, scalars, codecs, gradient, averaged))
+
+
+def step_in(text: str) -> Any:
+    """The function of a compiled source."""
+    step = library(text).step
+    step.argtypes, step.restype = [c_int64, *[c_void_p] * 7, c_int64], None
     return step
 
 
@@ -44,7 +56,7 @@ class CppBucket(Bucket):
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
         self.gradient_table = array("q")
         self._fixed = (*self.chunks.arguments(), self.tensors.data_ptr())
-        self.call, self._width = self.prepare(optimizer, key, slots)
+        self.call, self._measure, self._width = self.prepare(optimizer, key, slots)
 
     @classmethod
     def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
@@ -55,7 +67,9 @@ class CppBucket(Bucket):
             sums_of(EUCLIDEAN.kind, key.gradient)
         averaged = key.variant.averaged
         width = 1 + len(scalars._fields) + averaged
-        return step_of(key.variant.rule, scalars, key.codecs, key.gradient, averaged), width
+        what = scalars, key.codecs, key.gradient, averaged
+        measure = key.variant.measure and measure_of(key.variant.measure, *what)
+        return step_of(key.variant.rule, *what), measure, width
 
     @classmethod
     def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
@@ -71,6 +85,16 @@ class CppBucket(Bucket):
         return [chunk_sums(self.chunks, self.gradient_table, self.key.gradient, norm)]
 
     def run(self, rows: list[StepScalars | None]) -> None:
+        self._call(self.call, rows, self.random_keys() if self.random else self.tensors)
+        self.mark_written()
+
+    def measure(self) -> Tensor:
+        count = python_function(self.key.variant.measure).returned
+        found = torch.zeros(len(self.chunks), count, dtype=torch.float64, device="cpu")
+        self._call(self._measure, self.rows_to_run(), self.tensors, found.data_ptr())
+        return found.new_zeros(len(self.slots), count).index_add_(0, self.chunks.chunks[:, 0], found)
+
+    def _call(self, step: Any, rows: list[StepScalars | None], keys: Tensor, sums: int = 0) -> None:
         if self.regrouped:
             self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False
@@ -80,7 +104,5 @@ class CppBucket(Bucket):
                 cells.extend((0.0,) * self._width)
             else:
                 cells.extend((row.factor, *row.h, row.weight)[: self._width])
-        keys = self.random_keys(rows) if self.random else self.tensors
         gradients, _ = self.gradient_table.buffer_info()
-        self.call(*self._fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), self.chunks.threads())
-        self.mark_written()
+        step(*self._fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), sums, self.chunks.threads())

@@ -73,6 +73,7 @@ class Source:
         self.parts: list[list[Part]] = []
         self.loaded: dict[Value, Part] = {}
         self.stores: list[tuple[Part, Value]] = []
+        self.summed: list[Value] = []  # of a measure
         number = 0
         for codec in (codecs[0], plain(gradient), *codecs[1:]):
             own = zip(codec.dtypes, codec.elements_per_item, strict=True)
@@ -82,7 +83,8 @@ class Source:
         self._translate(rule)
         self._place()
 
-    def _translate(self, rule: Any) -> None:
+    def _called(self, rule: Any) -> tuple[Any, list[Value], Value | None, list[Value]]:
+        """What the rule returns; and the states, their average, and the row of scalars."""
         trace, codecs = self.trace, self.codecs
         row = [trace.new(DOUBLE, ONE, f"row[{i}]", name="h") for i in range(self.width)]
         roles = []
@@ -93,6 +95,11 @@ class Source:
         average = states.pop() if self.averaged else None
         h = self.scalars(*row[1 : 1 + len(self.scalars._fields)])
         new = trace.call(rule, p, trace.operation("{0} * {1}", (g, row[0])), *states, h)
+        return new, states, average, row
+
+    def _translate(self, rule: Any) -> None:
+        trace, codecs = self.trace, self.codecs
+        new, states, average, row = self._called(rule)
         if not isinstance(new, tuple) or len(new) != 1 + len(states):
             raise TypeError(f"the rule returned {new!r}; it must return a tuple of p and its {len(states)} states.")
         bits = None
@@ -155,7 +162,7 @@ class Source:
             earliest[x] = max((earliest[a] + later(a, x) for a in x.arguments if a in earliest), default=0)
         self.loop: dict[Value, int] = {}
         last: dict[Value, int] = {}  # the loop that its first reader is in
-        pinned = {item for _, item in self.stores}
+        pinned = {item for _, item in self.stores} | {*self.summed}
         for x in reversed(self.trace.values):
             if x in pinned:
                 last[x] = earliest[x]
@@ -175,8 +182,8 @@ class Source:
             if x in self.loop and x.shape != BLOCK
             if part.padded or (part.in_a_row and not (x in self.written and x in read))
         }
-        self.block = self.batch if self.block_size or self.narrow else CHUNK
-        self.waiting = {
+        self.block = self.batch if self.block_size or self.narrow or self.summed else CHUNK
+        self.waiting = {*self.summed} | {
             a
             for x in self.loop
             for a in x.arguments
@@ -297,13 +304,28 @@ class Source:
         return f"""
 static constexpr Part PARTS[] = {{{table}}};
 
-static inline __attribute__((always_inline)) void update(
-    char *const *parts, const double *row, const int32_t *key, int32_t low, int32_t high, int64_t n) {{
+static inline __attribute__((always_inline)) void update(UPDATE_PARAMETERS) {{
 {lines}
 }}
 
 extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); }}
 """
+
+
+class MeasureSource(Source):
+    """The translation of a measure; see :func:`measure_source`."""
+
+    def _translate(self, rule: Any) -> None:
+        new, *_ = self._called(rule)
+        self.summed = [
+            self.trace.new(self.compute, ELEMENT, "{0}", [self.trace.as_kind(x, self.compute)], "summed") for x in new
+        ]
+
+    def lines(self) -> Iterable[str]:
+        """Those of the values, and then their sums, which wait in memory."""
+        yield from super().lines()
+        for i, x in enumerate(self.summed):
+            yield f"sums[{len(self.summed)} * chunk + {i}] += sum_of({x.name}_a, n);"
 
 
 def later(a: Value, x: Value) -> bool:
@@ -322,7 +344,16 @@ def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.d
     Raises:
         UntranslatableError: the rule uses what C++ has no word for.
     """
-    own = Source(rule, scalars, codecs, gradient, averaged)
+    return whole(Source(rule, scalars, codecs, gradient, averaged))
+
+
+def measure_source(measure: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> str:
+    """The C++ source of the sums of a measure over each chunk; arguments as of :func:`source`."""
+    return whole(MeasureSource(measure, scalars, codecs, gradient, averaged))
+
+
+def whole(own: Source) -> str:
+    """The text of a library."""
     dtypes = {part.dtype for parts in own.parts for part in parts}
     return storage(dtypes) + header("multi_tensor.h") + own.text()
 

@@ -15,7 +15,7 @@ from ...buckets.step_scalars import StepScalars, step_scalars_for
 from ...spec import Update
 from ...util.hyperparameters import plain_group
 from ...util.layout import local
-from ..update import update
+from ..update import measure, update
 
 
 class EagerBucket(Bucket):
@@ -23,7 +23,7 @@ class EagerBucket(Bucket):
     takes_memory = False
 
     def run(self, rows: list[StepScalars | None]) -> None:
-        keys = self.random_keys(rows) if self.random else None
+        keys = self.random_keys() if self.random else None
         for i, (m, g) in enumerate(zip(self.slots, self.gradients, strict=True)):
             row = rows[self.row_of[i]]
             if g is None or row is None:
@@ -33,6 +33,9 @@ class EagerBucket(Bucket):
             if self.key.differentiable:
                 param[0] = m.p
             update(self.key, param, g, states, row, None if keys is None else keys[i])
+
+    def measure(self) -> Tensor:
+        return measure(self)
 
     @classmethod
     def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from functools import lru_cache
-from itertools import accumulate, chain
-from types import ModuleType
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,48 +19,17 @@ from ...buckets.slots import ParamSlot
 from ...buckets.step_scalars import StepScalars, plain_cells, step_scalars_for, table_of
 from ...dispatch import this_machine
 from ...kernels import multi_tensor as kernel
-from ...precision.codecs import Codec, plain
 from ...precision.random_bits import host_row_key, tensor_numbers
 from ...spec import Update
 from ...util.on_device import OnDevice, capturing
 from .launch import Launcher, warp_size
+from .measure import MeasurePass, measure_launchers
 from .norm import NormPass, norm_launcher
 from .rows import SLOTS, TritonRows
 from .rows import launcher_for as launcher_of_rows
 from .staging import Staging
 from .stats import TritonGradientStats, kind_of, stats_launcher
-from .tables import TRITON_DTYPES, chunk_table
-
-
-def kept_as(
-    codecs: tuple[Codec, ...],
-    gradient: torch.dtype,
-    warp_size: int,
-    module: ModuleType = kernel,
-    averaged: bool = False,
-) -> dict[str, Any]:
-    """What the kernel is told of how the roles are kept, and the launch options that follow.
-
-    Args:
-        codecs: of the parameter and the states.
-        gradient: its dtype.
-        warp_size: threads a warp.
-        module: of the kernel.
-        averaged: whether the last role is the average of the parameter.
-    """
-    roles = [codecs[0], plain(gradient), *codecs[1:]]
-    parts = [part for codec in roles for part in zip(codec.dtypes, codec.elements_per_item, strict=True)]
-    block_size = max(codec.block_size for codec in codecs)
-    return {
-        "CODECS": tuple(codec.name for codec in roles),
-        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype, _ in parts),
-        "PER_ITEM": tuple(per_item for _, per_item in parts),
-        "FIRST": (0, *accumulate(len(codec.dtypes) for codec in roles)),
-        "AVERAGED": averaged,
-        "RANDOM": any(codec.random for codec in codecs),
-        "BLOCK_SIZE": block_size,
-        **module.launch_options([dtype.itemsize for dtype, per_item in parts if per_item == 1], block_size, warp_size),
-    }
+from .tables import TRITON_DTYPES, chunk_table, kept_as
 
 
 def launcher_for(key: Key, scalars: Any, stats: bool, by_value: bool) -> Launcher:
@@ -122,6 +90,9 @@ class TritonBucket(Bucket):
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
         self._norm_passes: dict[Norm, Any] = {}
+        self._measure_pass: MeasurePass | None = None
+        self._own_table: Tensor | None = None  # of a step that was measured: a row for each parameter
+        self._groups_here: Tensor | None = None
         self._rows_on_device = TritonRows(optimizer, key)
         # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
         self._staging: Tensor | None = None
@@ -148,13 +119,14 @@ class TritonBucket(Bucket):
             scalings: what it may do with all gradients.
         """
         group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        row, averaged, prologue = step_scalars_for(optimizer, group, 1), key.variant.averaged, key.variant.prologue
+        row, averaged, staged = step_scalars_for(optimizer, group, 1), key.variant.averaged, key.variant.staged
         step_groups = len({(m.group, *m.numbers.values()) for m in slots})
         by_value = takes_by_value(key) and step_groups == 1 and plain_cells(row, averaged) is not None
-        own = launcher_for(key, type(row.h), bool(scalings) and not prologue, by_value)
+        own = launcher_for(key, type(row.h), bool(scalings) and not staged, by_value)
         kept = len(optimizer.scalar_state_names(group))
         before = launchers_before(key, 1 + len(row.h) + averaged, kept, scalings)
-        return [*before, own]
+        measures = [] if key.variant.measure is None else measure_launchers(key, type(row.h))
+        return [*before, *measures, own]
 
     @classmethod
     def warm_up(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
@@ -196,7 +168,7 @@ class TritonBucket(Bucket):
         self._staging = None
 
     def rows_on_device(self, active: list[bool], on_device: OnDevice) -> list[StepScalars | None] | None:
-        if self.key.variant.prologue:
+        if self.key.variant.staged:
             return None
         return self._rows_on_device.rows(self.step_groups, active, on_device)
 
@@ -209,9 +181,7 @@ class TritonBucket(Bucket):
         return [self._norm_passes[norm](self.gradient_table)]
 
     def run(self, rows: list[StepScalars | None]) -> None:
-        if self.regrouped:
-            self.tensors[:, kernel.ROW] = torch.tensor(self.row_of, device="cpu").to(self.key.device)
-            self.regrouped = False
+        self._place_rows()
         averaged = self.key.variant.averaged
         only = rows[0] if self._by_value and len(rows) == 1 else None
         cells = None
@@ -224,8 +194,9 @@ class TritonBucket(Bucket):
         elif any(row is not None and row.counted for row in rows):
             table, keys = self._rows_on_device.form(self.stats)
         else:
-            table = self._table_of(rows)
-            keys = self.to_device_async(self.row_keys(rows)) if self.random else keys
+            table = self._table_of(self.rows) if self._own_table is None else self._own_table
+            keys = self.to_device_async(self.row_keys()) if self.random else keys
+        self._own_table = None
         some = only or next(row for row in rows if row is not None)
         compiled_for = (type(some.h), self.stats is not None, cells is not None)
         launch = self._launchers.get(compiled_for)
@@ -234,6 +205,34 @@ class TritonBucket(Bucket):
         stats = self.chunks if self.stats is None else self.stats.tensor
         launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, stats)
         self.mark_written()
+
+    def measure(self) -> Tensor:
+        self._place_rows()
+        if self._measure_pass is None:
+            self._measure_pass = MeasurePass(self.key, self.chunks, self.tensors, self.numels)
+        some = next(row for row in self.rows if row is not None)
+        table = self._table_of(self.rows)
+        self._own_table = table.expand(len(self.slots), -1).clone() if len(table) == 1 else table[self._groups()]
+        return self._measure_pass(type(some.h), self.gradient_table, self._own_table)
+
+    def rows_to_run(self) -> list[StepScalars | None]:
+        fields = next(row.h._fields for row in self.rows if row is not None)
+        for name, values in self.factors.items():
+            assert self._own_table is not None
+            self._own_table[:, 1 + fields.index(name)] = values
+        return self.rows
+
+    def _groups(self) -> Tensor:
+        """The step group of each parameter, on the device."""
+        if self._groups_here is None:
+            self._groups_here = torch.tensor(self.group_of, device="cpu").to(self.key.device)
+        return self._groups_here
+
+    def _place_rows(self) -> None:
+        """Tell the kernels which parameter has which row."""
+        if self.regrouped:
+            self.tensors[:, kernel.ROW] = torch.tensor(self.row_of, device="cpu").to(self.key.device)
+            self.regrouped, self._groups_here = False, None
 
     def _table_of(self, rows: list[StepScalars | None]) -> Tensor:
         """The rows as a table on the device."""
@@ -269,8 +268,8 @@ def launchers_before(key: Key, width: int, kept: int, scalings: list[Scaling]) -
     found = []
     if any(scaling.needs_norm for scaling in scalings):
         found.append(norm_launcher(key.gradient, EUCLIDEAN.kind, key.aligned, key.device))
-    rows = key.capturable and not key.variant.prologue
-    kinds = [] if key.variant.prologue else list(dict.fromkeys(map(kind_of, scalings)))
+    rows = key.capturable and not key.variant.staged
+    kinds = [] if key.variant.staged else list(dict.fromkeys(map(kind_of, scalings)))
     if rows:
         asked: list[Any] = [("form", kind) for kind in kinds] or [("none", None)]
         found += [launcher_of_rows(key, width, SLOTS[0], kept, *stats) for stats in asked]
@@ -283,4 +282,5 @@ def takes_by_value(key: Key) -> bool:
     """Whether the kernel may take its only row as an argument: float numbers are handed over in 32 bits, and captured
     steps read theirs on the device.
     """
-    return key.compute == torch.float32 and (key.variant.prologue or not key.capturable)
+    one = key.variant.measure is None  # else each parameter has a row
+    return one and key.compute == torch.float32 and (key.variant.prologue or not key.capturable)

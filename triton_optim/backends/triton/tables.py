@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ...kernels import multi_tensor as kernel
+from ...precision.codecs import Codec, plain
 
 TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -17,6 +21,37 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.int8: tl.int8,
 }
+
+
+def kept_as(
+    codecs: tuple[Codec, ...],
+    gradient: torch.dtype,
+    warp_size: int,
+    module: ModuleType = kernel,
+    averaged: bool = False,
+) -> dict[str, Any]:
+    """What the kernel is told of how the roles are kept, and the launch options that follow.
+
+    Args:
+        codecs: of the parameter and the states.
+        gradient: its dtype.
+        warp_size: threads a warp.
+        module: of the kernel.
+        averaged: whether the last role is the average of the parameter.
+    """
+    roles = [codecs[0], plain(gradient), *codecs[1:]]
+    parts = [part for codec in roles for part in zip(codec.dtypes, codec.elements_per_item, strict=True)]
+    block_size = max(codec.block_size for codec in codecs)
+    return {
+        "CODECS": tuple(codec.name for codec in roles),
+        "DTYPES": tuple(TRITON_DTYPES[dtype] for dtype, _ in parts),
+        "PER_ITEM": tuple(per_item for _, per_item in parts),
+        "FIRST": (0, *accumulate(len(codec.dtypes) for codec in roles)),
+        "AVERAGED": averaged,
+        "RANDOM": any(codec.random for codec in codecs),
+        "BLOCK_SIZE": block_size,
+        **module.launch_options([dtype.itemsize for dtype, per_item in parts if per_item == 1], block_size, warp_size),
+    }
 
 
 def chunk_table(numels: Sequence[int], device: torch.device) -> Tensor:

@@ -1,0 +1,82 @@
+"""The pass over many tensors that sums up what a measure makes of their elements: two launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...buckets.key import Key
+from ...kernels import measure as kernels
+from ...kernels import multi_tensor
+from ...kernels.language import python_function
+from .launch import Launcher, warp_size
+from .tables import TRITON_DTYPES, kept_as
+
+
+class MeasurePass:
+    """The sums of a variant's measure over the parameters of a bucket.
+
+    Args:
+        key: the bucket's.
+        chunks, tensors: its tables.
+        numels: elements of each parameter.
+    """
+
+    def __init__(self, key: Key, chunks: Tensor, tensors: Tensor, numels: Sequence[int]) -> None:
+        self._key, self._tables, self._count = key, (chunks, tensors), len(numels)
+        counts = -(-torch.tensor([0, *numels], dtype=torch.int64, device="cpu") // multi_tensor.BLOCK)
+        self._first = counts.cumsum(0).to(key.device)
+        sums = python_function(key.variant.measure).returned
+        self._partials = torch.empty(len(chunks), sums, dtype=torch.float64, device=key.device)
+
+    def __call__(self, scalars: Any, gradients: Tensor, rows: Tensor) -> Tensor:
+        """The sums, ``(parameters, sums)``.
+
+        Args:
+            scalars: the NamedTuple type of the scalars.
+            gradients, rows: tables, as of the kernel; a row for each parameter.
+        """
+        measure, add_up = measure_launchers(self._key, scalars)
+        sums = torch.empty(self._count, self._partials.shape[1], dtype=torch.float64, device=self._key.device)
+        measure(len(self._partials), *self._tables, gradients, rows, self._partials)
+        add_up(self._count, self._partials, self._first, sums)
+        return sums
+
+
+@cache
+def measure_launchers(key: Key, scalars: Any) -> list[Launcher]:
+    """What starts the two kernels.
+
+    Args:
+        scalars: the NamedTuple type of the scalars.
+    """
+    variant, codecs = key.variant, key.codecs
+    parts = sum(len(codec.dtypes) for codec in codecs)
+    read = codecs[: len(codecs) - variant.averaged]
+    sums = python_function(variant.measure).returned
+    kept = kept_as(read, key.gradient, warp_size(key.device))
+    constants = {
+        "RULE": variant.measure,
+        "SCALARS": tl.constexpr(scalars),
+        "FIELDS": scalars._fields,
+        "SUMS": sums,
+        "COLUMNS": multi_tensor.FIRST_ADDRESS + parts,
+        "WIDTH": 1 + len(scalars._fields) + variant.averaged,
+        "COMPUTE": TRITON_DTYPES[key.compute],
+        "BLOCK": multi_tensor.BLOCK,
+        "ALIGNED": key.aligned,
+        "SOURCE": getattr(variant.measure, "cache_key", ""),
+        **{name: value for name, value in kept.items() if name not in ("AVERAGED", "RANDOM")},
+    }
+    types = (torch.int32, torch.int64, torch.int64, key.compute, torch.float64)
+    options = {"num_warps": kernels.THREADS // warp_size(key.device), "enable_fp_fusion": True}
+    add_up = {"SUMS": sums, "BLOCK": kernels.TOGETHER, **options}
+    return [
+        Launcher(kernels.measure, types, constants, key.device),
+        Launcher(kernels.sum_chunks, (torch.float64, torch.int64, torch.float64), add_up, key.device),
+    ]

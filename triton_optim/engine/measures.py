@@ -1,0 +1,97 @@
+"""The part of a step before the rule, for optimizers whose scalars differ between parameters: sums over each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..buckets.bucket import Bucket
+from ..spec import Measured, Update
+from ..util.hyperparameters import plain_group
+from ..util.layout import is_sharded
+
+
+def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
+    """Give every bucket that measures what the optimizer makes of the sums. Whether states may have been written.
+
+    Args:
+        optimizer: whose ``measure``, ``total`` and ``factors`` are asked.
+        buckets: which hold their gradients and rows.
+    """
+    own = [bucket for bucket in buckets if bucket.key.variant.measure is not None and any(bucket.rows)]
+    sums = [bucket.measure() for bucket in own]
+    if any(bucket.sharded for bucket in own):
+        sums = over_shards(own, sums)
+    turns = [
+        (bucket, number, measured_of(optimizer, bucket, number, found))
+        for bucket, found in zip(own, sums, strict=True)
+        for number, row in enumerate(bucket.rows)
+        if row is not None
+    ]
+    total = optimizer.total([measured for *_, measured in turns])
+    for bucket, number, measured in turns:
+        factors = optimizer.factors(measured._replace(total=total))
+        check_factors(optimizer, measured, factors)
+        count = len(measured.params)
+        wide = {name: torch.as_tensor(values).to(measured.numel).expand(count) for name, values in factors.items()}
+        bucket.take_factors(number, wide)
+    return bool(optimizer.prologue_names)
+
+
+def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor) -> Measured:
+    """What was found of the parameters of a bucket's step group.
+
+    Args:
+        number: of the step group.
+        sums: of :meth:`Bucket.measure`.
+    """
+    row, step_group = bucket.rows[number], bucket.step_groups[number]
+    assert row is not None
+    numel = bucket.whole_numels
+    if len(bucket.step_groups) > 1:
+        places = bucket.places_of(number)
+        sums, numel = sums[places], numel[places]
+    group = plain_group(optimizer.param_groups[step_group.group], keep=bucket.key.differentiable)
+    params, states = [m.p for m in step_group.slots], [m.state for m in step_group.slots]
+    return Measured(group, row.h, params, states, numel, sums.unbind(1))
+
+
+def check_factors(optimizer: Update, measured: Measured, factors: Any) -> None:
+    """Raise TypeError where what ``factors`` returned is no scalars of the rule."""
+    name, fields = type(optimizer).__name__, measured.h._fields
+    if not isinstance(factors, dict) or not factors.keys() <= set(fields):
+        got = sorted(factors) if isinstance(factors, dict) else repr(factors)
+        raise TypeError(f"{name}.factors returned {got}; return a dict by names of scalars: {', '.join(fields)}.")
+    count = len(measured.params)
+    for field, values in factors.items():
+        shape = tuple(getattr(values, "shape", ()))
+        if shape not in ((), (1,), (count,)):
+            raise TypeError(
+                f"{name}.factors returned {field} of shape {shape} for {count} parameters; return ({count},), a number "
+                "a parameter."
+            )
+
+
+def over_shards(buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over whole parameters, of which each rank has a part; the same on every rank.
+
+    The parameters are taken in their order: each rank must ask alike, and buckets differ between ranks.
+    """
+    every: list[tuple[int, Any, int, int]] = []  # a parameter: its number, itself, its bucket, its place there
+    for b, bucket in enumerate(buckets):
+        every += [(m.index, m.p, b, i) for i, m in enumerate(bucket.slots) if is_sharded(m.p)]
+    alike: dict[Any, list[tuple[int, int]]] = {}
+    for _, p, b, i in sorted(every, key=lambda one: one[0]):
+        alike.setdefault((p.device_mesh, tuple(p.placements)), []).append((b, i))
+    new = [found.clone() for found in sums]
+    for (mesh, placements), places in alike.items():
+        dims = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+        whole = torch.stack([sums[b][i] for b, i in places])
+        for dim in dims:
+            torch.distributed.all_reduce(whole, group=mesh.get_group(dim))
+        for (b, i), row in zip(places, whole.unbind(), strict=True):
+            new[b][i] = row
+    return new
