@@ -120,12 +120,13 @@ class TritonBucket(Bucket):
         """
         group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
         row, averaged, staged = step_scalars_for(optimizer, group, 1), key.variant.averaged, key.variant.staged
+        scalars: Any = type(row.h)
         step_groups = len({(m.group, *m.numbers.values()) for m in slots})
         by_value = takes_by_value(key) and step_groups == 1 and plain_cells(row, averaged) is not None
-        own = launcher_for(key, type(row.h), bool(scalings) and not staged, by_value)
+        own = launcher_for(key, scalars, bool(scalings) and not staged, by_value)
         kept = len(optimizer.scalar_state_names(group))
         before = launchers_before(key, 1 + len(row.h) + averaged, kept, scalings)
-        measures = [] if key.variant.measure is None else measure_launchers(key, type(row.h))
+        measures = [] if key.variant.measure is None else measure_launchers(key, scalars)
         return [*before, *measures, own]
 
     @classmethod
