@@ -10,7 +10,7 @@ from ..buckets.key import Key
 from ..buckets.slots import ParamSlot
 from ..buckets.step_scalars import check_scalars
 from ..dispatch import Choice, LaunchError, Request, next_best, this_machine
-from ..kernels.language import RuleError
+from ..kernels.source import RuleError
 from ..spec import Update
 from ..util.layout import local_gradient
 from ..util.once import warn_once
