@@ -302,8 +302,8 @@ MUTANTS = (
     Mutant(
         "a gradient of another shape is not noticed",
         "a kernel reads past its end",
-        "if g.shape != value.shape:",
-        "if g.dim() != value.dim():",
+        "or g.shape != value.shape:",
+        "or g.dim() != value.dim():",
         "tests/test_errors.py::test_gradient_that_would_only_broadcast",
     ),
     Mutant(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
-from .language import RuleError
+from .source import RuleError
 
 WORDS = ("abs", "exp", "floor", "log", "maximum", "minimum", "sign", "sqrt", "where")  # that rules may use
 

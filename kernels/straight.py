@@ -14,8 +14,9 @@ import types
 from itertools import count
 from typing import Any
 
-from .language import PRIMITIVES, RuleError, jit, lines_of, python_function, source_of
+from .language import PRIMITIVES, jit
 from .lines import VALUE, WORDS, Constant, Lines, Scalars, Value
+from .source import RuleError, lines_of, python_function, source_of
 from .walk import Walk
 
 _numbers = count(1)

@@ -1,69 +1,38 @@
-"""The walk over a rule's syntax tree: what is no word of the language is refused; what is left is straight lines."""
+"""The walk over a rule's expressions: what is no word of the language is refused; what is left is straight lines."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .advice import BRANCH, DTYPE, IN_SCALARS, INSTEAD, LOOP, OF_ALL, OPERATORS, STATEMENTS
-from .language import PRIMITIVES, RuleError, python_function, source_of, tl
+from .advice import DTYPE, IN_SCALARS, INSTEAD, LOOP, OF_ALL, OPERATORS, STATEMENTS
+from .language import PRIMITIVES, tl
 from .lines import CONDITION, FLAG, ONE, SCALAR, VALUE, WORDS, ZERO, Constant, Lines, Scalars, Value, Word
+from .operators import ARITHMETIC, COMPARISONS, OF_CONDITIONS, OF_CONSTANTS, UNARY
+from .source import RuleError, python_function, source_of
+from .statements import PLAIN, Statements
 
 ALLOWED = f"Rules may use + - * /, comparisons, & | ~ of these, {', '.join(WORDS)}, and @jit functions of all this."
 
-_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-_OF_CONDITIONS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_,
-    ast.BitXor: operator.xor,
-}
 _OF_NUMBERS: dict[type, Callable[[Any, Any], Any]] = {
-    **_ARITHMETIC,
-    **_OF_CONDITIONS,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_UNARY: dict[type, Callable[[Any], Any]] = {
-    ast.Invert: operator.invert,
-    ast.Not: operator.not_,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-_COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
+    kind: function for kind, (_, function) in (ARITHMETIC | OF_CONDITIONS).items()
+} | OF_CONSTANTS
 _NUMBERS = (bool, int, float)
-_PLAIN = (bool, int, float, str, types.NoneType)
 
 
-class Walk:
+class Walk(Statements):
     """One call of a function."""
 
     def __init__(self, lines: Lines, function: types.FunctionType) -> None:
-        self.lines, self.function = lines, function
-        self.tree, self.file, self.line = source_of(function)
-        self.around = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        self.names: dict[str, Any] = {}
-        self.returned: ast.stmt | None = None
+        super().__init__(function, source_of(function))
+        self.lines = lines
 
-    def where(self, node: ast.AST) -> str:
-        """File and line of a node."""
-        return f"{self.file}, line {self.line + getattr(node, 'lineno', 1)}"
+    def kept(self, name: str, value: Any) -> Any:
+        """What a name stands for that is given a value."""
+        return self.lines.kept(name, value)
 
     def refuse(self, node: ast.AST, why: str = "", word: str = "") -> NoReturn:
         """Raise RuleError for a node: where, what, and what to write instead."""
@@ -86,59 +55,9 @@ class Walk:
             self.refuse(self.tree, "it returns nothing", f"def {self.tree.name}")
         return found[0]
 
-    # Statements.
-
-    def body(self, statements: Sequence[ast.stmt]) -> tuple[Any] | None:
-        """Walk statements; what a `return` among them returned."""
-        for node in statements:
-            if isinstance(node, ast.Return):
-                self.returned = node
-                return (None if node.value is None else self.value(node.value),)
-            if isinstance(node, ast.Assign):
-                value = self.value(node.value)
-                for target in node.targets:
-                    self.assign(target, value)
-            elif isinstance(node, ast.AnnAssign) and node.value is not None:
-                self.assign(node.target, self.value(node.value))
-            elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-                own = ast.copy_location(ast.Name(node.target.id, ast.Load()), node)
-                self.assign(node.target, self.value(ast.copy_location(ast.BinOp(own, node.op, node.value), node)))
-            elif isinstance(node, ast.If):
-                found = self.body(node.body if self.decided(node.test, node) else node.orelse)
-                if found is not None:
-                    return found
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                self.value(node.value)
-            elif not (
-                isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-            ):
-                self.refuse(node, STATEMENTS.get(type(node), ""))
-        return None
-
-    def assign(self, target: ast.expr, value: Any) -> None:
-        """Give a name a value, or several of a tuple."""
-        if isinstance(target, ast.Name):
-            self.names[target.id] = self.lines.kept(target.id, value)
-        elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, tuple) and len(target.elts) == len(value):
-            # All of it first: `p, g = g, p`.
-            value = [self.lines.kept(getattr(t, "id", "x"), v) for t, v in zip(target.elts, value, strict=True)]
-            for one, of_it in zip(target.elts, value, strict=True):
-                self.assign(one, of_it)
-        else:
-            self.refuse(target, "only names can be assigned to, or as many as there are values")
-
-    def decided(self, test: ast.expr, node: ast.AST) -> bool:
-        """Whether a condition on numbers is true."""
-        condition = self.value(test)
-        if not isinstance(condition, _PLAIN):
-            self.refuse(node, BRANCH)
-        return bool(condition)
-
-    # Expressions.
-
     def value(self, node: ast.expr) -> Any:
         """What an expression stands for."""
-        if isinstance(node, ast.Constant) and isinstance(node.value, _PLAIN):
+        if isinstance(node, ast.Constant) and isinstance(node.value, PLAIN):
             return node.value
         if isinstance(node, (ast.Tuple, ast.List)):
             return tuple(map(self.value, node.elts))
@@ -178,7 +97,7 @@ class Walk:
             found = function(*numbers)
         except (ArithmeticError, TypeError, ValueError) as error:
             self.refuse(node, f"it has no value: {error}")
-        if not isinstance(found, _PLAIN):
+        if not isinstance(found, PLAIN):
             self.refuse(node, "it is no real number")
         return found
 
@@ -190,16 +109,16 @@ class Walk:
             return self.folded(node, _OF_NUMBERS[kind], left, right)
         if isinstance(left, tuple) and isinstance(right, tuple) and kind is ast.Add:
             return left + right
-        if kind in _OF_CONDITIONS:
+        if kind in OF_CONDITIONS:
             sides = [x for x in (left, right) if isinstance(x, Value) and x.kind in (CONDITION, FLAG)]
             if len(sides) < 2:
                 self.refuse(node, "only conditions are joined by & | ^, each in brackets: (g > 0) & (p > 0)")
             return Value(CONDITION, ast.BinOp(self.condition(sides[0]), node.op, self.condition(sides[1])))
-        if kind not in _ARITHMETIC:
+        if kind not in ARITHMETIC:
             why = OPERATORS.get(kind, "")
             if kind is ast.Pow:
                 known = {2: "x * x", 3: "x * x * x", 0.5: "sqrt(x)", -0.5: "1 / sqrt(x)", -1: "1 / x"}
-                why = f"Write {known.get(right, 'exp(y * log(x))') if isinstance(right, _PLAIN) else 'exp(y * log(x))'}"
+                why = f"Write {known.get(right, 'exp(y * log(x))') if isinstance(right, PLAIN) else 'exp(y * log(x))'}"
             self.refuse(node, why)
         a, b = self.number(left, node.left), self.number(right, node.right)
         if a.kind == b.kind == SCALAR and kind is not ast.Mult:
@@ -210,8 +129,8 @@ class Walk:
         x, kind = self.value(node.operand), type(node.op)
         if isinstance(x, bool) and kind is ast.Invert:
             return not x
-        if isinstance(x, _PLAIN):
-            return self.folded(node, _UNARY[kind], x)
+        if isinstance(x, PLAIN):
+            return self.folded(node, UNARY[kind], x)
         if isinstance(x, Value) and x.kind in (CONDITION, FLAG):
             if kind is ast.Invert:
                 return Value(CONDITION, ast.UnaryOp(node.op, self.condition(x)))
@@ -225,10 +144,10 @@ class Walk:
         if len(node.ops) > 1:
             self.refuse(node, "Write (x < y) & (y < z)")
         left, right, kind = self.value(node.left), self.value(node.comparators[0]), type(node.ops[0])
-        if kind not in _COMPARISONS:
+        if kind not in COMPARISONS:
             self.refuse(node)
-        if isinstance(left, _PLAIN) and isinstance(right, _PLAIN):
-            return self.folded(node, _COMPARISONS[kind], left, right)
+        if isinstance(left, PLAIN) and isinstance(right, PLAIN):
+            return self.folded(node, COMPARISONS[kind][1], left, right)
         a, b = self.number(left, node.left), self.number(right, node.comparators[0])
         flag = a.kind == b.kind == SCALAR
         return Value(FLAG if flag else CONDITION, ast.Compare(a.node, node.ops, [b.node]))
@@ -238,7 +157,7 @@ class Walk:
         found: Any = None
         for one in node.values:
             found = self.value(one)
-            if not isinstance(found, _PLAIN):
+            if not isinstance(found, PLAIN):
                 self.refuse(node, f"Write (x > 0) {sign} (y > 0)")
             if bool(found) == isinstance(node.op, ast.Or):
                 break
@@ -268,7 +187,7 @@ class Walk:
     def meant(self, value: Any, node: ast.expr, name: str, scope: Any) -> Any:
         """What a name outside the function stands for."""
         plain = value.value if tl is not None and isinstance(value, tl.constexpr) else value
-        if isinstance(plain, _PLAIN) or (type(plain) is tuple and all(isinstance(x, _PLAIN) for x in plain)):
+        if isinstance(plain, PLAIN) or (type(plain) is tuple and all(isinstance(x, PLAIN) for x in plain)):
             self.lines.constants[id(scope), name] = Constant(name, scope, value)
             return plain
         if isinstance(value, types.ModuleType):
@@ -307,11 +226,7 @@ class Walk:
             self.refuse(node, "Write h.lr: scalars have names")
         if not isinstance(of, tuple):
             self.refuse(node, "a value has no elements here; " + OF_ALL)
-        if isinstance(node.slice, ast.Slice):
-            ends = (node.slice.lower, node.slice.upper, node.slice.step)
-            index: Any = slice(*(None if end is None else self.value(end) for end in ends))
-        else:
-            index = self.value(node.slice)
+        index = self.index(node.slice)
         try:
             return of[index]
         except (IndexError, TypeError, ValueError) as error:
@@ -328,10 +243,10 @@ class Walk:
                 self.refuse(node, f"{function.name} takes {PRIMITIVES[function.name][2].arguments} arguments, in order")
             return self.word(function.name, arguments, node)
         if function in (float, int):
-            if not all(isinstance(x, _PLAIN) for x in arguments):
+            if not all(isinstance(x, PLAIN) for x in arguments):
                 self.refuse(node, DTYPE)
             return self.folded(node, function, *arguments)
-        if isinstance(function, (*_PLAIN, tuple, types.ModuleType)):
+        if isinstance(function, (*PLAIN, tuple, types.ModuleType)):
             self.refuse(node)
         own = python_function(function)
         try:
@@ -354,6 +269,6 @@ class Walk:
             return lines.word(name, condition, x if VALUE in (x.kind, y.kind) else lines.like(x), y)
         numbers = [self.number(x, at) for x, at in zip(arguments, given, strict=True)]
         if all(x.kind == SCALAR for x in numbers):
-            constant = all(isinstance(x, _PLAIN) for x in arguments)
+            constant = all(isinstance(x, PLAIN) for x in arguments)
             self.refuse(node, "it is of numbers alone. Write its value" if constant else IN_SCALARS)
         return lines.word(name, *map(lines.like, numbers))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels.straight import check_constants, check_fields, constants_of
+from ..kernels.straight import check_constants, constants_of
 from ..precision.averaging import average_of, value_of, weight
 from ..precision.codecs import read, write
 from ..precision.random_bits import bits_of_elements, first_index, row_key, tensor_keys
@@ -16,32 +16,48 @@ from ..spec import AVERAGE, COUNT, Update
 from ..util.hyperparameters import exact_number, plain_group
 from ..util.layout import local, places
 from ..util.on_device import OnDevice
-from .gradient_norm import GradientStats, Norm, Scaling, exact_dtype, gradient_stats_from
-from .key import Key, Piece
+from .gradient_norm import GradientStats, Scaling, exact_dtype, gradient_stats_from
+from .key import Key, pieces_of
 from .memory import Memory
 from .slots import CPU, ParamSlot, StepGroup
 from .step_scalars import StepScalars, one_kind, step_scalars_for
 
 
+class DeviceRows(Protocol):
+    """What has the device form rows of scalars."""
+
+    def rows(
+        self, step_groups: list[StepGroup], active: list[bool], on_device: OnDevice
+    ) -> list[StepScalars | None] | None:
+        """The row of each step group that is active, as the device will form it; None where it can't."""
+
+
 class Bucket(Memory):
-    """Parameters that one backend updates together."""
+    """Parameters that one backend updates together.
 
-    # Whether what all gradients are multiplied by, and whether the step is skipped, is read on the device.
-    reads_stats: ClassVar[bool] = False
-    launches_kernels: ClassVar[bool] = False  # whether a step may raise LaunchError
+    A backend has three methods: :meth:`compile`, :meth:`run`, :meth:`norms`.
 
-    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
+    Args:
+        longest: elements of the longest piece that the backend runs a parameter in; None for whole parameters.
+    """
+
+    # Kernels on a device run it. A step may raise LaunchError; what lies at multiples of 16 is in a bucket of its own;
+    # what all gradients are multiplied by, and whether the step is skipped, is read there.
+    launches_kernels: ClassVar[bool] = False
+
+    def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot], longest: int | None = None) -> None:
         super().__init__(optimizer, key, slots)
         self.compute, self.random = key.compute, key.random
         self._hyperparameters = optimizer.hyperparameters
         self._reads_constants = bool(constants_of(key.variant.rule))
         # Whether it reads the stats itself. What comes before the rule can't be skipped there.
-        self.takes_stats = self.reads_stats and not key.variant.staged
+        self.takes_stats = self.launches_kernels and not key.variant.staged
         self.stats: GradientStats | None = None  # in a step that has one
         self.rows: list[StepScalars | None] = []  # of this step, one a step group
         self._whole_numels: Tensor | None = None
         self.factors: dict[str, Tensor] = {}  # of this step: the scalars that differ from parameter to parameter
-        self.pieces = self.cut(list(map(first_index, [m.p for m in slots])) if key.random else [0] * len(slots))
+        first = list(map(first_index, [m.p for m in slots])) if key.random else [0] * len(slots)
+        self.pieces = pieces_of(self.numels, first, longest, key.block_size or 1)
         if key.random:
             # A captured step forms the keys on the device; else that is done here, and nothing waits for the device.
             where = key.device if key.capturable else CPU
@@ -49,50 +65,27 @@ class Bucket(Memory):
             self._numbers_of_params = torch.tensor(indices, dtype=torch.int32, device=where)
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
+        self._device_rows: DeviceRows | None = None
         self._form_step_groups([tuple(m.numbers.values()) for m in slots])
 
     # What a backend says.
 
-    def cut(self, first: list[int]) -> list[Piece]:
-        """The parameters, in the pieces that the backend runs them in.
+    @classmethod
+    def compile(cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False) -> Any:
+        """Compile what the bucket will need, before there is one. A failure here changes nothing.
 
         Args:
-            first: of each parameter, the index of its first element here in the whole parameter.
+            ahead: also what could wait for the first step that needs it.
         """
-        return [Piece(i, 0, numel, k) for i, (numel, k) in enumerate(zip(self.numels, first, strict=True))]
-
-    @classmethod
-    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
-        """Try the scalars, and compile what the bucket will need. A failure here changes nothing."""
-        groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
-        rows = [step_scalars_for(optimizer, group, 1, keep=key.differentiable) for group in groups]
-        one_kind(rows, optimizer)
-        check_fields(key.variant.rule, rows[0].h)
-
-    @classmethod
-    def warm_up(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
-        """Compile what :meth:`prepare` leaves to the first step."""
-        return
+        return None
 
     @abstractmethod
     def run(self, rows: list[StepScalars | None]) -> None:
         """Update every parameter i whose ``gradients[i]`` is not None by the scalars ``rows[self.row_of[i]]``."""
 
-    @classmethod
-    @abstractmethod
-    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
-        """How many kernels, compiled calls or torch operations a step of such a bucket starts."""
-
-    @classmethod
-    def bytes_per_parameter(cls, optimizer: Update, key: Key) -> float:
-        """Bytes read and written an element and step. At best every role is read and all but the gradient written."""
-        param, kept = key.codecs[0], sum(codec.nbytes for codec in key.codecs)
-        unread = param.dtypes[0].itemsize if param.name == "master" else 0
-        return float(2 * kept - unread + key.gradient.itemsize)
-
-    def partial_norms(self, norm: Norm) -> list[Tensor] | None:
-        """Of the gradients of this step, by the tables that the bucket holds of them: see norms.partial_norms. None
-        where it holds none.
+    def norms(self) -> Tensor | None:
+        """Sums of the squares of this step's gradients, by the tables that the bucket holds of them: see
+        norms.partial_norms. None where it holds none.
         """
         return None
 
@@ -160,7 +153,8 @@ class Bucket(Memory):
         self.factors = {}
         if self.key.capturable:
             self._on_device = self._hyperparameters.on_device(self.key.device)
-            rows = self.rows_on_device(active, self._on_device)
+            if self._device_rows is not None:
+                rows = self._device_rows.rows(self.step_groups, active, self._on_device)
         if rows is None:
             rows = [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
         self.rows = rows
@@ -216,10 +210,6 @@ class Bucket(Memory):
         here = stats.factor
         factor = here.item() if here.device.type == "cpu" else here.to(self.key.device)
         self.rows = [row and row._replace(factor=row.factor * factor) for row in self.rows]
-
-    def rows_on_device(self, active: list[bool], on_device: OnDevice) -> list[StepScalars | None] | None:
-        """The row of each step group that is active, as the device will form it; None where it can't."""
-        return None
 
     def _row(self, step_group: StepGroup) -> StepScalars:
         numbers = step_group.numbers(on_device=self._on_device is not None)

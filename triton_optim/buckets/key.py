@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,9 +49,32 @@ class Key(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Elements of a parameter, as they lie in memory."""
+    """Elements of a parameter, as they lie in memory: all of them, or what a backend takes at a time."""
 
     slot: int
     start: int
     stop: int
     first: int  # the index of the first in the whole parameter
+
+
+def pieces_of(numels: Sequence[int], first: Sequence[int], longest: int | None, block_size: int) -> list[Piece]:
+    """The pieces of parameters. None has indices whose upper halves differ, and an incomplete block is a piece.
+
+    Args:
+        numels: elements of each parameter here.
+        first: the index of the first of them in the whole parameter.
+        longest: elements of the longest piece; None for a piece a parameter.
+        block_size: how many elements share a scale, or 1.
+    """
+    if longest is None:
+        return [Piece(i, 0, numel, index) for i, (numel, index) in enumerate(zip(numels, first, strict=True))]
+    pieces = []
+    for i, (numel, index) in enumerate(zip(numels, first, strict=True)):
+        start = 0
+        while start < numel:
+            left = numel - start
+            most = min(longest, (1 << 32) - (index + start) % (1 << 32))
+            stop = start + min(left // block_size * block_size or left, most)
+            pieces.append(Piece(i, start, stop, index + start))
+            start = stop
+    return pieces

@@ -52,9 +52,8 @@ def kinds_of(tensors: list[Tensor]) -> list[Any]:
 class Memory(ABC):
     """Where parameters, their states and the gradients of a step lie."""
 
-    keeps_layout: ClassVar[bool] = True  # gradients and states must lie in memory as their parameter does
-    takes_memory: ClassVar[bool] = True  # what it is given must be ordinary tensors, with memory of their own
-    tells_aligned: ClassVar[bool] = False  # what lies at multiples of 16 is in a bucket of its own
+    # Compiled code runs it: gradients and states must be ordinary tensors that lie in memory as their parameter does.
+    takes_memory: ClassVar[bool] = True
     takes_addresses: ClassVar[bool] = False  # of a gradient it needs to know only where it lies
 
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
@@ -67,6 +66,7 @@ class Memory(ABC):
         self._kinds = kinds_of(values)
         self._params = [m.p for m in slots]
         self.gradients: list[Tensor | None] = []
+        self.gradient_addresses = array("q")  # where they lie, 0 for none; not of a backend that takes no memory
         self.complete = False  # every parameter has a gradient in this step
         self.indices = [m.index for m in slots]
         count = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -79,7 +79,7 @@ class Memory(ABC):
         self._examined = False  # whether gradients were found fit before
         self._gatherer: Gatherer | None = None
         self._gathered = False  # whether it found the gradients of this step
-        self.place_states(values)
+        self._lay_out_states(values)
 
     @abstractmethod
     def counts_match(self) -> bool:
@@ -95,9 +95,9 @@ class Memory(ABC):
             own.append([m.state[part] for part in (name, *part_names(codec, name))])
         return [list(map(local, parts)) for parts in own]
 
-    def place_states(self, values: list[Tensor]) -> None:
+    def _lay_out_states(self, values: list[Tensor]) -> None:
         """Bring the states into the memory layout that the backend needs, for these (local) parameters."""
-        if self.keeps_layout:
+        if self.takes_memory:
             param, *kept = self.key.codecs
             names = part_names(param, None)
             for name, codec in zip(self.key.variant.state_names, kept, strict=True):
@@ -168,9 +168,13 @@ class Memory(ABC):
             ready = self._guards is not None and self._guards.check(*values, *own)
         except TypeError:  # one is None
             ready = False
+        if not ready:
+            if not self._fit(values, own):
+                return False
+            own = self._laid_out(values, own)
         self._gathered = False
         self.complete = ready or all(g is not None for g in own)
-        return self._take(own) if ready else self._examine(values, own)
+        return self._take(own)
 
     def bind_gathered(self) -> bool:
         """Whether the bucket can run with the gradients that its parameters have now. It learns only where they lie.
@@ -186,7 +190,7 @@ class Memory(ABC):
             and self.counts_match()
         ):
             self.complete = found.complete
-            self._gathered = self.accept_addresses(found.addresses, found.aligned)
+            self._gathered = self._take_addresses(found.addresses, found.aligned)
         return self._gathered
 
     def present(self) -> list[bool]:
@@ -198,7 +202,7 @@ class Memory(ABC):
     def note_gradients(self) -> None:
         """After a step with the gradients that the parameters have: make ready to gather those of the next."""
         if self.takes_addresses and not self.key.variant.prologue:
-            self._gatherer = gatherer_of(self._params, self._states, self.key.dtypes[1]) or self._gatherer
+            self._gatherer = gatherer_of(self._params, self._states, self.key.gradient) or self._gatherer
 
     def _values(self) -> list[Tensor]:
         """The parameters, as they are here."""
@@ -209,34 +213,38 @@ class Memory(ABC):
         except AttributeError:  # some are ordinary tensors
             return list(map(local, self._params))
 
-    def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
-        as_they_are, laid_out = True, list(own)
-        for i, (value, kind, g) in enumerate(zip(values, self._kinds, own, strict=True)):
+    def _fit(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
+        """Whether parameters and gradients are of the kind that the bucket is for."""
+        key, groups = self.key, self.optimizer.param_groups
+        # A group's hyperparameters decide whether single rows will do.
+        if key.sparse and any(self.optimizer.sparse_gradients(groups[m.group]) != "rows" for m in self.slots):
+            return False
+        wanted = (key.gradient, key.device, torch.sparse_coo if key.sparse else torch.strided)
+        for value, kind, g in zip(values, self._kinds, own, strict=True):
             if (value.shape, value.stride(), value.dtype) != kind:
                 return False
             if g is None:
-                as_they_are = False
                 continue
-            if (
-                is_sharded(g)
-                or (self.takes_memory and is_wrapper(g))
-                or g.layout != torch.strided
-                or (g.dtype, g.device) != (self.key.dtypes[1], self.key.device)
-            ):
+            if is_sharded(g) or (self.takes_memory and is_wrapper(g)):
                 return False
-            if g.shape != value.shape:
+            if (g.dtype, g.device, g.layout) != wanted or g.shape != value.shape:
                 return False
-            plain = g.resolve_neg().resolve_conj()
-            if self.keeps_layout and not same_layout(plain, value):
-                plain = in_layout_of(value, plain)
-            if plain is not g:
-                laid_out[i] = plain
-                as_they_are = False
+        return True
+
+    def _laid_out(self, values: list[Tensor], own: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradients as the backend takes them, for these parameters."""
+        if self.key.sparse:  # an element that is held twice is meant to be added up first
+            return [g if g is None else g.coalesce() for g in own]
+        laid_out = list(own)
+        for i, (value, g) in enumerate(zip(values, own, strict=True)):
+            if g is not None:
+                plain = g.resolve_neg().resolve_conj()
+                laid_out[i] = in_layout_of(value, plain) if self.takes_memory else plain
         # A plan of one step, or one whose gradients are soon gathered, needs no guards.
-        if as_they_are and self._examined:
+        if self._examined and all(g is not None and g is h for g, h in zip(own, laid_out, strict=True)):
             self._guards = guards_of([*values, *own])  # type: ignore[list-item]  # there are all
         self._examined = True
-        return self._take(laid_out)
+        return laid_out
 
     def _take(self, gradients: list[Tensor | None]) -> bool:
         """Keep the gradients for the step."""
@@ -246,32 +254,32 @@ class Memory(ABC):
         addresses = addresses_of(gradients)
         if not all(addresses) and any(g is not None and not at for g, at in zip(gradients, addresses, strict=True)):
             return False  # the memory of one was freed
-        return self.key.variant.prologue or self._take_addresses(addresses)
+        aligned = not self.key.aligned or all_aligned(addresses)
+        return self.key.variant.prologue or self._take_addresses(addresses, aligned)
+
+    def _take_addresses(self, addresses: array[int], aligned: bool) -> bool:
+        """Take note of where the gradients lie; False where a kernel was compiled for other addresses.
+
+        Args:
+            addresses: of them; 0 for none.
+            aligned: whether all are multiples of 16, if that matters.
+        """
+        if self.key.aligned and not aligned:
+            return False
+        self.gradient_addresses = addresses
+        return True
 
     def accept(self, gradients: list[Tensor | None]) -> None:
         """Take what a prologue made of the gradients."""
-        if self.takes_addresses:
-            self._take_addresses(addresses_of(gradients))
+        if self.takes_memory:
+            self._take_addresses(addresses_of(gradients), True)
 
     def take_update(self, place: int, update: Tensor) -> None:
         """Put what a prologue made of a parameter's gradient in its place."""
-        update = local(update).to(self.key.dtypes[1])
-        if self.keeps_layout:
+        update = local(update).to(self.key.gradient)
+        if self.takes_memory:
             update = in_layout_of(local(self.slots[place].p), update)
         self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
-
-    def _take_addresses(self, addresses: array[int]) -> bool:
-        aligned = not self.key.aligned or all_aligned(addresses)
-        return not self.takes_addresses or self.accept_addresses(addresses, aligned)
-
-    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
-        """Make ready for gradients of a backend that takes addresses; it may refuse them.
-
-        Args:
-            addresses: where they lie; 0 for none.
-            aligned: whether all are multiples of 16, if that matters.
-        """
-        raise NotImplementedError
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.straight import check_fields
 from ..precision.averaging import weight
 from ..spec import COUNT, Update, rounds
 from ..util.hyperparameters import plain_group
+from .key import Key
 
 _NUMBERS = {float, int, bool}
 
@@ -75,6 +77,19 @@ def step_scalars_for(
     if count is None:
         return StepScalars(factor, h, scalar_state, step)
     return StepScalars(factor, h, scalar_state | {COUNT: count + 1}, step, weight(values, count))
+
+
+def first_scalars(optimizer: Update, key: Key, keep: bool = False) -> list[StepScalars]:
+    """The scalars of a bucket's first update, of each group that may have parameters in it."""
+    groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
+    return [step_scalars_for(optimizer, group, 1, keep=keep) for group in groups]
+
+
+def check_scalars(optimizer: Update, key: Key) -> None:
+    """Raise TypeError where an optimizer's scalars are not those that the rule of a bucket takes."""
+    rows = first_scalars(optimizer, key, key.differentiable)
+    one_kind(rows, optimizer)
+    check_fields(key.variant.rule, rows[0].h)
 
 
 def one_kind(rows: list[StepScalars], optimizer: Update) -> None:

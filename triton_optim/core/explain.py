@@ -8,8 +8,7 @@ from typing import overload
 
 import torch
 
-from ..backends import bucket_class
-from ..backends.eager.bucket import prologue_traffic
+from ..backends.costs import cost
 from ..buckets.key import Key
 from ..buckets.slots import ParamSlot
 from ..engine.entries import entries_of, sort_params
@@ -98,9 +97,7 @@ def explain(optimizer: RuleOptimizer) -> Explanation:
 
 def report(optimizer: RuleOptimizer, key: Key, slots: list[ParamSlot]) -> BucketReport:
     """One row of an explanation."""
-    runs = bucket_class(key)
     elements = sum(local(m.p).numel() for m in slots)
-    operations, nbytes = prologue_traffic(optimizer, key, slots) if key.variant.prologue else (0, 0)
     return BucketReport(
         key.choice.backend,
         key.choice.reason,
@@ -108,6 +105,5 @@ def report(optimizer: RuleOptimizer, key: Key, slots: list[ParamSlot]) -> Bucket
         len(slots),
         elements,
         dict(zip(("p", "g", *key.variant.state_names), key.dtypes, strict=True)),
-        operations + runs.launches(optimizer, key, slots),
-        nbytes / max(elements, 1) + runs.bytes_per_parameter(optimizer, key),
+        *cost(optimizer, key, slots),
     )

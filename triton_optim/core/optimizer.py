@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..backends.triton import compile_ahead
-from ..buckets.state import State, watch
+from ..buckets.state import watch
 from ..dispatch import BACKENDS, choose, this_machine
 from ..engine import compile_op
 from ..engine.engine import Engine
@@ -25,18 +22,16 @@ from ..kernels.straight import check_signature, straight
 from ..options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
 from ..precision.averaging import check_averaging, largest_count
 from ..precision.codecs import check_names, check_precision
-from ..spec import Update, Variant
+from ..spec import Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_kind
 from .averages import averaged_parameters
-from .checkpoint import fill_in, loaded_groups, loaded_states, packed
 from .checks import check_alone
-from .loadable import check_groups, check_keys
-from .saved_form import loaded_state, saved_states
+from .saving import SavedOptimizer
 from .wrapping import leave_to_python, ordered, with_hooks
 
 
-class RuleOptimizer(Optimizer, Update):
+class RuleOptimizer(SavedOptimizer):
     r"""An optimizer from a rule: subclass it with ``rule``, ``state_names`` and :meth:`scalars`.
 
     The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
@@ -280,81 +275,3 @@ class RuleOptimizer(Optimizer, Update):
                 f"parameter {index} is {p.dtype} on {p.device}; {type(self).__name__} optimizes floating-point and "
                 "complex tensors. Leave it out of params."
             )
-
-    @_disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
-
-        A quantized state is a dict of its codes, their scales and how they are read. torch.optim cannot take it for a
-        tensor: its step raises. It can have :func:`to_torch_state_dict`.
-        """
-        self.engine.check_not_swapped("state_dict()")
-        self.engine.probe_again()
-        # As torch's own, in one pass: another one over its result would take as long again.
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        state_dict = packed(self)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of ours or of torch.optim's.
-
-        Unlike torch's, it keeps the dtype in which each state was saved: torch casts all but ``step`` to the
-        parameter's, and float32 moments of bfloat16 parameters would be lost.
-
-        Raises:
-            TypeError: it is no dict.
-            ValueError: it is that of another library (:func:`convert_state_dict` takes some), or its
-                groups, or the names of its states, are not those of this optimizer, or a state lacks some.
-            KeyError: it lacks its groups or states, or a group a hyperparameter.
-            RuntimeError: a state is not of its parameter's shape or kind, or quantized in a way that can't be read. In
-                all cases nothing was changed.
-        """
-        self.engine.check_not_swapped("load_state_dict()")
-        if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
-            check_keys(state_dict)
-
-        def ready(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            check_groups(self, state_dict)
-            groups = loaded_groups(self, state_dict)
-            # What is by parameter torch leaves as it is: else it would look for each value's parameter in all groups.
-            states = loaded_states(self, state_dict, groups)
-            for group in groups:  # of which torch asks only how many there are
-                group["params"] = range(len(group["params"]))
-            return {**state_dict, "param_groups": groups, "state": states}
-
-        handle = self.register_load_state_dict_pre_hook(ready)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        if self.engine.release is not None:
-            self.engine.release.restart()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.engine.check_not_swapped("a copy")
-        probed = set(map(id, self.engine.probe.params(self)))
-        own = {p: state for p, state in self.state.items() if id(p) not in probed}
-        states = dict(zip(own, saved_states(self, own), strict=True))
-        kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
-        return {name: getattr(self, name) for name in kept} | {"state": defaultdict(dict, states)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        states = dict(state["state"])
-        if set(map(type, states.values())) != {State}:  # else they are as they are held: load_state_dict made them
-            params = chain.from_iterable(group["params"] for group in state["param_groups"])
-            states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
-        super().__setstate__(state | {"state": defaultdict(dict, states)})
-        watch(self)
-        # A copy has none of these; who loads a state dict keeps them.
-        for name, value in {"backend": "auto", "amp": None, "_max_grad_norm": None}.items():
-            self.__dict__.setdefault(name, value)
-        if "engine" in self.__dict__:
-            self.engine.reset()
-        else:
-            self.engine = Engine(self, self._check_edited)
-        self.engine.take_params()
-        fill_in(self)

@@ -79,11 +79,11 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
     )
-    kind = bucket_class(key)
-    if kind.tells_aligned:
-        key = key._replace(aligned=entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts))
+    if not bucket_class(key).launches_kernels:
+        return key
+    aligned = entry.g_aligned and all_aligned(t.data_ptr() for t in entry.parts)
     # A skipped step is not counted: where only the device knows of it, the device counts.
-    return key._replace(capturable=True) if optimizer.amp is not None and kind.reads_stats else key
+    return key._replace(aligned=aligned, capturable=key.capturable or optimizer.amp is not None)
 
 
 def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
@@ -224,7 +224,7 @@ def entries_of(
             dtype, aligned = g.dtype, sparse or g.data_ptr() % 16 == 0
         elif index in known:
             key = known[index]
-            dtype, aligned, sparse = key.gradient, key.aligned or not bucket_class(key).tells_aligned, key.sparse
+            dtype, aligned, sparse = key.gradient, key.aligned or not bucket_class(key).launches_kernels, key.sparse
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
         current = [current_parameter_codec(state, p), *(current_codec(optimizer, state, name, p) for name in names)]

@@ -8,8 +8,9 @@ from ..backends import bucket_class
 from ..buckets.bucket import Bucket
 from ..buckets.key import Key
 from ..buckets.slots import ParamSlot
+from ..buckets.step_scalars import check_scalars
 from ..dispatch import Choice, LaunchError, Request, next_best, this_machine
-from ..kernels.language import RuleError
+from ..kernels.source import RuleError
 from ..spec import Update
 from ..util.layout import local_gradient
 from ..util.once import warn_once
@@ -28,7 +29,8 @@ def prepared(
         key = failed.get(wanted, wanted)
         while key.choice.backend != "eager" or key is wanted:
             try:
-                bucket_class(key).prepare(optimizer, key, own)
+                check_scalars(optimizer, key)
+                bucket_class(key).compile(optimizer, key, own)
                 break
             except RuleError:
                 raise

@@ -259,7 +259,7 @@ def warm_up(optimizer: Update, failed: dict[Key, Key]) -> None:
     entries = [e for e in entries_of(optimizer, params, [p.grad for p in params], every=True) if e.p.requires_grad]
     for key, slots in prepared(optimizer, failed, sort_params(optimizer, entries)).items():
         kind = bucket_class(key)
-        kind.warm_up(optimizer, key, slots)
+        kind.compile(optimizer, key, slots, ahead=True)
         if optimizer.scales_gradients and not key.sparse and not kind.launches_kernels:
             zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
             partial_norms([zeros], EUCLIDEAN, key.choice.backend)
@@ -269,11 +269,11 @@ def warm_up(optimizer: Update, failed: dict[Key, Key]) -> None:
 
 def norms_of(bucket: Bucket) -> list[Tensor]:
     """Sums of the squares of a bucket's gradients: see norms.partial_norms."""
-    found = bucket.partial_norms(EUCLIDEAN)
-    if found is None:
-        own = [g for g in bucket.gradients if g is not None]
-        found = partial_norms(own, EUCLIDEAN, bucket.key.choice.backend)
-    return found
+    found = bucket.norms()
+    if found is not None:
+        return [found]
+    own = [g for g in bucket.gradients if g is not None]
+    return partial_norms(own, EUCLIDEAN, bucket.key.choice.backend)
 
 
 def check_captured(optimizer: Update, plan: Plan) -> None:

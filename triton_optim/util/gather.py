@@ -143,7 +143,7 @@ library = Library()
 
 def source() -> str:
     """The C++ source, for this torch."""
-    text = files(kernels).joinpath("cpp").joinpath("gather.cpp").read_text()
+    text = "".join((files(kernels) / "cpp" / name).read_text() for name in ("known_tensors.h", "gather.cpp"))
     return f"// torch {torch.__version__} {torch.version.git_version}\n{text}"
 
 

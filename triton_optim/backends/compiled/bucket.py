@@ -6,6 +6,7 @@ small tensors, which the calling thread updates alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ...buckets.bucket import Bucket
 from ...buckets.key import Key, Piece
 from ...buckets.slots import ParamSlot
-from ...buckets.step_scalars import StepScalars, step_scalars_for, table_of
+from ...buckets.step_scalars import StepScalars, first_scalars, table_of
 from ...spec import Update
 from ...util.layout import flat, local
 from ..update import measure
@@ -27,10 +28,22 @@ from .graph import Graph
 PIECE = 1 << 17
 
 
+def calls_of(numels: Sequence[int], block_size: int) -> int:
+    """How many calls update parameters of so many elements.
+
+    Args:
+        block_size: elements that share a scale; 0 where nothing is quantized.
+    """
+    longest = PIECE if block_size else graph.LONGEST
+    large = sum(-(-numel // longest) for numel in numels if numel >= graph.PARALLEL_FROM)
+    small = sum(numel < graph.PARALLEL_FROM for numel in numels)
+    return (1 + (block_size > 0)) * (-(-large // graph.SLOTS) - -small // graph.SLOTS)
+
+
 class CompiledBucket(Bucket):
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
-        super().__init__(optimizer, key, slots)
-        self.graphs = self.prepare(optimizer, key, slots)
+        super().__init__(optimizer, key, slots, PIECE if key.block_size else graph.LONGEST)
+        self.graphs = self.compile(optimizer, key, slots)
         self.parallel = [numel >= graph.PARALLEL_FROM for numel in self.numels]
         kept = [self.parts_of(m) for m in slots]
         self.views = [self._views(piece, kept[piece.slot]) for piece in self.pieces]
@@ -58,21 +71,6 @@ class CompiledBucket(Bucket):
                 [parts for codec, parts in zip(self.key.codecs[1:], states, strict=True) if codec.block_size]
             )
 
-    def cut(self, first: list[int]) -> list[Piece]:
-        """No piece has indices whose upper halves differ. Of what is quantized, an incomplete block is a piece."""
-        longest, block_size = PIECE if self.key.block_size else graph.LONGEST, self.key.block_size or 1
-        pieces = []
-        for i, (numel, index) in enumerate(zip(self.numels, first, strict=True)):
-            start = 0
-            while start < numel:
-                left = numel - start
-                stop = start + min(
-                    left // block_size * block_size or left, longest, (1 << 32) - (index + start) % (1 << 32)
-                )
-                pieces.append(Piece(i, start, stop, index + start))
-                start = stop
-        return pieces
-
     def _views(self, piece: Piece, kept: list[list[Tensor]]) -> tuple[list[Tensor], list[list[Tensor]]]:
         """The piece of a parameter's parts: those of the parameter, and of each state."""
         views = []
@@ -89,10 +87,10 @@ class CompiledBucket(Bucket):
         return bool(self.key.block_size) and (piece.stop - piece.start) % self.key.block_size == 0
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> dict[bool, list[Graph]]:
-        super().prepare(optimizer, key, slots)
-        groups = [group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant]
-        rows = [step_scalars_for(optimizer, group, 1) for group in groups]
+    def compile(
+        cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False
+    ) -> dict[bool, list[Graph]]:
+        rows = first_scalars(optimizer, key)
         scaled = optimizer.scales_gradients or any(row.factor != 1 for row in rows)
         what: Any = (key.variant.rule, type(rows[0].h), key.codecs, key.gradient, key.compute, key.device, scaled)
         what += (key.variant.averaged,)
@@ -102,14 +100,6 @@ class CompiledBucket(Bucket):
             if key.block_size:
                 graphs[parallel].append(graph.codes_graph_for(key.codecs, key.device, parallel))
         return graphs
-
-    @classmethod
-    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
-        numels = [local(m.p).numel() for m in slots]
-        longest = PIECE if key.block_size else graph.LONGEST
-        large = sum(-(-numel // longest) for numel in numels if numel >= graph.PARALLEL_FROM)
-        small = sum(numel < graph.PARALLEL_FROM for numel in numels)
-        return (1 + (key.block_size > 0)) * (-(-large // graph.SLOTS) - -small // graph.SLOTS)
 
     def measure(self) -> Tensor:
         return measure(self)

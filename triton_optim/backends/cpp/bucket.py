@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ...buckets.bucket import Bucket
-from ...buckets.gradient_norm import EUCLIDEAN, Norm
+from ...buckets.gradient_norm import EUCLIDEAN
 from ...buckets.key import Key
 from ...buckets.slots import ParamSlot
-from ...buckets.step_scalars import StepScalars, step_scalars_for
+from ...buckets.step_scalars import StepScalars, first_scalars
 from ...kernels.language import python_function
 from ...precision.codecs import Codec
 from ...spec import Update
 from ...util.cpp_build import library
 from .chunks import Chunks
-from .norm import KINDS, chunk_sums, sums_of
+from .norm import chunk_sums, sums_of
 from .source import measure_source, source
 
 
@@ -54,16 +54,13 @@ class CppBucket(Bucket):
         kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in slots]
         own = zip(self.numels, kept, strict=True)
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
-        self.gradient_table = array("q")
         self._fixed = (*self.chunks.arguments(), self.tensors.data_ptr())
-        self.call, self._measure, self._width = self.prepare(optimizer, key, slots)
+        self.call, self._measure, self._width = self.compile(optimizer, key, slots)
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
-        super().prepare(optimizer, key, slots)
-        group = next(group for group in optimizer.param_groups if optimizer.running_variant(group) == key.variant)
-        scalars: Any = type(step_scalars_for(optimizer, group, 1).h)
-        if optimizer.max_grad_norm is not None or optimizer.amp is not None:
+    def compile(cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False) -> Any:
+        scalars: Any = type(first_scalars(optimizer, key)[0].h)
+        if optimizer.scales_gradients:
             sums_of(EUCLIDEAN.kind, key.gradient)
         averaged = key.variant.averaged
         width = 1 + len(scalars._fields) + averaged
@@ -71,18 +68,10 @@ class CppBucket(Bucket):
         measure = key.variant.measure and measure_of(key.variant.measure, *what)
         return step_of(key.variant.rule, *what), measure, width
 
-    @classmethod
-    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
-        return 1
-
-    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
-        self.gradient_table = addresses
-        return True
-
-    def partial_norms(self, norm: Norm) -> list[Tensor] | None:
-        if self.key.variant.prologue or norm.kind not in KINDS:  # then the gradients are not in the table yet
+    def norms(self) -> Tensor | None:
+        if self.key.variant.prologue:  # the gradients are not in the table yet
             return None
-        return [chunk_sums(self.chunks, self.gradient_table, self.key.gradient, norm)]
+        return chunk_sums(self.chunks, self.gradient_addresses, self.key.gradient, EUCLIDEAN)
 
     def run(self, rows: list[StepScalars | None]) -> None:
         self._call(self.call, rows, self.random_keys() if self.random else self.tensors)
@@ -104,5 +93,5 @@ class CppBucket(Bucket):
                 cells.extend((0.0,) * self._width)
             else:
                 cells.extend((row.factor, *row.h, row.weight)[: self._width])
-        gradients, _ = self.gradient_table.buffer_info()
+        gradients, _ = self.gradient_addresses.buffer_info()
         step(*self._fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), sums, self.chunks.threads())

@@ -12,46 +12,18 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ...kernels.language import PRIMITIVES, Cpp, lines_of, python_function, source_of, tl
+from ...kernels.language import PRIMITIVES, Cpp, tl
+from ...kernels.operators import ARITHMETIC, COMPARISONS, OF_CONDITIONS, OF_CONSTANTS, SHIFTS, UNARY
+from ...kernels.source import lines_of, python_function, source_of
+from ...kernels.statements import Statements
 
+_BITS = OF_CONDITIONS | SHIFTS
 ONE, BLOCK, PAIR, ELEMENT = "one", "block", "pair", "element"  # the shapes
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "int32_t", "bool"
-
-_ARITHMETIC: dict[type, tuple[str, Callable[[Any, Any], Any]]] = {
-    ast.Add: ("+", operator.add),
-    ast.Sub: ("-", operator.sub),
-    ast.Mult: ("*", operator.mul),
-    ast.Div: ("/", operator.truediv),
-}
-_BITS: dict[type, tuple[str, Callable[[Any, Any], Any]]] = {
-    ast.BitAnd: ("&", operator.and_),
-    ast.BitOr: ("|", operator.or_),
-    ast.BitXor: ("^", operator.xor),
-    ast.LShift: ("<<", operator.lshift),
-    ast.RShift: (">>", operator.rshift),
-}
-_OF_CONSTANTS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_UNARY: dict[type, Callable[[Any], Any]] = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Not: operator.not_,
-    ast.Invert: operator.invert,
-}
-_COMPARISONS: dict[type, tuple[str, Callable[[Any, Any], Any]]] = {
-    ast.Eq: ("==", operator.eq),
-    ast.NotEq: ("!=", operator.ne),
-    ast.Lt: ("<", operator.lt),
-    ast.LtE: ("<=", operator.le),
-    ast.Gt: (">", operator.gt),
-    ast.GtE: (">=", operator.ge),
-}
 
 
 class UntranslatableError(Exception):
@@ -87,7 +59,7 @@ class Trace:
     def __init__(self, real: str) -> None:
         self.real = real
         self.values: list[Value] = []
-        self._bodies: dict[Any, tuple[ast.FunctionDef, str, int]] = {}
+        self._sources: dict[Any, tuple[ast.FunctionDef, str, int]] = {}
 
     def new(
         self, kind: str, shape: str, code: str, arguments: Sequence[Value] = (), name: str = "x", moves: str = ""
@@ -146,11 +118,11 @@ class Trace:
     def call(self, function: Any, *arguments: Any) -> Any:
         """What a jit function returns for these values, constants and tuples."""
         own = python_function(function)
-        if own not in self._bodies:
+        if own not in self._sources:
             if lines_of(own) is None:
                 raise UntranslatableError(f"the source of {own.__name__} is not installed. Install its .py file, too")
-            self._bodies[own] = source_of(own)
-        return Walk(self, own, *self._bodies[own]).run(arguments)
+            self._sources[own] = source_of(own)
+        return Walk(self, own, self._sources[own]).run(arguments)
 
 
 def widest(values: Sequence[Value]) -> str:
@@ -181,21 +153,24 @@ def literal(x: Any, kind: str) -> str:
     return f"({x.hex()}{suffix})"
 
 
-class Walk:
+class Walk(Statements):  # type: ignore[misc]  # kernels/ is untyped
     """One call of a jit function."""
 
-    def __init__(self, trace: Trace, function: Any, tree: ast.FunctionDef, file: str, line: int) -> None:
-        self.trace, self.function, self.tree, self.file, self.line = trace, function, tree, file, line
-        names = function.__code__.co_freevars
-        self.around = dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
-        self.names: dict[str, Any] = {}
+    def __init__(self, trace: Trace, function: types.FunctionType, source: tuple[ast.FunctionDef, str, int]) -> None:
+        super().__init__(function, source)
+        self.trace = trace
+
+    def kept(self, name: str, value: Any) -> Any:
+        """What a name stands for that is given a value, which is named by it."""
+        if isinstance(value, Value) and value.name.startswith("x_"):
+            value.name = name + value.name[1:]
+        return value
 
     def refuse(self, node: ast.AST, why: str = "") -> NoReturn:
         """Raise what the language of rules does not have."""
         word = ast.unparse(node).splitlines()[0]
-        line = self.line + getattr(node, "lineno", 0)
         raise UntranslatableError(
-            f"{self.function.__name__} uses `{word}` ({self.file}, line {line}), {why or 'which has no form in C++'}"
+            f"{self.function.__name__} uses `{word}` ({self.where(node)}), {why or 'which has no form in C++'}"
         )
 
     def run(self, arguments: Sequence[Any]) -> Any:
@@ -209,44 +184,6 @@ class Walk:
         found = self.body(self.tree.body)
         return None if found is None else found[0]
 
-    def body(self, statements: Sequence[ast.stmt]) -> tuple[Any] | None:
-        """Run statements; what a `return` among them returned."""
-        for node in statements:
-            if isinstance(node, ast.Return):
-                return (self.value(node.value) if node.value is not None else None,)
-            if isinstance(node, ast.Assign):
-                value = self.value(node.value)
-                for target in node.targets:
-                    self.assign(target, value)
-            elif isinstance(node, ast.If):
-                found = self.body(node.body if self.decided(node.test) else node.orelse)
-                if found is not None:
-                    return found
-            elif not (
-                isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-            ):
-                self.refuse(node)
-        return None
-
-    def assign(self, target: ast.expr, value: Any) -> None:
-        """Give a name a value, or several of a tuple."""
-        if isinstance(target, ast.Name):
-            if isinstance(value, Value) and value.name.startswith("x_"):
-                value.name = target.id + value.name[1:]
-            self.names[target.id] = value
-        elif isinstance(target, ast.Tuple) and isinstance(value, tuple) and len(target.elts) == len(value):
-            for one, of_it in zip(target.elts, value, strict=True):
-                self.assign(one, of_it)
-        else:
-            self.refuse(target, "which cannot be assigned to")
-
-    def decided(self, test: ast.expr) -> bool:
-        """What a condition on numbers comes to."""
-        condition = self.value(test)
-        if isinstance(condition, Value):
-            self.refuse(test, "a condition on what differs between elements or steps")
-        return bool(condition)
-
     def value(self, node: ast.expr) -> Any:
         """What an expression stands for."""
         if isinstance(node, ast.Constant):
@@ -256,7 +193,7 @@ class Walk:
         if isinstance(node, ast.Tuple):
             return tuple(map(self.value, node.elts))
         if isinstance(node, ast.IfExp):
-            return self.value(node.body if self.decided(node.test) else node.orelse)
+            return self.value(node.body if self.decided(node.test, node.test) else node.orelse)
         if isinstance(node, ast.Attribute):
             return self.attribute(node)
         if isinstance(node, ast.Subscript):
@@ -275,9 +212,9 @@ class Walk:
         if isinstance(node, ast.BinOp):
             left, right, kind = self.value(node.left), self.value(node.right), type(node.op)
             constant = not isinstance(left, Value) and not isinstance(right, Value)
-            if kind in _OF_CONSTANTS and constant:
-                return _OF_CONSTANTS[kind](left, right)
-            sign, of_constants = (_ARITHMETIC | _BITS).get(kind, ("", operator.add))
+            if kind in OF_CONSTANTS and constant:
+                return OF_CONSTANTS[kind](left, right)
+            sign, of_constants = (ARITHMETIC | _BITS).get(kind, ("", operator.add))
             if sign and (constant or (isinstance(left, tuple) and isinstance(right, tuple))):
                 return of_constants(left, right)
             numbers = all(isinstance(x, (Value, int, float)) for x in (left, right))
@@ -291,27 +228,28 @@ class Walk:
         if isinstance(node, ast.UnaryOp):
             x = self.value(node.operand)
             if not isinstance(x, Value):
-                return _UNARY[type(node.op)](x)
+                return UNARY[type(node.op)](x)
             if isinstance(node.op, ast.Invert) and x.kind in (INT, BOOL):
                 return self.trace.operation("~{0}" if x.kind == INT else "!{0}", (x,))
             if isinstance(node.op, ast.USub) and x.kind != BOOL:
                 return self.trace.operation("-{0}", (x,))
-        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
             left, right = self.value(node.left), self.value(node.comparators[0])
-            sign, function = _COMPARISONS[type(node.ops[0])]
+            sign, function = COMPARISONS[type(node.ops[0])]
             if isinstance(left, Value) or isinstance(right, Value):
                 return self.trace.operation(f"{{0}} {sign} {{1}}", (left, right), BOOL)
             return function(left, right)
         if isinstance(node, ast.BoolOp):
             for one in node.values:
-                if self.decided(one) == isinstance(node.op, ast.Or):
+                if self.decided(one, one) == isinstance(node.op, ast.Or):
                     return isinstance(node.op, ast.Or)
             return isinstance(node.op, ast.And)
         self.refuse(node)
 
     def named(self, node: ast.Name) -> Any:
         """What a name stands for."""
-        for scope in (self.names, self.around, self.function.__globals__):
+        around = {name: cell.cell_contents for name, cell in self.around.items()}
+        for scope in (self.names, around, self.function.__globals__):
             if node.id in scope:
                 return self.meant(scope[node.id], node)
         if node.id in ("float", "int"):
@@ -343,10 +281,7 @@ class Walk:
         of = self.value(node.value)
         if not isinstance(of, tuple):
             self.refuse(node)
-        if isinstance(node.slice, ast.Slice):
-            ends = (node.slice.lower, node.slice.upper, node.slice.step)
-            return of[slice(*(None if end is None else self.value(end) for end in ends))]
-        return of[self.value(node.slice)]
+        return of[self.index(node.slice)]
 
     def called(self, node: ast.Call) -> Any:
         """What a call of a word, or of another rule, makes."""

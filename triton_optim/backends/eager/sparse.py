@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ...buckets.bucket import Bucket
-from ...buckets.key import Key
-from ...buckets.slots import ParamSlot
 from ...buckets.step_scalars import StepScalars
 from ...precision.averaging import average_of
-from ...spec import Update
 from ...util.hyperparameters import exact_number
 from ..update import update
-from .bucket import traffic
 
 
 class SparseBucket(Bucket):
-    keeps_layout = False
     takes_memory = False
-
-    def _examine(self, values: list[Tensor], own: list[Tensor | None]) -> bool:
-        # A group's hyperparameters decide whether single rows will do.
-        if any(
-            self.optimizer.sparse_gradients(self.optimizer.param_groups[c.group]) != "rows" for c in self.step_groups
-        ):
-            return False
-        for value, kind, g in zip(values, self._kinds, own, strict=True):
-            if (value.shape, value.stride(), value.dtype) != kind:
-                return False
-            if g is None:
-                continue
-            if not g.is_sparse or (g.shape, g.dtype, g.device) != (value.shape, self.key.dtypes[1], self.key.device):
-                return False
-        # An element that is held twice is meant to be added up first.
-        return self._take([g if g is None else g.coalesce() for g in own])
 
     def run(self, rows: list[StepScalars | None]) -> None:
         key = rule = self.key
@@ -57,14 +34,3 @@ class SparseBucket(Bucket):
             if average is not None:  # of all elements: those that stay are averaged as they are
                 share = exact_number(row.weight)
                 average.copy_(average_of(average.to(key.compute), written[0].to(key.compute), share))
-
-    @classmethod
-    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
-        gathers = 2 * (len(key.dtypes) - 1)
-        return (traffic(optimizer, key)[0] + gathers) * len(slots)
-
-    @classmethod
-    def bytes_per_parameter(cls, optimizer: Update, key: Key) -> float:
-        """Of the elements that a gradient holds; the others are not touched."""
-        sizes = [dtype.itemsize for dtype in key.dtypes]
-        return traffic(optimizer, key)[1] + 4 * (sum(sizes) - sizes[1])

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...buckets.bucket import Bucket
-from ...buckets.gradient_norm import EUCLIDEAN, GradientStats, Norm, Scaling, scaling_of
+from ...buckets.gradient_norm import EUCLIDEAN, GradientStats, Scaling, scaling_of
 from ...buckets.key import Key
 from ...buckets.slots import ParamSlot
 from ...buckets.step_scalars import StepScalars, plain_cells, step_scalars_for, table_of
@@ -21,7 +21,7 @@ from ...dispatch import this_machine
 from ...kernels import multi_tensor as kernel
 from ...precision.random_bits import host_row_key, tensor_numbers
 from ...spec import Update
-from ...util.on_device import OnDevice, capturing
+from ...util.on_device import capturing
 from .launch import Launcher, warp_size
 from .measure import MeasurePass, measure_launchers
 from .norm import NormPass, norm_launcher
@@ -64,9 +64,7 @@ def launcher_for(key: Key, scalars: Any, stats: bool, by_value: bool) -> Launche
 class TritonBucket(Bucket):
     """Holds the kernel's tables on the device: chunks and tensors, made once; gradients and rows, refreshed."""
 
-    reads_stats = True
     takes_addresses = True
-    tells_aligned = True
     launches_kernels = True
 
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
@@ -89,28 +87,32 @@ class TritonBucket(Bucket):
             self.numbers = tensor_numbers(first, numbers).to(key.device)
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
-        self._norm_passes: dict[Norm, Any] = {}
+        self._norm_pass: NormPass | None = None
         self._measure_pass: MeasurePass | None = None
         self._own_table: Tensor | None = None  # of a step that was measured: a row for each parameter
         self._groups_here: Tensor | None = None
-        self._rows_on_device = TritonRows(optimizer, key)
+        self._rows = TritonRows(optimizer, key)
+        self._device_rows = None if key.variant.staged else self._rows
         # Nothing can be pinned while a graph is captured, and what was captured must not be freed.
         self._staging: Tensor | None = None
         self._captured: list[Tensor] = []
 
     @classmethod
-    def launches(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> int:
-        return 1
+    def compile(cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False) -> Any:
+        if not ahead:
+            scaling = scaling_of(optimizer)
+            for launcher in cls._first_launchers(optimizer, key, slots, [] if scaling is None else [scaling]):
+                launcher.load()
+            return
+        one, norm = torch.empty(0, device="cpu"), optimizer.max_grad_norm
+        scalings = [Scaling(max_norm=norm)] if norm is not None else []
+        if optimizer.amp is not None:  # told of infinities, or looking for them
+            scalings += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
+        for launcher in cls._first_launchers(optimizer, key, slots, scalings):
+            launcher.compile()
 
     @classmethod
-    def prepare(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> Any:
-        super().prepare(optimizer, key, slots)
-        scaling = scaling_of(optimizer)
-        for launcher in cls.first_launchers(optimizer, key, slots, [] if scaling is None else [scaling]):
-            launcher.load()
-
-    @classmethod
-    def first_launchers(
+    def _first_launchers(
         cls, optimizer: Update, key: Key, slots: list[ParamSlot], scalings: list[Scaling]
     ) -> list[Launcher]:
         """What the first step will start, in this order.
@@ -129,24 +131,15 @@ class TritonBucket(Bucket):
         measures = [] if key.variant.measure is None else measure_launchers(key, scalars)
         return [*before, *measures, own]
 
-    @classmethod
-    def warm_up(cls, optimizer: Update, key: Key, slots: list[ParamSlot]) -> None:
-        one, norm = torch.empty(0, device="cpu"), optimizer.max_grad_norm
-        scalings = [Scaling(max_norm=norm)] if norm is not None else []
-        if optimizer.amp is not None:  # told of infinities, or looking for them
-            scalings += [Scaling(one, one, True, norm), Scaling(one, None, True, norm)]
-        for launcher in cls.first_launchers(optimizer, key, slots, scalings):
-            launcher.compile()
-
     def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
         limit = limit_on(device, scaling.max_norm)
         if self.key.capturable:
             limit = self.optimizer.hyperparameters.on_device(device).max_norm
         return TritonGradientStats(partials, scaling, limit)
 
-    def accept_addresses(self, addresses: array[int], aligned: bool) -> bool:
+    def _take_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:
-            if self.key.aligned and not aligned:
+            if not super()._take_addresses(addresses, aligned):
                 return False
             self.pointers[:] = addresses
             if capturing(self.key.device):
@@ -168,18 +161,13 @@ class TritonBucket(Bucket):
         self._captured += [self._staging, self.gradient_table]
         self._staging = None
 
-    def rows_on_device(self, active: list[bool], on_device: OnDevice) -> list[StepScalars | None] | None:
-        if self.key.variant.staged:
-            return None
-        return self._rows_on_device.rows(self.step_groups, active, on_device)
-
-    def partial_norms(self, norm: Norm) -> list[Tensor] | None:
+    def norms(self) -> Tensor | None:
         if self.key.variant.prologue:  # the gradients are not in the table yet
             return None
-        if norm not in self._norm_passes:
+        if self._norm_pass is None:
             tables = (self.chunks, self.tensors)
-            self._norm_passes[norm] = NormPass(*tables, self.key.gradient, self.key.aligned, norm)
-        return [self._norm_passes[norm](self.gradient_table)]
+            self._norm_pass = NormPass(*tables, self.key.gradient, self.key.aligned, EUCLIDEAN)
+        return self._norm_pass(self.gradient_table)
 
     def run(self, rows: list[StepScalars | None]) -> None:
         self._place_rows()
@@ -193,7 +181,7 @@ class TritonBucket(Bucket):
         if only is not None and cells is not None:
             keys = host_row_key(self._seed(0), only.step) if self.random else keys
         elif any(row is not None and row.counted for row in rows):
-            table, keys = self._rows_on_device.form(self.stats)
+            table, keys = self._rows.form(self.stats)
         else:
             table = self._table_of(self.rows) if self._own_table is None else self._own_table
             keys = self.to_device_async(self.row_keys()) if self.random else keys
