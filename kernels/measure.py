@@ -22,7 +22,7 @@ def measure(
     tensors,
     gradients,
     rows,
-    partials,
+    chunk_sums,
     RULE: tl.constexpr,
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -44,7 +44,7 @@ def measure(
     Args:
         chunks, tensors, gradients: as of `multi_tensor`.
         rows: ``(rows, WIDTH)`` in COMPUTE: the factor of the gradient, the rule's scalars.
-        partials: float64 ``(programs, SUMS)``, written.
+        chunk_sums: float64 ``(programs, SUMS)``, written.
         RULE, SCALARS, FIELDS: what is summed, and its scalars, as of `multi_tensor`.
         SUMS: how many values the rule returns. COLUMNS: of `tensors`.
         CODECS, DTYPES, PER_ITEM, FIRST: of the roles that are read: p, g, states; as of `multi_tensor`.
@@ -54,7 +54,7 @@ def measure(
     tensor = tl.load(chunks + 2 * program)
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     gradient = tl.load(gradients + tensor)
-    into = partials + program.to(tl.int64) * SUMS
+    into = chunk_sums + program.to(tl.int64) * SUMS
     if gradient != 0:
         entry = tensors + tensor.to(tl.int64) * COLUMNS
         numel = tl.load(entry + _NUMEL)
@@ -76,11 +76,11 @@ def measure(
 
 
 @triton.jit
-def sum_chunks(partials, first, sums, SUMS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_chunks(chunk_sums, first, sums, SUMS: tl.constexpr, BLOCK: tl.constexpr):
     """Add up the sums of the chunks of one tensor.
 
     Args:
-        partials: float64 ``(chunks, SUMS)``.
+        chunk_sums: float64 ``(chunks, SUMS)``.
         first: int64 ``(tensors + 1,)``: the number of each tensor's first chunk, and of all chunks.
         sums: float64 ``(tensors, SUMS)``, written.
     """
@@ -91,5 +91,5 @@ def sum_chunks(partials, first, sums, SUMS: tl.constexpr, BLOCK: tl.constexpr):
         total = tl.zeros((BLOCK,), tl.float64)
         for start in range(begin, end, BLOCK):
             chunk = start + tl.arange(0, BLOCK)
-            total += tl.load(partials + chunk * SUMS + i, mask=chunk < end, other=0.0)
+            total += tl.load(chunk_sums + chunk * SUMS + i, mask=chunk < end, other=0.0)
         tl.store(sums + tensor * SUMS + i, tl.sum(total, axis=0))

@@ -40,6 +40,8 @@ LAMB_BY_HAND = (
         [[2.0, 0.0]],
         {"p": [1 - 0.7 / 29**0.5, 1 - 0.3 / 29**0.5], "exp_avg": [1.0, 0.0], "exp_avg_sq": [2.0, 0.0]},
     ),
+    # Then m = 1.5, v = 3, m^ = 2, v^ = 4 again: u = 2 / 3 + 0.5 * 0.9, and p goes from 0.9 by a tenth of it.
+    (LAMB, [2.0, 2.0], {"p": 0.81, "exp_avg": 1.5, "exp_avg_sq": 3.0}),
     # Without the trust ratio it moves by lr * u = 0.1 * 7 / 6.
     (LAMB | {"trust_ratio": False}, [2.0], {"p": 1 - 0.7 / 6}),
 )

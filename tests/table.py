@@ -306,7 +306,7 @@ CASES = [
         },
         by_hand=tuple(ByHand(*steps) for steps in LAMB_BY_HAND),
         elementwise=False,
-        minimizes={"lr": 0.03, "betas": (0.9, 0.99), "weight_decay": 0.0},
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
     Case(
         triton_optim.SparseAdam,

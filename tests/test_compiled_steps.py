@@ -113,7 +113,9 @@ def test_squares_of_gradients_that_are_subnormal_or_zero(scale: float, machine: 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.elementwise], ids=lambda case: case.name)
 def test_rules_after_a_prologue(case: Case, machine: Executor) -> None:
-    """What comes before the rule is torch's, in float32, on both sides; but for products of matrices by Triton."""
+    """What comes before the rule is torch's, in float32, on both sides; but for products of matrices by Triton, and
+    for sums over a parameter, which are taken in another order.
+    """
     ends = []
     for backend in ("triton", "eager"):
         params = case.parameters()
@@ -125,7 +127,10 @@ def test_rules_after_a_prologue(case: Case, machine: Executor) -> None:
             with unfused(), rounded_once():
                 optimizer.step()
         ends.append({str(i): p.detach() for i, p in enumerate(params)})
-    assert not differing(*ends)
+    if all(variant.measure is None for variant in case.ours.variants):
+        assert not differing(*ends)
+    for name, p in ends[0].items():
+        torch.testing.assert_close(p, ends[1][name], rtol=1e-6, atol=1e-7)
 
 
 # Rows of scalars.

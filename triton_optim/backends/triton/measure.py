@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ class MeasurePass:
         counts = -(-torch.tensor([0, *numels], dtype=torch.int64, device="cpu") // multi_tensor.BLOCK)
         self._first = counts.cumsum(0).to(key.device)
         sums = python_function(key.variant.measure).returned
-        self._partials = torch.empty(len(chunks), sums, dtype=torch.float64, device=key.device)
+        self._launchers: dict[Any, list[Launcher]] = {}  # by the type of the scalars
+        self._chunk_sums = torch.empty(len(chunks), sums, dtype=torch.float64, device=key.device)
 
     def __call__(self, scalars: Any, gradients: Tensor, rows: Tensor) -> Tensor:
         """The sums, ``(parameters, sums)``.
@@ -41,14 +41,15 @@ class MeasurePass:
             scalars: the NamedTuple type of the scalars.
             gradients, rows: tables, as of the kernel; a row for each parameter.
         """
-        measure, add_up = measure_launchers(self._key, scalars)
-        sums = torch.empty(self._count, self._partials.shape[1], dtype=torch.float64, device=self._key.device)
-        measure(len(self._partials), *self._tables, gradients, rows, self._partials)
-        add_up(self._count, self._partials, self._first, sums)
+        if scalars not in self._launchers:
+            self._launchers[scalars] = measure_launchers(self._key, scalars)
+        measure, add_up = self._launchers[scalars]
+        sums = torch.empty(self._count, self._chunk_sums.shape[1], dtype=torch.float64, device=self._key.device)
+        measure(len(self._chunk_sums), *self._tables, gradients, rows, self._chunk_sums)
+        add_up(self._count, self._chunk_sums, self._first, sums)
         return sums
 
 
-@cache
 def measure_launchers(key: Key, scalars: Any) -> list[Launcher]:
     """What starts the two kernels.
 
