@@ -274,12 +274,12 @@ class Memory(ABC):
         if self.takes_memory:
             self._take_addresses(addresses_of(gradients), True)
 
-    def take_update(self, place: int, update: Tensor) -> None:
-        """Put what a prologue made of a parameter's gradient in its place."""
+    def take_update(self, position: int, update: Tensor) -> None:
+        """Replace a parameter's gradient by what a prologue made of it."""
         update = local(update).to(self.key.gradient)
         if self.takes_memory:
-            update = in_layout_of(local(self.slots[place].p), update)
-        self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
+            update = in_layout_of(local(self.slots[position].p), update)
+        self.gradients[position] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""

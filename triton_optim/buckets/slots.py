@@ -138,10 +138,10 @@ class StepGroup:
         numbers: dict[str, Any],
         counted: list[str],
         slots: list[ParamSlot],
-        places: list[int],
+        positions: list[int],
         captured: bool = False,
     ) -> None:
-        self.group, self.slots, self.places = group, slots, places
+        self.group, self.slots, self.positions = group, slots, positions
         self._numbers = numbers
         self._counts = "step" in counted
         self.columns: dict[str, Tensor] = {}

@@ -29,7 +29,7 @@ PIECE = 1 << 27
 class Entry(NamedTuple):
     """A parameter on its way into a plan: what decides its bucket."""
 
-    place: int  # among the optimizer's parameters
+    number: int  # of the parameter among the optimizer's
     group: int
     p: Tensor
     gradient: torch.dtype
@@ -165,7 +165,7 @@ def entries_of(
     gradients: Gradients,
     known: dict[int, Key] | None = None,
     every: bool = False,
-    place: int | None = None,
+    only: int | None = None,
     repeats: bool = False,
 ) -> list[Entry]:
     """The parameters that belong to a plan: those with a gradient or a state, or all of them. Changes nothing.
@@ -173,18 +173,18 @@ def entries_of(
     One without a gradient is taken to have the dtype and alignment that are known, else its own.
 
     Args:
-        known: the buckets that parameters had so far, by their places.
+        known: the buckets that parameters had so far, by their indices.
         every: all parameters, whether there is a gradient or not.
-        place: that of the only parameter that is asked about, which overlaps no other.
+        only: the index of the only parameter that is asked about, which overlaps no other.
         repeats: whether a parameter is there twice: then only those with a gradient belong to a plan.
     """
     ends = list(accumulate(len(group["params"]) for group in optimizer.param_groups))
     variants = [optimizer.running_variant(group) for group in optimizer.param_groups]
     counted = [optimizer.scalar_state_names(group) for group in optimizer.param_groups]
-    overlaps = overlapping([local(p) for p in params]) if place is None else set()
+    overlaps = overlapping([local(p) for p in params]) if only is None else set()
     known = known or {}
     entries = []
-    for index in range(len(params)) if place is None else [place]:
+    for index in range(len(params)) if only is None else [only]:
         p, g, group = params[index], gradients[index], bisect_right(ends, index)
         own = optimizer.param_groups[group]
         if is_lazy(p):  # it gets its shape in the first forward
@@ -243,19 +243,19 @@ def entries_of(
         wrapped = any(is_wrapper(t) for t in (*parts, g) if t is not None)
         entries.append(Entry(index, group, p, dtype, tuple(target), aligned, parts, index in overlaps, sparse, wrapped))
     shared = sharing_states(entries)
-    return [e._replace(overlaps=True) if e.place in shared else e for e in entries] if shared else entries
+    return [e._replace(overlaps=True) if e.number in shared else e for e in entries] if shared else entries
 
 
 def sharing_states(entries: list[Entry]) -> set[int]:
-    """The places of parameters whose states begin where another's do: they are updated one after the other."""
+    """The indices of parameters whose states begin where another's do: they are updated one after the other."""
     of: dict[int, set[int]] = {}
     for entry in entries:
         for t in entry.parts[1:]:
-            of.setdefault(t.data_ptr(), set()).add(entry.place)
-    return set().union(*(places for at, places in of.items() if at and len(places) > 1))
+            of.setdefault(t.data_ptr(), set()).add(entry.number)
+    return set().union(*(sharing for at, sharing in of.items() if at and len(sharing) > 1))
 
 
-# One for each parameter, by its place.
+# One for each parameter, by its index.
 Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 
@@ -264,7 +264,7 @@ def sort_params(optimizer: Update, entries: list[Entry]) -> dict[Key, list[Param
     slots: dict[Key, list[ParamSlot]] = {}
     elements = 0
     for entry in entries:
-        slot = ParamSlot(optimizer, entry.place, entry.group, entry.p)
+        slot = ParamSlot(optimizer, entry.number, entry.group, entry.p)
         key = key_for(optimizer, entry)
         if key.variant.prologue:
             elements += entry.p.numel()  # of a sharded one all: the pieces must be every rank's

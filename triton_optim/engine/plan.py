@@ -39,7 +39,7 @@ class Plan:
         gradients: the local one of each, None where there is none.
         previous: the plan it replaces.
         repeats: whether one of them is there twice.
-        place: of the only parameter that it is for, if it is for one.
+        only: the index of the parameter that it is for, if it is for one.
 
     Raises:
         RuntimeError: a gradient is sparse or does not match its parameter, or a pinned backend cannot run one.
@@ -54,18 +54,18 @@ class Plan:
         gradients: Gradients,
         previous: Plan | None = None,
         repeats: bool = False,
-        place: int | None = None,
+        only: int | None = None,
     ) -> None:
         self.optimizer, self._failed, self.params = optimizer, failed, params
         self._hyperparameters = optimizer.hyperparameters
         # A plan of one is made for each parameter: it must not go through all of them.
-        self.sharded = any(map(is_sharded, params if place is None else [params[place]]))
-        self.placements = list(map(placements_of, params)) if self.sharded and place is None else []
+        self.sharded = any(map(is_sharded, params if only is None else [params[only]]))
+        self.placements = list(map(placements_of, params)) if self.sharded and only is None else []
         self.options = options_of(optimizer)
         self._seen: list[Any] | None = None  # what the options were made of when they were last found to be these
         same = previous if previous is not None and previous.same_params(params) else None
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
-        entries = entries_of(optimizer, params, gradients, known, place=place, repeats=repeats)
+        entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
         slots = sort_params(optimizer, entries)
         ready = prepared(optimizer, failed, slots)
         # In the order of the parameters, not of the buckets: who gathers sharded states goes through them in their
@@ -79,11 +79,11 @@ class Plan:
         self._measures = any(bucket.key.variant.measure is not None for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
-        self._state_dicts = list(optimizer.state.values()) if place is None else []
+        self._state_dicts = list(optimizer.state.values()) if only is None else []
         self._states: States | None = None  # in which they were found, at a count of changes
         self._changes = -1
         planned = {m.index for m, _ in started}
-        self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
+        self._without = [i for i in range(len(params)) if i not in planned] if only is None else []
         self._idle = ParamTable([params[i] for i in self._without])
         self._looked = 0  # steps for which Python looked at all gradients
 

@@ -222,8 +222,8 @@ class Graph:
 
         def first_call(arguments: list[Any]) -> Any:
             # Where each of the graph's arguments stands among ours: the tensors, then the lengths, then the row.
-            places = {x if isinstance(x, int) else id(x): i for i, x in enumerate(self._example)}
-            self._order = [places[id(x) if isinstance(x, Tensor) else int(x)] for x in arguments]
+            positions = {x if isinstance(x, int) else id(x): i for i, x in enumerate(self._example)}
+            self._order = [positions[id(x) if isinstance(x, Tensor) else int(x)] for x in arguments]
             self._code = getattr(code, "current_callable", code)
             return code(arguments)
 
