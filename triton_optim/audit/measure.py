@@ -283,8 +283,6 @@ def _measurement(built: Built, listing: str) -> Measurement:
     widths = [8 * x.moved for x in accesses]
     elements = kernel.BLOCK / (kept["num_warps"] * target.warp_size)  # a thread
     of_scales = sum(size / block_size for size, block_size in scales)
-    unread = codecs[0].dtypes[0].itemsize if codecs[0].name == "master" else 0
-    floor = sum(codec.nbytes for codec in codecs)
     need = resources(compiled)
     return Measurement(
         rule=rule.name,
@@ -309,8 +307,8 @@ def _measurement(built: Built, listing: str) -> Measurement:
         shared_bytes=need.shared_bytes,
         loaded=sum(x.loaded for x in accesses) / elements + of_scales,
         stored=sum(x.stored for x in accesses) / elements + of_scales,
-        floor_loaded=floor - unread + gradient.itemsize,
-        floor_stored=floor,
+        floor_loaded=sum(codec.nbytes_read for codec in codecs) + gradient.itemsize,
+        floor_stored=sum(codec.nbytes for codec in codecs),
         narrowest_bits=min(widths),
         widest_bits=max(widths),
         masked_accesses=sum(x.guarded for x in accesses),

@@ -37,9 +37,7 @@ def cost(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, floa
             kept = [codec.dtypes[0].itemsize for codec in key.codecs]
             return operations + (each + 2 * len(kept)) * len(slots), before + moved + 4 * sum(kept)
         return operations + each * sum(map(bool, numels)), before + moved
-    param = key.codecs[0]
-    unread = param.dtypes[0].itemsize if param.name == "master" else 0
-    moved = 2 * sum(codec.nbytes for codec in key.codecs) - unread + key.gradient.itemsize
+    moved = sum(codec.nbytes + codec.nbytes_read for codec in key.codecs) + key.gradient.itemsize
     calls = 1
     if key.choice.backend == "compiled":
         from .compiled.bucket import calls_of

@@ -65,6 +65,11 @@ class Codec(NamedTuple):
         """Bytes an element."""
         return sum(dtype.itemsize / count for dtype, count in zip(self.dtypes, self.elements_per_item, strict=True))
 
+    @property
+    def nbytes_read(self) -> float:
+        """Bytes an element that a step reads: what a master copy stands beside is only written."""
+        return self.nbytes - (self.dtypes[0].itemsize if self.name == "master" else 0)
+
 
 @cache
 def plain(dtype: torch.dtype) -> Codec:
