@@ -1,4 +1,4 @@
-"""What every backend's bucket does alike, and the few things that a backend says of itself."""
+"""What all backends share in updating parameters together, and the methods that each of them has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DeviceRows(Protocol):
 class Bucket(Memory):
     """Parameters that one backend updates together.
 
-    A backend has three methods: :meth:`compile`, :meth:`run`, :meth:`norms`.
+    A backend has four methods: :meth:`compile`, :meth:`norms`, :meth:`measure` and :meth:`run`.
 
     Args:
         longest: elements of the longest piece that the backend runs a parameter in; None for whole parameters.
@@ -65,7 +65,7 @@ class Bucket(Memory):
         self._device_rows: DeviceRows | None = None
         self._form_step_groups([tuple(m.numbers.values()) for m in slots])
 
-    # What a backend says.
+    # The methods of a backend.
 
     @classmethod
     def compile(cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False) -> Any:

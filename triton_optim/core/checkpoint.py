@@ -1,4 +1,4 @@
-"""What becomes of an optimizer's states when they are saved and loaded."""
+"""Packs an optimizer's states into a state dict, and makes states of one that is loaded."""
 
 from __future__ import annotations
 

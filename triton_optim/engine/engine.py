@@ -23,7 +23,7 @@ from .probe import Probe
 
 
 class Release(Protocol):
-    """Who is told of steps while gradients are released in backward."""
+    """What ends rounds of steps while gradients are released in backward."""
 
     @property
     def averaged(self) -> float:
@@ -48,11 +48,11 @@ class Engine:
 
     Attributes:
         params: the parameters, in the order of the groups.
-        repeats: whether one of them is there twice.
+        repeats: whether a parameter is listed twice.
         plan: how the last step ran; None where the next has to make one.
         hyperparameters: those of all groups as they were when a step last read them.
-        failed: buckets whose backend failed, and what they became.
-        release: who releases gradients in backward, if anybody does.
+        failed: keys of buckets whose backend failed, and the keys that replaced them.
+        release: what releases gradients in backward; None if nothing does.
         swapped: whether the weights are their averages now.
         stats: what the last step did with all gradients.
         limited: whether it limited their norm.

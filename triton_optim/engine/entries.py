@@ -1,4 +1,4 @@
-"""The parameters on their way into a plan: what of each decides its bucket, and whether a step may have it."""
+"""What a plan is made from: each parameter is checked, and sorted into a bucket."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PIECE = 1 << 27
 
 
 class Entry(NamedTuple):
-    """A parameter on its way into a plan: what decides its bucket."""
+    """What decides the bucket of a parameter."""
 
     number: int  # of the parameter among the optimizer's
     group: int
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     gradient: torch.dtype
     codecs: tuple[Codec, ...]  # of the parameter and the states
     g_aligned: bool
-    parts: Sequence[Tensor]  # of the parameter and the states, those that are there and will stay
+    parts: Sequence[Tensor]  # tensors of the parameter and the states that exist and are kept
     overlaps: bool
     sparse: bool
     wrapped: bool  # the gradient or a state is a wrapper
@@ -44,10 +44,10 @@ class Entry(NamedTuple):
 def request_for(
     optimizer: Update, group: dict[str, Any], p: Tensor, known: Layout | None = None, sparse: bool = False
 ) -> Request:
-    """What is asked of a backend for parameter `p` of `group`.
+    """What the dispatcher is asked for parameter `p` of `group`.
 
     Args:
-        known: what stands in the way of a kernel, if it is known; else it is asked of the parameter.
+        known: how the elements lie, if it is known; else it is computed from the parameter.
     """
     return Request(
         device=p.device.type,
@@ -87,7 +87,7 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
 
 
 def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
-    """Raise the error that torch would of a (local) gradient that cannot be used."""
+    """Raise what torch raises for a (local) gradient that cannot be used."""
     name = type(optimizer).__name__
     if local_g.layout != torch.strided:
         why = optimizer.sparse_gradients(group) if local_g.is_sparse else "only torch.sparse_coo ones can be run"
@@ -145,7 +145,7 @@ def check_memory(optimizer: Update, index: int, what: str, tensor: Tensor) -> No
 
 
 def check_place(optimizer: Update, index: int, p: Tensor, name: str, state: Tensor) -> None:
-    """Raise RuntimeError where a state lies where its parameter's step can't write it."""
+    """Raise RuntimeError for a state that the step of its parameter can't write."""
     if state.device != p.device:
         raise RuntimeError(
             f"{name} of parameter {index} is on {state.device}, the parameter on {p.device}. Move the state back "

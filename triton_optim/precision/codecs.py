@@ -40,7 +40,7 @@ class Codec(NamedTuple):
         name: what kernels/codecs.py calls it.
         dtypes: of its parts.
         suffixes: of the parts beside the first: a state's name and this, or a parameter's this alone, name them.
-        each: how many elements an item of each part holds.
+        elements_per_item: how many an item of each part holds.
         random: whether it takes random bits.
     """
 
@@ -124,7 +124,7 @@ def state_codec(optimizer: Update, group: dict[str, Any], name: str, p: Tensor, 
     """How a state of `p` is kept.
 
     Args:
-        held: how it is kept now, which stays where the group says nothing else.
+        current: how it is kept now, which stays where the group says nothing else.
     """
     if name == AVERAGE:
         return average_codec(group, p)
