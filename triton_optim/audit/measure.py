@@ -210,8 +210,8 @@ def every_case(rules: Sequence[str] | None = None) -> list[Case]:
     return cases
 
 
-def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measurement]:
-    """Measure `cases`, in their order, in so many `processes` (default: one a core, at most 8).
+def audit(cases: Sequence[Case]) -> Iterator[Measurement]:
+    """Measure `cases`, in their order, by as many processes as there are cores, 8 at most.
 
     Raises:
         RuntimeError: Triton's interpreter has replaced its compiler.
@@ -222,10 +222,9 @@ def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measu
             "compiler, so there is nothing to audit. Run it without: env -u TRITON_INTERPRET triton-optim audit"
         )
     batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
-    processes = min(processes or os.cpu_count() or 1, 8, len(batches))
+    processes = min(os.cpu_count() or 1, 8, len(batches))
     if processes < 2:
-        measured = map(measure_cases, batches)
-        yield from chain.from_iterable(measured)
+        yield from chain.from_iterable(map(measure_cases, batches))
         return
     # Not forked: torch may have threads by now.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

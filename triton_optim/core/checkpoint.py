@@ -14,6 +14,7 @@ from ..buckets.step_scalars import scalar_state_dtype
 from ..options import OPTIONS
 from ..precision.codecs import PRECISION
 from ..spec import Update
+from ..util.devices import moved
 from .loadable import Checks
 from .saved_form import AGAIN, names_of, saved_states
 
@@ -108,15 +109,6 @@ def ready_state(
         else:
             state[name] = moved(value, device)
     return state
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """What is in a state besides tensors, with the tensors in it on this device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: moved(v, device) for name, v in value.items()}
-    return type(value)(moved(v, device) for v in value) if type(value) in (list, tuple) else value
 
 
 def own_number(

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from ..core.memory import state_bytes
 from ..optimizers.closure.closure_driven import ClosureOptimizer
+from ..util.devices import moved
 from .records import DIVERGED, FINISHED, PRUNED, Record, Run
 from .schedules import Schedule
-from .task import Task, forever, moved
+from .task import Task, forever
 
 JUDGEMENTS = 30  # validations in a run, beside the one before the first step
 Judged = Callable[[int, float], bool]  # after a validation: (steps, loss) -> whether to end the run
