@@ -49,13 +49,7 @@ def cost(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, floa
 def traffic(optimizer: Update, key: Key) -> tuple[int, float]:
     """Operations a parameter, and bytes they read and write an element: counted on tensors without memory."""
     n = 1024
-    kept = [
-        [
-            torch.empty(n // per_item, dtype=dtype, device="meta")
-            for dtype, per_item in zip(c.dtypes, c.elements_per_item, strict=True)
-        ]
-        for c in key.codecs
-    ]
+    kept = [[torch.empty(n // items, dtype=dtype, device="meta") for dtype, items in c.parts] for c in key.codecs]
     g = torch.empty(n, dtype=key.gradient, device="meta")
     with torch.no_grad(), _TrafficCounter() as counter:
         update(key, kept[0], g, kept[1:], first_scalars(optimizer, key)[0]._replace(factor=1.0))

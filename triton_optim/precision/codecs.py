@@ -61,9 +61,14 @@ class Codec(NamedTuple):
         return self.name not in ("plain", "master")
 
     @property
+    def parts(self) -> list[tuple[torch.dtype, int]]:
+        """The dtype of each part, and how many elements an item of it holds."""
+        return list(zip(self.dtypes, self.elements_per_item, strict=True))
+
+    @property
     def nbytes(self) -> float:
         """Bytes an element."""
-        return sum(dtype.itemsize / count for dtype, count in zip(self.dtypes, self.elements_per_item, strict=True))
+        return sum(dtype.itemsize / count for dtype, count in self.parts)
 
     @property
     def nbytes_read(self) -> float:
@@ -215,11 +220,8 @@ def new_parts(codec: Codec, value: Tensor, first: Tensor | None = None) -> list[
     """
     if codec.block_size:
         own = local(value)
-        blocks = math.ceil(own.numel() / codec.block_size)
-        sizes = [blocks * codec.block_size // per_item for per_item in codec.elements_per_item]
-        parts = [
-            torch.zeros(size, dtype=dtype, device=own.device) for size, dtype in zip(sizes, codec.dtypes, strict=True)
-        ]
+        padded = math.ceil(own.numel() / codec.block_size) * codec.block_size
+        parts = [torch.zeros(padded // n, dtype=dtype, device=own.device) for dtype, n in codec.parts]
         write(codec, parts, own)
         return parts
     if codec.name == "plain" and first is None:
