@@ -415,8 +415,8 @@ MUTANTS = (
     Mutant(
         "master copies are not moved",
         "explain() and the audit's floor count too few bytes",
-        'unread = param.dtypes[0].itemsize if param.name == "master" else 0',
-        'unread = sum(dtype.itemsize for dtype in param.dtypes) if param.name == "master" else 0',
+        'return self.nbytes - (self.dtypes[0].itemsize if self.name == "master" else 0)',
+        'return self.nbytes - (sum(dtype.itemsize for dtype in self.dtypes) if self.name == "master" else 0)',
         "tests/test_codecs.py::test_bytes_moved",
     ),
     Mutant(

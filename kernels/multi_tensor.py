@@ -226,7 +226,7 @@ def multi_tensor(
         rows: ``(rows, 1 + len(FIELDS) + AVERAGED)`` in COMPUTE: the factor of the gradient, the rule's scalars, the
             weight of the parameter in its average. BY_VALUE: the only row, as a tuple of float32 numbers.
         numbers: int32 ``(tensors, 3)``: the index of a tensor's first element, its lower and its upper half, and the
-            parameter's place among all.
+            parameter's index among all.
         keys: int32 ``(rows,)``: what else the random bits depend on; BY_VALUE: that of the only row. Neither is read
             where there are none.
         stats: float64 ``(2,)``: what all gradients are multiplied by, and whether to skip the step (not 0). Not read

@@ -132,15 +132,15 @@ def form_rows(
         for k in tl.static_range(KEPT):
             this = slot == tl.load(code + 5 * SLOTS + k)
             number = tl.sum(tl.where(this, value, 0.0), axis=0)
-            place = tl.sum(tl.where(this, kept, 0), axis=0)
+            address = tl.sum(tl.where(this, kept, 0), axis=0)
             is_64 = tl.sum(tl.where(this & (goes == _KEPT64), 1, 0), axis=0)
-            copies_64 = tl.where(is_64 == 1, tl.where(place == 0, 0, copies), 0)
-            copies_32 = tl.where(is_64 == 1, 0, tl.where(place == 0, 0, copies))
+            copies_64 = tl.where(is_64 == 1, tl.where(address == 0, 0, copies), 0)
+            copies_32 = tl.where(is_64 == 1, 0, tl.where(address == 0, 0, copies))
             for begin in range(0, copies, COPIES):
                 copy = begin + tl.arange(0, COPIES)
-                to_32 = place.to(tl.pointer_type(tl.float32)) + copy
+                to_32 = address.to(tl.pointer_type(tl.float32)) + copy
                 tl.store(to_32, tl.full((COPIES,), 0.0, tl.float32) + number.to(tl.float32), mask=copy < copies_32)
-                to_64 = place.to(tl.pointer_type(tl.float64)) + copy
+                to_64 = address.to(tl.pointer_type(tl.float64)) + copy
                 tl.store(to_64, tl.full((COPIES,), 0.0, tl.float64) + number, mask=copy < copies_64)
     if RANDOM:
         low = tl.sum(tl.where(goes == _LOW, value, 0.0), axis=0).to(tl.int32)

@@ -118,7 +118,7 @@ def made_of(function: types.FunctionType) -> Any:
     if not isinstance(found, tuple):
         walk.refuse(
             walk.returned or tree,
-            f"it must return a tuple: of p and its {len(names) - 3} states, or, as a measure, of what is to be summed",
+            f"it must return a tuple of p and its {len(names) - 3} states, or, as a measure, of what is to be summed",
         )
     new = [lines.like(walk.number(x, walk.returned)).node for x in found]
     lines.lines.append(ast.Return(ast.Tuple(new, ast.Load())))

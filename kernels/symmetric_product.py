@@ -55,11 +55,11 @@ def tile_of(program, TILES):
     an odd number of rows the middle one is half a line. All in integers: a rounded root may be off by a row.
     """
     pair = program // (TILES + 1)
-    place = program % (TILES + 1)
-    if place <= pair:
-        row, column = pair, place
+    index = program % (TILES + 1)
+    if index <= pair:
+        row, column = pair, index
     else:
-        row, column = TILES - 1 - pair, place - pair - 1
+        row, column = TILES - 1 - pair, index - pair - 1
     return row, column
 
 

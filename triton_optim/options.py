@@ -55,7 +55,7 @@ class Options(OptionsAfterForeach, total=False):
         dtype, ``"split24"`` in 8 more bits, with stochastic rounding, ``"split32"`` in 16, with which a bfloat16
         parameter is an exact float32, and ``"master"`` a float32 copy.
     seed: an int that the random bits of stochastic rounding depend on.
-        They depend on the number of the update, too, on the place of the parameter among the optimizer's and on that of
+        They depend on the number of the update, too, on the index of the parameter among the optimizer's and on that of
         the element, and on nothing else.
     amp: "fused" unscales the gradients of a GradScaler and skips infinite ones, inside the update.
         The host waits for nothing where Triton runs the rule. `max_grad_norm` is then of the gradients without their

@@ -30,7 +30,7 @@ struct Gradient {
 };
 
 struct Bucket {
-    Places places;
+    Offsets offsets;
     caffe2::TypeMeta dtype;  // of the gradients
     Tensors values, states;
     std::vector<Owner> owners;
@@ -65,17 +65,17 @@ bool find_object(const PyObject *spec, Gradient &gradient) {
     return gradient.object != nullptr;
 }
 
-bool find_local(const Places &places, const PyObject *spec, Gradient &gradient) {
+bool find_local(const Offsets &offsets, const PyObject *spec, Gradient &gradient) {
     if (spec == nullptr || gradient.tensor == nullptr) return true;
-    if (!is_a(places.sharded, gradient.object) || at<PyObject>(gradient.object, places.spec) != spec) return false;
-    gradient.object = at<PyObject>(gradient.object, places.local);
+    if (!is_a(offsets.sharded, gradient.object) || at<PyObject>(gradient.object, offsets.spec) != spec) return false;
+    gradient.object = at<PyObject>(gradient.object, offsets.local);
     ask_for_object(gradient.object);
     return gradient.object != nullptr;
 }
 
-bool find_values(const Places &places, const PyObject *spec, Gradient &gradient) {
+bool find_values(const Offsets &offsets, const PyObject *spec, Gradient &gradient) {
     if (spec == nullptr || gradient.tensor == nullptr) return true;
-    if (!is_a(places.plain, gradient.object)) return false;
+    if (!is_a(offsets.plain, gradient.object)) return false;
     gradient.tensor = tensor_of(gradient.object);
     ask_for_tensor(gradient.tensor);
     return true;
@@ -98,13 +98,13 @@ bool alike(const TensorImpl *p, const TensorImpl *g) {
 
 extern "C" {
 
-void begin(int64_t place) { tensor_place = place; }
+void begin(int64_t offset) { tensor_offset = offset; }
 
 // Notes parameters. `specs` has a null for each that is an ordinary tensor; `like` is a tensor of the gradients' dtype.
 // Null where one of them is of a kind that Python must look at.
-void *note(const Places *places, int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like) try {
+void *note(const Offsets *offsets, int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like) try {
     auto bucket = std::make_unique<Bucket>();
-    bucket->places = bucket->values.places = *places;
+    bucket->offsets = bucket->values.offsets = *offsets;
     bucket->dtype = tensor_of(like)->dtype();
     bucket->gradients.resize(n);
     bucket->specs.assign(specs, specs + n);
@@ -123,7 +123,7 @@ void *note(const Places *places, int64_t n, PyObject *const *objects, PyObject *
 // Notes the states of the parameters, in place of those that were noted before.
 void watch(void *of, int64_t n, PyObject *const *objects, const int64_t *sharded) try {
     Bucket &bucket = *static_cast<Bucket *>(of);
-    bucket.states = {bucket.places};
+    bucket.states = {bucket.offsets};
     bucket.watched = false;
     for (int64_t i = 0; i < n; ++i)
         if (!bucket.states.take(objects[i], sharded[i])) return;
@@ -157,8 +157,8 @@ int gather(void *of, int64_t *addresses) try {
         if (const int64_t j = from(stages - 1); j >= 0 && !find_gradient(bucket.owners[j], gradients[j])) return -1;
         if (bucket.sharded) {
             if (const int64_t j = from(4); j >= 0 && !find_object(bucket.specs[j], gradients[j])) return -1;
-            if (const int64_t j = from(3); j >= 0 && !find_local(bucket.places, bucket.specs[j], gradients[j])) return -1;
-            if (const int64_t j = from(2); j >= 0 && !find_values(bucket.places, bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = from(3); j >= 0 && !find_local(bucket.offsets, bucket.specs[j], gradients[j])) return -1;
+            if (const int64_t j = from(2); j >= 0 && !find_values(bucket.offsets, bucket.specs[j], gradients[j])) return -1;
         }
         if (const int64_t j = from(1); j >= 0 && gradients[j].tensor != nullptr)
             ask_for_storage(storage_of(gradients[j].tensor));

@@ -17,12 +17,12 @@ namespace {
 using c10::TensorImpl;
 
 // What gather.py knows of Python's objects: where in a DTensor what it holds is, in bytes, and the classes.
-struct Places {
+struct Offsets {
     int64_t local, spec;
     const PyObject *plain, *sharded;
 };
 
-int64_t tensor_place = 0;  // where in a tensor's object the tensor is
+int64_t tensor_offset = 0;  // where in a tensor's object the tensor is
 
 // For so few numbers a call takes longer than a loop.
 bool same(c10::IntArrayRef a, c10::IntArrayRef b) {
@@ -57,11 +57,11 @@ struct Known {
 };
 
 template <class T>
-T *at(const PyObject *object, int64_t place) {
-    return *reinterpret_cast<T *const *>(reinterpret_cast<const char *>(object) + place);
+T *at(const PyObject *object, int64_t offset) {
+    return *reinterpret_cast<T *const *>(reinterpret_cast<const char *>(object) + offset);
 }
 
-TensorImpl *tensor_of(const PyObject *object) { return at<TensorImpl>(object, tensor_place); }
+TensorImpl *tensor_of(const PyObject *object) { return at<TensorImpl>(object, tensor_offset); }
 
 c10::StorageImpl *storage_of(const TensorImpl *t) { return t->unsafe_storage().unsafeGetStorageImpl(); }
 
@@ -72,7 +72,7 @@ bool is_a(const PyObject *type, PyObject *object) {
 }
 
 // After a backward pass none of what is read is in a cache. While one tensor is looked at, the processor is asked for
-// what the next ones will need, so that it waits for many places at once, not for one after the other. Where something
+// what the next ones will need, so that it waits for many lines at once, not for one after the other. Where something
 // was replaced, it is asked for what nobody reads.
 constexpr int64_t AHEAD = 8;
 
@@ -93,7 +93,7 @@ void ask_for_tensor(const TensorImpl *t) {
 }
 
 struct Tensors {
-    Places places;
+    Offsets offsets;
     std::vector<Known> known;
     std::vector<PyObject *> sharded;  // the DTensor of each, null for an ordinary tensor; empty where all are ordinary
     std::vector<Kind> kinds;
@@ -103,9 +103,9 @@ struct Tensors {
         if (in_parts) {
             sharded.resize(known.size());
             sharded.push_back(object);
-            if (!is_a(places.sharded, object)) return false;
-            object = at<PyObject>(object, places.local);
-            if (object == nullptr || !is_a(places.plain, object)) return false;
+            if (!is_a(offsets.sharded, object)) return false;
+            object = at<PyObject>(object, offsets.local);
+            if (object == nullptr || !is_a(offsets.plain, object)) return false;
         } else if (!sharded.empty()) {
             sharded.push_back(nullptr);
         }
@@ -132,7 +132,7 @@ struct Tensors {
     // Whether a tensor is what it was, and lies where it did.
     bool as_known(int64_t i) const {
         const Known &own = known[i];
-        if (!sharded.empty() && sharded[i] != nullptr && at<PyObject>(sharded[i], places.local) != own.object)
+        if (!sharded.empty() && sharded[i] != nullptr && at<PyObject>(sharded[i], offsets.local) != own.object)
             return false;
         const TensorImpl *t = own.tensor;
         // Of memory that is shared until it is written, the storage makes its own copy here, which lies elsewhere.

@@ -210,8 +210,8 @@ def every_case(rules: Sequence[str] | None = None) -> list[Case]:
     return cases
 
 
-def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measurement]:
-    """Measure `cases`, in their order, in so many `processes` (default: one a core, at most 8).
+def audit(cases: Sequence[Case]) -> Iterator[Measurement]:
+    """Measure `cases`, in their order, by as many processes as there are cores, 8 at most.
 
     Raises:
         RuntimeError: Triton's interpreter has replaced its compiler.
@@ -222,10 +222,9 @@ def audit(cases: Sequence[Case], processes: int | None = None) -> Iterator[Measu
             "compiler, so there is nothing to audit. Run it without: env -u TRITON_INTERPRET triton-optim audit"
         )
     batches = [cases[i : i + BATCH] for i in range(0, len(cases), BATCH)]
-    processes = min(processes or os.cpu_count() or 1, 8, len(batches))
+    processes = min(os.cpu_count() or 1, 8, len(batches))
     if processes < 2:
-        measured = map(measure_cases, batches)
-        yield from chain.from_iterable(measured)
+        yield from chain.from_iterable(map(measure_cases, batches))
         return
     # Not forked: torch may have threads by now.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -283,8 +282,6 @@ def _measurement(built: Built, listing: str) -> Measurement:
     widths = [8 * x.moved for x in accesses]
     elements = kernel.BLOCK / (kept["num_warps"] * target.warp_size)  # a thread
     of_scales = sum(size / block_size for size, block_size in scales)
-    unread = codecs[0].dtypes[0].itemsize if codecs[0].name == "master" else 0
-    floor = sum(codec.nbytes for codec in codecs)
     need = resources(compiled)
     return Measurement(
         rule=rule.name,
@@ -309,8 +306,8 @@ def _measurement(built: Built, listing: str) -> Measurement:
         shared_bytes=need.shared_bytes,
         loaded=sum(x.loaded for x in accesses) / elements + of_scales,
         stored=sum(x.stored for x in accesses) / elements + of_scales,
-        floor_loaded=floor - unread + gradient.itemsize,
-        floor_stored=floor,
+        floor_loaded=sum(codec.nbytes_read for codec in codecs) + gradient.itemsize,
+        floor_stored=sum(codec.nbytes for codec in codecs),
         narrowest_bits=min(widths),
         widest_bits=max(widths),
         masked_accesses=sum(x.guarded for x in accesses),

@@ -37,9 +37,7 @@ def cost(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, floa
             kept = [codec.dtypes[0].itemsize for codec in key.codecs]
             return operations + (each + 2 * len(kept)) * len(slots), before + moved + 4 * sum(kept)
         return operations + each * sum(map(bool, numels)), before + moved
-    param = key.codecs[0]
-    unread = param.dtypes[0].itemsize if param.name == "master" else 0
-    moved = 2 * sum(codec.nbytes for codec in key.codecs) - unread + key.gradient.itemsize
+    moved = sum(codec.nbytes + codec.nbytes_read for codec in key.codecs) + key.gradient.itemsize
     calls = 1
     if key.choice.backend == "compiled":
         from .compiled.bucket import calls_of
@@ -51,13 +49,7 @@ def cost(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, floa
 def traffic(optimizer: Update, key: Key) -> tuple[int, float]:
     """Operations a parameter, and bytes they read and write an element: counted on tensors without memory."""
     n = 1024
-    kept = [
-        [
-            torch.empty(n // per_item, dtype=dtype, device="meta")
-            for dtype, per_item in zip(c.dtypes, c.elements_per_item, strict=True)
-        ]
-        for c in key.codecs
-    ]
+    kept = [[torch.empty(n // items, dtype=dtype, device="meta") for dtype, items in c.parts] for c in key.codecs]
     g = torch.empty(n, dtype=key.gradient, device="meta")
     with torch.no_grad(), _TrafficCounter() as counter:
         update(key, kept[0], g, kept[1:], first_scalars(optimizer, key)[0]._replace(factor=1.0))

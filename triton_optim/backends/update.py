@@ -14,7 +14,7 @@ from ..precision.averaging import average_of
 from ..precision.codecs import read, write
 from ..precision.random_bits import bits_of_elements
 from ..util.hyperparameters import exact_number
-from ..util.layout import places
+from ..util.layout import numbers_in_memory
 
 
 def measure(bucket: Bucket) -> Tensor:
@@ -65,7 +65,7 @@ def update(
         kept = [[torch.view_as_real(t) for t in parts] for parts in kept]
     like = kept[0][0]
     average = values.pop() if key.variant.averaged else None
-    bits = None if random is None else bits_of_elements(random, places(like))
+    bits = None if random is None else bits_of_elements(random, numbers_in_memory(like))
     new = results(torch_form(key.variant.rule), values, row.h)
     for role, (codec, parts, value) in enumerate(zip(key.codecs, kept, new, strict=average is None)):
         write(codec, parts, value, role, bits)

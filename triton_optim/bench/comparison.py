@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..core.explain import explain
+from ..core.memory import state_bytes
 from ..core.optimizer import RuleOptimizer
 from ..options import OPTIONS
 from ..util import gather
@@ -186,7 +186,7 @@ def compare(
     reasons |= {name: d.reason() for name, d in found.items() if not d.same}
     assert isinstance(first.optimizer, RuleOptimizer)
     used = sorted({bucket.backend for bucket in explain(first.optimizer)})
-    states = {c.name: state_bytes(c) for c in contenders}
+    states = {c.name: state_bytes(c.optimizer) / sum(p.numel() for p in c.params) for c in contenders}
     contenders = [c for c in contenders if c.name not in reasons]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages
@@ -237,22 +237,3 @@ def entrants(case: Case, peers: Sequence[str], backends: Sequence[str]) -> tuple
             continue
         contenders.append(Contender(name, made, params, step, allowed_share(name)))
     return contenders, reasons
-
-
-def state_bytes(contender: Contender) -> float:
-    """Bytes that an optimizer keeps for a parameter, each memory counted once."""
-    found: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):
-            for name in tensor.__tensor_flatten__()[0]:
-                count(getattr(tensor, name))
-            return
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-
-    for state in contender.optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                count(value)
-    return sum(found.values()) / sum(p.numel() for p in contender.params)

@@ -55,22 +55,22 @@ def bars(times: Times, title: str) -> Figure:
     figure = new_figure(8, max(2.0, 0.6 + 0.17 * height), dpi=150)
     axes = figure.subplots()
     ticks: list[float] = []
-    place = 0.0
+    y = 0.0
     for case in times.values():
-        ticks.append(place + (len(case) - 1) / 2)
+        ticks.append(y + (len(case) - 1) / 2)
         unit = next(iter(case.values()))
         for side, ms in case.items():
-            axes.barh(place, ms / unit, height=0.9, color=colours[side])
+            axes.barh(y, ms / unit, height=0.9, color=colours[side])
             axes.annotate(
                 f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
-                (ms / unit, place),
+                (ms / unit, y),
                 (2, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=6,
             )
-            place += 1
-        place += 1
+            y += 1
+        y += 1
     axes.axvline(1, color=OURS, linewidth=0.8, linestyle=":")
     axes.set_yticks(ticks, list(times), fontsize="small")
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""What every backend's bucket does alike, and the few things that a backend says of itself."""
+"""What all backends share in updating parameters together, and the methods that each of them has."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.straight import check_constants, constants_of
-from ..precision.averaging import average_of, value_of, weight
-from ..precision.codecs import read, write
-from ..precision.random_bits import bits_of_elements, first_index, row_key, tensor_keys
-from ..spec import AVERAGE, COUNT, Update
-from ..util.hyperparameters import exact_number, plain_group
-from ..util.layout import local, places
+from ..precision.random_bits import first_index, row_key, tensor_keys
+from ..spec import Update
 from ..util.on_device import OnDevice
+from .averaging import average_what_stays
 from .gradient_norm import GradientStats, Scaling, exact_dtype, gradient_stats_from
 from .key import Key, pieces_of
 from .memory import Memory
@@ -35,7 +32,7 @@ class DeviceRows(Protocol):
 class Bucket(Memory):
     """Parameters that one backend updates together.
 
-    A backend has three methods: :meth:`compile`, :meth:`run`, :meth:`norms`.
+    A backend has four methods: :meth:`compile`, :meth:`norms`, :meth:`measure` and :meth:`run`.
 
     Args:
         longest: elements of the longest piece that the backend runs a parameter in; None for whole parameters.
@@ -68,7 +65,7 @@ class Bucket(Memory):
         self._device_rows: DeviceRows | None = None
         self._form_step_groups([tuple(m.numbers.values()) for m in slots])
 
-    # What a backend says.
+    # The methods of a backend.
 
     @classmethod
     def compile(cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False) -> Any:
@@ -120,11 +117,11 @@ class Bucket(Memory):
         ]
         self.group_of = [0] * len(self.slots)
         for number, step_group in enumerate(self.step_groups):
-            for i in step_group.places:
+            for i in step_group.positions:
                 self.group_of[i] = number
         # After a measure each parameter has scalars of its own.
         self.row_of = self.group_of if self.key.variant.measure is None else list(range(len(self.slots)))
-        self._group_places: list[Tensor] = []
+        self._group_positions: list[Tensor] = []
         self._all_active = [True] * len(self.step_groups)
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
@@ -134,7 +131,7 @@ class Bucket(Memory):
         numbers = [m.numbers for m in self.slots]
         for step_group in getattr(self, "step_groups", ()):
             now = step_group.numbers()
-            for i in step_group.places:
+            for i in step_group.positions:
                 numbers[i] = now
         return numbers
 
@@ -145,10 +142,10 @@ class Bucket(Memory):
         active = self._all_active
         if not self.complete:
             present = self.present()
-            if any(len({present[i] for i in step_group.places}) == 2 for step_group in self.step_groups):
+            if any(len({present[i] for i in step_group.positions}) == 2 for step_group in self.step_groups):
                 numbers = self._numbers()
                 self._form_step_groups([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
-            active = [present[step_group.places[0]] for step_group in self.step_groups]
+            active = [present[step_group.positions[0]] for step_group in self.step_groups]
         self.stats = rows = None
         self.factors = {}
         if self.key.capturable:
@@ -161,12 +158,12 @@ class Bucket(Memory):
         if len(rows) > 1:
             one_kind([row for row in self.rows if row is not None], self.optimizer)
 
-    def places_of(self, step_group: int) -> Tensor:
-        """Which of the parameters belong to a step group, on the device."""
-        if not self._group_places:
-            every = [torch.tensor(own.places, device="cpu") for own in self.step_groups]
-            self._group_places = [places.to(self.key.device) for places in every]
-        return self._group_places[step_group]
+    def positions_of(self, step_group: int) -> Tensor:
+        """The positions of the parameters of a step group, on the device."""
+        if not self._group_positions:
+            every = [torch.tensor(own.positions, device="cpu") for own in self.step_groups]
+            self._group_positions = [positions.to(self.key.device) for positions in every]
+        return self._group_positions[step_group]
 
     @property
     def whole_numels(self) -> Tensor:
@@ -185,7 +182,7 @@ class Bucket(Memory):
                 continue
             into = self.factors.get(name)
             into = values.new_zeros(len(self.slots)) if into is None else into
-            self.factors[name] = into.index_copy(0, self.places_of(step_group), values)
+            self.factors[name] = into.index_copy(0, self.positions_of(step_group), values)
 
     def rows_to_run(self) -> list[StepScalars | None]:
         """The rows by which the step runs: ``row_of[i]`` is that of parameter i."""
@@ -255,35 +252,9 @@ class Bucket(Memory):
             elif row is not None:
                 step_group.advance(row.scalar_state, skip)
             elif self.key.variant.averaged:
-                self._average_what_stays(step_group, skip)
+                average_what_stays(self.optimizer, self.key, step_group, skip)
         if not self.optimizer.step_is_tensor:
             self.note_states()
-
-    def _average_what_stays(self, step_group: StepGroup, skip: Tensor | None) -> None:
-        """Count parameters that have no gradient in this step into their averages, too."""
-        group = plain_group(self.optimizer.param_groups[step_group.group])
-        count = step_group.numbers(on_device=self.key.capturable)[COUNT]
-        share = weight(group, count)
-        for m in step_group.slots:
-            codec = self.key.codecs[-1]
-            average = [local(m.state[AVERAGE])]
-            before = read(codec, average, local(m.p)).to(self.key.compute)
-            value = value_of(m.state, m.p).to(self.key.compute)
-            bits = self._bits_of_average(m, group, count, average[0]) if codec.random else None
-            new = average_of(before, value, exact_number(share))
-            new = new if skip is None else torch.where(skip != 0, before, new)
-            write(codec, average, new, len(self.key.codecs), bits)
-        step_group.count_average(skip)
-
-    def _bits_of_average(self, m: ParamSlot, group: dict[str, Any], count: Any, average: Tensor) -> Tensor:
-        """The random bits of an average of what stays. Its step is not counted, so that they are of the average's own
-        count, and of a role that no rule has.
-        """
-        device = average.device
-        key = row_key(int(group.get("seed", 0)), count if isinstance(count, Tensor) else int(count), device)
-        number = torch.full((1,), m.index, dtype=torch.int32, device=device)
-        first = torch.full((1,), first_index(m.p), device=device)
-        return bits_of_elements(tensor_keys(key.view(1), number, first)[0], places(average))
 
     def counts_match(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""

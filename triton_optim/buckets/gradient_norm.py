@@ -34,7 +34,7 @@ class Scaling(NamedTuple):
     Attributes:
         grad_scale: what they have been multiplied by, 1-element; None for nothing.
         found_inf: not 0 where one is not finite, 1-element; None where nobody has looked.
-        look: whether to skip the step where one is not finite, and to look for it where nobody has.
+        check_finite: whether to skip the step where one is not finite, and to look for it where nobody has.
         max_norm: the largest norm allowed; None for any.
     """
 

@@ -1,4 +1,4 @@
-"""The memory of parameters that are updated together, of their states and gradients: whether a step fits it."""
+"""Where the parameters, states and gradients of a bucket lie, and whether a step finds them there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _END = object()
 
 
 def addresses_of(tensors: list[Tensor | None]) -> array[int]:
-    """Where each tensor lies; 0 for None."""
+    """The address of each tensor; 0 for None."""
     try:
         return array("q", map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:  # one is None
@@ -62,7 +62,7 @@ class Memory(ABC):
         values = [local(m.p).detach() for m in slots]
         self.numels = [value.numel() for value in values]
         self.addresses = [value.data_ptr() for value in values]
-        # Not the values themselves: who moves a parameter's data elsewhere wants this memory back.
+        # The values themselves are not held: when a parameter's data moves elsewhere, its old memory must be freed.
         self._kinds = kinds_of(values)
         self._params = [m.p for m in slots]
         self.gradients: list[Tensor | None] = []
@@ -71,12 +71,12 @@ class Memory(ABC):
         self.indices = [m.index for m in slots]
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         self._all = self.indices == list(range(count))
-        self._states: list[Tensor] = []  # the tensors among them, and as they were noted
+        self._states: list[Tensor] = []  # the tensors among them, as they were noted
         self._state_addresses: list[int] = []
         self._state_guards: Any = None
         self._state_kinds: list[Any] = []
         self._guards: Any = None
-        self._examined = False  # whether gradients were found fit before
+        self._examined = False  # whether gradients were examined before
         self._gatherer: Gatherer | None = None
         self._gathered = False  # whether it found the gradients of this step
         self._lay_out_states(values)
@@ -109,8 +109,8 @@ class Memory(ABC):
                         m.state[name] = with_local(m.state[name], in_layout_of(value, held))
 
     def note_states(self) -> None:
-        """Take note of the states as they are now: which they are, and where they lie."""
-        # A dict of a user's own counts nothing.
+        """Take note of the states as they are now: the objects, and their addresses."""
+        # A plain dict does not count its changes.
         self._changes = State.changes if all(type(m.state) is State for m in self.slots) else None
         self._state_dicts = [m.state for m in self.slots]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
@@ -148,7 +148,7 @@ class Memory(ABC):
         return True
 
     def moved(self) -> list[int]:
-        """The numbers of the parameters that lie elsewhere than when the bucket was made, or have other states."""
+        """The indices of the parameters that have moved since the bucket was made, or have other states."""
         states = self.optimizer.state
         return [
             m.index
@@ -177,9 +177,9 @@ class Memory(ABC):
         return self._take(own)
 
     def bind_gathered(self) -> bool:
-        """Whether the bucket can run with the gradients that its parameters have now. It learns only where they lie.
+        """Whether the bucket can run with the gradients that its parameters have now. Only their addresses are read.
 
-        False says that :meth:`bind` must look at them.
+        False where :meth:`bind` must examine them.
         """
         found = self._gatherer
         self._gathered = False
@@ -200,7 +200,7 @@ class Memory(ABC):
         return [g is not None for g in self.gradients]
 
     def note_gradients(self) -> None:
-        """After a step with the gradients that the parameters have: make ready to gather those of the next."""
+        """Prepare to gather the gradients of the next step, after one with those that the parameters have."""
         if self.takes_addresses and not self.key.variant.prologue:
             self._gatherer = gatherer_of(self._params, self._states, self.key.gradient) or self._gatherer
 
@@ -274,12 +274,12 @@ class Memory(ABC):
         if self.takes_memory:
             self._take_addresses(addresses_of(gradients), True)
 
-    def take_update(self, place: int, update: Tensor) -> None:
-        """Put what a prologue made of a parameter's gradient in its place."""
+    def take_update(self, position: int, update: Tensor) -> None:
+        """Replace a parameter's gradient by what a prologue made of it."""
         update = local(update).to(self.key.gradient)
         if self.takes_memory:
-            update = in_layout_of(local(self.slots[place].p), update)
-        self.gradients[place] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
+            update = in_layout_of(local(self.slots[position].p), update)
+        self.gradients[position] = update.clone() if self.key.aligned and update.data_ptr() % 16 else update
 
     def mark_written(self) -> None:
         """Tell autograd of writes behind its back: a graph that saved a parameter must notice."""

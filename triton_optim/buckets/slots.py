@@ -1,4 +1,4 @@
-"""A parameter in a plan, and those of a group that were counted alike, which share a row of scalars."""
+"""A parameter in a plan, and the parameters of a group at the same step, which share a row of scalars."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ParamSlot:
 
     def __init__(self, optimizer: Update, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
-        self.given: set[str] = set()  # of its numbers those that were tensors before: who holds one sees it go on
+        self.given: set[str] = set()  # the numbers that were tensors before: a user who holds one sees it updated
         self.state: dict[str, Any] = optimizer.state.get(p, State())
         own_group = optimizer.param_groups[group]
         # Of a rule that does not count its steps all that matters is whether it has made one: its states say so, not
@@ -51,7 +51,7 @@ class ParamSlot:
             self.numbers[name] = held if follows else float(held)
 
     def start(self, optimizer: Update, key: Key, begun: dict[Any, Tensor]) -> None:
-        """Make the states that are not there yet, and ``step`` and its like tensors where they belong.
+        """Make the states that are missing, and tensors of ``step`` and the other scalar states, on their devices.
 
         Args:
             begun: tensors of numbers, for all parameters of a plan: a step group will give each its own.
@@ -138,10 +138,10 @@ class StepGroup:
         numbers: dict[str, Any],
         counted: list[str],
         slots: list[ParamSlot],
-        places: list[int],
+        positions: list[int],
         captured: bool = False,
     ) -> None:
-        self.group, self.slots, self.places = group, slots, places
+        self.group, self.slots, self.positions = group, slots, positions
         self._numbers = numbers
         self._counts = "step" in counted
         self.columns: dict[str, Tensor] = {}

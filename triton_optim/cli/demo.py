@@ -16,9 +16,9 @@ import triton_optim
 
 from ..bench.measure import Measurement, Side, measure
 from ..race import digits
-from ..race.task import Task, moved
+from ..race.task import Task
 from ..race.training import Turn, threads
-from ..util.devices import usable_device
+from ..util.devices import moved, usable_device
 from ..util.extras import require
 from ..util.files import write_json
 from ..util.pictures import new_figure, open_frame

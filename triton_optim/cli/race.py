@@ -26,51 +26,28 @@ INTERRUPTED = 130  # what shells give for SIGINT
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    own = "or your own, as mymodule:name"
-    parser.add_argument("--task", default="digits", help=f"{', '.join(TASKS)}, {own} (default: %(default)s)")
-    parser.add_argument(
-        "--optimizers",
-        default="adamw,lion,muon",
-        metavar="NAMES",
-        help=f"{', '.join(sorted(optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))' "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--schedules",
-        default="constant,cosine",
-        metavar="NAMES",
-        help=f"{', '.join(SCHEDULES)}, {own} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lrs",
-        default="",
-        metavar="NUMBERS",
-        help="learning rates, such as 1e-4,3e-4,1e-3; with --tune the ends of the search (default: around the usual)",
-    )
-    parser.add_argument(
-        "--tune", type=int, default=0, metavar="N", help="search lr with N trials of Optuna an optimizer and schedule"
-    )
-    parser.add_argument(
-        "--storage", metavar="URL", help="of the trials, such as sqlite:///race.db: all who race with it share them"
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of each run (default: the task's)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of all optimizers, weight_decay=0.1"
-    )
-    parser.add_argument(
-        "--target", type=float, metavar="LOSS", help="tell the time to this loss (default: what all who learn reach)"
-    )
-    parser.add_argument("--device", help="where to train (default: a GPU if there is one, else cpu)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("triton_optim_race"),
-        metavar="DIR",
-        help="of the records: the same command goes on from them (default: %(default)s)",
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="where the picture goes (default: race.png in --out)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    own, add = "or your own, as mymodule:name", parser.add_argument
+    known = f"{', '.join(sorted(optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))'"
+    rates = "such as 1e-4,3e-4,1e-3; with --tune the ends of the search (default: around the usual)"
+    storage = "of the trials, such as sqlite:///race.db: all who race with it share them"
+    out = "of the records: the same command goes on from them (default: %(default)s)"
+    add("--task", default="digits", help=f"{', '.join(TASKS)}, {own} (default: %(default)s)")
+    add("--optimizers", default="adamw,lion,muon", metavar="NAMES", help=f"{known} (default: %(default)s)")
+    schedules = f"{', '.join(SCHEDULES)}, {own} (default: %(default)s)"
+    add("--schedules", default="constant,cosine", metavar="NAMES", help=schedules)
+    add("--lrs", default="", metavar="NUMBERS", help=f"learning rates, {rates}")
+    tune = "search lr with N trials of Optuna an optimizer and schedule"
+    add("--tune", type=int, default=0, metavar="N", help=tune)
+    add("--storage", metavar="URL", help=storage)
+    add("--seeds", type=int, default=3, metavar="N", help="how many (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="of each run (default: the task's)")
+    option = "an option of all optimizers, weight_decay=0.1"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=option)
+    add("--target", type=float, metavar="LOSS", help="tell the time to this loss (default: what all who learn reach)")
+    add("--device", help="where to train (default: a GPU if there is one, else cpu)")
+    add("--out", type=Path, default=Path("triton_optim_race"), metavar="DIR", help=out)
+    add("--plot", type=Path, metavar="FILE", help="where the picture goes (default: race.png in --out)")
+    add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
 
 
 def run(args: argparse.Namespace) -> int:

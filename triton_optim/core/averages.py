@@ -1,4 +1,4 @@
-"""The averages of the weights in the place of the weights, for a while."""
+"""Swaps the averages of the weights in for the weights, for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of an optimizer's states when they are saved and loaded."""
+"""Packs an optimizer's states into a state dict, and makes states of one that is loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..buckets.step_scalars import scalar_state_dtype
 from ..options import OPTIONS
 from ..precision.codecs import PRECISION
 from ..spec import Update
+from ..util.devices import moved
 from .loadable import Checks
 from .saved_form import AGAIN, names_of, saved_states
 
@@ -22,19 +23,21 @@ CPU = torch.device("cpu")
 
 def packed(optimizer: Update) -> dict[str, Any]:
     """The state dict, as torch packs it: parameters are their numbers."""
-    places: dict[int, int] = {}
+    numbers_of: dict[int, int] = {}
     groups, start = [], 0
     for group in optimizer.param_groups:
         params = group["params"]
         end = start + len(params)
         own = dict(zip(map(id, params), range(start, end), strict=True))
-        places.update(own if places.keys().isdisjoint(own) else {p: i for p, i in own.items() if p not in places})
-        numbers = list(own.values()) if len(places) == end else [places[id(p)] for p in params]
+        numbers_of.update(
+            own if numbers_of.keys().isdisjoint(own) else {p: i for p, i in own.items() if p not in numbers_of}
+        )
+        numbers = list(own.values()) if len(numbers_of) == end else [numbers_of[id(p)] for p in params]
         groups.append({name: value for name, value in group.items() if name != "params"} | {"params": numbers})
         start = end
-    keys: list[Any] = list(map(places.get, map(id, optimizer.state)))
+    keys: list[Any] = list(map(numbers_of.get, map(id, optimizer.state)))
     if None in keys:
-        keys = [places[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
+        keys = [numbers_of[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
     return {"state": dict(zip(keys, saved_states(optimizer, optimizer.state), strict=True)), "param_groups": groups}
 
 
@@ -106,15 +109,6 @@ def ready_state(
         else:
             state[name] = moved(value, device)
     return state
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """What is in a state besides tensors, with the tensors in it on this device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: moved(v, device) for name, v in value.items()}
-    return type(value)(moved(v, device) for v in value) if type(value) in (list, tuple) else value
 
 
 def own_number(

@@ -1,4 +1,4 @@
-"""What constructors refuse, and states that are full of a value."""
+"""Checks of hyperparameters, and states filled with a value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None
 
 
 def filled_like(p: Tensor, value: float) -> Tensor:
-    """A tensor like the parameter, full of `value`; of a complex parameter both parts are."""
+    """A tensor like the parameter, filled with `value`; of a complex parameter both parts are."""
     value = float(value)
     fill = complex(value, value) if p.is_complex() else value
     return torch.full_like(p, fill, memory_format=torch.preserve_format)

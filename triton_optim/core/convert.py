@@ -1,4 +1,4 @@
-"""Into any codec and out of it in mid-training: full-precision checkpoints of torch.optim, and float32 weights."""
+"""Changing codecs in mid-training: full-precision checkpoints of torch.optim, and float32 weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a state dict must be to be loaded: all is checked before anything changes."""
+"""Checks of a state dict that is to be loaded: all are made before anything changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONAL = (*PRECISION, "seed", "ema_decay", "ema_warmup")
 
 
 def check_keys(state_dict: Any) -> None:
-    """Raise where a state dict is none."""
+    """Raise where this is no state dict."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"a state dict is a dict, and this a {type(state_dict).__name__}. {AGAIN}")
     if not {"state", "param_groups"} <= state_dict.keys():
@@ -32,7 +32,7 @@ def check_keys(state_dict: Any) -> None:
 
 
 def check_groups(optimizer: Update, state_dict: Any) -> None:
-    """Raise where a state dict is none, or that of another library, or its groups are not those of the optimizer."""
+    """Raise where this is no state dict, or another library's, or has other groups than the optimizer."""
     check_keys(state_dict)
     name = type(optimizer).__name__
     states, groups = state_dict["state"], state_dict["param_groups"]

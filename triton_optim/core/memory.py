@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..precision.codecs import parameter_codec, plain, state_codec
 from ..util.layout import local
@@ -115,6 +118,29 @@ def nbytes(dtypes: tuple[torch.dtype, ...], per_item: tuple[int, ...], numel: in
     block_size = max(per_item, default=1)
     padded = -(-numel // block_size) * block_size
     return sum(dtype.itemsize * padded // items for dtype, items in zip(dtypes, per_item, strict=True))
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors that any optimizer keeps, in whatever its states are made of; each memory counted once."""
+    found: dict[Any, int] = {}
+
+    def visit(value: Any) -> None:
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                visit(getattr(value, name))
+        elif isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for part in value.values():
+                visit(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                visit(part)
+
+    for state in optimizer.state.values():
+        visit(state)
+    return sum(found.values())
 
 
 def meta_parameter(numel: int, dtype: torch.dtype) -> Tensor:

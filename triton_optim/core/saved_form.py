@@ -71,7 +71,7 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
 
 
 def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor) -> None:
-    """Put what is saved of quantized states in the places of their codes and scales."""
+    """Replace codes and scales by what is saved of quantized states."""
     for name in names.elementwise:
         if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
             continue

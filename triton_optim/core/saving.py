@@ -1,4 +1,4 @@
-"""What of an optimizer is saved, loaded, copied and pickled, as torch.optim.Optimizer's contract has it."""
+"""Saving, loading, copying and pickling of an optimizer, as torch.optim.Optimizer does them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .saved_form import loaded_state, saved_states
 
 
 class SavedOptimizer(Optimizer, Update):
-    """An optimizer whose states are kept otherwise than they are saved."""
+    """An optimizer that saves its states in another form than it keeps them in."""
 
     engine: Engine
 

@@ -23,7 +23,7 @@ from .probe import Probe
 
 
 class Release(Protocol):
-    """Who is told of steps while gradients are released in backward."""
+    """What ends rounds of steps while gradients are released in backward."""
 
     @property
     def averaged(self) -> float:
@@ -48,11 +48,11 @@ class Engine:
 
     Attributes:
         params: the parameters, in the order of the groups.
-        repeats: whether one of them is there twice.
+        repeats: whether a parameter is listed twice.
         plan: how the last step ran; None where the next has to make one.
         hyperparameters: those of all groups as they were when a step last read them.
-        failed: buckets whose backend failed, and what they became.
-        release: who releases gradients in backward, if anybody does.
+        failed: keys of buckets whose backend failed, and the keys that replaced them.
+        release: what releases gradients in backward; None if nothing does.
         swapped: whether the weights are their averages now.
         stats: what the last step did with all gradients.
         limited: whether it limited their norm.
@@ -128,23 +128,23 @@ class Engine:
         self._check_capture(gradients)
         recording = any(group.get("differentiable") for group in optimizer.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
-            for own in self._turns(gradients):
+            for own in turns_of(self.params, gradients) if self.repeats else [gradients]:
                 self._update(own)
         if given is None and self.plan is not None and not self.repeats and self.plan.note_gradients():
             self._groups = GroupTable(optimizer.param_groups, self.hyperparameters.values)
 
-    def update_one(self, place: int, g: Tensor | None) -> None:
-        """Run a step of the parameter number `place` alone, with this gradient."""
+    def update_one(self, index: int, g: Tensor | None) -> None:
+        """Run a step of the parameter number `index` alone, with this gradient."""
         self.check_not_swapped()
         self.forget_probe()
         self.read_groups()
-        p = self.params[place]
+        p = self.params[index]
         with torch.no_grad():
-            gradients = {place: None if g is None else local_gradient(p, g)}
-            plan = self._plans_of_one.get(place)
+            gradients = {index: None if g is None else local_gradient(p, g)}
+            plan = self._plans_of_one.get(index)
             if plan is None or not plan.bind(gradients):
-                plan = self._plans_of_one[place] = PlanOfOne(
-                    self._optimizer, self.failed, self.params, gradients, place=place
+                plan = self._plans_of_one[index] = PlanOfOne(
+                    self._optimizer, self.failed, self.params, gradients, only=index
                 )
                 check_fits(plan, gradients)
             plan.step()
@@ -199,30 +199,16 @@ class Engine:
                     "never update it. Capture backward with the step, or give it a gradient before."
                 )
 
-    def _turns(self, gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
-        """The gradients as they are; where a parameter is listed k times, as torch warns not to do, k steps of them."""
-        if not self.repeats:
-            return [gradients]
-        seen: dict[int, int] = {}
-        turns = []
-        for p in self.params:
-            turns.append(seen.get(id(p), 0))
-            seen[id(p)] = turns[-1] + 1
-        return [
-            [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)]
-            for now in range(max(turns) + 1)
-        ]
-
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self.repeats:
-            self.plan = None  # made for one of the parameter's places
+            self.plan = None  # made for the parameter once
         self.forget_probe()
         optimizer, plan = self._optimizer, self.plan
         fresh = not optimizer.state
         if plan.sharded if plan is not None else any(map(is_sharded, self.params)):
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
-            placed = plan.placements if plan is not None else list(map(placements_of, self.params))
-            gradients = local_gradients(self.params, gradients, placed)
+            placements = plan.placements if plan is not None else list(map(placements_of, self.params))
+            gradients = local_gradients(self.params, gradients, placements)
         bind = plan is not None and plan.bind(gradients)
         if not bind and any(g is not None and g.is_sparse for g in gradients):
             gradients = self._without_needless_sparsity(gradients)
@@ -303,3 +289,15 @@ def check_fits(plan: Plan, gradients: Any) -> None:
     """Raise RuntimeError where a new plan does not fit."""
     if not plan.bind(gradients):
         raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")
+
+
+def turns_of(params: list[Tensor], gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
+    """The gradients of each step where a parameter is listed k times, as torch warns not to do: it makes k."""
+    seen: dict[int, int] = {}
+    turns = []
+    for p in params:
+        turns.append(seen.get(id(p), 0))
+        seen[id(p)] = turns[-1] + 1
+    return [
+        [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)] for now in range(max(turns) + 1)
+    ]

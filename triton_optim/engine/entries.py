@@ -1,4 +1,4 @@
-"""The parameters on their way into a plan: what of each decides its bucket, and whether a step may have it."""
+"""What a plan is made from: each parameter is checked, and sorted into a bucket."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ PIECE = 1 << 27
 
 
 class Entry(NamedTuple):
-    """A parameter on its way into a plan: what decides its bucket."""
+    """What decides the bucket of a parameter."""
 
-    place: int  # among the optimizer's parameters
+    number: int  # of the parameter among the optimizer's
     group: int
     p: Tensor
     gradient: torch.dtype
     codecs: tuple[Codec, ...]  # of the parameter and the states
     g_aligned: bool
-    parts: Sequence[Tensor]  # of the parameter and the states, those that are there and will stay
+    parts: Sequence[Tensor]  # tensors of the parameter and the states that exist and are kept
     overlaps: bool
     sparse: bool
     wrapped: bool  # the gradient or a state is a wrapper
@@ -44,10 +44,10 @@ class Entry(NamedTuple):
 def request_for(
     optimizer: Update, group: dict[str, Any], p: Tensor, known: Layout | None = None, sparse: bool = False
 ) -> Request:
-    """What is asked of a backend for parameter `p` of `group`.
+    """What the dispatcher is asked for parameter `p` of `group`.
 
     Args:
-        known: what stands in the way of a kernel, if it is known; else it is asked of the parameter.
+        known: how the elements lie, if it is known; else it is computed from the parameter.
     """
     return Request(
         device=p.device.type,
@@ -87,7 +87,7 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
 
 
 def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, local_g: Tensor) -> None:
-    """Raise the error that torch would of a (local) gradient that cannot be used."""
+    """Raise what torch raises for a (local) gradient that cannot be used."""
     name = type(optimizer).__name__
     if local_g.layout != torch.strided:
         why = optimizer.sparse_gradients(group) if local_g.is_sparse else "only torch.sparse_coo ones can be run"
@@ -145,7 +145,7 @@ def check_memory(optimizer: Update, index: int, what: str, tensor: Tensor) -> No
 
 
 def check_place(optimizer: Update, index: int, p: Tensor, name: str, state: Tensor) -> None:
-    """Raise RuntimeError where a state lies where its parameter's step can't write it."""
+    """Raise RuntimeError for a state that the step of its parameter can't write."""
     if state.device != p.device:
         raise RuntimeError(
             f"{name} of parameter {index} is on {state.device}, the parameter on {p.device}. Move the state back "
@@ -165,7 +165,7 @@ def entries_of(
     gradients: Gradients,
     known: dict[int, Key] | None = None,
     every: bool = False,
-    place: int | None = None,
+    only: int | None = None,
     repeats: bool = False,
 ) -> list[Entry]:
     """The parameters that belong to a plan: those with a gradient or a state, or all of them. Changes nothing.
@@ -173,18 +173,18 @@ def entries_of(
     One without a gradient is taken to have the dtype and alignment that are known, else its own.
 
     Args:
-        known: the buckets that parameters had so far, by their places.
+        known: the buckets that parameters had so far, by their indices.
         every: all parameters, whether there is a gradient or not.
-        place: that of the only parameter that is asked about, which overlaps no other.
+        only: the index of the only parameter that is asked about, which overlaps no other.
         repeats: whether a parameter is there twice: then only those with a gradient belong to a plan.
     """
     ends = list(accumulate(len(group["params"]) for group in optimizer.param_groups))
     variants = [optimizer.running_variant(group) for group in optimizer.param_groups]
     counted = [optimizer.scalar_state_names(group) for group in optimizer.param_groups]
-    overlaps = overlapping([local(p) for p in params]) if place is None else set()
+    overlaps = overlapping([local(p) for p in params]) if only is None else set()
     known = known or {}
     entries = []
-    for index in range(len(params)) if place is None else [place]:
+    for index in range(len(params)) if only is None else [only]:
         p, g, group = params[index], gradients[index], bisect_right(ends, index)
         own = optimizer.param_groups[group]
         if is_lazy(p):  # it gets its shape in the first forward
@@ -243,19 +243,19 @@ def entries_of(
         wrapped = any(is_wrapper(t) for t in (*parts, g) if t is not None)
         entries.append(Entry(index, group, p, dtype, tuple(target), aligned, parts, index in overlaps, sparse, wrapped))
     shared = sharing_states(entries)
-    return [e._replace(overlaps=True) if e.place in shared else e for e in entries] if shared else entries
+    return [e._replace(overlaps=True) if e.number in shared else e for e in entries] if shared else entries
 
 
 def sharing_states(entries: list[Entry]) -> set[int]:
-    """The places of parameters whose states begin where another's do: they are updated one after the other."""
+    """The indices of parameters whose states begin where another's do: they are updated one after the other."""
     of: dict[int, set[int]] = {}
     for entry in entries:
         for t in entry.parts[1:]:
-            of.setdefault(t.data_ptr(), set()).add(entry.place)
-    return set().union(*(places for at, places in of.items() if at and len(places) > 1))
+            of.setdefault(t.data_ptr(), set()).add(entry.number)
+    return set().union(*(sharing for at, sharing in of.items() if at and len(sharing) > 1))
 
 
-# One for each parameter, by its place.
+# One for each parameter, by its index.
 Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 
@@ -264,7 +264,7 @@ def sort_params(optimizer: Update, entries: list[Entry]) -> dict[Key, list[Param
     slots: dict[Key, list[ParamSlot]] = {}
     elements = 0
     for entry in entries:
-        slot = ParamSlot(optimizer, entry.place, entry.group, entry.p)
+        slot = ParamSlot(optimizer, entry.number, entry.group, entry.p)
         key = key_for(optimizer, entry)
         if key.variant.prologue:
             elements += entry.p.numel()  # of a sharded one all: the pieces must be every rank's

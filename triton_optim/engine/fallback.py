@@ -21,7 +21,7 @@ DOCTOR = "`triton-optim doctor` shows whether a launch works on this machine."
 def prepared(
     optimizer: Update, failed: dict[Key, Key], slots: dict[Key, list[ParamSlot]]
 ) -> dict[Key, list[ParamSlot]]:
-    """The buckets with all compiled and loaded that they need. One that was chosen automatically and fails is run by
+    """The buckets, with all that they need compiled and loaded. One that was chosen automatically and fails is run by
     the next best backend, at last eagerly, which needs nothing.
     """
     ready: dict[Key, list[ParamSlot]] = {}
@@ -42,7 +42,7 @@ def prepared(
 
 
 def instead_of(optimizer: Update, failed: dict[Key, Key], key: Key, error: Exception) -> Key:
-    """What a bucket becomes whose backend fails. Warns, once for an optimizer and kind of bucket.
+    """The key that replaces that of a bucket whose backend fails. Warns, once for an optimizer and kind of bucket.
 
     Raises:
         RuntimeError: the backend was asked for by name.

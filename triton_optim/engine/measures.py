@@ -52,8 +52,8 @@ def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor) ->
     assert row is not None
     numel = bucket.whole_numels
     if len(bucket.step_groups) > 1:
-        places = bucket.places_of(number)
-        sums, numel = sums[places], numel[places]
+        positions = bucket.positions_of(number)
+        sums, numel = sums[positions], numel[positions]
     group = plain_group(optimizer.param_groups[step_group.group], keep=bucket.key.differentiable)
     params, states = [m.p for m in step_group.slots], [m.state for m in step_group.slots]
     return Measured(group, row.h, params, states, numel, sums.unbind(1))
@@ -80,18 +80,18 @@ def over_shards(buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tenso
 
     The parameters are taken in their order: each rank must ask alike, and buckets differ between ranks.
     """
-    every: list[tuple[int, Any, int, int]] = []  # a parameter: its number, itself, its bucket, its place there
+    every: list[tuple[int, Any, int, int]] = []  # a parameter: its number, itself, its bucket, its position there
     for b, bucket in enumerate(buckets):
         every += [(m.index, m.p, b, i) for i, m in enumerate(bucket.slots) if is_sharded(m.p)]
     alike: dict[Any, list[tuple[int, int]]] = {}
     for _, p, b, i in sorted(every, key=lambda one: one[0]):
         alike.setdefault((p.device_mesh, tuple(p.placements)), []).append((b, i))
     new = [found.clone() for found in sums]
-    for (mesh, placements), places in alike.items():
+    for (mesh, placements), positions in alike.items():
         dims = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
-        whole = torch.stack([sums[b][i] for b, i in places])
+        whole = torch.stack([sums[b][i] for b, i in positions])
         for dim in dims:
             torch.distributed.all_reduce(whole, group=mesh.get_group(dim))
-        for (b, i), row in zip(places, whole.unbind(), strict=True):
+        for (b, i), row in zip(positions, whole.unbind(), strict=True):
             new[b][i] = row
     return new

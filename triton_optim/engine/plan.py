@@ -34,12 +34,12 @@ class Plan:
 
     Args:
         optimizer: whose states are made here for parameters that have none yet.
-        failed: of an optimizer's buckets those whose backend failed, and what they became.
+        failed: keys of buckets whose backend failed, and the keys that replaced them.
         params: its parameters, in the order of the groups.
         gradients: the local one of each, None where there is none.
         previous: the plan it replaces.
-        repeats: whether one of them is there twice.
-        place: of the only parameter that it is for, if it is for one.
+        repeats: whether a parameter is listed twice.
+        only: the index of the parameter that it is for, if it is for one.
 
     Raises:
         RuntimeError: a gradient is sparse or does not match its parameter, or a pinned backend cannot run one.
@@ -54,22 +54,22 @@ class Plan:
         gradients: Gradients,
         previous: Plan | None = None,
         repeats: bool = False,
-        place: int | None = None,
+        only: int | None = None,
     ) -> None:
         self.optimizer, self._failed, self.params = optimizer, failed, params
         self._hyperparameters = optimizer.hyperparameters
         # A plan of one is made for each parameter: it must not go through all of them.
-        self.sharded = any(map(is_sharded, params if place is None else [params[place]]))
-        self.placements = list(map(placements_of, params)) if self.sharded and place is None else []
+        self.sharded = any(map(is_sharded, params if only is None else [params[only]]))
+        self.placements = list(map(placements_of, params)) if self.sharded and only is None else []
         self.options = options_of(optimizer)
-        self._seen: list[Any] | None = None  # what the options were made of when they were last found to be these
+        self._seen: list[Any] | None = None  # what the options were made of when they last matched
         same = previous if previous is not None and previous.same_params(params) else None
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
-        entries = entries_of(optimizer, params, gradients, known, place=place, repeats=repeats)
+        entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
         slots = sort_params(optimizer, entries)
         ready = prepared(optimizer, failed, slots)
-        # In the order of the parameters, not of the buckets: who gathers sharded states goes through them in their
-        # order on every rank, and buckets differ between ranks.
+        # In the order of the parameters, not of the buckets: what gathers sharded states takes them in this order on
+        # every rank, and buckets differ between ranks.
         started = sorted(((m, key) for key, own in ready.items() for m in own), key=lambda pair: pair[0].index)
         begun: dict[Any, Tensor] = {}
         for m, key in started:
@@ -79,13 +79,13 @@ class Plan:
         self._measures = any(bucket.key.variant.measure is not None for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
-        self._state_dicts = list(optimizer.state.values()) if place is None else []
+        self._state_dicts = list(optimizer.state.values()) if only is None else []
         self._states: States | None = None  # in which they were found, at a count of changes
         self._changes = -1
         planned = {m.index for m, _ in started}
-        self._without = [i for i in range(len(params)) if i not in planned] if place is None else []
+        self._without = [i for i in range(len(params)) if i not in planned] if only is None else []
         self._idle = ParamTable([params[i] for i in self._without])
-        self._looked = 0  # steps for which Python looked at all gradients
+        self._looked = 0  # steps in which Python examined all gradients
 
     def same_params(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters it was made for."""
@@ -113,8 +113,8 @@ class Plan:
         return True
 
     def note_gradients(self) -> bool:
-        """After a step for which Python looked at the gradients that the parameters have: now and then, make ready to
-        gather those of the next. Whether that was done.
+        """Prepare to gather the gradients of the next step, every few steps. Whether that was done. It is called after
+        a step in which Python examined the gradients that the parameters have.
         """
         self._looked += 1
         if (self._looked - 1) % STEPS:
@@ -154,13 +154,13 @@ class Plan:
         return there
 
     def step(self, scaling: Scaling | None = None) -> GradientStats | None:
-        """Run the step for which the plan was found to fit. Nothing is counted before all buckets have run.
+        """Run the step that the plan was bound for. Nothing is counted before all buckets have run.
 
         Args:
-            scaling: what to do with all gradients alike; None for nothing.
+            scaling: what is done to all gradients; None for nothing.
 
         Returns:
-            What came of it.
+            The stats of the gradients; None without `scaling`.
 
         Raises:
             RuntimeError: a kernel could not be started, and its backend was asked for, or a part of the step was done
@@ -188,7 +188,7 @@ class Plan:
         stats, skips = None, scaling is not None and scaling.check_finite
         if scaling is not None:
             stats = self._stats(scaling)
-            # Where something else than the kernel that reads the stats would run, the host asks.
+            # Where code runs that does not read the stats on the device, the host reads them.
             asked = skips and not all(bucket.takes_stats for bucket in self.buckets)
             if asked and bool(stats.skip):
                 for bucket in self.buckets:
@@ -214,7 +214,7 @@ class Plan:
         return stats
 
     def _stats(self, scaling: Scaling) -> GradientStats:
-        """What the step does with all gradients."""
+        """The stats of all gradients of the step."""
         device = self.buckets[0].key.device if self.buckets else torch.device("cpu")
         partials = None
         if scaling.needs_norm and self.sharded:
@@ -241,13 +241,13 @@ class Plan:
 
 
 class PlanOfOne(Plan):
-    """The plan of one parameter, whose gradient comes alone."""
+    """The plan of a single parameter, whose gradient arrives on its own."""
 
     def bind(self, gradients: Gradients) -> bool:
         states = self.optimizer.state
         return (
             self._options_hold()
-            # Of a parameter without any state, no dict may be there.
+            # A parameter that had no state must not have one now.
             and all(states.get(m.p, None if m.state else m.state) is m.state for b in self.buckets for m in b.slots)
             and all(bucket.bind(gradients) for bucket in self.buckets)
         )
@@ -295,7 +295,7 @@ def check_captured(optimizer: Update, plan: Plan) -> None:
 def options_of(optimizer: Update) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
     names = ("maximize", "foreach", "fused", "capturable", "differentiable", *PRECISION)
-    # What was made in inference mode can't be written outside of it: that is looked at where a plan is made.
+    # Tensors made in inference mode can't be written outside of it: that is checked when a plan is made.
     of_all = (optimizer.amp, optimizer.scales_gradients, torch.is_inference_mode_enabled())
     return [
         (of_all, optimizer.variant(group), averages(group), *map(group.get, names)) for group in optimizer.param_groups

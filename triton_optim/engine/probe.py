@@ -1,4 +1,4 @@
-"""A first step that is only made to see the states. It must not count.
+"""A first step that is made only so that states exist. It must not count.
 
 torch.distributed.checkpoint makes one of a fresh optimizer, with a learning rate of 0 and gradients of 0.
 """
@@ -16,7 +16,7 @@ from ..util.layout import local
 
 
 class Probe:
-    """The states that such a step made: they are of weights that may yet be loaded, and of options that may yet change.
+    """The states that such a step made. They are made anew where weights are loaded or options change.
 
     It is false where there was none.
     """
@@ -38,7 +38,7 @@ class Probe:
         )
 
     def note(self, optimizer: Update) -> None:
-        """Take note that the states that there are were made for a probe."""
+        """Note that the present states were made for a probe."""
         self._made = {p: contents(state) for p, state in optimizer.state.items()}
 
     def params(self, optimizer: Update) -> list[Tensor]:

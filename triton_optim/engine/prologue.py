@@ -32,7 +32,7 @@ def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor
 
 
 def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
-    """Put what the optimizer's prologue makes of the gradients in their place, in every bucket that has one.
+    """Replace the gradients by what the optimizer's prologue makes of them, in every bucket that has one.
 
     A call gets all parameters of a group that were counted alike, in the order of the parameters, whatever their
     buckets: where they are sharded it communicates, and buckets differ between ranks.
@@ -47,8 +47,8 @@ def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
         if bucket.key.variant.prologue:
             for step_group, row in zip(bucket.step_groups, bucket.rows, strict=True):
                 if row is not None:
-                    places = ((bucket.slots[i].index, bucket, i, row) for i in step_group.places)
-                    turns.setdefault(step_group.counted, []).extend(places)
+                    own = ((bucket.slots[i].index, bucket, i, row) for i in step_group.positions)
+                    turns.setdefault(step_group.counted, []).extend(own)
     for turn in turns.values():
         turn.sort(key=itemgetter(0))
     for turn in sorted(turns.values(), key=lambda turn: turn[0][0]):
@@ -72,7 +72,7 @@ def warm_prologue(optimizer: Update, slots: list[ParamSlot]) -> None:
 
 
 def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, StepScalars]]) -> None:
-    """One call: of parameters by index, bucket, place in it, and scalars."""
+    """One call: of parameters by index, bucket, position in it, and scalars."""
     slots = [bucket.slots[i] for _, bucket, i, _ in turn]
     _, first, _, row = turn[0]
     kept = first.key.differentiable

@@ -40,7 +40,7 @@ class Codec(NamedTuple):
         name: what kernels/codecs.py calls it.
         dtypes: of its parts.
         suffixes: of the parts beside the first: a state's name and this, or a parameter's this alone, name them.
-        each: how many elements an item of each part holds.
+        elements_per_item: how many an item of each part holds.
         random: whether it takes random bits.
     """
 
@@ -61,9 +61,19 @@ class Codec(NamedTuple):
         return self.name not in ("plain", "master")
 
     @property
+    def parts(self) -> list[tuple[torch.dtype, int]]:
+        """The dtype of each part, and how many elements an item of it holds."""
+        return list(zip(self.dtypes, self.elements_per_item, strict=True))
+
+    @property
     def nbytes(self) -> float:
         """Bytes an element."""
-        return sum(dtype.itemsize / count for dtype, count in zip(self.dtypes, self.elements_per_item, strict=True))
+        return sum(dtype.itemsize / count for dtype, count in self.parts)
+
+    @property
+    def nbytes_read(self) -> float:
+        """Bytes an element that a step reads: what a master copy stands beside is only written."""
+        return self.nbytes - (self.dtypes[0].itemsize if self.name == "master" else 0)
 
 
 @cache
@@ -119,7 +129,7 @@ def state_codec(optimizer: Update, group: dict[str, Any], name: str, p: Tensor, 
     """How a state of `p` is kept.
 
     Args:
-        held: how it is kept now, which stays where the group says nothing else.
+        current: how it is kept now, which stays where the group says nothing else.
     """
     if name == AVERAGE:
         return average_codec(group, p)
@@ -210,11 +220,8 @@ def new_parts(codec: Codec, value: Tensor, first: Tensor | None = None) -> list[
     """
     if codec.block_size:
         own = local(value)
-        blocks = math.ceil(own.numel() / codec.block_size)
-        sizes = [blocks * codec.block_size // per_item for per_item in codec.elements_per_item]
-        parts = [
-            torch.zeros(size, dtype=dtype, device=own.device) for size, dtype in zip(sizes, codec.dtypes, strict=True)
-        ]
+        padded = math.ceil(own.numel() / codec.block_size) * codec.block_size
+        parts = [torch.zeros(padded // n, dtype=dtype, device=own.device) for dtype, n in codec.parts]
         write(codec, parts, own)
         return parts
     if codec.name == "plain" and first is None:

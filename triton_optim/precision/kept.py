@@ -1,4 +1,4 @@
-"""How states and parameters that are there are kept: checked, and brought from one codec into another."""
+"""How existing states and parameters are kept: checks, and conversion from one codec into another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .codecs import HALVES, RESIDUALS, SCALE, Codec, codes, in_blocks, new_parts
 
 
 def current_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
-    """How a state that is there is kept; None where there is none. Blocks of any size are known, and the dtype of the
+    """The codec of an existing state; None where there is none. Blocks of any size are known, and the dtype of the
     scales tells how many bits a code has.
     """
     value, scale = state.get(name), state.get(f"{name}_{SCALE}")
@@ -26,7 +26,7 @@ def current_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor
 
 
 def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict[str, Any]) -> None:
-    """Raise RuntimeError where a state that is there does not belong to its parameter."""
+    """Raise RuntimeError where an existing state does not belong to its parameter."""
     value = state[name]
     if not isinstance(value, Tensor):
         raise RuntimeError(
@@ -82,7 +82,7 @@ def check_shape(index: int, p: Tensor, name: str, value: Tensor) -> None:
 
 
 def current_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
-    """How a parameter is kept, as its corrections say."""
+    """The codec of a parameter, which its corrections tell."""
     for name, precision in RESIDUALS.items():
         if name in state and p.dtype in HALVES:
             return with_residual(precision, p.dtype)
@@ -90,7 +90,7 @@ def current_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
 
 
 def convert_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, target: Codec) -> None:
-    """Bring a state from the codec that it has into `target`."""
+    """Convert a state from the codec that it has into `target`."""
     current = current_codec(optimizer, state, name, p)
     assert current is not None
     if current == target or (current.dtypes == target.dtypes and not current.block_size and not target.block_size):
@@ -110,7 +110,7 @@ def convert_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor
 
 
 def convert_parameter(state: dict[str, Any], p: Tensor, target: Codec) -> None:
-    """Bring a parameter and its corrections from the codec that they have into `target`."""
+    """Convert a parameter and its corrections from the codec that they have into `target`."""
     current = current_parameter_codec(state, p)
     if current.suffixes == target.suffixes:
         return

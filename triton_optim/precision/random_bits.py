@@ -44,7 +44,7 @@ def tensor_keys(rows: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
 
     Args:
         rows: int32, the key of each tensor's row.
-        numbers: int32, each parameter's place among the optimizer's.
+        numbers: int32, each parameter's index among the optimizer's.
         first: int64, that index.
     """
     return torch.stack((_low(first), _low(first >> 32), *_tensor_key(rows, numbers)), dim=1)

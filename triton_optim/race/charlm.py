@@ -50,8 +50,8 @@ class GPT(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Logits (batch, context, characters) of the character after each."""
-        places = torch.arange(text.shape[1], device=text.device)
-        out: Tensor = self.head(self.blocks(self.characters(text) + self.positions(places)))
+        where = torch.arange(text.shape[1], device=text.device)
+        out: Tensor = self.head(self.blocks(self.characters(text) + self.positions(where)))
         return out
 
 

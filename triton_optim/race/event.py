@@ -10,11 +10,11 @@ import torch
 
 from ..util.devices import usable_device
 from .contestants import Contestant, OwnOptimizer, contestant
-from .names import RaceError, as_race_error
+from .names import RaceError, as_race_error, resolve
 from .records import Store
 from .results import Results
 from .runs import Race, Watcher
-from .schedules import schedule_named
+from .schedules import SCHEDULES
 from .task import MakeTask
 from .tasks import made, task_named
 from .tuning import tuned
@@ -76,7 +76,7 @@ def race(
         name=name,
         make=make,
         contestants=field,
-        schedules={given: schedule_named(given) for given in schedules},
+        schedules={given: resolve("schedule", given, SCHEDULES) for given in schedules},
         steps=steps or default_steps,
         device=chosen,
         store=Store(None if out is None else Path(out)),

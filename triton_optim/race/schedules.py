@@ -9,8 +9,6 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from .names import resolve
-
 WARMUP = 0.1  # share of the steps
 Schedule = Callable[[Optimizer, int], Any]  # (optimizer, steps) -> what has a step()
 
@@ -62,9 +60,3 @@ SCHEDULES: dict[str, Schedule] = {
     "warmup_cosine": share(cosine, WARMUP),
     "onecycle": onecycle,
 }
-
-
-def schedule_named(name: str) -> Schedule:
-    """A schedule by name; one's own, `mymodule:name`, is called with the optimizer and the number of steps."""
-    found: Schedule = resolve("schedule", name, SCHEDULES)
-    return found

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .names import RaceError
@@ -72,14 +71,3 @@ def forever(batches: Iterable[Any]) -> Iterator[Any]:
                 f"The task's batches ended after {count}, and cannot be begun again. Give a list, a DataLoader, or a "
                 "generator that never ends."
             )
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on `device`, in lists, tuples and dictionaries too."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [moved(value, device) for value in batch]
-    return batch

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..core.memory import state_bytes
 from ..optimizers.closure.closure_driven import ClosureOptimizer
+from ..util.devices import moved
 from .records import DIVERGED, FINISHED, PRUNED, Record, Run
 from .schedules import Schedule
-from .task import Task, forever, moved
+from .task import Task, forever
 
 JUDGEMENTS = 30  # validations in a run, beside the one before the first step
 Judged = Callable[[int, float], bool]  # after a validation: (steps, loss) -> whether to end the run
@@ -149,25 +151,6 @@ def needs_closure(optimizer: Optimizer) -> bool:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
     return required or isinstance(optimizer, ClosureOptimizer)
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors that an optimizer keeps, each counted once."""
-    found: dict[int, torch.Tensor] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[id(value)] = value
-        elif isinstance(value, dict):
-            for part in value.values():
-                visit(part)
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                visit(part)
-
-    for state in optimizer.state.values():
-        visit(state)
-    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class GradientRelease:
         self._accumulating = False
         self._arrived: dict[int, Tensor] = {}  # parameters that were updated since the last step, by identity
         self._averaged: float | None = None
-        self._places: dict[int, int] = {}
+        self._indices: dict[int, int] = {}
         self._hooks: dict[int, tuple[Tensor, Any]] = {}  # of each parameter, with it
         optimizer.engine.take_params()
         self.follow(optimizer.engine.params, optimizer.engine.repeats)
@@ -49,8 +49,8 @@ class GradientRelease:
             repeats: whether one is there twice.
         """
         check_params(type(self._optimizer).__name__, params, repeats, self._hooks)
-        self._places = {id(p): i for i, p in enumerate(params)}
-        for key in self._hooks.keys() - self._places.keys():
+        self._indices = {id(p): i for i, p in enumerate(params)}
+        for key in self._hooks.keys() - self._indices.keys():
             self._unhook(key)
         self._hook(params)
 
@@ -108,10 +108,10 @@ class GradientRelease:
         params = optimizer.engine.params
         gradients = [p.grad for p in params] if gradients is None else gradients
         if self._arrived:
-            for place, (p, g) in enumerate(zip(params, gradients, strict=True)):
+            for index, (p, g) in enumerate(zip(params, gradients, strict=True)):
                 stays = id(p) not in self._arrived and COUNT in optimizer.state.get(p, ())
                 if g is not None or stays:
-                    optimizer.engine.update_one(place, g)
+                    optimizer.engine.update_one(index, g)
                     self._arrived[id(p)] = p
             optimizer._opt_called = True
         else:
@@ -130,15 +130,15 @@ class GradientRelease:
             return
         if not self._arrived:  # once a round
             self._check()
-        place = self._places.get(id(p))
-        if place is None:
+        index = self._indices.get(id(p))
+        if index is None:
             return  # it was taken out of the optimizer
         if id(p) in self._arrived:
             raise RuntimeError(
-                f"the gradient of parameter {place} arrived twice since the last step: it was updated with the first. "
+                f"the gradient of parameter {index} arrived twice since the last step: it was updated with the first. "
                 "Call optimizer.step() after every backward, or run those that add up within handle.accumulating()."
             )
-        self._optimizer.engine.update_one(place, p.grad)
+        self._optimizer.engine.update_one(index, p.grad)
         self._arrived[id(p)] = p
         p.grad = None
 

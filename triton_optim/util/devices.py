@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def accelerator() -> torch.device | None:
@@ -27,3 +30,15 @@ def usable_device(what: str, name: str | torch.device | None) -> torch.device:
         cause = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{what} {name} cannot be used: {cause}. Leave it out to choose automatically.") from None
     return device
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A value with the tensors in it on this device, those in its lists, tuples and dicts, too."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: moved(v, device) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [moved(v, device) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

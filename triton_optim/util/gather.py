@@ -36,44 +36,44 @@ STEPS = 16  # from one look to the next
 OTHERS = -1  # as many hyperparameters no group has
 
 
-class Places(ctypes.Structure):
-    """Where in a DTensor what it holds is, in bytes, and the classes of tensors: kernels/cpp/gather.cpp."""
+class Offsets(ctypes.Structure):
+    """The offsets of what a DTensor holds, in bytes, and the classes of tensors: kernels/cpp/known_tensors.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("local", "spec", "plain", "sharded")]
 
 
 @cache
-def tensor_place() -> int | None:
-    """Where in a tensor's Python object the tensor is, in bytes; None if that cannot be told.
+def tensor_offset() -> int | None:
+    """The offset of the tensor in its Python object, in bytes; None if that cannot be told.
 
     It comes first, after what every Python object begins with; up to torch 2.11 a flag stands before it. What is found
     there is compared with what torch itself says.
     """
     made = torch.empty(0, device="cpu")
     first = object.__basicsize__
-    for place in (first, first + WORD):
-        if place < type(made).__basicsize__ and ctypes.c_size_t.from_address(id(made) + place).value == made._cdata:
-            return place
+    for offset in (first, first + WORD):
+        if offset < type(made).__basicsize__ and ctypes.c_size_t.from_address(id(made) + offset).value == made._cdata:
+            return offset
     return None
 
 
-def places_of(params: Sequence[Tensor]) -> Places | None:
-    """Where all is in these parameters; None if it cannot be told.
+def offsets_of(params: Sequence[Tensor]) -> Offsets | None:
+    """The offsets for these parameters; None if they cannot be told.
 
     What a class has in its ``__slots__`` comes in the order of its names, after all that its base class has. What is
     found there is compared with what the attributes are.
     """
     sharded: Any = next(filter(is_sharded, params), None)
     if sharded is None:
-        return Places(plain=id(Tensor))
+        return Offsets(plain=id(Tensor))
     kind: Any = type(sharded)
     slots, start = sorted(getattr(kind, "__slots__", ())), kind.__base__.__basicsize__
     if not {"_local_tensor", "_spec"} <= set(slots) or start + WORD * len(slots) > kind.__basicsize__:
         return None
     local, spec = (start + WORD * slots.index(name) for name in ("_local_tensor", "_spec"))
-    found = [ctypes.c_size_t.from_address(id(sharded) + place).value for place in (local, spec)]
+    found = [ctypes.c_size_t.from_address(id(sharded) + offset).value for offset in (local, spec)]
     return (
-        Places(local, spec, id(Tensor), id(kind)) if found == [id(sharded._local_tensor), id(sharded._spec)] else None
+        Offsets(local, spec, id(Tensor), id(kind)) if found == [id(sharded._local_tensor), id(sharded._spec)] else None
     )
 
 
@@ -104,10 +104,10 @@ class Library:
         """Compile it, or take it from disk."""
         self._looked_for = True
         try:
-            place = tensor_place()
+            offset = tensor_offset()
             if not this_machine().cpp:
                 raise cpp_build.BuildError("it is built on Linux only, and needs a C++ compiler")
-            if place is None:
+            if offset is None:
                 raise cpp_build.BuildError(
                     f"torch {torch.__version__} keeps its tensors elsewhere in their Python objects"
                 )
@@ -129,7 +129,7 @@ class Library:
         ):
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
-        found.begin(place)
+        found.begin(offset)
         self.loaded = found
 
     def _end(self) -> None:
@@ -149,9 +149,9 @@ def source() -> str:
 
 def flags() -> tuple[str, ...]:
     """The compiler's options."""
-    place = Path(torch.__file__).parent
+    folder = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return ("-std=c++20", "-O2", "-DNDEBUG", "-shared", "-fPIC", abi, f"-I{place}/include", f"-L{place}/lib", "-lc10")
+    return ("-std=c++20", "-O2", "-DNDEBUG", "-shared", "-fPIC", abi, f"-I{folder}/include", f"-L{folder}/lib", "-lc10")
 
 
 class Gatherer:
@@ -160,7 +160,7 @@ class Gatherer:
     Args:
         bucket: what the library noted of the parameters, which outlive this.
         count: how many they are.
-        specs: how their gradients are sharded; None of ordinary ones. They are held: another may not take their place.
+        specs: how their gradients are sharded; None of ordinary ones. Held, so that no other has their address.
         states: of :meth:`watch`.
     """
 
@@ -207,13 +207,13 @@ def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch
     if library.loaded is None or any(type(p) not in ORDINARY and not is_sharded(p) for p in params):
         return None
     specs = [spec_of(p) for p in params]
-    places = places_of(params)
-    if places is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
+    offsets = offsets_of(params)
+    if offsets is None or any(is_sharded(p) and spec is None for p, spec in zip(params, specs, strict=True)):
         return None
     objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
     like = torch.empty(0, dtype=dtype, device="cpu")
     bucket = library.loaded.note(
-        ctypes.addressof(places), len(params), objects.buffer_info()[0], known.buffer_info()[0], like
+        ctypes.addressof(offsets), len(params), objects.buffer_info()[0], known.buffer_info()[0], like
     )
     return None if bucket is None else Gatherer(bucket, len(params), specs, states)
 

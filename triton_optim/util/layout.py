@@ -20,7 +20,7 @@ _DTYPE, _DEVICE, _IS_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter
 
 
 def first_of_each_kind(tensors: Sequence[Tensor]) -> Iterable[int]:
-    """The places of the tensors that stand for all: of those that fill one stretch of memory in the usual order the
+    """The indices of the tensors that stand for all: of those that fill one stretch of memory in the usual order the
     first of each dtype and device, and all others.
     """
     if not {*ORDINARY}.issuperset(map(type, tensors)):
@@ -200,7 +200,7 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
-def places(tensor: Tensor) -> Tensor:
+def numbers_in_memory(tensor: Tensor) -> Tensor:
     """The number of each element, counted as they lie in memory."""
     numbers = torch.arange(tensor.numel(), device=tensor.device)
     dense = layout(tensor) == "dense"

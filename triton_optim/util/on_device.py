@@ -27,7 +27,7 @@ class OnDevice:
         self.rebuilt = 0  # how often the numbers have come to lie elsewhere
         self._pushed: list[float] = []
         self._names: list[list[str]] = []  # of each group's
-        self._first: list[int] = []  # of each group, the place of its first
+        self._first: list[int] = []  # of each group, the index of its first
         self._memory = torch.empty(0, dtype=torch.float64, device=device)
         self.max_norm = self._memory  # float64 (1,)
 
@@ -76,8 +76,8 @@ class OnDevice:
         """The numbers of a group as 0-dim float64 tensors; ``seed`` as its two halves, int32."""
         group = self._groups[index]
         found: dict[str, Any] = {}
-        for place, name in enumerate(self._names[index], self._first[index]):
-            value = self._memory[place]
+        for at, name in enumerate(self._names[index], self._first[index]):
+            value = self._memory[at]
             if name == "seed":
                 found.setdefault(name, []).append(value.to(torch.int32))
             elif isinstance(group[name], (tuple, list)):
@@ -90,17 +90,17 @@ class OnDevice:
         """Of a group's numbers, the names that :meth:`address` takes, and their dtype; of a tuple's a list."""
         group = self._groups[index]
         found: dict[str, Any] = {}
-        for place, name in enumerate(self._names[index], self._first[index]):
-            value = (("hyper", place), torch.float64)
+        for at, name in enumerate(self._names[index], self._first[index]):
+            value = (("hyper", at), torch.float64)
             if name == "seed" or isinstance(group[name], (tuple, list)):
                 found.setdefault(name, []).append(value)
             else:
                 found[name] = value
         return found
 
-    def address(self, place: int) -> int:
+    def address(self, at: int) -> int:
         """Where a number lies."""
-        return self._memory.data_ptr() + place * self._memory.itemsize
+        return self._memory.data_ptr() + at * self._memory.itemsize
 
 
 def numbers(group: dict[str, Any]) -> list[tuple[str, float]]:

@@ -147,9 +147,9 @@ class CompiledBucket(Bucket):
                     turn.append((i, part))
                 else:
                     run_eagerly(self.key, self.views[i][0], part, self.views[i][1], row, keys[i])
-        for (place, parallel), pieces in turns.items():
+        for (row_number, parallel), pieces in turns.items():
             for start in range(0, len(pieces), graph.SLOTS):
-                self._run_turn(pieces[start : start + graph.SLOTS], self.graphs[parallel], table[place], keys)
+                self._run_turn(pieces[start : start + graph.SLOTS], self.graphs[parallel], table[row_number], keys)
 
     def _run_turn(
         self, pieces: list[tuple[int, Tensor]], graphs: list[Graph], row: Tensor, keys: list[Tensor] | list[None]

@@ -222,8 +222,8 @@ class Graph:
 
         def first_call(arguments: list[Any]) -> Any:
             # Where each of the graph's arguments stands among ours: the tensors, then the lengths, then the row.
-            places = {x if isinstance(x, int) else id(x): i for i, x in enumerate(self._example)}
-            self._order = [places[id(x) if isinstance(x, Tensor) else int(x)] for x in arguments]
+            positions = {x if isinstance(x, int) else id(x): i for i, x in enumerate(self._example)}
+            self._order = [positions[id(x) if isinstance(x, Tensor) else int(x)] for x in arguments]
             self._code = getattr(code, "current_callable", code)
             return code(arguments)
 
@@ -282,10 +282,7 @@ def graph_for(
     block_size = max(codec.block_size for codec in codecs)
     slot: list[tuple[torch.dtype, tuple[int, ...]]] = []
     for role, codec in enumerate(codecs):
-        slot += [
-            (dtype, shape_of(per_item, block_size))
-            for dtype, per_item in zip(codec.dtypes, codec.elements_per_item, strict=True)
-        ]
+        slot += [(dtype, shape_of(per_item, block_size)) for dtype, per_item in codec.parts]
         slot += [(gradient, shape_of(1, block_size))] * (role == 0)
     slot += [(torch.float32, shape_of(1, block_size))] * sum(codec.block_size > 0 for codec in codecs)
     body = update(torch_form(rule), scalars, codecs, compute, scaled, averaged)
@@ -301,10 +298,7 @@ def codes_graph_for(codecs: tuple[Codec, ...], device: torch.device, parallel: b
     slot: list[tuple[torch.dtype, tuple[int, ...]]] = []
     for codec in codecs:
         if codec.block_size:
-            slot += [
-                (dtype, shape_of(per_item, block_size))
-                for dtype, per_item in zip(codec.dtypes, codec.elements_per_item, strict=True)
-            ]
+            slot += [(dtype, shape_of(per_item, block_size)) for dtype, per_item in codec.parts]
             slot.append((torch.float32, shape_of(1, block_size)))
     random = any(codec.random for codec in codecs)
     return Graph(

@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.values: list[Value] = []
-        self._places: dict[Value, int] = {}
+        self._indices: dict[Value, int] = {}
         self._known: dict[int, tuple[Tensor, int]] = {}  # by id; held, so that none is another's
 
     def read(self, name: Hashable) -> Tensor:
@@ -101,20 +101,20 @@ class Recorder(TorchDispatchMode):
         return out
 
     def note(self, kind: str, *of: Any, source: Hashable = None) -> int:
-        """The place of a value among the values; of equal ones, of the first."""
+        """The index of a value among the values; of equal ones, of the first."""
         value = Value(kind, tuple(map(self.number_of, of)), source)
-        if value not in self._places:
-            self._places[value] = len(self.values)
+        if value not in self._indices:
+            self._indices[value] = len(self.values)
             self.values.append(value)
-        return self._places[value]
+        return self._indices[value]
 
     def number_of(self, x: Any) -> int:
-        """The place of a tensor's value, or of a number as a constant."""
+        """The index of a tensor's value, or of a number as a constant."""
         if isinstance(x, Tensor):
             if id(x) not in self._known:
                 raise Unrecorded("a tensor that was not made of the optimizer's numbers")
             return self._known[id(x)][1]
-        if isinstance(x, Place):
+        if isinstance(x, Index):
             return x
         if isinstance(x, (bool, int, float)):
             if x != x:
@@ -126,22 +126,22 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name in _MAKES:
-            place = self.number_of(_MAKES[name](*args))
+            index = self.number_of(_MAKES[name](*args))
         elif name not in _OPERATIONS:
             raise Unrecorded(f"torch.{name}")
         else:
-            place = _OPERATIONS[name](self, *args, **kwargs)
+            index = _OPERATIONS[name](self, *args, **kwargs)
         out = func(*args, **kwargs)
         if out.dim() or out.dtype not in (torch.float64, torch.float32, torch.bool):
             raise Unrecorded(f"torch.{name} to {out.dtype} of shape {tuple(out.shape)}")
         if out.dtype == torch.float32:
-            place = self.note("float32", Place(place))
-        self._known[id(out)] = (out, place)
+            index = self.note("float32", Index(index))
+        self._known[id(out)] = (out, index)
         return out
 
 
-class Place(int):
-    """The place of a value, where a number would be a constant."""
+class Index(int):
+    """The index of a value, where a number would be a constant."""
 
 
 def _noted(kind: str) -> Callable[..., int]:
@@ -153,11 +153,11 @@ def _swapped(kind: str) -> Callable[..., int]:
 
 
 def _add(recorder: Recorder, x: Any, y: Any, alpha: Any = 1) -> int:
-    return recorder.note("add", x, y if alpha == 1 else Place(recorder.note("mul", y, alpha)))
+    return recorder.note("add", x, y if alpha == 1 else Index(recorder.note("mul", y, alpha)))
 
 
 def _sub(recorder: Recorder, x: Any, y: Any, alpha: Any = 1) -> int:
-    return recorder.note("sub", x, y if alpha == 1 else Place(recorder.note("mul", y, alpha)))
+    return recorder.note("sub", x, y if alpha == 1 else Index(recorder.note("mul", y, alpha)))
 
 
 def _rsub(recorder: Recorder, x: Any, y: Any, alpha: Any = 1) -> int:
@@ -174,16 +174,16 @@ def _pow(recorder: Recorder, x: Any, y: Any) -> int:
     if isinstance(y, (int, float)) and y in (2, 0.5, -0.5, -1):  # more exactly so
         if y == 2:
             return recorder.note("mul", x, x)
-        root = x if y == -1 else Place(recorder.note("sqrt", x))
+        root = x if y == -1 else Index(recorder.note("sqrt", x))
         return root if y == 0.5 else recorder.note("div", 1.0, root)
     return recorder.note("pow", x, y)
 
 
 def _clamp(recorder: Recorder, x: Any, min: Any = None, max: Any = None) -> int:
-    place = Place(recorder.number_of(x))
+    index = Index(recorder.number_of(x))
     if min is not None:
-        place = Place(recorder.note("max", place, min))
-    return place if max is None else recorder.note("min", place, max)
+        index = Index(recorder.note("max", index, min))
+    return index if max is None else recorder.note("min", index, max)
 
 
 def _not(recorder: Recorder, x: Any) -> int:
@@ -214,11 +214,11 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
     "gt": _swapped("lt"),
     "maximum": _noted("max"),
     "minimum": _noted("min"),
-    "ne": lambda recorder, x, y: _not(recorder, Place(recorder.note("eq", x, y))),
+    "ne": lambda recorder, x, y: _not(recorder, Index(recorder.note("eq", x, y))),
     "neg": lambda recorder, x: recorder.note("mul", x, -1.0),
     "pow": _pow,
     "reciprocal": lambda recorder, x: recorder.note("div", 1.0, x),
-    "rsqrt": lambda recorder, x: recorder.note("div", 1.0, Place(recorder.note("sqrt", x))),
+    "rsqrt": lambda recorder, x: recorder.note("div", 1.0, Index(recorder.note("sqrt", x))),
     "rsub": _rsub,
     "sub": _sub,
 }

@@ -47,8 +47,8 @@ class Recording(NamedTuple):
 
     @property
     def kept(self) -> list[int]:
-        """The places of the values that are kept."""
-        return [place for place, name in enumerate(self.keeps) if not isinstance(name, int)]
+        """The indices of the values that are kept."""
+        return [index for index, name in enumerate(self.keeps) if not isinstance(name, int)]
 
 
 class Numbers(NamedTuple):
@@ -86,7 +86,7 @@ def record(optimizer: Update, numbers: Numbers, averaged: bool) -> Recording | N
             value = step if name == "step" else row.scalar_state[name]
             goes.append((recorder.number_of(value), _KEEPS[dtype], ("kept", name)))
         key = zip((*seed, step), (kernel.LOW, kernel.HIGH, kernel.STEP), strict=True)
-        goes += [(recorder.number_of(x), place, 0) for x, place in key]
+        goes += [(recorder.number_of(x), cell, 0) for x, cell in key]
     except Exception:
         # Done again without a recorder, where it raises if it is wrong.
         return None
@@ -99,30 +99,30 @@ def assembled(
     """The values as the kernel has them; None of too many.
 
     Args:
-        goes: a place among the values, where that goes, and the name of where it is kept.
+        goes: an index among the values, where that goes, and the name of where it is kept.
         dtypes: of what is read, by name.
     """
     values = list(values)
     ends: dict[int, tuple[int, Hashable]] = {}
-    for place, where, name in goes:
-        if place in ends:  # a value goes to one place; to the next goes a copy
-            values.append(Value("mul", (place, 0)))
-            place = len(values) - 1
-        ends[place] = (where, name)
+    for index, where, name in goes:
+        if index in ends:  # a value goes to one cell; to the next goes a copy
+            values.append(Value("mul", (index, 0)))
+            index = len(values) - 1
+        ends[index] = (where, name)
     if len(values) > SLOTS[-1]:
         return None
     code: list[list[int]] = []
     sources: list[Hashable] = []
     depth: list[int] = []
-    for place, (kind, of, source) in enumerate(values):
+    for index, (kind, of, source) in enumerate(values):
         depth.append(1 + max((depth[x] for x in of), default=-1))
         if kind == "constant":
             sources.append(struct.unpack("q", struct.pack("d", float.fromhex(str(source))))[0])
         else:
             sources.append(source if kind == "read" else 0)
         kind = _READS[dtypes[source]] if kind == "read" else kind
-        code.append([_KINDS[kind], *of, *[0] * (3 - len(of)), ends.get(place, (kernel.NOWHERE, 0))[0]])
-    keeps = [ends.get(place, (kernel.NOWHERE, 0))[1] for place in range(len(values))]
+        code.append([_KINDS[kind], *of, *[0] * (3 - len(of)), ends.get(index, (kernel.NOWHERE, 0))[0]])
+    keeps = [ends.get(index, (kernel.NOWHERE, 0))[1] for index in range(len(values))]
     code[0][2] = max(depth)  # the passes
     return Recording(h, code, sources, keeps)
 
@@ -263,7 +263,7 @@ class TritonRows:
             )
         recordings = self._recordings
         slots = next(n for n in SLOTS if all(r is None or len(r.code) <= n for r in recordings))
-        code, memory, place = array("i"), array("q"), iter(addresses)
+        code, memory, following = array("i"), array("q"), iter(addresses)
         for r, count in zip(recordings, copies, strict=True):
             columns = [[0, 0, 0, 0, kernel.NOWHERE]] * slots
             written = [0] * slots
@@ -273,8 +273,8 @@ class TritonRows:
                 first[3] = count
                 columns = [first, *r.code[1:], *columns[len(r.code) :]]
                 written = r.kept + written[len(r.kept) :]
-                sources = [x if isinstance(x, int) else next(place) for x in r.sources] + sources[len(r.code) :]
-                kept = [x if isinstance(x, int) else next(place) for x in r.keeps] + kept[len(r.code) :]
+                sources = [x if isinstance(x, int) else next(following) for x in r.sources] + sources[len(r.code) :]
+                kept = [x if isinstance(x, int) else next(following) for x in r.keeps] + kept[len(r.code) :]
             code.extend(chain(*zip(*columns, strict=True), written))
             memory.extend(sources + kept)
         device = self._key.device

@@ -40,7 +40,7 @@ def kept_as(
         averaged: whether the last role is the average of the parameter.
     """
     roles = [codecs[0], plain(gradient), *codecs[1:]]
-    parts = [part for codec in roles for part in zip(codec.dtypes, codec.elements_per_item, strict=True)]
+    parts = [part for codec in roles for part in codec.parts]
     block_size = max(codec.block_size for codec in codecs)
     return {
         "CODECS": tuple(codec.name for codec in roles),

@@ -68,7 +68,7 @@ class ClosureOptimizer(Optimizer):
             numbers = loaded["param_groups"][0]["params"]
             for p, number in zip(self.param_groups[0]["params"][:1], numbers, strict=False):
                 if number in loaded["state"]:
-                    self.state[p] = _copied(loaded["state"][number], self.gather_parameters())
+                    self.state[p] = copied(loaded["state"][number], self.gather_parameters())
 
         handles = [
             self.register_load_state_dict_pre_hook(keep),
@@ -171,15 +171,15 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return ordinary(flat).to(torch.promote_types(flat.dtype, torch.float32))
 
 
-def _copied(value: Any, like: Tensor) -> Any:
-    """A loaded state, its vectors and floating-point numbers on the device and in the dtype of `like`."""
+def copied(value: Any, like: Tensor | None = None) -> Any:
+    """A copy of a state; with `like`, its vectors and floating-point numbers on that device and in that dtype."""
     if isinstance(value, dict):
-        return {name: _copied(v, like) for name, v in value.items()}
+        return {name: copied(v, like) for name, v in value.items()}
     if isinstance(value, list):
-        return [_copied(v, like) for v in value]
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(like, copy=True)
-    return value
+        return [copied(v, like) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if like is None or not value.is_floating_point() else value.to(like, copy=True)
 
 
 def _real(t: Tensor) -> Tensor:

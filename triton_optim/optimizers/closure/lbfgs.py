@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .closure_driven import ClosureOptimizer, largest
+from .closure_driven import ClosureOptimizer, copied, largest
 from .lbfgs_history import History
 from .line_search import Trial
 
@@ -102,7 +102,7 @@ class LBFGS(ClosureOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return torch.optim.LBFGS's state dict, as a copy: torch's and our next steps reuse the tensors."""
         packed = super().state_dict()
-        packed["state"] = _copy(packed["state"])
+        packed["state"] = copied(packed["state"])
         return packed
 
     @torch.no_grad()
@@ -186,11 +186,3 @@ class LBFGS(ClosureOptimizer):
         self._history = history
         state["old_stps"], state["old_dirs"] = history.lists()
         return d
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copy(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_copy(v) for v in value]
-    return value.clone() if isinstance(value, Tensor) else value

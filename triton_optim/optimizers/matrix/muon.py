@@ -183,8 +183,8 @@ class Muon(RuleOptimizer):
         adjusted = ADJUST[group["adjust_lr_fn"]]
         scales = [adjusted(*p.shape) for p in params]
 
-        def ahead(places: list[int]) -> list[Tensor]:
-            momenta = torch._foreach_lerp([gradients[i] for i in places], [buffers[i] for i in places], mu)
+        def ahead(indices: list[int]) -> list[Tensor]:
+            momenta = torch._foreach_lerp([gradients[i] for i in indices], [buffers[i] for i in indices], mu)
             return [gathered(m) for m in momenta]
 
         nesterov = group["nesterov"]

@@ -81,14 +81,14 @@ def newton_schulz(
     for i, m in enumerate(matrices):
         alike.setdefault((m.device, iterated_in(m), min(m.shape), max(m.shape)), []).append(i)
     results: dict[int, Tensor] = {}
-    for (device, dtype, rows, columns), places in alike.items():
+    for (device, dtype, rows, columns), indices in alike.items():
         largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
         at_once = max(1, largest // max(rows * columns, 1))
         tall = [matrices[i].shape[0] > rows for i in range(len(matrices))]
-        places.sort(key=tall.__getitem__)  # those that lie alike use the same buffers
+        indices.sort(key=tall.__getitem__)  # those that lie alike use the same buffers
         buffers: list[Tensor | None] = []
-        for start in range(0, len(places), at_once):
-            own = places[start : start + at_once]
+        for start in range(0, len(indices), at_once):
+            own = indices[start : start + at_once]
             fetched = fetch(own) if fetch else [matrices[i] for i in own]
             wide = [m.mT if tall[i] else m for i, m in zip(own, fetched, strict=True)]
             x = normalized(wide, eps, dtype, owned=fetch is not None and not recorded)
