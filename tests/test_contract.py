@@ -24,15 +24,25 @@ from side_by_side import (
     train,
     values,
 )
-from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
+from table import (
+    CASES,
+    KINDS,
+    NUMBERS,
+    each_case,
+    each_case_and_backend,
+    each_kind,
+    each_kind_and_backend,
+    rows,
+    rows_and_backends,
+)
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 BY_NAME = {case.name: case for case in CASES}
 ADAMW = BY_NAME["AdamW"]
-COUNTING = [case for case in CASES if case.counts_steps]
+COUNTING = [case for case in KINDS if case.counts_steps]
 # Where the test makes the gradients itself, and how they lie is the point.
-DENSE = [case for case in CASES if not case.sparse]
+DENSE = [case for case in KINDS if not case.sparse]
 
 
 def scaled(group, factor):
@@ -58,7 +68,7 @@ def test_group_keys_are_torchs(case):
     assert opt.backend == "eager"
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("collection", [list, tuple, iter, lambda params: (p for p in params)])
 def test_parameters_may_come_in_any_ordered_collection(case, collection, device):
     params = case.parameters(device)
@@ -70,7 +80,7 @@ def factor_of(case):
     return 1.25 if case.name in ("Rprop", "Adafactor") else 0.75
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_groups_with_their_own_hyperparameters(case, backend, device):
     second = scaled(ours(case, case.parameters()).param_groups[0], factor_of(case))
     assert second["lr"] == factor_of(case) * case.settings["lr"]
@@ -84,7 +94,7 @@ def test_groups_with_their_own_hyperparameters(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_group_added_between_steps(case, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params[:1], backend), peer(case, theirs[:1])
@@ -99,7 +109,7 @@ def test_group_added_between_steps(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_groups_edited_in_place(case, backend, device):
     """Appended to and popped behind the optimizer's back, as pruning and unfreezing code does."""
     params, theirs = case.parameters(device), case.parameters(device)
@@ -133,7 +143,7 @@ def test_hyperparameters_changed_between_steps(case, backend, device):
         assert_same(case, opt, torchs)
 
 
-@rows(*(case for case in CASES if case.peer_takes("maximize")))
+@rows(*(case for case in KINDS if case.peer_takes("maximize")))
 def test_maximize_changed_between_steps(case, device):
     params, opt, theirs, torchs = side_by_side(case, "eager", device)
     for step, maximize in enumerate((False, True, False)):
@@ -157,7 +167,7 @@ def test_flags_of_sgd_changed_between_steps(backend, device):
 # Which parameters
 
 
-@each_case
+@each_kind
 def test_parameter_in_two_groups_is_refused(case, device):
     p, q = case.parameters(device)[:2]
     with pytest.raises(ValueError, match="more than one parameter group"):
@@ -170,7 +180,7 @@ def test_parameter_in_two_groups_is_refused(case, device):
 
 # torch's SGD with momentum begins a buffer for each place; ours keeps one.
 @pytest.mark.parametrize(
-    ("case", "unpinned"), [*((case, "eager") for case in CASES if case.name != "SGD"), (ADAMW, "auto")]
+    ("case", "unpinned"), [*((case, "eager") for case in KINDS if case.name != "SGD"), (ADAMW, "auto")]
 )
 def test_parameter_twice_in_a_group_is_stepped_twice(case, unpinned, device):
     """torch warns, then updates it once for each time it is listed, one after the other."""
@@ -197,7 +207,7 @@ class Tied(torch.nn.Module):
         return torch.tanh(self.encoder(x)) @ self.decoder.weight
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_tied_parameters_are_stepped_once(case, backend, device):
     model, theirs = Tied().to(device), Tied().to(device)
     opt, torchs = ours(case, model.parameters(), backend), peer(case, theirs.parameters())
@@ -212,7 +222,7 @@ def test_tied_parameters_are_stepped_once(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case
+@each_kind
 def test_named_parameters(case, device):
     model, theirs = Tied().to(device), Tied().to(device)
     opt, torchs = ours(case, model.named_parameters()), peer(case, theirs.named_parameters())
@@ -230,7 +240,7 @@ def test_named_parameters(case, device):
     assert named.param_groups[0]["param_names"] == ["encoder.weight"]
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_frozen_parameter_with_a_gradient_left_on_it_is_stepped(case, backend, device):
     """What counts is the gradient, not requires_grad: so torch has it."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)
@@ -247,7 +257,7 @@ def test_frozen_parameter_with_a_gradient_left_on_it_is_stepped(case, backend, d
 # Gradients
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_gradients_that_come_and_go(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     for step, missing in enumerate([(0, 2), (), (1, 2, 3), (0, 1, 2, 3), (2,), (2, 3), ()]):
@@ -257,7 +267,7 @@ def test_gradients_that_come_and_go(case, backend, device):
         assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_no_gradients_at_all_change_nothing(case, backend, device):
     params = case.parameters(device)
     opt = ours(case, params, backend)
@@ -299,7 +309,7 @@ def test_gradients_keep_their_place_change_in_place_or_change_layout(case, backe
         assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 @pytest.mark.parametrize("maximize", [False, True])
 def test_step_leaves_gradients_random_numbers_and_leaves_as_they_are(case, backend, maximize, device):
     params = case.parameters(device)
@@ -316,7 +326,7 @@ def test_step_leaves_gradients_random_numbers_and_leaves_as_they_are(case, backe
         assert torch.is_grad_enabled()
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_backward_after_a_step_in_between_is_refused_as_in_torch(case, backend, device):
     """Kernels write behind autograd's back: unless the version is counted up, backward would be silently wrong."""
     for make in (lambda p: peer(case, p), lambda p: ours(case, p, backend)):
@@ -330,7 +340,7 @@ def test_backward_after_a_step_in_between_is_refused_as_in_torch(case, backend, 
                 loss.backward()
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_gradients_dropped_by_zero_grad_are_freed(case, backend, device):
     """A plan that holds on to them would cost as much memory as the model."""
     params = case.parameters(device)
@@ -356,7 +366,7 @@ def test_deleted_optimizer_frees_its_parameters_and_states(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("case", "options"), [*((case, {}) for case in CASES), (ADAMW, {"foreach": True}), (ADAMW, {"fused": True})]
+    ("case", "options"), [*((case, {}) for case in KINDS), (ADAMW, {"foreach": True}), (ADAMW, {"fused": True})]
 )
 def test_zero_grad_both_ways(case, options, device):
     params, theirs = case.parameters(device), case.parameters(device)
@@ -375,7 +385,7 @@ def test_zero_grad_both_ways(case, options, device):
     assert all(p.grad is None for p in params)
 
 
-@each_case
+@each_kind
 def test_zero_grad_detaches_a_gradient_that_has_a_graph(case, device):
     (p,) = case.parameters(device)[:1]
     opt = ours(case, [p])
@@ -390,7 +400,7 @@ def test_zero_grad_detaches_a_gradient_that_has_a_graph(case, device):
 # Closures and hooks
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_closure_runs_once_with_gradients_and_its_loss_comes_back(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
 
@@ -417,7 +427,7 @@ def test_closure_runs_once_with_gradients_and_its_loss_comes_back(case, backend,
     assert_same(case, opt, torchs)
 
 
-@each_case
+@each_kind
 def test_any_value_of_a_closure_comes_back(case, device):
     params = case.parameters(device)
     opt = ours(case, params)
@@ -427,7 +437,7 @@ def test_any_value_of_a_closure_comes_back(case, device):
     assert opt.step(lambda: 0.0) == 0.0
 
 
-@each_case
+@each_kind
 def test_closure_that_raises_changes_nothing(case, device):
     params = case.parameters(device)
     opt = ours(case, params)
@@ -444,7 +454,7 @@ def test_closure_that_raises_changes_nothing(case, device):
     torch.testing.assert_close(state_of(opt), start, rtol=0, atol=0)
 
 
-@each_case
+@each_kind
 def test_step_hooks_run_once_each_in_torchs_order(case, device):
     def calls(opt, params):
         seen = []
@@ -471,7 +481,7 @@ def test_step_hooks_run_once_each_in_torchs_order(case, device):
     assert calls(ours(case, params), params) == calls(peer(case, theirs), theirs)
 
 
-@each_case
+@each_kind
 def test_step_hooks_of_a_subclass_with_a_step_of_its_own_run_once(case, device):
     class Own(case.ours):
         def step(self, closure=None):
@@ -499,7 +509,7 @@ def test_a_step_is_a_range_of_the_profiler(case, device):
     assert f"Optimizer.step#{case.name}.step" in names
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_pre_hook_takes_effect_in_that_step_and_post_hook_sees_it(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     after = []
@@ -518,7 +528,7 @@ def test_pre_hook_takes_effect_in_that_step_and_post_hook_sees_it(case, backend,
     assert_equal(after[1], params)
 
 
-@each_case
+@each_kind
 def test_pre_hook_may_replace_the_arguments(case, device):
     params = case.parameters(device)
     opt = ours(case, params)
@@ -530,7 +540,7 @@ def test_pre_hook_may_replace_the_arguments(case, device):
         opt.step()
 
 
-@each_case
+@each_kind
 def test_state_dict_hooks(case, device):
     params = case.parameters(device)
     opt = ours(case, params)
@@ -546,7 +556,7 @@ def test_state_dict_hooks(case, device):
     assert calls == [("first pre", True), ("pre", True), ("post", {"state", "param_groups"})] * 2
 
 
-@each_case
+@each_kind
 def test_load_state_dict_hooks(case, device):
     params, fresh = case.parameters(device), case.parameters(device)
     opt, other = ours(case, params), ours(case, fresh)
@@ -567,7 +577,7 @@ def test_load_state_dict_hooks(case, device):
     assert opt.param_groups[0]["lr"] == case.settings["lr"]
 
 
-@each_case
+@each_kind
 def test_subclass_of_ours_steps_once_and_keeps_its_hooks(case, device):
     """Users wrap `step`; patching the class a second time would call the hooks twice in a plain step."""
     steps = []
@@ -595,7 +605,7 @@ def deepcopied(params, opt):
     return copy.deepcopy((params, opt))
 
 
-@each_case_and_backend
+@each_kind_and_backend
 @pytest.mark.parametrize("duplicate", [pickled, deepcopied])
 def test_copy_in_mid_training_goes_on_alike_and_apart(case, backend, duplicate, device):
     params = case.parameters(device)
@@ -612,7 +622,7 @@ def test_copy_in_mid_training_goes_on_alike_and_apart(case, backend, duplicate, 
     assert_same(case, twin, opt, rtol=0, atol=0)
 
 
-@each_case
+@each_kind
 def test_optimizer_saved_whole_by_torch_goes_on_alike(case, device):
     params = case.parameters(device)
     opt = ours(case, params)
@@ -625,7 +635,7 @@ def test_optimizer_saved_whole_by_torch_goes_on_alike(case, device):
     assert_same(case, twin, opt, rtol=0, atol=0)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_pickle_is_no_larger_than_torchs(case, backend, device):
     """Plans, tables and work buffers belong to the process. No state may bring others along."""
     shapes = ((32, 32),) * 6
@@ -640,7 +650,7 @@ def test_pickle_is_no_larger_than_torchs(case, backend, device):
         assert files[0].tell() < files[1].tell() + 4096
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_state_dict_through_a_file_with_weights_only(case, backend, device):
     params = case.parameters(device)
     opt = ours(case, params, backend)
@@ -685,7 +695,7 @@ def test_lr_betas_and_weight_decay_as_tensors(case, backend, shape, device):
     torch.testing.assert_close(settings, kept, rtol=0, atol=0)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_tensor_hyperparameters_written_into_between_steps(case, backend, device):
     numbers = exact(case)
     settings = {"lr": torch.tensor(numbers["lr"])}
@@ -769,7 +779,7 @@ def test_grad_scaler_with_fused(case, device):
 # Tensors that change under the optimizer
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_data_replaced_between_steps(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     train(case, range(2), (params, opt), (theirs, torchs))
@@ -783,7 +793,7 @@ def test_data_replaced_between_steps(case, backend, device):
     assert_equal(old, kept)  # the old memory is not written to any more
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_data_freed_and_replaced_at_the_same_address(case, backend, device):
     """Allocators hand the same address out again, here to a parameter of the same size in another place."""
     params, theirs = ([Parameter(torch.full((16, 4), i + 1.0, device=device)) for i in range(3)] for _ in range(2))
@@ -802,7 +812,7 @@ def test_data_freed_and_replaced_at_the_same_address(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_state_replaced_or_cleared_starts_afresh(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     ways = (
@@ -820,7 +830,7 @@ def test_state_replaced_or_cleared_starts_afresh(case, backend, device):
         assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_state_written_by_the_user_counts(case, backend, device):
     """In place, and by putting another tensor there."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)
@@ -858,7 +868,7 @@ def test_step_count_written_in_place_by_the_user_counts(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_parameter_object_replaced_in_its_group(case, backend, device):
     """Growing a parameter in mid-training, as Gaussian splatting does: a new Parameter takes over group and state."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)

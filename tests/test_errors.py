@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import CPP, TRITON
 from side_by_side import assert_equal, assert_same, give_grads, ours, train, values
-from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
+from table import CASES, KINDS, NUMBERS, each_case, each_kind, each_kind_and_backend, rows, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim
@@ -26,11 +26,11 @@ from triton_optim import kernels
 
 BY_NAME = {case.name: case for case in CASES}
 ADAMW = BY_NAME["AdamW"]
-DENSE = [case for case in CASES if not case.sparse]
+DENSE = [case for case in KINDS if not case.sparse]
 
 
 # A matrix is one of real numbers to who takes it as a matrix; sparse ones are made of rows of real numbers.
-COMPLEX = [case for case in CASES if case.complex]
+COMPLEX = [case for case in KINDS if case.complex]
 
 
 def torchs(case):
@@ -138,7 +138,7 @@ def test_nesterov_of_sgd(arguments, named, device):
     explains(error, *named)
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("other", ["foreach", "differentiable"])
 def test_fused_and_another_way_to_run(case, other, device):
     """Of those whose fused=True torch has none, what it raises for AdamW."""
@@ -188,7 +188,7 @@ PARAMS = {
 }
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("params", list(PARAMS))
 def test_wrong_parameters(case, params):
     def build():
@@ -198,7 +198,7 @@ def test_wrong_parameters(case, params):
         case.ours(build())
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize(
     "group", [name for name in PARAMS if name in ("none", "a string", "not a leaf", "a set in a group")]
 )
@@ -217,7 +217,7 @@ def test_wrong_group_added_later_changes_nothing(case, group, device):
     train(case, range(1, 2), (params, opt))
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
 def test_parameter_that_is_not_floating_point(case, dtype, device):
     """torch notices when it steps. Ours may earlier, with the same type, and before anything is written."""
@@ -247,7 +247,7 @@ def test_parameter_that_is_not_floating_point(case, dtype, device):
 # Backends
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("unknown", ["tirton", "cuda", ""])
 def test_unknown_backend(case, unknown, device):
     with pytest.raises(ValueError, match="backend") as error:
@@ -255,7 +255,7 @@ def test_unknown_backend(case, unknown, device):
     explains(error, repr(unknown), "auto", "triton", "cpp", "compiled", "eager")
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("unknown", [None, 3, ["eager"]], ids=repr)
 def test_backend_that_is_no_string(case, unknown, device):
     with pytest.raises((ValueError, TypeError)) as error:
@@ -263,7 +263,7 @@ def test_backend_that_is_no_string(case, unknown, device):
     explains(error, "backend", repr(unknown))
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("pinned", ["compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=TRITON)])
 def test_pinned_backend_that_cannot_be_differentiable(case, pinned, device):
     """torch: `fused` with `differentiable` is a RuntimeError."""
@@ -390,7 +390,7 @@ def test_gradient_that_would_only_broadcast(case, backend, started, device):
 
 
 @pytest.mark.gpu
-@each_case_and_backend
+@each_kind_and_backend
 def test_gradient_on_another_device(case, backend, device):
     def build(make):
         params = case.parameters(device)
@@ -417,7 +417,7 @@ def refuses_sparse(case):
     return opt.sparse_gradients(opt.param_groups[0]) not in ("rows", "dense")
 
 
-@rows_and_backends(*(case for case in CASES if case.sparse or refuses_sparse(case)))
+@rows_and_backends(*(case for case in KINDS if case.sparse or refuses_sparse(case)))
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
 def test_sparse_gradient_or_dense_one_where_the_other_is_taken(case, backend, started, device):
     def build(make):
@@ -503,7 +503,7 @@ def load_and_step(opt, saved):
     opt.step()
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("fault", list(FOREIGN))
 def test_foreign_state_dict(case, fault, device):
     def build(make):
@@ -549,7 +549,7 @@ def test_state_dict_that_lacks_a_hyperparameter(case, device):
 def test_state_dict_of_another_optimizer(case, device):
     """Of every other one: what torch refuses or stumbles over in the next step, is refused when it is loaded."""
     refused = 0
-    for saver in CASES:
+    for saver in KINDS:
         if saver is case or saver.shapes != case.shapes:
             continue
         source = saver.parameters(device)
@@ -577,7 +577,7 @@ def test_state_dict_of_another_optimizer(case, device):
     assert refused or case.shapes != ADAMW.shapes  # of those that take other parameters there may be no other
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_state_of_another_shape(case, backend, device):
     """The same number of parameters, of another model. A kernel would read past the end of these states."""
     source = case.parameters(device, shapes=((4, 2), *case.shapes[1:]))
@@ -592,7 +592,7 @@ def test_state_of_another_shape(case, backend, device):
     explains(error, "parameter 0", *(("4, 2", "4, 3") if case.elementwise else ()))
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_state_of_another_shape_put_there_by_hand(case, backend, device):
     params = case.parameters(device)
     opt = ours(case, params, backend)
@@ -607,7 +607,7 @@ def test_state_of_another_shape_put_there_by_hand(case, backend, device):
         opt.state[params[0]][name] = right
 
 
-@each_case
+@each_kind
 def test_failed_load_leaves_an_optimizer_that_trains_on(case, device):
     """Side by side with one that was never asked to load anything."""
     params, theirs = case.parameters(device), case.parameters(device)

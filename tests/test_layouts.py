@@ -12,7 +12,7 @@ from conftest import BACKENDS
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from launches import watch_launches
-from table import CASES, NUMBERS, rows, rows_and_backends
+from table import CASES, KINDS, NUMBERS, rows, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim as to
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("two_slots")
 
 LR = 0.1  # an element that gets another one's gradient is then off by more than any dtype rounds
 # Of others, what becomes of an element depends on its row, its column or the whole matrix.
-ELEMENTWISE = [case for case in CASES if case.elementwise and not case.sparse]
+ELEMENTWISE = [case for case in KINDS if case.elementwise and not case.sparse]
 BY_NAME = {case.name: case for case in CASES}
 each_elementwise_and_backend = rows_and_backends(*ELEMENTWISE)
 SHAPE = (2, 3, 4, 2)

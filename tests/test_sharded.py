@@ -20,7 +20,7 @@ import torch.distributed as dist
 from conftest import CPP, HAS_TRITON
 from launches import replace_launches
 from references import adamw
-from table import CASES, rows, rows_and_backends
+from table import CASES, KINDS, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -525,7 +525,7 @@ def fsdp(mesh, name, backend):
     return whole(opt, net), whole(twin_opt, twin), elements
 
 
-@rows_and_backends(*(case for case in CASES if case.elementwise and not case.sparse))
+@rows_and_backends(*(case for case in KINDS if case.elementwise and not case.sparse))
 def test_fully_sharded_training_is_unsharded_training(case, ranks, backend):
     agree(ranks.run(fsdp, case.name, backend))
 
