@@ -348,17 +348,19 @@ def of_each_kind(cases: Iterable[Case]) -> list[Case]:
     return [case for case in cases if case in first.values()]
 
 
-def every_variant(cases: list[Case]) -> dict[str, Any]:
-    """For parametrize(**...): a test for each option set of these rows."""
-    return {
-        "argnames": ("case", "options"),
-        "argvalues": [(case, options) for case in cases for options in case.variants.values()],
-        "ids": [f"{case.name}-{name}" for case in cases for name in case.variants],
-    }
-
-
 KINDS = of_each_kind(CASES)
-EVERY, EVERY_OF_KINDS = every_variant(CASES), every_variant(KINDS)
+
+# For parametrize(*OPTIONS_OF_KINDS): every option set of a row of each kind. What takes seconds runs representatives.
+OPTIONS_OF_KINDS = (
+    ("case", "options", "backend"),
+    [
+        pytest.param(case, options, *backend.values, marks=backend.marks, id=f"{backend.values[0]}-{case.name}-{name}")
+        for case in KINDS
+        for name, options in case.variants.items()
+        for backend in BACKENDS
+        if case.on_every_backend or backend.values[0] in ("eager", "cpp")
+    ],
+)
 
 each_case = rows(*CASES)
 each_case_and_backend = rows_and_backends(*CASES)
