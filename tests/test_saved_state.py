@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from complaints import Unchanged, explains
 from conftest import BACKENDS
 from table import CASES, Case, rows
-from test_errors import Unchanged, explains
 from torch import Tensor
 from torch.nn import Parameter
 from triton_optim.kernels.rules.adam import adam

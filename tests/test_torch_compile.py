@@ -8,9 +8,9 @@ from typing import Any
 import edits
 import pytest
 import torch
+from complaints import explains
 from edits import assert_as_torch, trained
 from table import CASES, KINDS, Case, rows, rows_and_backends
-from test_errors import explains
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from two_tensor import TwoTensor, parameter, value_of
