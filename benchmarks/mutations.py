@@ -161,14 +161,14 @@ MUTANTS = (
         "its root is divided by",
         "where(x > 0, where(k < 1, 1.0, k), 0.0)",
         "where(x > 0, k, 0.0)",
-        "tests/test_codecs.py::test_what_is_never_negative_is_0_only_where_it_was",
+        "tests/test_codes_and_corrections.py::test_what_is_never_negative_is_0_only_where_it_was",
     ),
     Mutant(
         "split32 loses its lowest byte",
         "training is not that of float32",
         "value = bitcast_to_float(bitcast_to_int(parts[0]) + (parts[1] << 8) + (parts[2] & 0xFF))",
         "value = bitcast_to_float(bitcast_to_int(parts[0]) + (parts[1] << 8))",
-        "tests/test_codecs.py::test_split32_of_bfloat16_is_exact",
+        "tests/test_codes_and_corrections.py::test_split32_of_bfloat16_is_exact",
     ),
     Mutant(
         "Kahan's compensation is of the other sign",
@@ -282,7 +282,7 @@ MUTANTS = (
         "sharded training goes on from NaN",
         "row[0].masked_fill(row[2] != 0, math.nan)",
         "row[0]",
-        "tests/test_sharded.py::test_a_nan_on_one_rank_is_in_the_largest_magnitude",
+        "tests/test_two_ranks.py::test_a_nan_on_one_rank_is_in_the_largest_magnitude",
     ),
     # Memory, plans and what a step takes note of.
     Mutant(
@@ -290,7 +290,7 @@ MUTANTS = (
         "parameters in one buffer, as of most sharding, run one by one",
         "if start < reach[0]:",
         "if start <= reach[0]:",
-        "tests/test_layouts.py::test_parameters_that_share_storage_are_updated_in_turn",
+        "tests/test_alignment_and_sharing.py::test_parameters_that_share_storage_are_updated_in_turn",
     ),
     Mutant(
         "a plan holds for other parameters",
@@ -311,7 +311,7 @@ MUTANTS = (
         "a GPU faults on a view",
         "return bits % 16 == 0",
         "return bits % 8 == 0",
-        "tests/test_layouts.py::test_alignment_is_a_multiple_of_16_bytes",
+        "tests/test_alignment_and_sharing.py::test_alignment_is_a_multiple_of_16_bytes",
     ),
     Mutant(
         "gathered gradients may have another dtype",
@@ -424,7 +424,7 @@ MUTANTS = (
         "its reader has to guess",
         ' Make it a parameter of its own (p.clone())."',
         '"',
-        "tests/test_errors.py::test_every_message_has_a_fix",
+        "tests/test_messages.py::test_every_message_has_a_fix",
     ),
     Mutant(
         "the audit counts no masked access",
@@ -467,7 +467,7 @@ MUTANTS = (
         "L-BFGS takes ever smaller steps",
         "return point.loss <= start.loss + c1 * point.t * start.slope",
         "return point.loss <= start.loss",
-        "tests/test_closure_driven.py::test_strong_wolfe_conditions_hold",
+        "tests/test_nonlinear_cg.py::test_strong_wolfe_conditions_hold",
     ),
     Mutant(
         "L-BFGS drops its newest pair",

@@ -7,7 +7,7 @@ above the rows, as references.py says how; the row has steps worked out by hand 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from triton_optim.spec import Update
 
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
 NUMBERS = {"step", "mu_product", "eta", "mu"}
@@ -321,13 +322,6 @@ CASES = [
 
 REFERENCES = {case.name: case.reference for case in CASES}
 
-# (case, variant name), for parametrize(*EVERY).
-EVERY = {
-    "argnames": ("case", "options"),
-    "argvalues": [(case, options) for case in CASES for options in case.variants.values()],
-    "ids": [f"{case.name}-{name}" for case in CASES for name in case.variants],
-}
-
 
 def rows(*cases: Case) -> pytest.MarkDecorator:
     """A test for each of these rows."""
@@ -347,5 +341,41 @@ def rows_and_backends(*cases: Case) -> pytest.MarkDecorator:
     )
 
 
+def kind(case: Case) -> tuple[Any, ...]:
+    """What the code around a rule can tell of an optimizer: two rows that are alike in it take the same ways there."""
+    ours = case.ours
+    optimizer = ours(case.parameters(), **case.settings, backend="eager")
+    return (
+        (case.matrices, case.sparse, case.complex),
+        (case.counts_steps, bool(optimizer.first_scalar_states(optimizer.param_groups[0]))),
+        (ours.prologue is not Update.prologue, bool(optimizer.variant(optimizer.param_groups[0]).state_names)),
+        ours.sparse_gradients is not Update.sparse_gradients,
+        (bool(optimizer.state), ours.initial_state is not Update.initial_state),  # states at once, and not of zeros
+    )
+
+
+def of_each_kind(cases: Iterable[Case]) -> list[Case]:
+    """A row of each kind: for what is not a rule's, and hence the same for all rows of a kind."""
+    first = {kind(case): case for case in reversed([*cases])}
+    first |= {kind(case): case for case in cases if case.on_every_backend}
+    return [case for case in cases if case in first.values()]
+
+
+KINDS = of_each_kind(CASES)
+
+# For parametrize(*OPTIONS_OF_KINDS): every option set of a row of each kind. What takes seconds runs representatives.
+OPTIONS_OF_KINDS = (
+    ("case", "options", "backend"),
+    [
+        pytest.param(case, options, *backend.values, marks=backend.marks, id=f"{backend.values[0]}-{case.name}-{name}")
+        for case in KINDS
+        for name, options in case.variants.items()
+        for backend in BACKENDS
+        if case.on_every_backend or backend.values[0] in ("eager", "cpp")
+    ],
+)
+
 each_case = rows(*CASES)
 each_case_and_backend = rows_and_backends(*CASES)
+each_kind = rows(*KINDS)
+each_kind_and_backend = rows_and_backends(*KINDS)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from table import CASES, EVERY, Case, array, each_case, rows
+from conftest import CPP
+from table import CASES, Case, array, each_case_and_backend, rows_and_backends
 from torch import Tensor
 
 import triton_optim
 
 STEPS, INTERPRETED = 20, 10  # so many, too, take RAdam and ASGD into their second phases
-ADAMW = next(case for case in CASES if case.name == "AdamW")
+BY_NAME = {case.name: case for case in CASES}
 DENSE = [case for case in CASES if not case.sparse]
 SHAPES = [(1,), (7, 5), (1031,), (2, 3, 64), ()]
 # In Triton's interpreter each 1,024 elements, and the rest of each tensor, take some 20 ms.
@@ -39,14 +41,32 @@ def inputs(
     return [p.detach() for p in start], gradients
 
 
-def run(optimizer_class: type, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> list[Tensor]:
+class End(NamedTuple):
+    """Parameters, and the states of each."""
+
+    values: list[Tensor]
+    states: list[dict[str, Any]]
+
+
+def trained(optimizer_class: type, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> End:
     params = [torch.nn.Parameter(t.clone()) for t in start]
     optimizer = optimizer_class(params, **options)
     for step in gradients:
         for p, g in zip(params, step, strict=True):
             p.grad = g.clone()
         optimizer.step()
-    return [p.detach() for p in params]
+    return End([p.detach() for p in params], [optimizer.state.get(p, {}) for p in params])
+
+
+def run(optimizer_class: type, start: list[Tensor], gradients: list[list[Tensor]], **options: Any) -> list[Tensor]:
+    return trained(optimizer_class, start, gradients, **options).values
+
+
+@cache
+def ours(name: str, variant: str, dtype: torch.dtype, device: torch.device, backend: str) -> End:
+    """Trained once: one test looks at its parameters, another at its states."""
+    case = BY_NAME[name]
+    return trained(case.ours, *inputs(case, dtype, device, backend), backend=backend, **case.variants[variant])
 
 
 def arrays(tensors: list[Tensor]) -> list[np.ndarray]:
@@ -65,49 +85,65 @@ def error(values: list[Tensor], exact_values: list[np.ndarray]) -> float:
     return float(np.sqrt(np.mean((ours - truth) ** 2) / np.mean(truth**2)))
 
 
+def says_nothing_new(case: Case, variant: str, dtype: torch.dtype, backend: str) -> bool:
+    """Of what takes seconds to compile or to interpret. Every rule runs in float32; what options change besides, and
+    other dtypes, are the same for all rules: representatives have them all, and so have the others where that is quick.
+    """
+    if case.on_every_backend or backend == "eager":
+        return False
+    if backend == "cpp":
+        return dtype == torch.float16
+    *earlier, own = [rule_of(case, name) for name in [*case.variants][: [*case.variants].index(variant) + 1]]
+    return dtype != torch.float32 or (backend == "compiled" and own in earlier)
+
+
+def rule_of(case: Case, variant: str) -> Any:
+    optimizer = case.ours(case.parameters(), backend="eager", **case.variants[variant])
+    return optimizer.variant(optimizer.param_groups[0]).rule
+
+
+each_variant = pytest.mark.parametrize(
+    ("case", "variant"),
+    [(case, name) for case in CASES for name in case.variants],
+    ids=[f"{case.name}-{name}" for case in CASES for name in case.variants],
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(**EVERY)
+@each_variant
 def test_error_is_no_larger_than_torchs(
-    case: Case, options: dict[str, Any], dtype: torch.dtype, backend: str, device: torch.device
+    case: Case, variant: str, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    if backend in ("compiled", "triton") and (
-        (options and dtype != torch.float32) or (dtype in (torch.float64, torch.float16) and not case.on_every_backend)
-    ):
-        pytest.skip("takes seconds: float32 for all, bfloat16 for the default variants, all dtypes for three of them")
+    if says_nothing_new(case, variant, dtype, backend):
+        pytest.skip("takes seconds: see says_nothing_new")
     start, gradients = inputs(case, dtype, device, backend)
+    options = case.variants[variant]
     truth = exact(case, start, gradients, **options)
-    ours = error(run(case.ours, start, gradients, backend=backend, **options), truth)
+    mine = error(ours(case.name, variant, dtype, device, backend).values, truth)
     theirs = error(run(case.peer, start, gradients, **options), truth)
     # Of a reference no scalar is rounded; of ours one may be, half an ulp off the same way at every step.
     scalars = 0 if case.torchs else len(gradients) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     # torch's float16 goes to NaN where eps = 1e-8 is 0; any finite error is no worse.
-    assert ours <= BOUND[dtype] * theirs + scalars or (np.isfinite(ours) and np.isnan(theirs)), (
-        f"ours {ours:.3g}, torch {theirs:.3g}"
+    assert mine <= BOUND[dtype] * theirs + scalars or (np.isfinite(mine) and np.isnan(theirs)), (
+        f"ours {mine:.3g}, torch {theirs:.3g}"
     )
 
 
-@pytest.mark.parametrize(**EVERY)
-def test_states_match_the_reference(case: Case, options: dict[str, Any], backend: str, device: torch.device) -> None:
+@each_variant
+def test_states_match_the_reference(case: Case, variant: str, backend: str, device: torch.device) -> None:
+    if says_nothing_new(case, variant, torch.float32, backend):
+        pytest.skip("takes seconds: see says_nothing_new")
     start, gradients = inputs(case, torch.float32, device, backend)
-    params = [torch.nn.Parameter(t.clone()) for t in start]
-    optimizer = case.ours(params, backend=backend, **options)
-    for step in gradients:
-        for p, g in zip(params, step, strict=True):
-            p.grad = g
-        optimizer.step()
-
-    _, states = case.reference(arrays(start), list(map(arrays, gradients)), **options)
-    for p, expected in zip(params, states, strict=True):
-        state = optimizer.state.get(p, {})
+    _, states = case.reference(arrays(start), list(map(arrays, gradients)), **case.variants[variant])
+    for state, expected in zip(ours(case.name, variant, torch.float32, device, backend).states, states, strict=True):
         assert state.keys() == expected.keys()
         for name, value in expected.items():
             wanted = torch.as_tensor(value).double()
             atol = 1e-7 + 1e-6 * float(wanted.abs().max())  # of sums that cancel
-            ours = torch.as_tensor(state[name]).double().cpu().reshape(value.shape)
-            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=atol)
+            found = torch.as_tensor(state[name]).double().cpu().reshape(value.shape)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=atol)
 
 
-BY_NAME = {case.name: case for case in CASES}
 # What a special setting of one makes it equal to, bit for bit.
 DEGENERATE = {
     "AdamW without decay is Adam": ("AdamW", {"weight_decay": 0.0}, "Adam", {}),
@@ -133,6 +169,7 @@ DEGENERATE = {
 }
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=CPP)])
 @pytest.mark.parametrize("name", list(DEGENERATE))
 def test_degenerate_equalities(name: str, backend: str, device: torch.device) -> None:
     special, options, plain, plain_options = DEGENERATE[name]
@@ -152,7 +189,7 @@ def test_rmsprop_is_the_start_of_adam(backend: str, device: torch.device) -> Non
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
 
 
-@each_case
+@each_case_and_backend
 def test_maximize_is_descent_on_the_negated_gradient(case: Case, backend: str, device: torch.device) -> None:
     start, gradients = inputs(case, torch.float32, device, backend)
     up = run(case.ours, start, gradients, maximize=True, backend=backend)
@@ -160,7 +197,7 @@ def test_maximize_is_descent_on_the_negated_gradient(case: Case, backend: str, d
     assert all(torch.equal(a, b) for a, b in zip(up, down, strict=True))
 
 
-@each_case
+@each_case_and_backend
 def test_zero_learning_rate_and_decay_changes_nothing(case: Case, backend: str, device: torch.device) -> None:
     start, gradients = inputs(case, torch.float32, device, backend)
     after = run(case.ours, start, gradients, **case.still, backend=backend)
@@ -178,11 +215,9 @@ def test_one_minus_beta_is_formed_in_float64(backend: str, device: torch.device)
     )
 
 
-@rows(*DENSE)
+@rows_and_backends(*DENSE)
 def test_half_precision_gradients_do_not_overflow(case: Case, backend: str, device: torch.device) -> None:
     # g * g is infinite in float16 at 300, and eps = 1e-8 is 0.
-    if backend == "compiled" and not case.on_every_backend:
-        pytest.skip("each takes seconds to compile; every backend computes in float32, for every rule")
     p = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float16, device=device))
     optimizer = case.ours([p], lr=1e-3, backend=backend)
     for name in {name for variant in case.ours.variants[:1] for name in variant.state_names}:
@@ -195,7 +230,7 @@ def test_half_precision_gradients_do_not_overflow(case: Case, backend: str, devi
     assert all(torch.isfinite(v).all() for v in optimizer.state[p].values()) if p in optimizer.state else True
 
 
-@rows(*(case for case in DENSE if case.elementwise))
+@rows_and_backends(*(case for case in DENSE if case.elementwise))
 def test_bfloat16_is_rounded_to_nearest(case: Case, backend: str, device: torch.device) -> None:
     # Truncation would be off by more than half a place in every second element; at a tie, where the arithmetic of two
     # backends may part, either neighbour is as near.

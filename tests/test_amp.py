@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from complaints import explains
 from conftest import CPP, needs_loops
-from test_errors import explains
 from torch.nn import Parameter
 
 import triton_optim

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from complaints import explains
 from conftest import BACKENDS
-from test_errors import explains
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -3,10 +3,7 @@
 Ours and torch's optimizer take equal parameters and equal gradients through the same handling, side by side.
 """
 
-import collections
 import copy
-import io
-import pickle
 import weakref
 
 import pytest
@@ -24,15 +21,22 @@ from side_by_side import (
     train,
     values,
 )
-from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
-from torch.nn import Parameter
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from table import (
+    CASES,
+    KINDS,
+    each_case,
+    each_case_and_backend,
+    each_kind,
+    each_kind_and_backend,
+    rows,
+    rows_and_backends,
+)
 
 BY_NAME = {case.name: case for case in CASES}
 ADAMW = BY_NAME["AdamW"]
-COUNTING = [case for case in CASES if case.counts_steps]
+COUNTING = [case for case in KINDS if case.counts_steps]
 # Where the test makes the gradients itself, and how they lie is the point.
-DENSE = [case for case in CASES if not case.sparse]
+DENSE = [case for case in KINDS if not case.sparse]
 
 
 def scaled(group, factor):
@@ -58,7 +62,7 @@ def test_group_keys_are_torchs(case):
     assert opt.backend == "eager"
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("collection", [list, tuple, iter, lambda params: (p for p in params)])
 def test_parameters_may_come_in_any_ordered_collection(case, collection, device):
     params = case.parameters(device)
@@ -70,7 +74,7 @@ def factor_of(case):
     return 1.25 if case.name in ("Rprop", "Adafactor") else 0.75
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_groups_with_their_own_hyperparameters(case, backend, device):
     second = scaled(ours(case, case.parameters()).param_groups[0], factor_of(case))
     assert second["lr"] == factor_of(case) * case.settings["lr"]
@@ -84,7 +88,7 @@ def test_groups_with_their_own_hyperparameters(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_group_added_between_steps(case, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params[:1], backend), peer(case, theirs[:1])
@@ -99,7 +103,7 @@ def test_group_added_between_steps(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_groups_edited_in_place(case, backend, device):
     """Appended to and popped behind the optimizer's back, as pruning and unfreezing code does."""
     params, theirs = case.parameters(device), case.parameters(device)
@@ -133,7 +137,7 @@ def test_hyperparameters_changed_between_steps(case, backend, device):
         assert_same(case, opt, torchs)
 
 
-@rows(*(case for case in CASES if case.peer_takes("maximize")))
+@rows(*(case for case in KINDS if case.peer_takes("maximize")))
 def test_maximize_changed_between_steps(case, device):
     params, opt, theirs, torchs = side_by_side(case, "eager", device)
     for step, maximize in enumerate((False, True, False)):
@@ -157,7 +161,7 @@ def test_flags_of_sgd_changed_between_steps(backend, device):
 # Which parameters
 
 
-@each_case
+@each_kind
 def test_parameter_in_two_groups_is_refused(case, device):
     p, q = case.parameters(device)[:2]
     with pytest.raises(ValueError, match="more than one parameter group"):
@@ -170,7 +174,7 @@ def test_parameter_in_two_groups_is_refused(case, device):
 
 # torch's SGD with momentum begins a buffer for each place; ours keeps one.
 @pytest.mark.parametrize(
-    ("case", "unpinned"), [*((case, "eager") for case in CASES if case.name != "SGD"), (ADAMW, "auto")]
+    ("case", "unpinned"), [*((case, "eager") for case in KINDS if case.name != "SGD"), (ADAMW, "auto")]
 )
 def test_parameter_twice_in_a_group_is_stepped_twice(case, unpinned, device):
     """torch warns, then updates it once for each time it is listed, one after the other."""
@@ -197,7 +201,7 @@ class Tied(torch.nn.Module):
         return torch.tanh(self.encoder(x)) @ self.decoder.weight
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_tied_parameters_are_stepped_once(case, backend, device):
     model, theirs = Tied().to(device), Tied().to(device)
     opt, torchs = ours(case, model.parameters(), backend), peer(case, theirs.parameters())
@@ -212,7 +216,7 @@ def test_tied_parameters_are_stepped_once(case, backend, device):
     assert_same(case, opt, torchs)
 
 
-@each_case
+@each_kind
 def test_named_parameters(case, device):
     model, theirs = Tied().to(device), Tied().to(device)
     opt, torchs = ours(case, model.named_parameters()), peer(case, theirs.named_parameters())
@@ -230,7 +234,7 @@ def test_named_parameters(case, device):
     assert named.param_groups[0]["param_names"] == ["encoder.weight"]
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_frozen_parameter_with_a_gradient_left_on_it_is_stepped(case, backend, device):
     """What counts is the gradient, not requires_grad: so torch has it."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)
@@ -247,7 +251,7 @@ def test_frozen_parameter_with_a_gradient_left_on_it_is_stepped(case, backend, d
 # Gradients
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_gradients_that_come_and_go(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     for step, missing in enumerate([(0, 2), (), (1, 2, 3), (0, 1, 2, 3), (2,), (2, 3), ()]):
@@ -257,7 +261,7 @@ def test_gradients_that_come_and_go(case, backend, device):
         assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_no_gradients_at_all_change_nothing(case, backend, device):
     params = case.parameters(device)
     opt = ours(case, params, backend)
@@ -299,7 +303,7 @@ def test_gradients_keep_their_place_change_in_place_or_change_layout(case, backe
         assert_same(case, opt, torchs)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 @pytest.mark.parametrize("maximize", [False, True])
 def test_step_leaves_gradients_random_numbers_and_leaves_as_they_are(case, backend, maximize, device):
     params = case.parameters(device)
@@ -316,7 +320,7 @@ def test_step_leaves_gradients_random_numbers_and_leaves_as_they_are(case, backe
         assert torch.is_grad_enabled()
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_backward_after_a_step_in_between_is_refused_as_in_torch(case, backend, device):
     """Kernels write behind autograd's back: unless the version is counted up, backward would be silently wrong."""
     for make in (lambda p: peer(case, p), lambda p: ours(case, p, backend)):
@@ -330,7 +334,7 @@ def test_backward_after_a_step_in_between_is_refused_as_in_torch(case, backend, 
                 loss.backward()
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_gradients_dropped_by_zero_grad_are_freed(case, backend, device):
     """A plan that holds on to them would cost as much memory as the model."""
     params = case.parameters(device)
@@ -356,7 +360,7 @@ def test_deleted_optimizer_frees_its_parameters_and_states(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("case", "options"), [*((case, {}) for case in CASES), (ADAMW, {"foreach": True}), (ADAMW, {"fused": True})]
+    ("case", "options"), [*((case, {}) for case in KINDS), (ADAMW, {"foreach": True}), (ADAMW, {"fused": True})]
 )
 def test_zero_grad_both_ways(case, options, device):
     params, theirs = case.parameters(device), case.parameters(device)
@@ -375,7 +379,7 @@ def test_zero_grad_both_ways(case, options, device):
     assert all(p.grad is None for p in params)
 
 
-@each_case
+@each_kind
 def test_zero_grad_detaches_a_gradient_that_has_a_graph(case, device):
     (p,) = case.parameters(device)[:1]
     opt = ours(case, [p])
@@ -385,334 +389,6 @@ def test_zero_grad_detaches_a_gradient_that_has_a_graph(case, device):
     assert p.grad is g
     assert not g.requires_grad
     assert not g.any()
-
-
-# Closures and hooks
-
-
-@each_case_and_backend
-def test_closure_runs_once_with_gradients_and_its_loss_comes_back(case, backend, device):
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-
-    def closure(model, calls):
-        def evaluate():
-            calls.append(torch.is_grad_enabled())
-            for p in model:
-                p.grad = None
-            loss = sum(p.sin().sum() for p in model)
-            backward(case, loss, model)
-            return loss
-
-        return evaluate
-
-    calls, their_calls = [], []
-    for _ in range(2):
-        with torch.no_grad():
-            loss = opt.step(closure(params, calls))
-            assert not torch.is_grad_enabled()
-        torch.testing.assert_close(loss, torchs.step(closure(theirs, their_calls)), **case.close)
-    assert opt.step(closure=closure(params, calls)) is not None
-    torchs.step(closure=closure(theirs, their_calls))
-    assert calls == [True] * 3
-    assert_same(case, opt, torchs)
-
-
-@each_case
-def test_any_value_of_a_closure_comes_back(case, device):
-    params = case.parameters(device)
-    opt = ours(case, params)
-    give_grads(case, 0, params)
-    loss = object()
-    assert opt.step(lambda: loss) is loss
-    assert opt.step(lambda: 0.0) == 0.0
-
-
-@each_case
-def test_closure_that_raises_changes_nothing(case, device):
-    params = case.parameters(device)
-    opt = ours(case, params)
-    start = state_of(opt)
-    give_grads(case, 0, params)
-
-    def fails():
-        raise ArithmeticError("diverged")
-
-    with pytest.raises(ArithmeticError, match="diverged"):
-        opt.step(fails)
-    assert torch.is_grad_enabled()
-    assert_equal(params, case.parameters(device))
-    torch.testing.assert_close(state_of(opt), start, rtol=0, atol=0)
-
-
-@each_case
-def test_step_hooks_run_once_each_in_torchs_order(case, device):
-    def calls(opt, params):
-        seen = []
-        opt.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o is opt, args, kwargs)))
-        opt.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o is opt, args, kwargs)))
-        removed = opt.register_step_post_hook(lambda *_: seen.append("removed"))
-        removed.remove()
-        handles = [
-            register_optimizer_step_pre_hook(lambda o, *_: seen.append(("global pre", o is opt))),
-            register_optimizer_step_post_hook(lambda o, *_: seen.append(("global post", o is opt))),
-        ]
-        try:
-            give_grads(case, 0, params)
-            opt.step()
-        finally:
-            for handle in handles:
-                handle.remove()
-        opt.step(closure=None)
-        # torch passes the optimizer itself among the arguments.
-        return [entry if len(entry) == 2 else (*entry[:2], [a is opt for a in entry[2]], entry[3]) for entry in seen]
-
-    params, theirs = case.parameters(device), case.parameters(device)
-    case.ours(case.parameters(device))  # Patched once for the class, not once for each instance.
-    assert calls(ours(case, params), params) == calls(peer(case, theirs), theirs)
-
-
-@each_case
-def test_step_hooks_of_a_subclass_with_a_step_of_its_own_run_once(case, device):
-    class Own(case.ours):
-        def step(self, closure=None):
-            seen.append("own")
-            return super().step(closure)
-
-    seen = []
-    params = case.parameters(device)
-    optimizer = Own(params, **case.settings, backend="eager")
-    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
-    give_grads(case, 0, params)
-    optimizer.step()
-    assert seen == ["pre", "own", "post"]
-
-
-@rows(*CASES[:1])
-def test_a_step_is_a_range_of_the_profiler(case, device):
-    params = case.parameters(device)
-    optimizer = ours(case, params)
-    give_grads(case, 0, params)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        optimizer.step()
-    names = [event.key for event in profile.key_averages()]
-    assert f"Optimizer.step#{case.name}.step" in names
-
-
-@each_case_and_backend
-def test_pre_hook_takes_effect_in_that_step_and_post_hook_sees_it(case, backend, device):
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    after = []
-    for model, optimizer in ((params, opt), (theirs, torchs)):
-
-        def set_up(optimizer, args, kwargs, model=model):
-            give_grads(case, 7, model, missing=(1,))
-            optimizer.param_groups[0]["lr"] *= 2
-
-        optimizer.register_step_pre_hook(set_up)
-        optimizer.register_step_post_hook(lambda *_, model=model: after.append(values(model)))
-        optimizer.step()
-        optimizer.step()
-    assert_same(case, opt, torchs)
-    torch.testing.assert_close(after[0], after[2], **case.close)
-    assert_equal(after[1], params)
-
-
-@each_case
-def test_pre_hook_may_replace_the_arguments(case, device):
-    params = case.parameters(device)
-    opt = ours(case, params)
-    give_grads(case, 0, params)
-    opt.register_step_pre_hook(lambda o, args, kwargs: ((*args, lambda: "from the hook"), kwargs))
-    assert opt.step() == "from the hook"
-    opt.register_step_pre_hook(lambda *_: "neither None nor a pair")
-    with pytest.raises(RuntimeError, match="must return None or a tuple"):
-        opt.step()
-
-
-@each_case
-def test_state_dict_hooks(case, device):
-    params = case.parameters(device)
-    opt = ours(case, params)
-    train(case, range(1), (params, opt))
-    calls = []
-    opt.register_state_dict_pre_hook(lambda o: calls.append(("pre", o is opt)))
-    opt.register_state_dict_pre_hook(lambda o: calls.append(("first pre", o is opt)), prepend=True)
-    opt.register_state_dict_post_hook(lambda o, saved: calls.append(("post", set(saved))))
-    replace = opt.register_state_dict_post_hook(lambda o, saved: {**saved, "note": 1})
-    assert opt.state_dict()["note"] == 1
-    replace.remove()
-    assert "note" not in opt.state_dict()
-    assert calls == [("first pre", True), ("pre", True), ("post", {"state", "param_groups"})] * 2
-
-
-@each_case
-def test_load_state_dict_hooks(case, device):
-    params, fresh = case.parameters(device), case.parameters(device)
-    opt, other = ours(case, params), ours(case, fresh)
-    train(case, range(1), (params, opt))
-    calls, started = [], len(other.state)
-
-    def halve(o, saved):
-        calls.append(("pre", o is other, len(o.state)))
-        saved = copy.deepcopy(saved)
-        saved["param_groups"][0]["lr"] /= 2
-        return saved
-
-    other.register_load_state_dict_pre_hook(halve)
-    other.register_load_state_dict_post_hook(lambda o: calls.append(("post", o is other, len(o.state))))
-    other.load_state_dict(opt.state_dict())
-    assert calls == [("pre", True, started), ("post", True, len(params))]
-    assert other.param_groups[0]["lr"] == case.settings["lr"] / 2
-    assert opt.param_groups[0]["lr"] == case.settings["lr"]
-
-
-@each_case
-def test_subclass_of_ours_steps_once_and_keeps_its_hooks(case, device):
-    """Users wrap `step`; patching the class a second time would call the hooks twice in a plain step."""
-    steps = []
-
-    class Counting(case.ours):
-        def step(self, closure=None):
-            steps.append(1)
-            return super().step(closure)
-
-    params, theirs = case.parameters(device), case.parameters(device)
-    opt, torchs = Counting(params, **case.settings, backend="eager"), peer(case, theirs)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    assert len(steps) == 2
-    assert_same(case, opt, torchs)
-
-
-# Copies
-
-
-def pickled(params, opt):
-    return pickle.loads(pickle.dumps((params, opt)))
-
-
-def deepcopied(params, opt):
-    return copy.deepcopy((params, opt))
-
-
-@each_case_and_backend
-@pytest.mark.parametrize("duplicate", [pickled, deepcopied])
-def test_copy_in_mid_training_goes_on_alike_and_apart(case, backend, duplicate, device):
-    params = case.parameters(device)
-    opt = ours(case, params, backend)
-    train(case, range(2), (params, opt))
-    twins, twin = duplicate(params, opt)
-    assert type(twin) is type(opt)
-    assert twin.backend == backend
-    assert all(p is q for p, q in zip(twins, twin.param_groups[0]["params"], strict=True))
-    before = values(params)
-    train(case, range(2, 4), (twins, twin))
-    assert_equal(params, before)  # the original is not touched
-    train(case, range(2, 4), (params, opt))
-    assert_same(case, twin, opt, rtol=0, atol=0)
-
-
-@each_case
-def test_optimizer_saved_whole_by_torch_goes_on_alike(case, device):
-    params = case.parameters(device)
-    opt = ours(case, params)
-    train(case, range(2), (params, opt))
-    file = io.BytesIO()
-    torch.save((params, opt), file)
-    file.seek(0)
-    twins, twin = torch.load(file, weights_only=False)
-    train(case, range(2, 4), (params, opt), (twins, twin))
-    assert_same(case, twin, opt, rtol=0, atol=0)
-
-
-@each_case_and_backend
-def test_pickle_is_no_larger_than_torchs(case, backend, device):
-    """Plans, tables and work buffers belong to the process. No state may bring others along."""
-    shapes = ((32, 32),) * 6
-    params, theirs = case.parameters(device, shapes=shapes), case.parameters(device, shapes=shapes)
-    opt, torchs = ours(case, params, backend), peer(case, theirs)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    for content in (lambda o: o, lambda o: o.state_dict()):
-        assert len(pickle.dumps(content(opt))) < len(pickle.dumps(content(torchs))) + 4096
-        files = io.BytesIO(), io.BytesIO()
-        torch.save(content(opt), files[0])
-        torch.save(content(torchs), files[1])
-        assert files[0].tell() < files[1].tell() + 4096
-
-
-@each_case_and_backend
-def test_state_dict_through_a_file_with_weights_only(case, backend, device):
-    params = case.parameters(device)
-    opt = ours(case, params, backend)
-    train(case, range(2), (params, opt))
-    file = io.BytesIO()
-    torch.save({"model": params, "optimizer": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = saved["model"]
-    other = ours(case, resumed, backend, lr=123.0)
-    other.load_state_dict(saved["optimizer"])
-    train(case, range(2, 4), (params, opt), (resumed, other))
-    assert_same(case, other, opt, rtol=0, atol=0)
-
-
-# Tensors for hyperparameters
-
-
-def exact(case):
-    """The lr, betas and weight decay of a group as numbers of float32, so that a tensor and a float mean the same."""
-    group = ours(case, case.parameters()).param_groups[0]
-
-    def rounded(value):
-        return tuple(map(rounded, value)) if isinstance(value, tuple) else torch.tensor(value).item()
-
-    return {name: rounded(group[name]) for name in ("lr", "betas", "weight_decay") if name in group}
-
-
-@each_case_and_backend
-@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-element"])
-def test_lr_betas_and_weight_decay_as_tensors(case, backend, shape, device):
-    def tensors(value):
-        return tuple(map(tensors, value)) if isinstance(value, tuple) else torch.full(shape, value)
-
-    settings = {name: tensors(value) for name, value in exact(case).items()}
-    kept = copy.deepcopy(settings)
-    params, theirs = case.parameters(device), case.parameters(device)
-    opt, torchs = ours(case, params, backend, **settings), peer(case, theirs, **exact(case))
-    train(case, range(3), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-    assert opt.param_groups[0]["lr"] is settings["lr"]  # the user's own, to write into
-    torch.testing.assert_close(settings, kept, rtol=0, atol=0)
-
-
-@each_case_and_backend
-def test_tensor_hyperparameters_written_into_between_steps(case, backend, device):
-    numbers = exact(case)
-    settings = {"lr": torch.tensor(numbers["lr"])}
-    if "weight_decay" in numbers:
-        settings["weight_decay"] = torch.tensor([numbers["weight_decay"]])
-    if "betas" in numbers:
-        settings["betas"] = tuple(map(torch.tensor, numbers["betas"]))
-    params, theirs = case.parameters(device), case.parameters(device)
-    opt, torchs = ours(case, params, backend, **settings), peer(case, theirs, **numbers)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    settings["lr"].mul_(4)
-    changed = {"lr": 4 * numbers["lr"]}
-    if "weight_decay" in numbers:
-        settings["weight_decay"].fill_(0)
-        changed["weight_decay"] = 0.0
-    if "betas" in numbers:
-        changed["betas"] = (0.5, 0.75, 0.875)[: len(numbers["betas"])]
-        for tensor, beta in zip(settings["betas"], changed["betas"], strict=True):
-            tensor.fill_(beta)
-    torchs.param_groups[0].update(changed)
-    train(case, range(2, 4), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-    # A float in its place, and then another tensor.
-    for lr in (0.25, torch.tensor([2.0**-6], dtype=torch.float64)):
-        opt.param_groups[0]["lr"], torchs.param_groups[0]["lr"] = lr, float(lr)
-        train(case, range(4, 6), (params, opt), (theirs, torchs))
-        assert_same(case, opt, torchs)
 
 
 # GradScaler
@@ -764,115 +440,3 @@ def test_grad_scaler_with_fused(case, device):
             if step == 2:
                 assert_equal(model, before)
     assert_same(case, opt, torchs)
-
-
-# Tensors that change under the optimizer
-
-
-@each_case_and_backend
-def test_data_replaced_between_steps(case, backend, device):
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    old = [p.data for p in params]
-    kept = values(old)
-    for model in (params, theirs):
-        for p in model:
-            p.data = p.data * 2 + 1
-    train(case, range(2, 4), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-    assert_equal(old, kept)  # the old memory is not written to any more
-
-
-@each_case_and_backend
-def test_data_freed_and_replaced_at_the_same_address(case, backend, device):
-    """Allocators hand the same address out again, here to a parameter of the same size in another place."""
-    params, theirs = ([Parameter(torch.full((16, 4), i + 1.0, device=device)) for i in range(3)] for _ in range(2))
-    opt, torchs = ours(case, params, backend), peer(case, theirs)
-    for step in range(6):
-        give_grads(case, step, params, theirs)
-        opt.step()
-        torchs.step()
-        for model in (params, theirs):
-            contents = [p.detach().clone() for p in model]
-            for p in model:
-                p.data = torch.empty(0, device=device)
-                p.grad = None
-            for p, content in zip(reversed(model), reversed(contents), strict=True):
-                p.data = content.clone()
-    assert_same(case, opt, torchs)
-
-
-@each_case_and_backend
-def test_state_replaced_or_cleared_starts_afresh(case, backend, device):
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    ways = (
-        lambda o, model: setattr(o, "state", collections.defaultdict(dict)),
-        lambda o, model: o.state.clear(),
-        lambda o, model: o.state.pop(model[0]),
-        lambda o, model: o.state.__delitem__(model[1]),
-        lambda o, model: o.state.__setitem__(model[3], {}),
-    )
-    train(case, range(2), (params, opt), (theirs, torchs))
-    for i, reset in enumerate(ways):
-        reset(opt, params)
-        reset(torchs, theirs)
-        train(case, range(2 * i + 2, 2 * i + 4), (params, opt), (theirs, torchs))
-        assert_same(case, opt, torchs)
-
-
-@each_case_and_backend
-def test_state_written_by_the_user_counts(case, backend, device):
-    """In place, and by putting another tensor there."""
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    for optimizer, model in ((opt, params), (torchs, theirs)):
-        for name in opt.state[params[0]].keys() - NUMBERS:
-            optimizer.state[model[0]][name].mul_(3)
-        for name in opt.state[params[1]].keys() - NUMBERS:
-            optimizer.state[model[1]][name] = optimizer.state[model[1]][name] * 3
-    train(case, range(2, 4), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-
-
-@rows_and_backends(*COUNTING)
-def test_step_count_put_there_by_the_user_counts(case, backend, device):
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    for optimizer, model in ((opt, params), (torchs, theirs)):
-        optimizer.state[model[0]]["step"] = torch.tensor(10.0)
-        optimizer.state[model[1]]["step"] = torch.tensor(20.0)
-    train(case, range(2, 4), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-    assert [opt.state[p]["step"].item() for p in params] == [12, 22, 4, 4]
-
-
-@rows_and_backends(*COUNTING)
-def test_step_count_written_in_place_by_the_user_counts(case, backend, device):
-    """Counts share memory: what is written in place counts for all that step together (see RuleOptimizer)."""
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    for optimizer, model in ((opt, params), (torchs, theirs)):
-        for p in model:
-            optimizer.state[p]["step"].fill_(10)
-    train(case, range(2, 4), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-
-
-@each_case_and_backend
-def test_parameter_object_replaced_in_its_group(case, backend, device):
-    """Growing a parameter in mid-training, as Gaussian splatting does: a new Parameter takes over group and state."""
-    params, opt, theirs, torchs = side_by_side(case, backend, device)
-    train(case, range(2), (params, opt), (theirs, torchs))
-    old = weakref.ref(params[0])
-    for optimizer, model in ((opt, params), (torchs, theirs)):
-        grown = Parameter(torch.cat([model[0].detach(), torch.ones(2, 3, device=device)]))
-        state = optimizer.state.pop(model[0])
-        for name, value in state.items():
-            if name not in NUMBERS and len(value) == 4:
-                state[name] = torch.cat([value, value[:2]])
-        optimizer.param_groups[0]["params"][0] = model[0] = grown
-        optimizer.state[grown] = state
-    train(case, range(2, 4), (params, opt), (theirs, torchs))
-    assert_same(case, opt, torchs)
-    del grown, state, model, optimizer
-    assert alive([old]) == []  # no plan keeps the replaced one alive

@@ -4,85 +4,30 @@ torch is asked, not quoted: each case is run against torch.optim first, and what
 raise. One that torch lacks is held to AdamW's types.
 """
 
-import ast
-import copy
 import os
-import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from complaints import Unchanged, explains, raised_by
 from conftest import CPP, TRITON
-from side_by_side import assert_equal, assert_same, give_grads, ours, train, values
-from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
+from side_by_side import assert_equal, give_grads, ours, train
+from table import CASES, KINDS, each_case, each_kind, each_kind_and_backend, rows, rows_and_backends
 from torch.nn import Parameter
-
-import triton_optim
-from triton_optim import kernels
 
 BY_NAME = {case.name: case for case in CASES}
 ADAMW = BY_NAME["AdamW"]
-DENSE = [case for case in CASES if not case.sparse]
+DENSE = [case for case in KINDS if not case.sparse]
 
 
 # A matrix is one of real numbers to who takes it as a matrix; sparse ones are made of rows of real numbers.
-COMPLEX = [case for case in CASES if case.complex]
+COMPLEX = [case for case in KINDS if case.complex]
 
 
 def torchs(case):
     return case.torchs or torch.optim.AdamW
-
-
-def raised_by(action):
-    with pytest.raises(Exception) as error:  # noqa: PT011 (which one is the question)
-        action()
-    assert not isinstance(error.value, Warning)  # these are errors here
-    return error.type
-
-
-# How a fix begins: it says what to do, what may be given, or what was meant. No complaint does.
-FIXES = (
-    "add|assign|build|call|capture|check|choose|clear|convert|create|decorate|define|delete|dequantize|end|find|give|"
-    "install|keep|leave|let|load|look|make|move|name|pass|pip|put|remove|rename|return|run|set|take|teach|tell|try|tune|"
-    "unset|use|write|"
-    "it must|they must|it takes|it has|the default is|what fits|did you mean|for a single matrix|modules are looked for"
-)
-FIX = re.compile(rf"(?:(?<=[.:;)] )|(?<=, or ))(?:{FIXES})\b", re.IGNORECASE)
-
-
-def explains(error, *parts):
-    """The value and the cause (each of `parts` is in the message), and after them a fix."""
-    message = str(error.value)
-    missing = [part for part in parts if str(part) not in message]
-    assert not missing, f"{missing} not in: {message}"
-    assert FIX.search(message), f"no fix in: {message}"
-
-
-class Unchanged:
-    """A context in which parameters, gradients, states and groups must stay as they are, bit for bit."""
-
-    def __init__(self, opt):
-        self.opt = opt
-
-    def look(self):
-        params = [p for group in self.opt.param_groups for p in group["params"]]
-        grads = [None if p.grad is None else p.grad.detach().to_dense() for p in params]
-        states = self.opt.state_dict()["state"]
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.opt.param_groups]
-        ids = [[id(p) for p in group["params"]] for group in self.opt.param_groups]
-        return copy.deepcopy((values(params), grads, states, groups, ids))
-
-    def __enter__(self):
-        self.before = self.look()
-
-    def __exit__(self, exception, *_):
-        if exception is None:
-            return  # left for pytest.raises to report
-        torch.testing.assert_close(self.look(), self.before, rtol=0, atol=0)
 
 
 # Hyperparameters
@@ -138,7 +83,7 @@ def test_nesterov_of_sgd(arguments, named, device):
     explains(error, *named)
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("other", ["foreach", "differentiable"])
 def test_fused_and_another_way_to_run(case, other, device):
     """Of those whose fused=True torch has none, what it raises for AdamW."""
@@ -188,7 +133,7 @@ PARAMS = {
 }
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("params", list(PARAMS))
 def test_wrong_parameters(case, params):
     def build():
@@ -198,7 +143,7 @@ def test_wrong_parameters(case, params):
         case.ours(build())
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize(
     "group", [name for name in PARAMS if name in ("none", "a string", "not a leaf", "a set in a group")]
 )
@@ -217,7 +162,7 @@ def test_wrong_group_added_later_changes_nothing(case, group, device):
     train(case, range(1, 2), (params, opt))
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
 def test_parameter_that_is_not_floating_point(case, dtype, device):
     """torch notices when it steps. Ours may earlier, with the same type, and before anything is written."""
@@ -247,7 +192,7 @@ def test_parameter_that_is_not_floating_point(case, dtype, device):
 # Backends
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("unknown", ["tirton", "cuda", ""])
 def test_unknown_backend(case, unknown, device):
     with pytest.raises(ValueError, match="backend") as error:
@@ -255,7 +200,7 @@ def test_unknown_backend(case, unknown, device):
     explains(error, repr(unknown), "auto", "triton", "cpp", "compiled", "eager")
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("unknown", [None, 3, ["eager"]], ids=repr)
 def test_backend_that_is_no_string(case, unknown, device):
     with pytest.raises((ValueError, TypeError)) as error:
@@ -263,7 +208,7 @@ def test_backend_that_is_no_string(case, unknown, device):
     explains(error, "backend", repr(unknown))
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("pinned", ["compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=TRITON)])
 def test_pinned_backend_that_cannot_be_differentiable(case, pinned, device):
     """torch: `fused` with `differentiable` is a RuntimeError."""
@@ -390,7 +335,7 @@ def test_gradient_that_would_only_broadcast(case, backend, started, device):
 
 
 @pytest.mark.gpu
-@each_case_and_backend
+@each_kind_and_backend
 def test_gradient_on_another_device(case, backend, device):
     def build(make):
         params = case.parameters(device)
@@ -417,7 +362,7 @@ def refuses_sparse(case):
     return opt.sparse_gradients(opt.param_groups[0]) not in ("rows", "dense")
 
 
-@rows_and_backends(*(case for case in CASES if case.sparse or refuses_sparse(case)))
+@rows_and_backends(*(case for case in KINDS if case.sparse or refuses_sparse(case)))
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
 def test_sparse_gradient_or_dense_one_where_the_other_is_taken(case, backend, started, device):
     def build(make):
@@ -455,170 +400,6 @@ def test_sparse_gradients_are_taken_where_torchs_takes_them(case, backend, maxim
         torch.testing.assert_close(p, q, **case.close)
 
 
-# State dicts of something else
-
-
-def without(key):
-    def edit(saved):
-        del saved[key]
-        return saved
-
-    return edit
-
-
-def regrouped(saved):
-    (group,) = saved["param_groups"]
-    first, second = {**group, "params": group["params"][:2]}, {**group, "params": group["params"][2:]}
-    return {**saved, "param_groups": [first, second]}
-
-
-def shortened(saved):
-    saved["param_groups"][0]["params"].pop()
-    return saved
-
-
-def lacking(key):
-    def edit(saved):
-        del saved["param_groups"][0][key]
-        return saved
-
-    return edit
-
-
-FOREIGN = {
-    "nothing": lambda saved: {},
-    "None": lambda saved: None,
-    "a list": lambda saved: [saved],
-    "without param_groups": without("param_groups"),
-    "without state": without("state"),
-    "more groups": regrouped,
-    "fewer parameters": shortened,
-    "no groups": lambda saved: {**saved, "param_groups": []},
-}
-
-
-def load_and_step(opt, saved):
-    """torch finds some faults only when it steps."""
-    opt.load_state_dict(saved)
-    opt.step()
-
-
-@each_case
-@pytest.mark.parametrize("fault", list(FOREIGN))
-def test_foreign_state_dict(case, fault, device):
-    def build(make):
-        params = case.parameters(device)
-        opt = make(params)
-        train(case, range(2), (params, opt))
-        return opt, FOREIGN[fault](copy.deepcopy(opt.state_dict()))
-
-    expected = raised_by(lambda: load_and_step(*build(torchs(case))))
-    opt, saved = build(lambda params: ours(case, params))
-    with pytest.raises((expected, TypeError)), Unchanged(opt):  # of what is no dict torch lacks some attribute
-        opt.load_state_dict(saved)
-    opt.step()
-
-
-@each_case
-def test_state_dict_that_lacks_a_hyperparameter(case, device):
-    """Of those that torch misses too: Rprop's lr is for the first step alone."""
-    missed = 0
-    for name in case.settings:
-
-        def build(make, name=name):
-            params = case.parameters(device)
-            opt = make(params)
-            give_grads(case, 0, params)
-            return opt, lacking(name)(copy.deepcopy(opt.state_dict()))
-
-        try:
-            load_and_step(*build(torchs(case)))
-        except Exception as error:
-            expected = type(error)
-        else:
-            continue
-        opt, saved = build(lambda params: ours(case, params))
-        with pytest.raises(expected) as error, Unchanged(opt):
-            opt.load_state_dict(saved)
-        explains(error, name)
-        missed += 1
-    assert missed or case.name == "Rprop"
-
-
-@rows(*(case for case in CASES if case.torchs))
-def test_state_dict_of_another_optimizer(case, device):
-    """Of every other one: what torch refuses or stumbles over in the next step, is refused when it is loaded."""
-    refused = 0
-    for saver in CASES:
-        if saver is case or saver.shapes != case.shapes:
-            continue
-        source = saver.parameters(device)
-        first = ours(saver, source)
-        train(saver, range(2), (source, first))
-        saved = first.state_dict()
-
-        def build(make):
-            params = case.parameters(device)
-            opt = make(params)
-            train(case, range(1), (params, opt))
-            return opt
-
-        try:
-            load_and_step(build(case.torchs), copy.deepcopy(saved))
-        except Exception as error:
-            expected = type(error)
-        else:
-            continue
-        opt = build(lambda params: ours(case, params))
-        with pytest.raises((expected, ValueError)) as error, Unchanged(opt):
-            opt.load_state_dict(copy.deepcopy(saved))
-        explains(error, case.name)
-        refused += 1
-    assert refused or case.shapes != ADAMW.shapes  # of those that take other parameters there may be no other
-
-
-@each_case_and_backend
-def test_state_of_another_shape(case, backend, device):
-    """The same number of parameters, of another model. A kernel would read past the end of these states."""
-    source = case.parameters(device, shapes=((4, 2), *case.shapes[1:]))
-    first = ours(case, source)
-    train(case, range(2), (source, first))
-    saved = first.state_dict()
-    params = case.parameters(device)
-    give_grads(case, 0, params)
-    opt = ours(case, params, backend)
-    with pytest.raises(RuntimeError) as error, Unchanged(opt):  # as torch, when sizes meet that do not fit
-        load_and_step(opt, saved)
-    explains(error, "parameter 0", *(("4, 2", "4, 3") if case.elementwise else ()))
-
-
-@each_case_and_backend
-def test_state_of_another_shape_put_there_by_hand(case, backend, device):
-    params = case.parameters(device)
-    opt = ours(case, params, backend)
-    train(case, range(1), (params, opt))
-    for name in opt.state[params[0]].keys() - NUMBERS:
-        right = opt.state[params[0]][name]
-        opt.state[params[0]][name] = torch.zeros(4, 2, device=device)
-        give_grads(case, 1, params)
-        with pytest.raises(RuntimeError) as error, Unchanged(opt):
-            opt.step()
-        explains(error, name, "parameter 0", "4, 2")
-        opt.state[params[0]][name] = right
-
-
-@each_case
-def test_failed_load_leaves_an_optimizer_that_trains_on(case, device):
-    """Side by side with one that was never asked to load anything."""
-    params, theirs = case.parameters(device), case.parameters(device)
-    opt, other = ours(case, params), ours(case, theirs)
-    train(case, range(2), (params, opt), (theirs, other))
-    with pytest.raises(ValueError, match="parameter group"):
-        opt.load_state_dict(shortened(copy.deepcopy(opt.state_dict())))
-    train(case, range(2, 4), (params, opt), (theirs, other))
-    assert_same(case, opt, other, rtol=0, atol=0)
-
-
 @rows(*DENSE)
 def test_fused_step_of_parameters_without_memory(case):
     p = torch.nn.Parameter(torch.empty(2, 3, device="meta"))
@@ -626,84 +407,3 @@ def test_fused_step_of_parameters_without_memory(case):
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
         opt.step()
-
-
-# Every message
-
-
-@pytest.mark.parametrize(
-    "complaint",
-    [
-        "Invalid learning rate: -1.0.",
-        "exp_avg of parameter 0: shape (4, 2) does not match: (4, 3).",
-        "AdamW does not support sparse gradients here: no rows are taken; the gradient of parameter 0 is sparse.",
-    ],
-)
-def test_a_complaint_is_no_fix(complaint):
-    with pytest.raises(AssertionError, match="no fix"):
-        explains(SimpleNamespace(value=complaint))
-    explains(SimpleNamespace(value=f"{complaint} Leave it out."))
-
-
-# What no user sees, or sees as a part of another message, which has the fix.
-INSIDE = {"Unavailable", "Unrecorded", "UntranslatableError", "BuildError", "ProcessError", "NotImplementedError"}
-# What is raised in a process of its own, whose caller knows what to do; and to who works on the audit.
-CALLERS = {"launch_check", "assembly", "graph"}
-# What another's words are in: what to do, or the error of what a user wrote.
-OTHERS = {"remedy", "refusal", "cause_of", "fix", "ALLOWED"}
-
-
-def text_of(node, known):
-    """A message, with {} for each value in it, and the text of a constant for its name."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part, known) for part in node.values)
-    if isinstance(node, ast.FormattedValue):
-        return text_of(node.value, known)
-    if isinstance(node, ast.Name):
-        return known.get(node.id, "{}")
-    return "{}"
-
-
-def has_others_words(message):
-    return bool(OTHERS & {node.id for node in ast.walk(message) if isinstance(node, ast.Name)})
-
-
-def constants(tree):
-    """The texts that a module has names for."""
-    return {
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    }
-
-
-def messages():
-    """Each error that the package raises, with its place."""
-    package = Path(triton_optim.__file__).parent
-    rules = Path(kernels.__path__[0])
-    trees = {path: ast.parse(path.read_text()) for path in sorted({*package.rglob("*.py"), *rules.rglob("*.py")})}
-    shared = {name: text for tree in trees.values() for name, text in constants(tree).items()}
-    for path, tree in trees.items():
-        known = shared | constants(tree)
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
-                continue
-            name = ast.unparse(node.exc.func).rpartition(".")[2]
-            message = node.exc.args[0]
-            if name in INSIDE or path.stem in CALLERS or not isinstance(message, (ast.Constant, ast.JoinedStr)):
-                continue
-            text = text_of(message, known)
-            if " " in text and not has_others_words(message):  # one word is no message
-                yield f"{path.name}:{node.lineno}", text
-
-
-def test_every_message_has_a_fix():
-    found = dict(messages())
-    assert len(found) > 100
-    without = [f"{place}: {message}" for place, message in found.items() if not FIX.search(message)]
-    assert not without, "\n".join(without)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_errors import Unchanged, explains
+from complaints import Unchanged, explains
 from torch import Tensor
 from torch.nn import Parameter
 

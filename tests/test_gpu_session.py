@@ -19,7 +19,7 @@ from conftest import TRITON
 from steps import every_step
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-REHEARSED = ("parity", "bandwidth", "host time", "compile times")  # a file each; most other parts are of these
+REHEARSED = ("parity", "bandwidth", "host time")  # a file each; most other parts are of these
 
 
 @pytest.fixture
@@ -74,6 +74,19 @@ def test_a_rehearsal_that_is_stopped_leaves_what_was_finished(tmp_path: Path) ->
         (answers,) = results[name].values()
         assert answers["records"]
     assert {path.name for path in tmp_path.iterdir()} == {"session.json", "session.log"}
+
+
+@TRITON
+def test_a_first_launch_says_how_long_it_takes_and_on_what(tmp_path: Path) -> None:
+    """What the part "compile times" runs several times, after all of torch was compiled to bytecode."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(BENCHMARKS / "first_launch.py"), "AdamW fp32", "warmup"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["seconds"] > 0
+    assert [kernel["kernel"] for kernel in found["kernels"]] == ["multi_tensor"]
 
 
 def test_a_session_says_what_failed_was_stopped_shortened_and_dropped(tmp_path: Path, benchmarks: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import edits
 import pytest
 import torch
+from complaints import explains
 from edits import GROUPS, STATES, TWICE, assert_as_torch, trained
-from test_errors import explains
 from torch import Tensor
 from torch.nn import Parameter
 from two_tensor import parameter, value_of

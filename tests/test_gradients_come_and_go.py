@@ -10,7 +10,7 @@ import pytest
 import torch
 from launches import replace_launches
 from side_by_side import backward
-from table import CASES, EVERY, array, each_case, rows, rows_and_backends
+from table import CASES, KINDS, OPTIONS_OF_KINDS, array, each_kind_and_backend, rows_and_backends
 from torch.nn import Parameter
 
 import triton_optim as to
@@ -20,7 +20,7 @@ from triton_optim.engine.plan import Plan
 NEVER = 5  # the last of six parameters never gets a gradient
 BY_NAME = {case.name: case for case in CASES}
 # Those whose steps are planned; sparse rows are another way.
-PLANNED = [case for case in CASES if not case.sparse]
+PLANNED = [case for case in KINDS if not case.sparse]
 
 
 def presence(steps, slots, seed=0):
@@ -93,10 +93,8 @@ def no_launch(monkeypatch):
 # Values.
 
 
-@pytest.mark.parametrize(**EVERY)
+@pytest.mark.parametrize(*OPTIONS_OF_KINDS)
 def test_random_presence_is_the_references(case, options, backend, device):
-    if backend == "compiled" and not case.on_every_backend:
-        pytest.skip("each takes seconds to compile, and who is present is decided before anything is called")
     steps = 9
     params = six(case, device)
     starts = [array(p).copy() for p in params]
@@ -127,7 +125,7 @@ def test_random_presence_is_the_references(case, options, backend, device):
     assert bits(opt, params[NEVER]).keys() == at_start, "a state without a gradient"
 
 
-@rows_and_backends(*(case for case in CASES if case.torchs))
+@rows_and_backends(*(case for case in KINDS if case.torchs))
 def test_mixture_of_experts_trains_as_with_torch(case, backend, device):
     """Top-1 routing by chance; ``zero_grad`` to None, and for some steps to zero, which counts as a gradient."""
 
@@ -189,7 +187,7 @@ def test_skipped_parameter_can_still_be_backed_through(backend, device):
     assert torch.equal(skipped.grad, 2 * skipped)
 
 
-@each_case
+@each_kind_and_backend
 def test_newcomer_starts_with_its_own_first_step(case, backend, device):
     """Long after the others have begun, it moves as the only parameter of a fresh optimizer would."""
     options = {"momentum": 0.9, "dampening": 0.5} if case.name == "SGD" else {}
@@ -222,7 +220,7 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
 # Planning.
 
 
-@rows(*PLANNED)
+@rows_and_backends(*PLANNED)
 def test_rows_of_scalars_do_not_multiply(case, backend, device, formed, no_launch):
     """At most two for each number of steps that parameters have made; where steps are not counted, two a group."""
     slots, steps = 32, 30
@@ -250,7 +248,7 @@ def newcomers(patterns):
     return steps
 
 
-@pytest.mark.parametrize(**EVERY)
+@pytest.mark.parametrize(*OPTIONS_OF_KINDS)
 def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, backend, device, plans, no_launch):
     params = six(case, device)
     opt = case.ours(params, **options, backend=backend)
@@ -266,7 +264,7 @@ def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, bac
     assert len(plans) == 1
 
 
-@pytest.mark.parametrize(**EVERY)
+@pytest.mark.parametrize(*OPTIONS_OF_KINDS)
 def test_plans_are_made_for_newcomers_alone(case, options, backend, device, plans, no_launch):
     """Also where no state would tell that a parameter has been here before (SGD without momentum)."""
     params = six(case, device)

@@ -11,134 +11,26 @@ import torch
 from conftest import BACKENDS
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from launches import watch_launches
-from table import CASES, NUMBERS, rows, rows_and_backends
+from laid_out import (
+    DENSE,
+    ELEMENTWISE,
+    GRADIENTS,
+    SHAPE,
+    assert_is_reference,
+    assert_same,
+    each_elementwise_and_backend,
+    in_buffer,
+    optimizer,
+    permuted,
+    random_values,
+    step,
+)
+from table import NUMBERS
 from torch.nn import Parameter
 
 import triton_optim as to
-from triton_optim.util.layout import all_aligned
 
 pytestmark = pytest.mark.usefixtures("two_slots")
-
-LR = 0.1  # an element that gets another one's gradient is then off by more than any dtype rounds
-# Of others, what becomes of an element depends on its row, its column or the whole matrix.
-ELEMENTWISE = [case for case in CASES if case.elementwise and not case.sparse]
-BY_NAME = {case.name: case for case in CASES}
-each_elementwise_and_backend = rows_and_backends(*ELEMENTWISE)
-SHAPE = (2, 3, 4, 2)
-
-
-OUTSIDE = 96.0  # exact in every dtype
-
-
-def in_buffer(values, offset=0):
-    """The same layout, `offset` elements into a buffer that is OUTSIDE everywhere else."""
-    buffer = values.new_full((values.numel() + offset + 16,), OUTSIDE)
-    return buffer.as_strided(values.shape, values.stride(), offset).copy_(values)
-
-
-def permuted(t, *order):
-    """The same values, with dimension order[0] the slowest in memory."""
-    return t.permute(order).contiguous().permute([order.index(i) for i in range(t.dim())])
-
-
-DENSE = {
-    "contiguous": lambda t: t.clone(memory_format=torch.contiguous_format),
-    "channels_last": lambda t: t.clone(memory_format=torch.channels_last),
-    "reversed": lambda t: permuted(t, 3, 2, 1, 0),
-    "permuted": lambda t: permuted(t, 2, 0, 3, 1),
-}
-# What autograd may hand over besides. All but the expanded one hold t's values.
-GRADIENTS = DENSE | {
-    "gappy": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0],
-    "expanded": lambda t: t[:1, :, :1, :1].expand(t.shape),
-    "misaligned": lambda t: in_buffer(t, 1),
-    "lazily negated": lambda t: torch._neg_view(-t),
-    "with a graph": lambda t: t.clone().requires_grad_() * 1,
-}
-
-
-def random_values(shape, seed, device):
-    """Values whose sign depends on the place alone, of magnitude 0.5 to 2: then no rule's update is ill-conditioned."""
-    shape = tuple(shape)
-    signs = torch.randint(2, shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape))) * 2.0 - 1
-    sizes = 0.5 + 1.5 * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    return (signs * sizes).to(device)
-
-
-def optimizer(name, params, backend, **settings):
-    case = BY_NAME[name]
-    return case.ours(params, **(case.settings | {"lr": LR} | settings), backend=backend)
-
-
-def step(opt, params, gradients):
-    """One step with gradients of any dtype; None for a parameter without."""
-    if hasattr(torch.Tensor, "grad_dtype"):
-        for p, g in zip(params, gradients, strict=True):
-            if g is not None and g.dtype != p.dtype:
-                p.grad_dtype = g.dtype
-            p.grad = g
-        opt.step()
-    else:  # torch < 2.10 refuses such a gradient wherever it is assigned
-        opt.engine.update(list(gradients))
-
-
-def array(t):
-    return t.detach().cpu().double().numpy()
-
-
-def assert_same(actual, expected, what=""):
-    """Equal in every bit; on a GPU, where a masked tail may be contracted to other FMAs, to within 1e-6."""
-    tolerance = 1e-6 if actual.is_cuda else 0
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
-
-
-def assert_close(actual, expected, tolerance, what=""):
-    torch.testing.assert_close(
-        actual.detach().cpu().double(),
-        torch.as_tensor(expected),
-        rtol=tolerance,
-        atol=tolerance,
-        msg=lambda m: f"{what}: {m}",
-    )
-
-
-def assert_is_reference(name, opt, params, starts, gradients, **settings):
-    """Parameters and states after one step for each list of `gradients`, against the float64 reference.
-
-    Each step may cost one rounding of the coarsest dtype that is stored and eight of the arithmetic, at values of
-    order 1.
-    """
-    case = BY_NAME[name]
-    steps = [[None if g is None else array(g) for g in row] for row in gradients]
-    values, states = case.reference(
-        [array(start) for start in starts], steps, **(case.settings | {"lr": LR} | settings)
-    )
-    for i, (p, value, state) in enumerate(zip(params, values, states, strict=True)):
-        compute = torch.finfo(torch.float64 if p.dtype == torch.float64 else torch.float32).eps
-        stored = [p, *(opt.state[p][key] for key in state if key not in NUMBERS)]
-        tolerance = len(steps) * (max(torch.finfo(t.dtype).eps for t in stored) + 8 * compute)
-        assert_close(p, value, tolerance, f"parameter {i}")
-        for key, expected in state.items():
-            actual = opt.state[p].get(key)
-            if key == "step":
-                assert actual is None or actual.item() == expected, f"step of parameter {i}"
-            else:
-                assert_close(actual, expected, tolerance, f"{key} of parameter {i}")
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """(programs, arguments, constants) of every launch of the Triton kernel, made as usual."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    seen = []
-
-    def watch(launcher, programs, *arguments):
-        kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        seen.append((programs, kept, launcher.constants))
-
-    watch_launches(monkeypatch, watch)
-    return seen
 
 
 # Layouts of the parameter and of its gradient.
@@ -262,173 +154,6 @@ def test_states_loaded_in_another_layout(case, backend, p_layout, s_layout, devi
             opt.state[p][key] = GRADIENTS[s_layout](value)
     step(opt, [p], [gradients[2]])
     assert_is_reference(case.name, opt, [p], [start], [[g] for g in gradients])
-
-
-# Alignment.
-
-
-@pytest.mark.parametrize("what", ["parameter", "gradient", "state"])
-@pytest.mark.parametrize(
-    ("dtype", "offset"),
-    [(torch.float32, 1), (torch.float32, 2), (torch.float64, 1), (torch.bfloat16, 1), (torch.bfloat16, 4)],
-    ids=str,
-)
-def test_misaligned_view(what, dtype, offset, backend, device):
-    """Its own bucket on Triton, and the memory around it is left alone."""
-    values = [random_values((37,), i, device).to(dtype) for i in range(6)]
-    p, q = (
-        Parameter(values[0].clone()),
-        Parameter(in_buffer(values[1], offset) if what == "parameter" else values[1].clone()),
-    )
-    opt = optimizer("AdamW", [p, q], backend)
-    opt.state[q]["exp_avg"] = in_buffer(torch.zeros_like(values[0]), offset if what == "state" else 0)
-    gradients = [values[2:4], values[4:6]]
-    for a, b in gradients:
-        step(opt, [p, q], [a.clone(), in_buffer(b, offset) if what == "gradient" else b.clone()])
-    assert_is_reference("AdamW", opt, [p, q], values[:2], gradients)
-    for t in (q, q.grad, opt.state[q]["exp_avg"]):
-        around = t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-        start = t.storage_offset()
-        outside = torch.cat((around[:start], around[start + t.numel() :]))
-        assert (outside == OUTSIDE).all(), "written outside"
-    if backend == "triton":
-        assert [(bucket.tensors, bucket.launches) for bucket in to.explain(opt)] == [(1, 1), (1, 1)]
-
-
-def test_one_launch_and_two_with_a_misaligned_tensor(device, launches):
-    shapes = [(5, 3), (7,), (2, 2, 2), ()]
-    for misaligned, wanted in [(0, [True]), (1, [True, False])]:
-        params = [Parameter(random_values(shape, i, device)) for i, shape in enumerate(shapes)]
-        params += [Parameter(in_buffer(random_values((9,), 9, device), 1)) for _ in range(misaligned)]
-        opt = to.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], backend="triton")
-        for _ in range(2):
-            launches.clear()
-            step(opt, params, [random_values(p.shape, 20, device) for p in params])
-            assert [constants["ALIGNED"] for _, _, constants in launches] == wanted
-        assert sum(bucket.launches for bucket in to.explain(opt)) == len(wanted)
-
-
-@pytest.mark.parametrize("last", [16, 24, 8, 4, 1])
-def test_alignment_is_a_multiple_of_16_bytes(last):
-    assert all_aligned([32, 4096, last]) == (last == 16)
-    assert all_aligned([last, 4096]) == (last == 16)
-
-
-def test_alignment_is_never_claimed_for_a_misaligned_address(device, launches):
-    """Gradients move into and out of alignment; 37 float32 fill no multiple of 16 bytes, so neighbours in a flat
-    buffer, as sharded training makes them, are misaligned too.
-    """
-    params = [Parameter(random_values((37,), i, device)) for i in range(3)]
-    starts = [p.detach().clone() for p in params]
-    opt = optimizer("AdamW", params, "triton")
-    gradients = []
-    for k, offsets in enumerate([(0, 0, 0), (0, 1, 0), (2, 0, 3), (0, 0, 0)]):
-        gradients.append([random_values((37,), 10 * k + i, device) for i in range(3)])
-        step(opt, params, [in_buffer(g, offset) for g, offset in zip(gradients[-1], offsets, strict=True)])
-    assert_is_reference("AdamW", opt, params, starts, gradients)
-    assert any(not constants["ALIGNED"] for _, _, constants in launches)
-    for _, (_, tensors, addresses, *_), constants in launches:
-        if constants["ALIGNED"]:
-            assert not (tensors[:, 2:] % 16).any()
-            assert not (addresses % 16).any()
-
-
-# Memory that is not one dense stretch, or that two parameters share.
-
-GAPPY = {
-    "every other": lambda t: t[::2],
-    "columns": lambda t: t[:, 1:3],
-    "column": lambda t: t[:, 1],
-    "transposed columns": lambda t: t[:, :3].t(),
-    "window": lambda t: t[1:4, 1:4],
-}
-
-
-@pytest.mark.parametrize("view", list(GAPPY))
-@rows(*ELEMENTWISE)
-def test_parameter_with_gaps_runs_eagerly(case, view, device):
-    """torch's fused CPU optimizer writes over the gaps, so the reference is the judge."""
-    base = random_values((6, 5), 0, device)
-    p, other = Parameter(GAPPY[view](base)), Parameter(random_values((3,), 1, device))
-    start, before = [p.detach().clone(), other.detach().clone()], base.clone()
-    gradients = [[random_values(t.shape, 2 + i, device) for t in start] for i in range(3)]
-    opt = optimizer(case.name, [p, other], "auto")
-    for row in gradients:
-        step(opt, [p, other], row)
-    assert_is_reference(case.name, opt, [p, other], start, gradients)
-    inside = GAPPY[view](torch.arange(30).view(6, 5)).reshape(-1)
-    outside = [i for i in range(30) if i not in inside.tolist()]
-    assert torch.equal(base.view(-1)[outside], before.view(-1)[outside]), "a gap was written to"
-    assert {bucket.reason: bucket.backend for bucket in to.explain(opt)}["the parameter is a view with gaps"] == "eager"
-
-
-@pytest.mark.parametrize("pinned", ["compiled", "cpp", "triton"])
-def test_parameter_with_gaps_is_refused_by_a_pinned_backend(pinned, device):
-    with pytest.raises(RuntimeError, match="gaps"):
-        to.AdamW([random_values((6, 5), 0, device)[:, 1:3].requires_grad_()], backend=pinned)
-
-
-SHARED = {
-    "whole": lambda base: (base[:], base[:]),
-    "part": lambda base: (base[:4], base[2:]),
-    "inner": lambda base: (base[:], base[2:3]),
-    "interleaved": lambda base: (base[::2], base[1::2]),
-    "neighbours": lambda base: (base[:3], base[3:]),
-}
-
-
-@pytest.mark.parametrize("sharing", list(SHARED))
-def test_parameters_that_share_storage_are_updated_in_turn(sharing, device):
-    """The second one sees what the first has written, as in torch's for-loop."""
-    bases = [random_values((6,), 0, device) for _ in range(2)]
-    ours, theirs = ([Parameter(view) for view in SHARED[sharing](base)] for base in bases)
-    opt = to.AdamW(ours, lr=LR)
-    their_opt = torch.optim.AdamW(theirs, lr=LR, foreach=False)
-    for i in range(3):
-        for own in zip(ours, theirs, strict=True):
-            for p in own:
-                p.grad = random_values(p.shape, 5 + i, device)
-        opt.step()
-        their_opt.step()
-    torch.testing.assert_close(bases[0], bases[1], rtol=1e-6, atol=1e-6)  # float32 against float32, 3 steps
-    overlap = sharing not in ("interleaved", "neighbours")
-    assert not overlap or {bucket.backend for bucket in to.explain(opt)} == {"eager"}
-    assert sharing != "neighbours" or {bucket.backend for bucket in to.explain(opt)} != {"eager"}
-
-
-@pytest.mark.parametrize("pinned", ["compiled", "cpp", "triton"])
-def test_sharing_parameters_are_refused_by_a_pinned_backend_and_nothing_changes(pinned, device):
-    base = random_values((6,), 0, device)
-    before = base.clone()
-    x, y, z = Parameter(random_values((2,), 1, device)), Parameter(base[:4]), Parameter(base[2:])
-    with pytest.raises(RuntimeError, match="overlap"):  # when it is made, or at the latest here
-        step(to.AdamW([x, y, z], backend=pinned), [x, y, z], [torch.ones_like(t) for t in (x, y, z)])
-    assert torch.equal(base, before)
-    assert torch.equal(x, random_values((2,), 1, device))
-
-
-@pytest.mark.parametrize("choice", ["auto", "eager", "compiled", "cpp", "triton"])
-def test_expanded_parameter_is_refused_and_nothing_changes(choice, device):
-    """As by torch: what its one stored value should become is undefined. It stands last: all is checked first."""
-    first, expanded = Parameter(random_values((2,), 1, device)), Parameter(random_values((1,), 0, device).expand(3))
-    with pytest.raises(RuntimeError):  # when it is made, or at the latest here
-        step(
-            to.AdamW([first, expanded], backend=choice),
-            [first, expanded],
-            [torch.ones_like(t) for t in (first, expanded)],
-        )
-    assert torch.equal(first, random_values((2,), 1, device)), "half applied"
-    assert torch.equal(expanded[0], random_values((1,), 0, device)[0])
-
-
-def test_overlapping_windows_run_eagerly(device):
-    """Rows (0, 1), (1, 2), (2, 3) of one buffer: what is in one row alone is exact, and nothing else is touched."""
-    base = torch.arange(6.0, device=device)
-    p = Parameter(base.as_strided((3, 2), (1, 1), 1))
-    opt = to.SGD([p], lr=0.5)
-    step(opt, [p], [torch.ones(3, 2, device=device)])
-    assert [bucket.backend for bucket in to.explain(opt)] == ["eager"]
-    assert base[[0, 1, 4, 5]].tolist() == [0.0, 0.5, 3.5, 5.0]
 
 
 # Nothing, or next to nothing.

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES, Case, rows
+from table import KINDS, Case, rows
 from torch import nn
 
 import triton_optim
 
-TAKES = [case for case in CASES if not case.matrices and case.name != "Adagrad"]  # torch's makes states at once
+TAKES = [case for case in KINDS if not case.matrices and case.name != "Adagrad"]  # torch's makes states at once
 CLOSURE_DRIVEN = ["LBFGS", "NonlinearCG"]
 
 

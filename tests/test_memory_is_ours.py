@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from table import CASES as ROWS
-from table import Case, rows
+from table import KINDS, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
 from two_tensor import TwoTensor, parameter, value_of
@@ -262,7 +261,7 @@ def test_a_parameter_that_grew_is_refused(options: dict[str, Any], device: torch
 # Elements without an address.
 
 
-@rows(*(row for row in ROWS if row.elementwise and not row.sparse))
+@rows(*(row for row in KINDS if row.elementwise and not row.sparse))
 def test_a_wrapper_is_stepped_by_its_own_operations(case: Case, device: torch.device) -> None:
     ended = []
     for wraps in (False, True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import HAS_GPU, HAS_TRITON
 from launches import replace_launches
-from table import EVERY
+from table import OPTIONS_OF_KINDS
 from torch.nn import Parameter
 from triton_optim.kernels.language import jit
 
@@ -519,7 +519,7 @@ def poisoned():
     return poison
 
 
-@pytest.mark.parametrize(**EVERY)
+@pytest.mark.parametrize(*OPTIONS_OF_KINDS)
 def test_uninitialised_memory_is_never_read(case, options, backend, device, poisoned):
     """With gradients that must be brought into another layout, with and without a gradient."""
     results = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BACKENDS
 from side_by_side import assert_same, ours, peer, side_by_side, train, values
-from table import CASES, each_case_and_backend, rows_and_backends
+from table import CASES, KINDS, each_kind_and_backend, rows_and_backends
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -64,17 +64,17 @@ SCHEDULERS = {
 STEPS = 12
 # A scheduler's arithmetic is the same Python on both sides, and what it changes reaches the kernels by one path. So
 # other backends than eager run the two that move most: lr from 0, and lr and betas or momentum together. All
-# schedulers drive every optimizer once; what else is done with them is done with all of them for three.
+# schedulers drive one optimizer of each kind once; what else is done with them is done with all of them for three.
 MOVING = ("LambdaLR from zero", "OneCycleLR")
 
 
 def driven(every):
-    """Optimizers, schedulers and backends; with `every` all optimizers with all schedulers."""
+    """Optimizers, schedulers and backends; with `every` all of these optimizers with all schedulers."""
     return {
         "argnames": ("case", "scheduler", "backend"),
         "argvalues": [
             pytest.param(case, scheduler, *backend.values, marks=backend.marks)
-            for case in CASES
+            for case in KINDS
             for scheduler in SCHEDULERS
             for backend in BACKENDS
             if (case.on_every_backend and scheduler in MOVING)
@@ -144,7 +144,7 @@ def test_scheduler_writes_into_a_tensor_lr(case, scheduler, backend, device):
 
 @pytest.mark.parametrize(
     ("case", "scheduler"),
-    [(c, s) for c in CASES for s in SCHEDULERS if c.on_every_backend or s in MOVING],
+    [(c, s) for c in KINDS for s in SCHEDULERS if c.on_every_backend or s in MOVING],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_scheduler_and_optimizer_resume_in_mid_schedule(case, scheduler, device):
@@ -162,7 +162,7 @@ def test_scheduler_and_optimizer_resume_in_mid_schedule(case, scheduler, device)
     assert_same(case, other, opt, rtol=0, atol=0)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_optimizer_whose_step_a_scheduler_has_wrapped_can_be_copied(case, backend, duplicate, device):
     """A scheduler replaces `opt.step` by a wrapper on the instance, which must neither break a copy nor travel."""
@@ -175,7 +175,7 @@ def test_optimizer_whose_step_a_scheduler_has_wrapped_can_be_copied(case, backen
 
 
 # Not Rprop, of which lr is the first step size, whatever comes after; nor where a rate of 0 is refused.
-@rows_and_backends(*(case for case in CASES if case.still.keys() <= {"lr", "weight_decay"} and not case.still["lr"]))
+@rows_and_backends(*(case for case in KINDS if case.still.keys() <= {"lr", "weight_decay"} and not case.still["lr"]))
 def test_first_step_with_lr_of_zero_still_takes_the_gradient_in(case, backend, device):
     """A warm-up from zero is no probe of the states: its first gradient counts."""
     params, theirs = case.parameters(device), case.parameters(device)
@@ -219,7 +219,7 @@ def normalized(case, device):
     return model, [p for p in model.parameters() if not case.matrices or p.dim() == 2]
 
 
-@each_case_and_backend
+@each_kind_and_backend
 @pytest.mark.parametrize("average", ["equal", "exponential"])
 def test_averaged_model_swa_schedule_and_update_bn(case, backend, average, device):
     """Their average, their annealed rates and their renewed statistics, as with torch's optimizer."""

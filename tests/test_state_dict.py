@@ -10,14 +10,23 @@ import pytest
 import torch
 from conftest import CPP, TRITON
 from side_by_side import assert_equal, assert_same, give_grads, ours, peer, train, values
-from table import CASES, NUMBERS, each_case, each_case_and_backend, rows, rows_and_backends
+from table import (
+    CASES,
+    KINDS,
+    NUMBERS,
+    each_case_and_backend,
+    each_kind,
+    each_kind_and_backend,
+    rows,
+    rows_and_backends,
+)
 
 import triton_optim as to
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, SGD = BY_NAME["AdamW"], BY_NAME["SGD"]
-COUNTING = [case for case in CASES if case.counts_steps]
+COUNTING = [case for case in KINDS if case.counts_steps]
 each_counting = rows(*COUNTING)
 each_counting_and_backend = rows_and_backends(*COUNTING)
 each_peer_and_backend = rows_and_backends(*(case for case in CASES if case.torchs))
@@ -172,7 +181,7 @@ def test_reload_inside_the_loop_changes_nothing(case, backend, device):
     assert_same(case, new, opt, rtol=0, atol=0)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_rewind(case, backend, device):
     """An earlier state loaded into an optimizer that has gone on: what its plans cached must be dropped."""
     params = case.parameters(device)
@@ -191,7 +200,7 @@ def test_rewind(case, backend, device):
     assert_same_states(opt.state_dict(), after)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 @pytest.mark.parametrize("direction", ["from eager", "to eager"])
 def test_checkpoint_moves_between_backends(case, backend, direction, device):
     first, second = ("eager", backend) if direction == "from eager" else (backend, "eager")
@@ -207,7 +216,7 @@ def test_checkpoint_moves_between_backends(case, backend, direction, device):
     assert_same(case, other, opt)
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_pinned_backend_survives_a_checkpoint_that_asks_for_another(case, backend, device):
     """torch's own groups carry foreach and fused. They do not unpin ours."""
     params, theirs = case.parameters(device), case.parameters(device)
@@ -220,7 +229,7 @@ def test_pinned_backend_survives_a_checkpoint_that_asks_for_another(case, backen
     assert {bucket.backend for bucket in to.explain(opt) if bucket.elements} == {backend}
 
 
-@each_case
+@each_kind
 def test_loading_copies_groups_and_leaves_the_dict_alone(case, device):
     params, fresh = case.parameters(device), case.parameters(device)
     opt, other = ours(case, params), ours(case, fresh)
@@ -236,7 +245,7 @@ def test_loading_copies_groups_and_leaves_the_dict_alone(case, device):
     assert_same_states(other.state_dict(), kept)
 
 
-@each_case
+@each_kind
 def test_group_keys_of_the_users_own_travel(case, device):
     params = case.parameters(device)
     opt = ours(case, [{"params": params[:2], "name": "encoder"}, {"params": params[2:], "name": "decoder", "rank": 4}])
@@ -248,7 +257,7 @@ def test_group_keys_of_the_users_own_travel(case, device):
     assert other.param_groups[1]["rank"] == 4
 
 
-@each_case
+@each_kind
 def test_parameters_without_state_stay_without(case, device):
     params, fresh = case.parameters(device), case.parameters(device)
     opt, other = ours(case, params), ours(case, fresh)
@@ -259,7 +268,7 @@ def test_parameters_without_state_stay_without(case, device):
     assert sorted(other.state_dict()["state"]) == ([0, 1, 2, 3] if start else [1, 3])
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_layout_of_the_state_survives(case, backend, device):
     """Channels-last moments read as contiguous would be moments of other elements."""
 
@@ -294,7 +303,7 @@ def awkward(shape, dtype, seed):
     return tensor
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("p_dtype", DTYPES)
 @pytest.mark.parametrize("s_dtype", DTYPES)
 def test_every_state_is_restored_in_its_own_dtype_bit_for_bit(case, p_dtype, s_dtype, device):
@@ -313,7 +322,7 @@ def test_every_state_is_restored_in_its_own_dtype_bit_for_bit(case, p_dtype, s_d
         assert_same_states(other.state_dict(), saved)
 
 
-@each_case
+@each_kind
 @pytest.mark.parametrize("p_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
 def test_codes_of_a_state_stay_integers(case, p_dtype, dtype, device):
@@ -335,7 +344,7 @@ HALVES = [pair for pair in DTYPE_PAIRS if pair[0] != pair[1] and pair[1].itemsiz
 # The interpreter is slow, and a compilation takes seconds: the conversions are the same for every rule.
 RESUMED = [
     pytest.param(case, pinned, *pair, marks=marks, id="-".join([case.name, pinned, *(str(d)[6:] for d in pair)]))
-    for case in CASES
+    for case in KINDS
     for pinned, pairs, marks in (
         ("eager", DTYPE_PAIRS if case.on_every_backend else MIXED, ()),
         ("triton", HALVES + MIXED[:1] if case is ADAMW else MIXED if case.on_every_backend else [], TRITON),
@@ -374,7 +383,7 @@ def test_training_resumes_bit_for_bit_with_states_of_another_dtype(case, pinned,
 # Old and foreign forms of what we keep
 
 
-@each_case_and_backend
+@each_kind_and_backend
 def test_checkpoint_without_the_newer_group_keys(case, backend, device):
     params, theirs = case.parameters(device), case.parameters(device)
     opt, torchs = ours(case, params, backend), peer(case, theirs)
@@ -552,7 +561,7 @@ def dcp():
 
 
 # It makes dense gradients.
-each_dense_and_backend = rows_and_backends(*(case for case in CASES if not case.sparse))
+each_dense_and_backend = rows_and_backends(*(case for case in KINDS if not case.sparse))
 
 
 def model(case, device):

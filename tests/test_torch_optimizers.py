@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import assert_same, backward, train
-from table import CASES, NUMBERS, Case, each_case, rows
+from table import CASES, NUMBERS, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
 from torch.testing._internal.common_optimizers import optim_db
@@ -159,7 +159,7 @@ def test_old_checkpoints_load(case: Case) -> None:
     assert_same(case, resumed, optimizer, rtol=0, atol=0)
 
 
-@each_case
+@each_peer
 def test_rosenbrock_and_a_quadratic_go_down(case: Case) -> None:
     def rosenbrock(x: Tensor, y: Tensor) -> Tensor:
         return (1 - x) ** 2 + 100 * (y - x**2) ** 2

@@ -1,0 +1,251 @@
+"""Sharded parameters that need communication: two processes over gloo, which are started once for the module."""
+
+import copy
+import datetime
+import math
+import os
+import queue
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from sharding import sharded, step
+from table import CASES, KINDS, rows, rows_and_backends
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn import Parameter
+
+import triton_optim as to
+
+
+def serve(rank, path, tasks, results):
+    """What a rank does: run functions of this module by name, until there are no more."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120)
+    )
+    mesh = init_device_mesh("cpu", (2,))
+    while (task := tasks.get()) is not None:
+        name, arguments = task
+        try:
+            torch.manual_seed(0)
+            results.put((None, globals()[name](mesh, *arguments)))
+        except Exception:
+            results.put((traceback.format_exc(), None))
+            break
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """Two processes over gloo, on the CPU; started anew after a failure."""
+
+    def __init__(self, folder):
+        self.folder, self.started, self.processes = folder, 0, []
+
+    def start(self):
+        context = torch.multiprocessing.get_context("spawn")
+        self.started += 1
+        self.tasks, self.results = ([context.Queue() for _ in range(2)] for _ in range(2))
+        path = self.folder / f"store-{self.started}"
+        self.processes = [
+            context.Process(target=serve, args=(rank, path, self.tasks[rank], self.results[rank]), daemon=True)
+            for rank in range(2)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, *arguments):
+        """What both ranks return for ``function(mesh, *arguments)``."""
+        if not self.processes:
+            self.start()
+        for tasks in self.tasks:
+            tasks.put((function.__name__, arguments))
+        answers = [self.answer(rank, since=time.monotonic()) for rank in range(2)]
+        if any(error for error, _ in answers):
+            self.stop()
+            pytest.fail("\n".join(f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers)))
+        return [answer for _, answer in answers]
+
+    def answer(self, rank, since):
+        """(why there is no answer or None, the answer)."""
+        while time.monotonic() < since + 180:
+            alive = self.processes[rank].is_alive()
+            try:
+                return self.results[rank].get(timeout=1)
+            except queue.Empty:
+                if not alive:
+                    return f"died with exit code {self.processes[rank].exitcode}", None
+        return "no answer in 180 s: the ranks wait for each other", None
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    before = {name: os.environ.get(name) for name in ("TRITON_INTERPRET", "GLOO_SOCKET_IFNAME")}
+    os.environ["TRITON_INTERPRET"] = "1"  # the tensors lie on the CPU, whatever else the machine has
+    if os.path.exists("/sys/class/net/lo"):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name may not resolve
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    try:
+        ranks.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    yield ranks
+    for tasks in ranks.tasks:
+        tasks.put(None)
+    for process in ranks.processes:
+        process.join(timeout=20)
+    ranks.stop()
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+
+def fully_sharded(mesh):
+    """5 rows are 3 and 2 on the ranks, 1 row is 1 and 0."""
+    net = network()
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def train(net, opt, steps, rank=None):
+    """Mean squares over a batch for each of `steps`, or over a rank's half of it."""
+    for k in steps:
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(k))
+        x = x if rank is None else x.chunk(2)[rank]
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+
+
+def whole(opt, net):
+    """Full parameters and states, by name."""
+    found = {}
+    for name, p in net.named_parameters():
+        for key, t in {"p": p, **opt.state[p]}.items():
+            t = t.detach()
+            found[name, key] = (t.full_tensor() if isinstance(t, DTensor) else t).tolist()
+    return found
+
+
+def fsdp(mesh, name, backend):
+    """After 4 steps: fully sharded on two ranks, and on one."""
+    net, twin = fully_sharded(mesh), network()
+    sort = to.muon_param_groups if name == "Muon" else torch.nn.Module.parameters
+    opt, twin_opt = (getattr(to, name)(sort(each), lr=0.05, backend=backend) for each in (net, twin))
+    train(net, opt, range(4), mesh.get_local_rank())
+    train(twin, twin_opt, range(4))
+    elements = sum(bucket.elements for bucket in to.explain(opt))
+    return whole(opt, net), whole(twin_opt, twin), elements
+
+
+@rows_and_backends(*(case for case in KINDS if case.elementwise and not case.sparse))
+def test_fully_sharded_training_is_unsharded_training(case, ranks, backend):
+    agree(ranks.run(fsdp, case.name, backend))
+
+
+# What comes before the rule is the same in front of every backend.
+@rows(*(case for case in CASES if not case.elementwise))
+def test_whole_matrices_of_fully_sharded_parameters(case, ranks):
+    agree(ranks.run(fsdp, case.name, "eager"))
+
+
+def agree(runs):
+    first, second = runs
+    assert first[0] == second[0]
+    assert (first[2], second[2]) == (9 + 3 + 5 + 1, 6 + 2)
+    for key, expected in first[1].items():
+        # Gradients are means of two halves instead of one mean, and rounding is passed on from step to step.
+        np.testing.assert_allclose(first[0][key], expected, rtol=1e-4, atol=1e-5, err_msg=str(key))
+
+
+def partial_gradients(mesh, backend):
+    rank = mesh.get_local_rank()
+    results = []
+    for placement in (Replicate(), Shard(0)):
+        p = Parameter(sharded(torch.zeros(3, 2), mesh, [placement]))
+        opt = to.SGD([p], lr=1.0, backend=backend)
+        for k in range(2):
+            # Without the sum each rank would go its own way: 1 + 2 in the first step, 10 times that in the second.
+            g = DTensor.from_local(torch.full((3, 2), (rank + 1) * 10.0**k), mesh, [Partial()], run_check=False)
+            step(opt, [p], [g])
+        results.append(p.detach().full_tensor().tolist())
+    return results
+
+
+def test_partial_gradients_are_summed(ranks, backend):
+    for results in ranks.run(partial_gradients, backend):
+        assert results == [[[-33.0] * 2] * 3] * 2
+
+
+def infinite_norms(mesh):
+    """The largest magnitude, with a NaN on the first rank, on the second, on none."""
+    norms = []
+    for bad in (0, 1, None):
+        own = torch.full((2,), 1.0 + mesh.get_local_rank())
+        if bad == mesh.get_local_rank():
+            own[1] = math.nan
+        p = Parameter(DTensor.from_local(torch.zeros_like(own), mesh, [Shard(0)], run_check=False))
+        p.grad = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
+        norms.append(to.clip_grad_norm_([p], 1e9, math.inf).item())
+    return norms
+
+
+def test_a_nan_on_one_rank_is_in_the_largest_magnitude(ranks):
+    for norms in ranks.run(infinite_norms):
+        np.testing.assert_array_equal(norms, [math.nan, math.nan, 2.0])
+
+
+def checkpoint(mesh, backend, folder, full):
+    """Train 2 steps, save, and 2 more; load into another model and optimizer, and train these for the last 2."""
+    rank, options = mesh.get_local_rank(), StateDictOptions(full_state_dict=full)
+    net, again = fully_sharded(mesh), fully_sharded(mesh)
+    opt, opt_again = to.AdamW(net.parameters(), lr=0.05, backend=backend), to.AdamW(again.parameters(), backend=backend)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.add_(1)
+    train(net, opt, range(2), rank)
+    saved = whole(opt, net)
+    model_state, opt_state = get_state_dict(net, opt, options=options)
+    if full:
+        model_state, opt_state = copy.deepcopy((model_state, opt_state))  # else it would train on
+    else:
+        save({"model": model_state, "opt": opt_state}, checkpoint_id=folder)
+        model_state, opt_state = get_state_dict(again, opt_again, options=options)
+        load({"model": model_state, "opt": opt_state}, checkpoint_id=folder)
+    train(net, opt, range(2, 4), rank)
+    set_state_dict(again, opt_again, model_state_dict=model_state, optim_state_dict=opt_state, options=options)
+    loaded = whole(opt_again, again)
+    placed = [
+        isinstance(t, DTensor) and t.placements == p.placements
+        for p in again.parameters()
+        for key, t in opt_again.state[p].items()
+        if key != "step"
+    ]
+    train(again, opt_again, range(2, 4), rank)
+    return saved, loaded, placed, opt_again.param_groups[0]["lr"], whole(opt, net), whole(opt_again, again)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
+def test_checkpoint_round_trip(full, ranks, backend, tmp_path):
+    for saved, loaded, placed, lr, straight, resumed in ranks.run(checkpoint, backend, str(tmp_path), full):
+        assert loaded == saved
+        assert all(placed)
+        assert len(placed) == 8
+        assert lr == 0.05
+        assert resumed == straight
