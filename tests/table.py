@@ -1,7 +1,8 @@
 """One row an optimizer: all that the tests need to know of it. Adding an optimizer is adding its row.
 
-The reference of one that torch has is in references.py, where it is compared with torch's. Of any other it stands here,
-above the rows, as references.py says how; the row has steps worked out by hand to compare it with.
+The reference of one that torch has is in references.py, where it is compared with torch's. Of any other it is in
+references_more.py or here, above the rows, as references.py says how; the row has steps worked out by hand to compare
+it with.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import references
+import references_more as more
 import torch
 from conftest import BACKENDS
+from reference_peer import NUMBERS as NUMBERS
 from reference_peer import peer_of
 from references_matrix import adafactor, muon
 from references_runner import reference
@@ -23,9 +26,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
-
-# The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu"}
 
 
 class ByHand(NamedTuple):
@@ -144,6 +144,12 @@ def lion(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
 
 
 LION = {"lr": 0.1, "betas": (0.9, 0.5), "weight_decay": 0.5}
+ADAN = {"lr": 0.1, "betas": (0.5, 0.5, 0.75), "eps": 1.0, "weight_decay": 5.0}
+HALVES = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.5}
+# With these, of the gradients 2 and then 4 the first moments of Adam are 1 and 0.5 + 2, the second ones 1 and 0.75 + 4.
+MEAN, ROOT = 2.5 / 0.75, (4.75 / (1 - 0.75**2)) ** 0.5  # of the second step, corrected; of the first both are 2
+ADEMAMIX = {**HALVES, "betas": (0.5, 0.75, 0.75)}
+SIGNUM = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.5}
 
 CASES = [
     Case(
@@ -199,6 +205,33 @@ CASES = [
             ByHand({}, [1.0, -1.0], {"p": 1.0, "exp_avg": -1e-4}),
         ),
         minimizes={"lr": 0.02},
+    ),
+    Case(
+        triton_optim.Adan,
+        more.adan,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95), "maximize": True},
+            "decay first": {"weight_decay": 0.1, "no_prox": True},
+        },
+        by_hand=(
+            # m = 1, v = 0, n = 1, corrected 2, 0 and 4: p = (1 - 0.1 * 2 / (2 + 1)) / (1 + 0.1 * 5)
+            ByHand(ADAN, [2.0], {"p": 14 / 22.5, "exp_avg": 1.0, "exp_avg_diff": 0.0, "exp_avg_sq": 1.0}),
+            # d = 2: m = 0.5 + 2, v = 0.5 * 2, n = 0.75 * 1 + 0.25 * (4 + 0.5 * 2)^2 = 7, corrected 10/3, 4/3 and 16
+            ByHand(
+                ADAN,
+                [2.0, 4.0],
+                {
+                    "p": (14 / 22.5 - 0.1 * (10 / 3 + 0.5 * 4 / 3) / (16**0.5 + 1)) / 1.5,
+                    "exp_avg": 2.5,
+                    "exp_avg_diff": 1.0,
+                    "exp_avg_sq": 7.0,
+                    "previous_grad": 4.0,
+                },
+            ),
+            ByHand(ADAN | {"no_prox": True}, [2.0], {"p": 0.5 - 0.2 / 3}),
+        ),
+        minimizes={"lr": 0.2, "betas": (0.9, 0.9, 0.99)},
     ),
     Case(
         triton_optim.Adadelta,

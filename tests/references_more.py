@@ -1,0 +1,42 @@
+"""The references of optimizers that torch lacks and whose update is elementwise, each written from its paper.
+
+references.py says how they are called. table.py has steps of each that were worked out by hand.
+"""
+
+import numpy as np
+from references_runner import reference
+
+
+def average(state, name, beta, new):
+    """A state that is an exponential moving average from 0 on."""
+    state[name] = beta * state.get(name, 0) + (1 - beta) * new
+    return state[name]
+
+
+def decayed(p, factor):
+    """A factor times the parameter. 0 leaves no trace of it, though 0 * Inf would be NaN."""
+    return factor * p if factor != 0 else 0
+
+
+@reference
+def adan(p, g, state, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False):
+    """Xie et al. 2022, Algorithm 1, with the authors' bias corrections. Its betas are 1 less these."""
+    b1, b2, b3 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    diff = g - state["previous_grad"] if "previous_grad" in state else np.zeros_like(g)
+    state["previous_grad"] = g
+    m = average(state, "exp_avg", b1, g) / (1 - b1**t)
+    v = average(state, "exp_avg_diff", b2, diff) / (1 - b2**t)
+    n = average(state, "exp_avg_sq", b3, (g + b2 * diff) ** 2) / (1 - b3**t)
+    update = lr * (m + b2 * v) / (np.sqrt(n) + eps)
+    if no_prox:
+        return p - decayed(p, lr * weight_decay) - update
+    return (p - update) / (1 + lr * weight_decay)
+
+
+def warm(start, end, t, warmup):
+    """The beta of a mean whose half-life, ln(1/2) / ln(beta), grows linearly in so many steps."""
+    if warmup is None or t >= warmup:
+        return end
+    done = t / warmup
+    return np.exp(np.log(start) * np.log(end) / ((1 - done) * np.log(end) + done * np.log(start)))
