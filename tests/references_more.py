@@ -40,3 +40,18 @@ def warm(start, end, t, warmup):
         return end
     done = t / warmup
     return np.exp(np.log(start) * np.log(end) / ((1 - done) * np.log(end) + done * np.log(start)))
+
+
+@reference
+def ademamix(
+    p, g, state, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None, eps=1e-8,
+    weight_decay=0.0,
+):  # fmt: skip
+    """Pagliardini et al. 2024, Algorithm 1, with the schedules of its section 3."""
+    b1, b2, b3 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    alpha = alpha if alpha_warmup is None else alpha * min(t / alpha_warmup, 1)
+    fast = average(state, "exp_avg_fast", b1, g) / (1 - b1**t)
+    slow = average(state, "exp_avg_slow", warm(b1, b3, t, beta3_warmup), g)
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    return p - lr * ((fast + alpha * slow) / (np.sqrt(v) + eps) + decayed(p, weight_decay))

@@ -234,6 +234,35 @@ CASES = [
         minimizes={"lr": 0.2, "betas": (0.9, 0.9, 0.99)},
     ),
     Case(
+        triton_optim.AdEMAMix,
+        more.ademamix,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9, 0.99), "alpha": 5.0, "maximize": True},
+            "warm-up": {"lr": 1e-2, "alpha": 8.0, "beta3_warmup": 7, "alpha_warmup": 4},
+        },
+        by_hand=(
+            # The slow mean is 0.25 * 2, then 0.75 * 0.5 + 0.25 * 4, not corrected.
+            ByHand(ADEMAMIX, [2.0], {"p": 1 - 0.1 * (3 / 3 + 0.5), "exp_avg_slow": 0.5, "exp_avg_fast": 1.0}),
+            ByHand(
+                ADEMAMIX,
+                [2.0, 4.0],
+                {
+                    "p": 0.85 - 0.1 * ((MEAN + 2 * 1.375) / (ROOT + 1) + 0.5 * 0.85),
+                    "exp_avg_slow": 1.375,
+                    "exp_avg_sq": 4.75,
+                },
+            ),
+            # Half-lives of 1 and 3: in the first of two steps it is 2. alpha is half of 2.
+            ByHand(
+                {**HALVES, "betas": (0.5, 0.75, 0.5 ** (1 / 3)), "beta3_warmup": 2, "alpha_warmup": 2},
+                [2.0],
+                {"p": 0.95 - 0.1 * (2 + 2 * (1 - 0.5**0.5)) / 3, "exp_avg_slow": 2 * (1 - 0.5**0.5)},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99, 0.95)},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

@@ -12,6 +12,7 @@ from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
 from .optimizers.adan import Adan
+from .optimizers.ademamix import AdEMAMix
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
@@ -35,6 +36,7 @@ __all__ = [
     "ASGD",
     "LBFGS",
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adafactor",
     "Adagrad",
