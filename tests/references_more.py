@@ -55,3 +55,24 @@ def ademamix(
     slow = average(state, "exp_avg_slow", warm(b1, b3, t, beta3_warmup), g)
     v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
     return p - lr * ((fast + alpha * slow) / (np.sqrt(v) + eps) + decayed(p, weight_decay))
+
+
+@reference
+def simplified_ademamix(
+    p, g, state, lr=1e-3, betas=(0.99, 0.95), alpha=0.0, beta1_warmup=None, eps=1e-8, weight_decay=0.0, min_beta1=0.9,
+    bias_correction1=False, bias_correction2=True,
+):  # fmt: skip
+    """Morwani et al. 2025, Algorithm 1, with the authors' warm-up and corrections: each divides by a sum of weights."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    b1 = warm(min_beta1, b1, t, beta1_warmup)
+    m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + g
+    weights = state["num_sum"] = b1 * state.get("num_sum", 0) + 1
+    v = average(state, "exp_avg_sq", b2, g**2)
+    of_v = 1 - b2**t
+    update = (alpha * g + m) / (np.sqrt(v) + eps * np.sqrt(of_v))
+    if bias_correction1:
+        update = update / weights
+    if bias_correction2:
+        update = update * np.sqrt(of_v)
+    return p - lr * (update + decayed(p, weight_decay))

@@ -263,6 +263,36 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99, 0.95)},
     ),
     Case(
+        triton_optim.SimplifiedAdEMAMix,
+        more.simplified_ademamix,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "alpha": 2.0, "maximize": True},
+            "warm-up": {"beta1_warmup": 5, "bias_correction1": True, "bias_correction2": False},
+        },
+        by_hand=(
+            # m = 2, then 1 + 4.
+            ByHand({**HALVES, "alpha": 1.0}, [2.0], {"p": 0.95 - 0.1 * 4 / 3, "exp_avg": 2.0, "num_sum": 1.0}),
+            ByHand(
+                {**HALVES, "alpha": 1.0},
+                [2.0, 4.0],
+                {"p": (0.95 - 0.4 / 3) * 0.95 - 0.1 * 9 / (ROOT + 1), "exp_avg": 5.0, "num_sum": 1.5},
+            ),
+            ByHand(
+                {**HALVES, "alpha": 1.0, "bias_correction1": True, "bias_correction2": False},
+                [2.0, 4.0],
+                {"p": (0.95 - 0.1 * 4 / 1.5) * 0.95 - 0.1 * 9 / 1.5 / (4.75**0.5 + (7 / 16) ** 0.5)},
+            ),
+            # A half-life of 1 that becomes 3 in two steps: 2 in the first, and 3 in the second.
+            ByHand(
+                {"betas": (0.5 ** (1 / 3), 0.75), "min_beta1": 0.5, "beta1_warmup": 2, "lr": 0.0},
+                [2.0, 4.0],
+                {"exp_avg": 2 * 0.5 ** (1 / 3) + 4},
+            ),
+        ),
+        minimizes={"lr": 0.02, "betas": (0.9, 0.99)},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

@@ -12,7 +12,7 @@ from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
 from .optimizers.adan import Adan
-from .optimizers.ademamix import AdEMAMix
+from .optimizers.ademamix import AdEMAMix, SimplifiedAdEMAMix
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
@@ -56,6 +56,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "SimplifiedAdEMAMix",
     "SparseAdam",
     "Variant",
     "clip_grad_norm_",

@@ -111,6 +111,119 @@ class AdEMAMix(RuleOptimizer):
         )
 
 
+class SimplifiedAdEMAMix(RuleOptimizer):
+    r"""Simplified AdEMAMix: the gradient and one long running sum of it, over the root of the second moment.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= (1 - \gamma\lambda) p_{t-1}
+            - \gamma \frac{\alpha g_t + m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    :math:`m` is a sum, about :math:`1 / (1 - \beta_1)` times a mean: so much smaller is :math:`\gamma` than AdamW's.
+    ``bias_correction1`` divides by the sum of the weights in :math:`m_t`; without ``bias_correction2`` the quotient is
+    divided by :math:`\sqrt{1 - \beta_2^t}`. With a warm-up, :math:`\beta_1` rises from ``min_beta1`` as
+    :class:`AdEMAMix`'s :math:`\beta_3`.
+
+    State of a parameter: ``step`` and ``num_sum``, the sum of the weights in :math:`m` (0-dim float32), ``exp_avg``
+    :math:`m`, ``exp_avg_sq`` :math:`v`.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
+        alpha: :math:`\alpha \ge 0`, the weight of the gradient.
+        beta1_warmup: the steps in which :math:`\beta_1` rises; None for none.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`.
+        min_beta1: where :math:`\beta_1` rises from, in [0, 1).
+        bias_correction1: correct the numerator.
+        bias_correction2: correct the denominator.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = triton_optim.SimplifiedAdEMAMix([p], lr=0.25, backend="eager")
+        >>> p.sum().backward()
+        >>> optimizer.step()
+        >>> p.data
+        tensor([0.7500, 0.7500])
+
+    Source: Morwani et al. 2025, Algorithm 1, https://arxiv.org/abs/2502.02431; the warm-up and the choice of bias
+    corrections are of the authors' code.
+    """
+
+    rule = simplified_ademamix
+    state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative = ("exp_avg_sq",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.99, 0.95),
+        alpha: float = 0.0,
+        beta1_warmup: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        min_beta1: float = 0.9,
+        bias_correction1: bool = False,
+        bias_correction2: bool = True,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "alpha": alpha,
+            "beta1_warmup": beta1_warmup,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "min_beta1": min_beta1,
+            "bias_correction1": bias_correction1,
+            "bias_correction2": bias_correction2,
+        }
+        super().__init__(params, defaults, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("epsilon value", group["eps"], 0.0)
+        check_betas(group["betas"])
+        check_range("alpha value", group["alpha"], 0.0)
+        check_warmup("beta1_warmup", group["beta1_warmup"])
+        check_range("min_beta1 value", group["min_beta1"], 0.0, 1.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+
+    def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
+        return {"num_sum": 0.0}
+
+    def update_scalar_state(  # type: ignore[override]
+        self, group: dict[str, Any], step: Any, *, num_sum: Any
+    ) -> dict[str, Any]:
+        beta1 = warm_beta(group["min_beta1"], group["betas"][0], step, group["beta1_warmup"])
+        return {"num_sum": beta1 * num_sum + 1}
+
+    def scalars(  # type: ignore[override]
+        self, group: dict[str, Any], step: Any, *, num_sum: Any
+    ) -> SimplifiedAdEMAMixScalars:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        beta1 = warm_beta(group["min_beta1"], beta1, step, group["beta1_warmup"])
+        correction = (1 - beta2**step) ** -0.5
+        size = lr / (beta1 * num_sum + 1) if group["bias_correction1"] else lr
+        return SimplifiedAdEMAMixScalars(
+            keep=1 - lr * group["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            one_minus_beta2=1 - beta2,
+            alpha=group["alpha"],
+            step_size=size if group["bias_correction2"] else size * correction,
+            correction=correction,
+            eps=group["eps"],
+        )
+
+
 def check_warmup(name: str, steps: Any) -> None:
     """Raise ValueError unless it is None or a number of steps."""
     if steps is not None and not steps >= 0:
