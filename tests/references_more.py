@@ -76,3 +76,24 @@ def simplified_ademamix(
     if bias_correction2:
         update = update * np.sqrt(of_v)
     return p - lr * (update + decayed(p, weight_decay))
+
+
+@reference
+def adopt(
+    p, g, state, lr=1e-3, betas=(0.9, 0.9999), eps=1e-6, clip_exp=0.25, weight_decay=0.0, decoupled_weight_decay=False
+):
+    """Taniguchi et al. 2024, Algorithm 2; the bound and both decays as in the authors' code."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    if not decoupled_weight_decay:
+        g = g + decayed(p, weight_decay)
+    if t == 1:
+        state["exp_avg"], state["exp_avg_sq"] = np.zeros_like(g), g**2
+        return p
+    update = g / np.maximum(np.sqrt(state["exp_avg_sq"]), eps)
+    if clip_exp is not None:
+        bound = p.dtype.type(t - 1) ** clip_exp
+        update = np.clip(update, -bound, bound)
+    m = average(state, "exp_avg", b1, update)
+    average(state, "exp_avg_sq", b2, g**2)
+    return p - (decayed(p, lr * weight_decay) if decoupled_weight_decay else 0) - lr * m

@@ -293,6 +293,28 @@ CASES = [
         minimizes={"lr": 0.02, "betas": (0.9, 0.99)},
     ),
     Case(
+        triton_optim.ADOPT,
+        more.adopt,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
+            "decoupled": {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "eps": 0.5},
+            "not clipped": {"lr": 1e-2, "clip_exp": None, "betas": (0.8, 0.95)},
+        },
+        by_hand=(
+            # The first step sets v = 4; then 8 / 2 is clipped to 1 and 100 / sqrt(19) to 2^0.25.
+            ByHand({**HALVES, "weight_decay": 0}, [2.0], {"p": 1.0, "exp_avg": 0.0, "exp_avg_sq": 4.0}),
+            ByHand({**HALVES, "weight_decay": 0}, [2.0, 1.0], {"p": 0.975, "exp_avg": 0.25, "exp_avg_sq": 3.25}),
+            ByHand({**HALVES, "weight_decay": 0}, [2.0, -8.0], {"p": 1.05, "exp_avg": -0.5, "exp_avg_sq": 19.0}),
+            ByHand({**HALVES, "weight_decay": 0}, [2.0, 8.0, 100.0], {"exp_avg": 0.25 + 0.5 * 2**0.25}),
+            ByHand({**HALVES, "weight_decay": 0, "clip_exp": None}, [2.0, 8.0], {"exp_avg": 2.0}),
+            # g = 2 + 0.5, then 1 + 0.5
+            ByHand(HALVES, [2.0, 1.0], {"p": 1 - 0.1 * 0.5 * 1.5 / 2.5, "exp_avg_sq": 0.75 * 6.25 + 0.25 * 2.25}),
+            ByHand({**HALVES, "decoupled_weight_decay": True}, [2.0, 1.0], {"p": 0.95 - 0.025, "exp_avg_sq": 3.25}),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

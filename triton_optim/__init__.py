@@ -13,6 +13,7 @@ from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
 from .optimizers.adan import Adan
 from .optimizers.ademamix import AdEMAMix, SimplifiedAdEMAMix
+from .optimizers.adopt import ADOPT
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
@@ -33,6 +34,7 @@ from .training.gradient_release import GradientRelease, enable_gradient_release
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADOPT",
     "ASGD",
     "LBFGS",
     "SGD",
