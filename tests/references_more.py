@@ -97,3 +97,13 @@ def adopt(
     m = average(state, "exp_avg", b1, update)
     average(state, "exp_avg_sq", b2, g**2)
     return p - (decayed(p, lr * weight_decay) if decoupled_weight_decay else 0) - lr * m
+
+
+@reference
+def nadamw(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+    """Dahl et al. 2023, AlgoPerf's NAdamW: AdamW with a Nesterov step on the first moment."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    m = b1 * average(state, "exp_avg", b1, g) + (1 - b1) * g
+    v = average(state, "exp_avg_sq", b2, g**2)
+    return p - lr * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + decayed(p, weight_decay))

@@ -315,6 +315,21 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
     ),
     Case(
+        triton_optim.NAdamW,
+        more.nadamw,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},
+        by_hand=(
+            # 0.5 * 1 + 0.5 * 2 = 1.5, corrected 3; then 0.5 * 2.5 + 0.5 * 4 = 3.25, over 0.75
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 3 / 3, "exp_avg": 1.0, "exp_avg_sq": 1.0}),
+            ByHand(
+                HALVES,
+                [2.0, 4.0],
+                {"p": 0.85 * 0.95 - 0.1 * 3.25 / 0.75 / (ROOT + 1), "exp_avg": 2.5, "exp_avg_sq": 4.75},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

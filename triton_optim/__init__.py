@@ -20,6 +20,7 @@ from .optimizers.closure.nonlinear_cg import NonlinearCG
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
+from .optimizers.nadamw import NAdamW
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
@@ -52,6 +53,7 @@ __all__ = [
     "MemoryReport",
     "Muon",
     "NAdam",
+    "NAdamW",
     "NonlinearCG",
     "Options",
     "RAdam",
