@@ -107,3 +107,15 @@ def nadamw(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2
     m = b1 * average(state, "exp_avg", b1, g) + (1 - b1) * g
     v = average(state, "exp_avg_sq", b2, g**2)
     return p - lr * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + decayed(p, weight_decay))
+
+
+@reference
+def laprop(p, g, state, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0):
+    """Ziyin et al. 2020, Algorithm 1; as in the authors' code lr is in the mean, and the decay comes last."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    m = average(state, "exp_avg", b1, lr * g / (np.sqrt(v) + eps))
+    c = average(state, "exp_avg_lr", b1, lr)
+    p = p - (m * (lr / c) if lr != 0 else 0 * m)
+    return p - decayed(p, lr * weight_decay)

@@ -330,6 +330,25 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
     Case(
+        triton_optim.LaProp,
+        more.laprop,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},
+        by_hand=(
+            # 2 / (2 + 1) enters the mean with lr 0.1, and 4 / (ROOT + 1) with lr 0.2; that of lr is 0.05, then 0.125.
+            ByHand(HALVES, [2.0], {"p": (1 - 0.1 * 2 / 3) * 0.95, "exp_avg": 0.1 / 3, "exp_avg_lr": 0.05}),
+            ByHand(
+                {**HALVES, "lr": lambda index: (0.1, 0.2)[index]},
+                [2.0, 4.0],
+                {
+                    "p": ((1 - 0.2 / 3) * 0.95 - 0.2 / 0.125 * (0.05 / 3 + 0.1 * 4 / (ROOT + 1))) * 0.9,
+                    "exp_avg": 0.05 / 3 + 0.1 * 4 / (ROOT + 1),
+                    "exp_avg_lr": 0.125,
+                },
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

@@ -17,6 +17,7 @@ from .optimizers.adopt import ADOPT
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
+from .optimizers.laprop import LaProp
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
@@ -49,6 +50,7 @@ __all__ = [
     "Adan",
     "GradScaler",
     "GradientRelease",
+    "LaProp",
     "Lion",
     "MemoryReport",
     "Muon",
