@@ -119,3 +119,18 @@ def laprop(p, g, state, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0
     c = average(state, "exp_avg_lr", b1, lr)
     p = p - (m * (lr / c) if lr != 0 else 0 * m)
     return p - decayed(p, lr * weight_decay)
+
+
+@reference
+def adabelief(
+    p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-16, weight_decay=0.0, decoupled_weight_decay=True
+):  # fmt: skip
+    """Zhuang et al. 2020, Algorithm 2: eps is added to the variance that is kept, and to its root."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    decay = decayed(p, weight_decay)
+    if not decoupled_weight_decay:
+        g, decay = g + decay, 0
+    m = average(state, "exp_avg", b1, g)
+    s = state["exp_avg_var"] = average(state, "exp_avg_var", b2, (g - m) ** 2) + eps
+    return p - lr * (m / (1 - b1**t) / (np.sqrt(s / (1 - b2**t)) + eps) + decay)

@@ -349,6 +349,34 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
     ),
     Case(
+        triton_optim.AdaBelief,
+        more.adabelief,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-8, "maximize": True},
+            "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False, "eps": 1e-4},
+        },
+        by_hand=(
+            # s = 0.25 * (2 - 1)^2 + 1, then 0.75 * 1.25 + 0.25 * (4 - 2.5)^2 + 1
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 2 / (5**0.5 + 1), "exp_avg": 1.0, "exp_avg_var": 1.25}),
+            ByHand(
+                HALVES,
+                [2.0, 4.0],
+                {
+                    "p": (0.95 - 0.2 / (5**0.5 + 1)) * 0.95 - 0.1 * MEAN / ((40 / 7) ** 0.5 + 1),
+                    "exp_avg_var": 2.5,
+                },
+            ),
+            # g = 2 + 0.5
+            ByHand(
+                {**HALVES, "decoupled_weight_decay": False},
+                [2.0],
+                {"p": 1 - 0.1 * 2.5 / ((1.25**2 + 4) ** 0.5 + 1), "exp_avg": 1.25},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

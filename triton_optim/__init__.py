@@ -6,6 +6,7 @@ from .core.explain import explain
 from .core.foreign import convert_state_dict
 from .core.memory import MemoryReport, memory_report
 from .core.optimizer import RuleOptimizer
+from .optimizers.adabelief import AdaBelief
 from .optimizers.adadelta import Adadelta
 from .optimizers.adafactor import Adafactor
 from .optimizers.adagrad import Adagrad
@@ -41,6 +42,7 @@ __all__ = [
     "LBFGS",
     "SGD",
     "AdEMAMix",
+    "AdaBelief",
     "Adadelta",
     "Adafactor",
     "Adagrad",
