@@ -134,3 +134,15 @@ def adabelief(
     m = average(state, "exp_avg", b1, g)
     s = state["exp_avg_var"] = average(state, "exp_avg_var", b2, (g - m) ** 2) + eps
     return p - lr * (m / (1 - b1**t) / (np.sqrt(s / (1 - b2**t)) + eps) + decay)
+
+
+def sign(x):
+    """As torch.sign, 0 of NaN."""
+    return np.where(np.isnan(x), 0, np.sign(x))
+
+
+@reference
+def signum(p, g, state, lr=1e-3, momentum=0.9, weight_decay=0.0):
+    """Bernstein et al. 2018, Algorithm 2, and Algorithm 1 without momentum; the decay is AdamW's."""
+    m = average(state, "exp_avg", momentum, g) if momentum != 0 else g
+    return p - lr * (sign(m) + decayed(p, weight_decay))

@@ -377,6 +377,26 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
     ),
     Case(
+        triton_optim.Signum,
+        more.signum,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.5, "maximize": True},
+            "signSGD": {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.0},
+        },
+        by_hand=(
+            # m = 1, -1, 0, then -1.5, 0, 0.
+            ByHand(SIGNUM, [[2.0, -2.0, 0.0]], {"p": [0.85, 1.05, 0.95], "exp_avg": [1.0, -1.0, 0.0]}),
+            ByHand(
+                SIGNUM,
+                [[2.0, -2.0, 0.0], [-4.0, 1.0, 0.0]],
+                {"p": [0.9075, 0.9975, 0.9025], "exp_avg": [-1.5, 0.0, 0.0]},
+            ),
+            ByHand({**SIGNUM, "momentum": 0.0}, [[2.0, 0.0], [-0.5, 0.5]], {"p": [0.9075, 0.8025]}),
+        ),
+        minimizes={"lr": 0.02},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

@@ -27,6 +27,7 @@ from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
+from .optimizers.signum import Signum
 from .optimizers.sparse_adam import SparseAdam
 from .options import Options
 from .spec import Variant
@@ -64,6 +65,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "Signum",
     "SimplifiedAdEMAMix",
     "SparseAdam",
     "Variant",
