@@ -146,3 +146,10 @@ def signum(p, g, state, lr=1e-3, momentum=0.9, weight_decay=0.0):
     """Bernstein et al. 2018, Algorithm 2, and Algorithm 1 without momentum; the decay is AdamW's."""
     m = average(state, "exp_avg", momentum, g) if momentum != 0 else g
     return p - lr * (sign(m) + decayed(p, weight_decay))
+
+
+@reference
+def tiger(p, g, state, lr=1e-3, beta=0.965, weight_decay=1e-2):
+    """Su 2023, https://github.com/bojone/tiger, with one learning rate for all."""
+    m = average(state, "exp_avg", beta, g)
+    return p - lr * (sign(m) + decayed(p, weight_decay))

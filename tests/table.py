@@ -397,6 +397,17 @@ CASES = [
         minimizes={"lr": 0.02},
     ),
     Case(
+        triton_optim.Tiger,
+        more.tiger,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "beta": 0.5, "maximize": True}},
+        by_hand=(
+            ByHand({"lr": 0.1, "beta": 0.75, "weight_decay": 0.5}, [2.0], {"p": 0.85, "exp_avg": 0.5}),
+            # m = 0.375 - 0.25 is positive yet.
+            ByHand({"lr": 0.1, "beta": 0.75, "weight_decay": 0.5}, [2.0, -1.0], {"p": 0.7075, "exp_avg": 0.125}),
+        ),
+        minimizes={"lr": 0.02, "beta": 0.9, "weight_decay": 0.0},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

@@ -27,7 +27,7 @@ from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
-from .optimizers.signum import Signum
+from .optimizers.signum import Signum, Tiger
 from .optimizers.sparse_adam import SparseAdam
 from .options import Options
 from .spec import Variant
@@ -68,6 +68,7 @@ __all__ = [
     "Signum",
     "SimplifiedAdEMAMix",
     "SparseAdam",
+    "Tiger",
     "Variant",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -73,6 +73,61 @@ class Signum(RuleOptimizer):
         return signum_scalars(group["lr"], group["momentum"], group["weight_decay"])
 
 
+class Tiger(RuleOptimizer):
+    r"""Tiger: the sign of the momentum, with decoupled weight decay; :class:`Signum` with other defaults.
+
+    .. math::
+        m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad
+        p_t = p_{t-1} - \gamma (\operatorname{sign}(m_t) + \lambda p_{t-1})
+
+    State of a parameter: ``exp_avg`` :math:`m`. As torch.sign, the sign of NaN is 0.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        beta: :math:`\beta` in [0, 1).
+        weight_decay: :math:`\lambda \ge 0`.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = triton_optim.Tiger([p], lr=0.25, weight_decay=0.0, backend="eager")
+        >>> p.sum().backward()
+        >>> optimizer.step()
+        >>> p.data
+        tensor([0.7500, 0.7500])
+
+    Source: Su 2023, https://github.com/bojone/tiger, whose factors of the learning rate by the name of a parameter are
+    for groups to give.
+    """
+
+    rule = signum
+    state_names = ("exp_avg",)
+    counts_steps = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        beta: float = 0.965,
+        weight_decay: float = 1e-2,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay}, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_range("beta value", group["beta"], 0.0, 1.0)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> SignumScalars:
+        return signum_scalars(group["lr"], group["beta"], group["weight_decay"])
+
+
 def signum_scalars(lr: Any, beta: Any, weight_decay: Any) -> SignumScalars:
     """What the rules take."""
     return SignumScalars(lr=lr, keep=1 - lr * weight_decay, beta=beta, one_minus_beta=1 - beta)
