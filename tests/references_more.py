@@ -153,3 +153,14 @@ def tiger(p, g, state, lr=1e-3, beta=0.965, weight_decay=1e-2):
     """Su 2023, https://github.com/bojone/tiger, with one learning rate for all."""
     m = average(state, "exp_avg", beta, g)
     return p - lr * (sign(m) + decayed(p, weight_decay))
+
+
+@reference
+def grams(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
+    """Cao et al. 2024, Algorithm 1: Adam's update with the signs of the gradient."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    m = average(state, "exp_avg", b1, g) / (1 - b1**t)
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    update = sign(g) * np.abs(m / (np.sqrt(v) + eps))
+    return p - lr * (update + decayed(p, weight_decay))

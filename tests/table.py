@@ -408,6 +408,21 @@ CASES = [
         minimizes={"lr": 0.02, "beta": 0.9, "weight_decay": 0.0},
     ),
     Case(
+        triton_optim.Grams,
+        more.grams,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},
+        by_hand=(
+            # m = 1, then 0.25, over 0.75; v = 1, then 0.75 + 0.0625, over 7/16. The sign is that of -0.5.
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 2 / 3, "exp_avg": 1.0, "exp_avg_sq": 1.0}),
+            ByHand(
+                HALVES,
+                [2.0, -0.5],
+                {"p": (0.95 - 0.2 / 3) * 0.95 + 0.1 / 3 / ((13 / 7) ** 0.5 + 1), "exp_avg": 0.25},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

@@ -18,6 +18,7 @@ from .optimizers.adopt import ADOPT
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
+from .optimizers.grams import Grams
 from .optimizers.laprop import LaProp
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
@@ -53,6 +54,7 @@ __all__ = [
     "Adan",
     "GradScaler",
     "GradientRelease",
+    "Grams",
     "LaProp",
     "Lion",
     "MemoryReport",
