@@ -164,3 +164,14 @@ def grams(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
     v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
     update = sign(g) * np.abs(m / (np.sqrt(v) + eps))
     return p - lr * (update + decayed(p, weight_decay))
+
+
+@reference
+def adamc(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, max_lr=None):
+    """Defazio 2025, Algorithm 1. Without max_lr it is for a learning rate that does not change."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    m = average(state, "exp_avg", b1, g) / (1 - b1**t)
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    decay = decayed(p, lr / (lr if max_lr is None else max_lr) * weight_decay)
+    return p - lr * (m / (np.sqrt(v) + eps) + decay)

@@ -423,6 +423,27 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
     ),
     Case(
+        triton_optim.AdamC,
+        more.adamc,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "max_lr": 0.05, "maximize": True},
+        },
+        by_hand=(
+            # The decay is 0.1 * 0.1 / 0.4 * 2 = 0.05.
+            ByHand({**HALVES, "weight_decay": 2.0, "max_lr": 0.4}, [2.0], {"p": 0.95 - 0.1 * 2 / 3, "exp_avg": 1.0}),
+            ByHand(
+                {**HALVES, "weight_decay": 2.0, "max_lr": 0.4},
+                [2.0, 4.0],
+                {"p": (0.95 - 0.2 / 3) * 0.95 - 0.1 * MEAN / (ROOT + 1), "exp_avg": 2.5, "exp_avg_sq": 4.75},
+            ),
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 2 / 3}),
+        ),
+        still={"lr": 0.0, "weight_decay": 0.0, "max_lr": 1e-3},  # one of 0 is refused
+        settings={"lr": 1e-2, "weight_decay": 0.1, "max_lr": 2e-2},
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
         triton_optim.Adadelta,
         references.adadelta,
         {"default": {}, "decay": {"lr": 0.1, "rho": 0.8, "weight_decay": 0.1, "maximize": True}},

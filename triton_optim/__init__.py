@@ -12,6 +12,7 @@ from .optimizers.adafactor import Adafactor
 from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
+from .optimizers.adamc import AdamC
 from .optimizers.adan import Adan
 from .optimizers.ademamix import AdEMAMix, SimplifiedAdEMAMix
 from .optimizers.adopt import ADOPT
@@ -49,6 +50,7 @@ __all__ = [
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamC",
     "AdamW",
     "Adamax",
     "Adan",
