@@ -149,6 +149,7 @@ HALVES = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.5}
 # With these, of the gradients 2 and then 4 the first moments of Adam are 1 and 0.5 + 2, the second ones 1 and 0.75 + 4.
 MEAN, ROOT = 2.5 / 0.75, (4.75 / (1 - 0.75**2)) ** 0.5  # of the second step, corrected; of the first both are 2
 ADEMAMIX = {**HALVES, "betas": (0.5, 0.75, 0.75)}
+SOPHIA = {"lr": 0.1, "betas": (0.5, 0.75), "rho": 0.1, "bs": 2, "weight_decay": 0.5}
 SIGNUM = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.5}
 
 CASES = [
@@ -442,6 +443,22 @@ CASES = [
         still={"lr": 0.0, "weight_decay": 0.0, "max_lr": 1e-3},  # one of 0 is refused
         settings={"lr": 1e-2, "weight_decay": 0.1, "max_lr": 2e-2},
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.SophiaG,
+        more.sophia,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True},
+        },
+        by_hand=(
+            ByHand(SOPHIA, [2.0], {"p": 0.85, "exp_avg": 1.0, "hessian": 0.0}),
+            # h = 0.25 * 36 = 9; then m = 0.5 * 2 = 1, over 0.1 * 2 * 9
+            ByHand(
+                SOPHIA | {"estimating": lambda index: index == 0}, [6.0, 2.0], {"p": 0.95 - 0.1 / 1.8, "hessian": 9.0}
+            ),
+        ),
+        minimizes={"lr": 0.02, "weight_decay": 0.0},
     ),
     Case(
         triton_optim.Adadelta,

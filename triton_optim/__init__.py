@@ -30,6 +30,7 @@ from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
 from .optimizers.signum import Signum, Tiger
+from .optimizers.sophia import SophiaG
 from .optimizers.sparse_adam import SparseAdam
 from .options import Options
 from .spec import Variant
@@ -71,6 +72,7 @@ __all__ = [
     "RuleOptimizer",
     "Signum",
     "SimplifiedAdEMAMix",
+    "SophiaG",
     "SparseAdam",
     "Tiger",
     "Variant",
