@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The states that are numbers, in torch's names; all others are tensors that belong to elements.
+NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr"}
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
@@ -49,11 +51,12 @@ def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
 
 
 def step_of(reference: Any, p: Tensor, g: np.ndarray, state: dict[str, Any], h: dict[str, Any]) -> None:
-    """One step of one parameter. The count is an int to the reference, and a float32 tensor in the state."""
-    arrays = {name: int(value) if name == "step" else array(value) for name, value in state.items()}
+    """One step of one parameter. A number is one to the reference, the count an int, and a tensor in the state."""
+    arrays = {name: number(value) if name in NUMBERS else array(value) for name, value in state.items()}
+    arrays |= {name: int(value) for name, value in arrays.items() if name == "step"}
     with np.errstate(all="ignore"):
         new = reference.__wrapped__(array(p), g, arrays, **h)
-    new, kept = tensor(new, p), {n: torch.tensor(float(v)) if n == "step" else tensor(v, p) for n, v in arrays.items()}
+    new, kept = tensor(new, p), {n: torch.tensor(float(v)) if n in NUMBERS else tensor(v, p) for n, v in arrays.items()}
     p.copy_(new)
     for name, value in kept.items():  # where it lies, as torch does: another parameter may have the same
         own = state.setdefault(name, value)

@@ -1,7 +1,8 @@
 """One row an optimizer: all that the tests need to know of it. Adding an optimizer is adding its row.
 
-The reference of one that torch has is in references.py, where it is compared with torch's. Of any other it stands here,
-above the rows, as references.py says how; the row has steps worked out by hand to compare it with.
+The reference of one that torch has is in references.py, where it is compared with torch's. Of any other it is in
+references_more.py or here, above the rows, as references.py says how; the row has steps worked out by hand to compare
+it with.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import references
+import references_more as more
 import torch
 from conftest import BACKENDS
+from reference_peer import NUMBERS as NUMBERS
 from reference_peer import peer_of
 from references_matrix import adafactor, muon
 from references_measured import LAMB_BY_HAND, lamb
@@ -25,9 +28,6 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.spec import Update
-
-# The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu"}
 
 
 class ByHand(NamedTuple):
@@ -146,6 +146,13 @@ def lion(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
 
 
 LION = {"lr": 0.1, "betas": (0.9, 0.5), "weight_decay": 0.5}
+ADAN = {"lr": 0.1, "betas": (0.5, 0.5, 0.75), "eps": 1.0, "weight_decay": 5.0}
+HALVES = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.5}
+# With these, of the gradients 2 and then 4 the first moments of Adam are 1 and 0.5 + 2, the second ones 1 and 0.75 + 4.
+MEAN, ROOT = 2.5 / 0.75, (4.75 / (1 - 0.75**2)) ** 0.5  # of the second step, corrected; of the first both are 2
+ADEMAMIX = {**HALVES, "betas": (0.5, 0.75, 0.75)}
+SOPHIA = {"lr": 0.1, "betas": (0.5, 0.75), "rho": 0.1, "bs": 2, "weight_decay": 0.5}
+SIGNUM = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.5}
 
 CASES = [
     Case(
@@ -201,6 +208,259 @@ CASES = [
             ByHand({}, [1.0, -1.0], {"p": 1.0, "exp_avg": -1e-4}),
         ),
         minimizes={"lr": 0.02},
+    ),
+    Case(
+        triton_optim.Adan,
+        more.adan,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95), "maximize": True},
+            "decay first": {"weight_decay": 0.1, "no_prox": True},
+        },
+        by_hand=(
+            # m = 1, v = 0, n = 1, corrected 2, 0 and 4: p = (1 - 0.1 * 2 / (2 + 1)) / (1 + 0.1 * 5)
+            ByHand(ADAN, [2.0], {"p": 14 / 22.5, "exp_avg": 1.0, "exp_avg_diff": 0.0, "exp_avg_sq": 1.0}),
+            # d = 2: m = 0.5 + 2, v = 0.5 * 2, n = 0.75 * 1 + 0.25 * (4 + 0.5 * 2)^2 = 7, corrected 10/3, 4/3 and 16
+            ByHand(
+                ADAN,
+                [2.0, 4.0],
+                {
+                    "p": (14 / 22.5 - 0.1 * (10 / 3 + 0.5 * 4 / 3) / (16**0.5 + 1)) / 1.5,
+                    "exp_avg": 2.5,
+                    "exp_avg_diff": 1.0,
+                    "exp_avg_sq": 7.0,
+                    "previous_grad": 4.0,
+                },
+            ),
+            ByHand(ADAN | {"no_prox": True}, [2.0], {"p": 0.5 - 0.2 / 3}),
+        ),
+        minimizes={"lr": 0.2, "betas": (0.9, 0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.AdEMAMix,
+        more.ademamix,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9, 0.99), "alpha": 5.0, "maximize": True},
+            "warm-up": {"lr": 1e-2, "alpha": 8.0, "beta3_warmup": 7, "alpha_warmup": 4},
+        },
+        by_hand=(
+            # The slow mean is 0.25 * 2, then 0.75 * 0.5 + 0.25 * 4, not corrected.
+            ByHand(ADEMAMIX, [2.0], {"p": 1 - 0.1 * (3 / 3 + 0.5), "exp_avg_slow": 0.5, "exp_avg_fast": 1.0}),
+            ByHand(
+                ADEMAMIX,
+                [2.0, 4.0],
+                {
+                    "p": 0.85 - 0.1 * ((MEAN + 2 * 1.375) / (ROOT + 1) + 0.5 * 0.85),
+                    "exp_avg_slow": 1.375,
+                    "exp_avg_sq": 4.75,
+                },
+            ),
+            # Half-lives of 1 and 3: in the first of two steps it is 2. alpha is half of 2.
+            ByHand(
+                {**HALVES, "betas": (0.5, 0.75, 0.5 ** (1 / 3)), "beta3_warmup": 2, "alpha_warmup": 2},
+                [2.0],
+                {"p": 0.95 - 0.1 * (2 + 2 * (1 - 0.5**0.5)) / 3, "exp_avg_slow": 2 * (1 - 0.5**0.5)},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99, 0.95)},
+    ),
+    Case(
+        triton_optim.SimplifiedAdEMAMix,
+        more.simplified_ademamix,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "alpha": 2.0, "maximize": True},
+            "warm-up": {"beta1_warmup": 5, "bias_correction1": True, "bias_correction2": False},
+        },
+        by_hand=(
+            # m = 2, then 1 + 4.
+            ByHand({**HALVES, "alpha": 1.0}, [2.0], {"p": 0.95 - 0.1 * 4 / 3, "exp_avg": 2.0, "num_sum": 1.0}),
+            ByHand(
+                {**HALVES, "alpha": 1.0},
+                [2.0, 4.0],
+                {"p": (0.95 - 0.4 / 3) * 0.95 - 0.1 * 9 / (ROOT + 1), "exp_avg": 5.0, "num_sum": 1.5},
+            ),
+            ByHand(
+                {**HALVES, "alpha": 1.0, "bias_correction1": True, "bias_correction2": False},
+                [2.0, 4.0],
+                {"p": (0.95 - 0.1 * 4 / 1.5) * 0.95 - 0.1 * 9 / 1.5 / (4.75**0.5 + (7 / 16) ** 0.5)},
+            ),
+            # A half-life of 1 that becomes 3 in two steps: 2 in the first, and 3 in the second.
+            ByHand(
+                {"betas": (0.5 ** (1 / 3), 0.75), "min_beta1": 0.5, "beta1_warmup": 2, "lr": 0.0},
+                [2.0, 4.0],
+                {"exp_avg": 2 * 0.5 ** (1 / 3) + 4},
+            ),
+        ),
+        minimizes={"lr": 0.02, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.ADOPT,
+        more.adopt,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
+            "decoupled": {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True, "eps": 0.5},
+            "not clipped": {"lr": 1e-2, "clip_exp": None, "betas": (0.8, 0.95)},
+        },
+        by_hand=(
+            # The first step sets v = 4; then 8 / 2 is clipped to 1 and 100 / sqrt(19) to 2^0.25.
+            ByHand({**HALVES, "weight_decay": 0}, [2.0], {"p": 1.0, "exp_avg": 0.0, "exp_avg_sq": 4.0}),
+            ByHand({**HALVES, "weight_decay": 0}, [2.0, 1.0], {"p": 0.975, "exp_avg": 0.25, "exp_avg_sq": 3.25}),
+            ByHand({**HALVES, "weight_decay": 0}, [2.0, -8.0], {"p": 1.05, "exp_avg": -0.5, "exp_avg_sq": 19.0}),
+            ByHand({**HALVES, "weight_decay": 0}, [2.0, 8.0, 100.0], {"exp_avg": 0.25 + 0.5 * 2**0.25}),
+            ByHand({**HALVES, "weight_decay": 0, "clip_exp": None}, [2.0, 8.0], {"exp_avg": 2.0}),
+            # g = 2 + 0.5, then 1 + 0.5
+            ByHand(HALVES, [2.0, 1.0], {"p": 1 - 0.1 * 0.5 * 1.5 / 2.5, "exp_avg_sq": 0.75 * 6.25 + 0.25 * 2.25}),
+            ByHand({**HALVES, "decoupled_weight_decay": True}, [2.0, 1.0], {"p": 0.95 - 0.025, "exp_avg_sq": 3.25}),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.NAdamW,
+        more.nadamw,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},
+        by_hand=(
+            # 0.5 * 1 + 0.5 * 2 = 1.5, corrected 3; then 0.5 * 2.5 + 0.5 * 4 = 3.25, over 0.75
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 3 / 3, "exp_avg": 1.0, "exp_avg_sq": 1.0}),
+            ByHand(
+                HALVES,
+                [2.0, 4.0],
+                {"p": 0.85 * 0.95 - 0.1 * 3.25 / 0.75 / (ROOT + 1), "exp_avg": 2.5, "exp_avg_sq": 4.75},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.LaProp,
+        more.laprop,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},
+        by_hand=(
+            # 2 / (2 + 1) enters the mean with lr 0.1, and 4 / (ROOT + 1) with lr 0.2; that of lr is 0.05, then 0.125.
+            ByHand(HALVES, [2.0], {"p": (1 - 0.1 * 2 / 3) * 0.95, "exp_avg": 0.1 / 3, "exp_avg_lr": 0.05}),
+            ByHand(
+                {**HALVES, "lr": lambda index: (0.1, 0.2)[index]},
+                [2.0, 4.0],
+                {
+                    "p": ((1 - 0.2 / 3) * 0.95 - 0.2 / 0.125 * (0.05 / 3 + 0.1 * 4 / (ROOT + 1))) * 0.9,
+                    "exp_avg": 0.05 / 3 + 0.1 * 4 / (ROOT + 1),
+                    "exp_avg_lr": 0.125,
+                },
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.AdaBelief,
+        more.adabelief,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-8, "maximize": True},
+            "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False, "eps": 1e-4},
+        },
+        by_hand=(
+            # s = 0.25 * (2 - 1)^2 + 1, then 0.75 * 1.25 + 0.25 * (4 - 2.5)^2 + 1
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 2 / (5**0.5 + 1), "exp_avg": 1.0, "exp_avg_var": 1.25}),
+            ByHand(
+                HALVES,
+                [2.0, 4.0],
+                {
+                    "p": (0.95 - 0.2 / (5**0.5 + 1)) * 0.95 - 0.1 * MEAN / ((40 / 7) ** 0.5 + 1),
+                    "exp_avg_var": 2.5,
+                },
+            ),
+            # g = 2 + 0.5
+            ByHand(
+                {**HALVES, "decoupled_weight_decay": False},
+                [2.0],
+                {"p": 1 - 0.1 * 2.5 / ((1.25**2 + 4) ** 0.5 + 1), "exp_avg": 1.25},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.Signum,
+        more.signum,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.5, "maximize": True},
+            "signSGD": {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.0},
+        },
+        by_hand=(
+            # m = 1, -1, 0, then -1.5, 0, 0.
+            ByHand(SIGNUM, [[2.0, -2.0, 0.0]], {"p": [0.85, 1.05, 0.95], "exp_avg": [1.0, -1.0, 0.0]}),
+            ByHand(
+                SIGNUM,
+                [[2.0, -2.0, 0.0], [-4.0, 1.0, 0.0]],
+                {"p": [0.9075, 0.9975, 0.9025], "exp_avg": [-1.5, 0.0, 0.0]},
+            ),
+            ByHand({**SIGNUM, "momentum": 0.0}, [[2.0, 0.0], [-0.5, 0.5]], {"p": [0.9075, 0.8025]}),
+        ),
+        minimizes={"lr": 0.02},
+    ),
+    Case(
+        triton_optim.Tiger,
+        more.tiger,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "beta": 0.5, "maximize": True}},
+        by_hand=(
+            ByHand({"lr": 0.1, "beta": 0.75, "weight_decay": 0.5}, [2.0], {"p": 0.85, "exp_avg": 0.5}),
+            # m = 0.375 - 0.25 is positive yet.
+            ByHand({"lr": 0.1, "beta": 0.75, "weight_decay": 0.5}, [2.0, -1.0], {"p": 0.7075, "exp_avg": 0.125}),
+        ),
+        minimizes={"lr": 0.02, "beta": 0.9, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.Grams,
+        more.grams,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},
+        by_hand=(
+            # m = 1, then 0.25, over 0.75; v = 1, then 0.75 + 0.0625, over 7/16. The sign is that of -0.5.
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 2 / 3, "exp_avg": 1.0, "exp_avg_sq": 1.0}),
+            ByHand(
+                HALVES,
+                [2.0, -0.5],
+                {"p": (0.95 - 0.2 / 3) * 0.95 + 0.1 / 3 / ((13 / 7) ** 0.5 + 1), "exp_avg": 0.25},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.AdamC,
+        more.adamc,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "max_lr": 0.05, "maximize": True},
+        },
+        by_hand=(
+            # The decay is 0.1 * 0.1 / 0.4 * 2 = 0.05.
+            ByHand({**HALVES, "weight_decay": 2.0, "max_lr": 0.4}, [2.0], {"p": 0.95 - 0.1 * 2 / 3, "exp_avg": 1.0}),
+            ByHand(
+                {**HALVES, "weight_decay": 2.0, "max_lr": 0.4},
+                [2.0, 4.0],
+                {"p": (0.95 - 0.2 / 3) * 0.95 - 0.1 * MEAN / (ROOT + 1), "exp_avg": 2.5, "exp_avg_sq": 4.75},
+            ),
+            ByHand(HALVES, [2.0], {"p": 0.95 - 0.1 * 2 / 3}),
+        ),
+        still={"lr": 0.0, "weight_decay": 0.0, "max_lr": 1e-3},  # one of 0 is refused
+        settings={"lr": 1e-2, "weight_decay": 0.1, "max_lr": 2e-2},
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.SophiaG,
+        more.sophia,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True},
+        },
+        by_hand=(
+            ByHand(SOPHIA, [2.0], {"p": 0.85, "exp_avg": 1.0, "hessian": 0.0}),
+            # h = 0.25 * 36 = 9; then m = 0.5 * 2 = 1, over 0.1 * 2 * 9
+            ByHand(
+                SOPHIA | {"estimating": lambda index: index == 0}, [6.0, 2.0], {"p": 0.95 - 0.1 / 1.8, "hessian": 9.0}
+            ),
+        ),
+        minimizes={"lr": 0.02, "weight_decay": 0.0},
     ),
     Case(
         triton_optim.Adadelta,

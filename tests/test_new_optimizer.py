@@ -34,13 +34,13 @@ USE = """
 import pickle, torch, triton_optim
 from triton_optim import *
 from triton_optim.registry import rule_optimizers
-assert rule_optimizers()["adan"] is Adan is triton_optim.Adan
+assert rule_optimizers()["yogi"] is Yogi is triton_optim.Yogi
 p = torch.nn.Parameter(torch.ones(2))
-optimizer = Adan([p])
+optimizer = Yogi([p])
 p.grad = torch.ones(2)
 optimizer.step()
-assert type(pickle.loads(pickle.dumps(optimizer))) is Adan
-print(triton_optim.__file__, triton_optim.kernels.rules.adan.__file__)
+assert type(pickle.loads(pickle.dumps(optimizer))) is Yogi
+print(triton_optim.__file__, triton_optim.kernels.rules.yogi.__file__)
 """
 
 
@@ -56,7 +56,7 @@ def test_what_is_derived_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derived, "defined", lambda: found | {".optimizers.zeta": ["Zeta", "Beta"]})
     assert "from .optimizers.zeta import Beta, Zeta\n" in derived.exports(text)
     assert '    "Beta",\n' in derived.exports(text)
-    assert "`Adam`, `Adamax`, `AdamW`, `ASGD`, `Beta`," in derived.readme(readme)
+    assert "`ASGD`, `Beta`," in derived.readme(readme)
     assert "`Zeta`.\n" in derived.readme(readme)
 
 
@@ -81,7 +81,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     above, after = table.split("\nCASES = [\n")
     row, reference = PIECES.pop("tests/table.py, in CASES"), PIECES.pop("tests/table.py, above CASES")
     (root / "tests" / "table.py").write_text(f"{above}\n{reference}\nCASES = [\n{row}{after}")
-    assert list(PIECES) == ["kernels/rules/adan.py", "triton_optim/optimizers/adan.py"]
+    assert list(PIECES) == ["kernels/rules/yogi.py", "triton_optim/optimizers/yogi.py"]
     for path, text in PIECES.items():
         (root / path).write_text(text)
     return root
@@ -99,13 +99,13 @@ def test_a_rule_a_class_and_a_row_are_enough(copy: Path) -> None:
     assert run(copy, "tests/derived.py") == "written: __init__.py, README.md\n"
     assert run(copy, "-c", USE).split() == [
         f"{copy}/triton_optim/__init__.py",
-        f"{copy}/triton_optim/kernels/rules/adan.py",
+        f"{copy}/triton_optim/kernels/rules/yogi.py",
     ]
     tests = [f"tests/test_{name}" for name in (*RUN, *WHOLE)]
-    chosen = "(Adan and not (compiled or triton or float16)) or floors or nothing_derived"
+    chosen = "(Yogi and not (compiled or triton or float16)) or floors or nothing_derived"
     out = run(copy, "-m", "pytest", "-n0", "-v", "-p", "no:cacheprovider", *tests, "-k", chosen)
     passed = re.findall(r"^tests/test_(\S+) PASSED", out, re.M)
     for name in RUN:
-        assert [test for test in passed if test.startswith(name) and "Adan" in test], name
+        assert [test for test in passed if test.startswith(name) and "Yogi" in test], name
     for backend in ("eager", "cpp"):
-        assert [test for test in passed if "states_match" in test and f"{backend}-Adan-decay" in test], backend
+        assert [test for test in passed if "states_match" in test and f"{backend}-Yogi-decay" in test], backend

@@ -6,22 +6,32 @@ from .core.explain import explain
 from .core.foreign import convert_state_dict
 from .core.memory import MemoryReport, memory_report
 from .core.optimizer import RuleOptimizer
+from .optimizers.adabelief import AdaBelief
 from .optimizers.adadelta import Adadelta
 from .optimizers.adafactor import Adafactor
 from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
+from .optimizers.adamc import AdamC
+from .optimizers.adan import Adan
+from .optimizers.ademamix import AdEMAMix, SimplifiedAdEMAMix
+from .optimizers.adopt import ADOPT
 from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
+from .optimizers.grams import Grams
 from .optimizers.lamb import LAMB
+from .optimizers.laprop import LaProp
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
+from .optimizers.nadamw import NAdamW
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
+from .optimizers.signum import Signum, Tiger
+from .optimizers.sophia import SophiaG
 from .optimizers.sparse_adam import SparseAdam
 from .options import Options
 from .spec import Variant
@@ -32,29 +42,41 @@ from .training.gradient_release import GradientRelease, enable_gradient_release
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADOPT",
     "ASGD",
     "LAMB",
     "LBFGS",
     "SGD",
+    "AdEMAMix",
+    "AdaBelief",
     "Adadelta",
     "Adafactor",
     "Adagrad",
     "Adam",
+    "AdamC",
     "AdamW",
     "Adamax",
+    "Adan",
     "GradScaler",
     "GradientRelease",
+    "Grams",
+    "LaProp",
     "Lion",
     "MemoryReport",
     "Muon",
     "NAdam",
+    "NAdamW",
     "NonlinearCG",
     "Options",
     "RAdam",
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "Signum",
+    "SimplifiedAdEMAMix",
+    "SophiaG",
     "SparseAdam",
+    "Tiger",
     "Variant",
     "clip_grad_norm_",
     "clip_grad_value_",

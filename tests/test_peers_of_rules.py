@@ -1,0 +1,84 @@
+"""The optimizers that torch lacks against the packages that have them right, where these are installed.
+
+Each walks 300 steps in float64 under a schedule. What other packages have wrong is not here: of ADOPT and Simplified
+AdEMAMix there is none in pytorch_optimizer to compare with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import triton_optim as to
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages' own
+STEPS = 300
+KOZ, TIMM = "pytorch_optimizer", "timm.optim"
+HOW = {KOZ: 'pip install -e ".[peers]"', TIMM: "pip install timm"}
+DECOUPLED = {"weight_decouple": True}
+# Ours, the package and its class, options of ours, options of theirs.
+PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
+    ("Adan", KOZ, "Adan", {}, {"weight_decouple": False}),  # which it calls the proximal one
+    ("AdEMAMix", KOZ, "AdEMAMix", {"alpha": 5.0}, {"alpha": 5.0, **DECOUPLED}),
+    (
+        "AdEMAMix",
+        KOZ,
+        "AdEMAMix",
+        {"alpha": 5.0, "alpha_warmup": 200, "beta3_warmup": 200},
+        {"alpha": 5.0, "t_alpha_beta3": 200, **DECOUPLED},
+    ),
+    ("AdaBelief", KOZ, "AdaBelief", {}, {"rectify": False}),
+    ("Signum", KOZ, "SignSGD", {}, {}),
+    ("Signum", KOZ, "SignSGD", {"momentum": 0.0}, {"momentum": 0.0}),
+    ("Tiger", KOZ, "Tiger", {}, {}),
+    ("Grams", KOZ, "Grams", {}, {}),
+    ("Adan", TIMM, "Adan", {}, {}),
+    ("Adan", TIMM, "Adan", {"no_prox": True}, {"no_prox": True}),
+    ("ADOPT", TIMM, "Adopt", {}, {"clip_exp": 0.25}),
+    ("ADOPT", TIMM, "Adopt", {"decoupled_weight_decay": True}, {"clip_exp": 0.25, "decoupled": True}),
+    ("NAdamW", TIMM, "NAdamW", {}, {}),
+    ("LaProp", TIMM, "LaProp", {}, {}),
+    ("AdaBelief", TIMM, "AdaBelief", {"decoupled_weight_decay": False}, {"rectify": False, "decoupled_decay": False}),
+    ("AdamC", TIMM, "AdamWLegacy", {}, {"corrected_weight_decay": True}),
+]
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """Of torch's default dtype are states that are numbers."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "their_name", "own", "theirs"),
+    PAIRS,
+    ids=[f"{name}-{package}-{'-'.join(own)}" for name, package, _, own, _ in PAIRS],
+)
+def test_of_300_steps_the_results_are_the_same(
+    name: str, package: str, their_name: str, own: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    pytest.importorskip(package.partition(".")[0], reason=f"{package} is not installed: {HOW[package]}")
+    random = torch.Generator().manual_seed(0)
+    ours = [Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (5,))]
+    others = [Parameter(p.detach().clone()) for p in ours]
+    shared = {"lr": 0.01, "weight_decay": 0.1}
+    optimizers = [
+        getattr(to, name)(ours, **shared, **own, backend="eager"),
+        getattr(importlib.import_module(package), their_name)(others, **shared, **theirs),
+    ]
+    for step in range(STEPS):
+        for p, q in zip(ours, others, strict=True):
+            p.grad = 0.3 * p.detach() + torch.randn(p.shape, generator=random)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.01 * min((step + 1) / 50, 1) * (1 - step / 400)
+            optimizer.step()
+    for p, q in zip(ours, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
