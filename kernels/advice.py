@@ -12,7 +12,7 @@ IN_SCALARS = "it is of scalars alone. Form it in scalars(), in float64"
 DTYPE = "values have one dtype, float32, or float64 for float64 parameters. Leave it out"
 # What to write instead of other words, by their names.
 INSTEAD = {
-    **dict.fromkeys(("clamp", "clip", "clamp_"), "Write minimum(maximum(x, low), high)"),
+    **dict.fromkeys(("clip", "clamp_"), "Write clamp(x, low, high), imported from triton_optim.kernels.words"),
     **dict.fromkeys(("max", "amax", "fmax"), "Of two values write maximum(x, y)"),
     **dict.fromkeys(("min", "amin", "fmin"), "Of two values write minimum(x, y)"),
     **dict.fromkeys(("sum", "mean", "norm", "cumsum", "reduce", "argmax", "argmin", "sort", "std", "var"), OF_ALL),
@@ -21,11 +21,10 @@ INSTEAD = {
     **dict.fromkeys(("load", "store", "program_id", "arange", "shape"), "a rule is on values; it has no addresses"),
     **dict.fromkeys(("rand", "randn", "randint"), "nothing is random in a rule"),
     **dict.fromkeys(("zeros", "zeros_like", "full", "full_like", "ones_like"), "Write the number"),
-    **dict.fromkeys(("pow", "float_power"), "Write x * x for a square, sqrt(x) for a root, else exp(y * log(x))"),
+    **dict.fromkeys(("pow", "float_power"), "Write x**2 for a square, sqrt(x) for a root, else exp(y * log(x))"),
     **dict.fromkeys(("print", "device_print", "assert", "device_assert", "static_assert"), "a rule only computes"),
-    "rsqrt": "Write 1 / sqrt(x)",
     "reciprocal": "Write 1 / x",
-    "square": "Write x * x",
+    "square": "Write x**2",
     "lerp": "Write x + weight * (y - x)",
     "fma": "Write x * y + z",
     "div_rn": "Write x / y",

@@ -13,6 +13,21 @@ from .advice import BRANCH, STATEMENTS
 PLAIN = (bool, int, float, str, types.NoneType)  # what is decided before anything runs
 
 
+def shared_out(targets: Sequence[ast.expr], values: tuple[Any, ...]) -> list[tuple[ast.expr, Any]] | None:
+    """Which target is given which value, or, after a star, which values; None if they are not as many."""
+    stars = [i for i, target in enumerate(targets) if isinstance(target, ast.Starred)]
+    rest = len(values) - len(targets) + 1  # for the star
+    if (not stars and len(targets) != len(values)) or (stars and rest < 0):
+        return None
+    if not stars:
+        return list(zip(targets, values, strict=True))
+    (at,) = stars  # Python allows one
+    star = targets[at]
+    assert isinstance(star, ast.Starred)
+    shares: list[Any] = [*values[:at], values[at : at + rest], *values[at + rest :]]
+    return list(zip([*targets[:at], star.value, *targets[at + 1 :]], shares, strict=True))
+
+
 class Statements(ABC):
     """One call of a function.
 
@@ -75,13 +90,15 @@ class Statements(ABC):
         """Give a name a value, or several of a tuple."""
         if isinstance(target, ast.Name):
             self.names[target.id] = self.kept(target.id, value)
-        elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, tuple) and len(target.elts) == len(value):
-            # All of it first: `p, g = g, p`.
-            value = [self.kept(getattr(t, "id", "x"), v) for t, v in zip(target.elts, value, strict=True)]
-            for one, of_it in zip(target.elts, value, strict=True):
-                self.assign(one, of_it)
-        else:
+            return
+        shares = None
+        if isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, tuple):
+            shares = shared_out(target.elts, value)
+        if shares is None:
             self.refuse(target, "only names can be assigned to, or as many as there are values")
+        # All of it first: `p, g = g, p`.
+        for one, own in [(one, self.kept(getattr(one, "id", "x"), own)) for one, own in shares]:
+            self.assign(one, own)
 
     def decided(self, test: ast.expr, node: ast.AST) -> bool:
         """Whether a condition on numbers is true."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import linecache
 import types
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -101,6 +102,44 @@ def check_fields(rule: Any, h: Any) -> None:
             )
 
 
+def composed(wrapper: Any, base: Any, states: Sequence[str], own: Sequence[str] = ()) -> Any:
+    """A rule around another as one rule of straight lines.
+
+    Args:
+        wrapper: a ``@jit`` function ``wrapper(base, p, g, states, own, h)`` that calls ``base(p, g, *states, h)`` and
+            returns what its rule is to return. `states` and `own` are tuples: the states of the base and the wrapper's.
+        base: the rule that is wrapped.
+        states, own: the names of these states.
+
+    Example:
+        >>> import inspect
+        >>> from triton_optim.kernels.language import jit
+        >>> from triton_optim.kernels.source import python_function
+        >>> @jit
+        ... def descent(p, g, h):
+        ...     return (p - h.lr * g,)
+        >>> @jit
+        ... def halved(base, p, g, states, own, h):
+        ...     step, *states = base(0.0, g, *states, h)
+        ...     return p + 0.5 * step, *states
+        >>> print(inspect.getsource(python_function(composed(halved, descent, ()))))
+        def halved_descent(p, g, h):
+            step = 0.0 - h.lr * g
+            return (p + 0.5 * step,)
+        <BLANKLINE>
+    """
+    function = python_function(wrapper)
+    lines = Lines(function, ["p", "g", *states, *own, "h"])
+    p, g, *values = (Value(VALUE, ast.Name(name, ast.Load())) for name in lines.arguments[:-1])
+    walk = Walk(lines, function)
+    count = len(states)
+    given = (base, p, g, tuple(values[:count]), tuple(values[count:]), Scalars(lines.arguments[-1]))
+    found = walk.run(dict(zip(function.__code__.co_varnames, given, strict=False)))
+    made = finished(f"{function.__name__}_{python_function(base).__name__}", walk, found, len(values))
+    python_function(made).constants += constants_of(base)
+    return made
+
+
 def made_of(function: types.FunctionType) -> Any:
     """The function of the lines, by the name of the rule's."""
     tree, file, line = source_of(function)
@@ -115,24 +154,36 @@ def made_of(function: types.FunctionType) -> Any:
     walk = Walk(lines, function)
     roles = [Value(VALUE, ast.Name(name, ast.Load())) for name in lines.arguments[:-1]]
     found = walk.run(dict(zip(names, [*roles, Scalars(lines.arguments[-1])], strict=True)))
+    return finished(function.__name__, walk, found, len(names) - 3)
+
+
+def finished(name: str, walk: Walk, found: Any, states: int) -> Any:
+    """The function of the lines of a walk.
+
+    Args:
+        name: of the function.
+        found: what the walked function returned.
+        states: how many it takes.
+    """
+    lines, function = walk.lines, walk.function
     if not isinstance(found, tuple):
         walk.refuse(
-            walk.returned or tree,
-            f"it must return a tuple of p and its {len(names) - 3} states, or, as a measure, of what is to be summed",
+            walk.returned or walk.tree,
+            f"it must return a tuple of p and its {states} states, or, as a measure, of what is to be summed",
         )
     new = [lines.like(walk.number(x, walk.returned)).node for x in found]
     lines.lines.append(ast.Return(ast.Tuple(new, ast.Load())))
-    arguments = ast.arguments([], [ast.arg(name) for name in lines.arguments], None, [], [], None, [])
-    straightened = ast.FunctionDef(function.__name__, arguments, lines.lines, [], None, lineno=1, col_offset=0)
+    arguments = ast.arguments([], [ast.arg(argument) for argument in lines.arguments], None, [], [], None, [])
+    straightened = ast.FunctionDef(name, arguments, lines.lines, [], None, lineno=1, col_offset=0)
     straightened.type_params = []  # type: ignore[attr-defined]  # from Python 3.12 on
     text = ast.unparse(straightened) + "\n"
     # Triton and tracebacks read it there. Of an entry without a time nothing is looked for on disk.
-    file = f"<the rule {function.__name__}, {next(_numbers)}>"
+    file = f"<the rule {name}, {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    words: dict[str, Any] = {name: PRIMITIVES[name][0] for name in (*WORDS, "like")}
+    words: dict[str, Any] = {word: PRIMITIVES[word][0] for word in (*WORDS, "like")}
     scope: dict[str, Any] = {}
     exec(compile(text, file, "exec"), words, scope)
-    made = scope[function.__name__]
-    made.__module__, made.__qualname__ = function.__module__, function.__qualname__
+    made = scope[name]
+    made.__module__, made.__qualname__ = function.__module__, name
     made.fields, made.constants, made.returned = lines.fields, tuple(lines.constants.values()), len(new)
     return jit(made)

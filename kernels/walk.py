@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .advice import DTYPE, IN_SCALARS, INSTEAD, LOOP, OF_ALL, OPERATORS, STATEMENTS
@@ -14,8 +15,13 @@ from .lines import CONDITION, FLAG, ONE, SCALAR, VALUE, WORDS, ZERO, Constant, L
 from .operators import ARITHMETIC, COMPARISONS, OF_CONDITIONS, OF_CONSTANTS, UNARY
 from .source import RuleError, python_function, source_of
 from .statements import PLAIN, Statements
+from .words import COMPOSED
 
-ALLOWED = f"Rules may use + - * /, comparisons, & | ~ of these, {', '.join(WORDS)}, and @jit functions of all this."
+ALLOWED = (
+    f"Rules may use + - * /, whole powers, comparisons, & | ~ of these, {', '.join(WORDS)}, of "
+    f"triton_optim.kernels.words {', '.join(COMPOSED)}, and @jit functions of all this."
+)
+POWERS = 16  # the largest
 
 _OF_NUMBERS: dict[type, Callable[[Any, Any], Any]] = {
     kind: function for kind, (_, function) in (ARITHMETIC | OF_CONDITIONS).items()
@@ -60,13 +66,26 @@ class Walk(Statements):
         if isinstance(node, ast.Constant) and isinstance(node.value, PLAIN):
             return node.value
         if isinstance(node, (ast.Tuple, ast.List)):
-            return tuple(map(self.value, node.elts))
+            return self.values(node.elts)
         if isinstance(node, ast.IfExp):
             return self.value(node.body if self.decided(node.test, node) else node.orelse)
         walk = getattr(self, f"_{type(node).__name__.lower()}", None)
         if walk is None:
             self.refuse(node, STATEMENTS.get(type(node), ""))
         return walk(node)
+
+    def values(self, nodes: Sequence[ast.expr]) -> tuple[Any, ...]:
+        """What expressions stand for in a row; of ``*states`` each of them."""
+        found: list[Any] = []
+        for node in nodes:
+            if not isinstance(node, ast.Starred):
+                found.append(self.value(node))
+                continue
+            several = self.value(node.value)
+            if not isinstance(several, tuple):
+                self.refuse(node, "only of a tuple are there several")
+            found += several
+        return tuple(found)
 
     def number(self, x: Any, node: ast.AST | None) -> Value:
         """A value, scalar or constant as an operand."""
@@ -114,16 +133,36 @@ class Walk(Statements):
             if len(sides) < 2:
                 self.refuse(node, "only conditions are joined by & | ^, each in brackets: (g > 0) & (p > 0)")
             return Value(CONDITION, ast.BinOp(self.condition(sides[0]), node.op, self.condition(sides[1])))
+        if kind is ast.Pow and type(right) is int and isinstance(left, Value) and left.kind == VALUE:
+            return self.power(left, right, node)
         if kind not in ARITHMETIC:
             why = OPERATORS.get(kind, "")
             if kind is ast.Pow:
-                known = {2: "x * x", 3: "x * x * x", 0.5: "sqrt(x)", -0.5: "1 / sqrt(x)", -1: "1 / x"}
+                known = {2.0: "x**2", 3.0: "x**3", 0.5: "sqrt(x)", -0.5: "1 / sqrt(x)", -1.0: "1 / x"}
                 why = f"Write {known.get(right, 'exp(y * log(x))') if isinstance(right, PLAIN) else 'exp(y * log(x))'}"
             self.refuse(node, why)
         a, b = self.number(left, node.left), self.number(right, node.right)
         if a.kind == b.kind == SCALAR and kind is not ast.Mult:
             self.refuse(node, IN_SCALARS)
         return Value(VALUE if VALUE in (a.kind, b.kind) else SCALAR, ast.BinOp(a.node, node.op, b.node))
+
+    def power(self, x: Value, exponent: int, node: ast.AST) -> Value:
+        """A whole power: the product of squares of squares."""
+        if builtins.abs(exponent) > POWERS:
+            self.refuse(node, f"powers go from -{POWERS} to {POWERS}. Write exp({exponent} * log(x))")
+        square, product, left = self.lines.kept("x", x), None, builtins.abs(exponent)
+        while left:
+            if left % 2:
+                product = square if product is None else self.product(product, square)
+            left //= 2
+            square = self.lines.kept("x", self.product(square, square)) if left else square
+        if product is None:
+            return self.lines.like(ONE)
+        return product if exponent > 0 else Value(VALUE, ast.BinOp(ONE.node, ast.Div(), product.node))
+
+    def product(self, x: Value, y: Value) -> Value:
+        """One value times another."""
+        return Value(VALUE, ast.BinOp(x.node, ast.Mult(), y.node))
 
     def _unaryop(self, node: ast.UnaryOp) -> Any:
         x, kind = self.value(node.operand), type(node.op)
@@ -178,8 +217,9 @@ class Walk(Statements):
             return self.meant(function.__globals__[name], node, name, function.__globals__)
         if name in ("float", "int"):
             return {"float": float, "int": int}[name]
-        if name in WORDS:
-            self.refuse(node, f"Import it: from triton_optim.kernels.language import {name}")
+        if name in WORDS or name in COMPOSED:
+            module = "language" if name in WORDS else "words"
+            self.refuse(node, f"Import it: from triton_optim.kernels.{module} import {name}")
         builtins = function.__globals__.get("__builtins__", {})
         builtin = name in (builtins if isinstance(builtins, dict) else vars(builtins))
         self.refuse(node, INSTEAD.get(name, "" if builtin else "it is not defined"))
@@ -192,7 +232,7 @@ class Walk(Statements):
             return plain
         if isinstance(value, types.ModuleType):
             return value
-        for word in WORDS:
+        for word in (*WORDS, "like"):
             if value is PRIMITIVES[word][0] or (tl is not None and value is getattr(tl, word, None)):
                 return Word(word)
         function = getattr(value, "fn", value)
@@ -205,8 +245,9 @@ class Walk(Statements):
 
     def instead(self, name: str) -> str:
         """What to write instead of a call."""
-        own = f"Write {name}(x), imported from triton_optim.kernels.language"
-        return own if name in WORDS else INSTEAD.get(name, "")
+        module = "language" if name in WORDS else "words"
+        own = f"Write {name}(x), imported from triton_optim.kernels.{module}"
+        return own if name in WORDS or name in COMPOSED else INSTEAD.get(name, "")
 
     def _attribute(self, node: ast.Attribute) -> Any:
         of, name = self.value(node.value), node.attr
@@ -216,6 +257,8 @@ class Walk(Statements):
         if isinstance(of, types.ModuleType):
             if of is tl and name in WORDS:
                 return Word(name)
+            if of is tl and name in COMPOSED:
+                return COMPOSED[name]
             if hasattr(of, name):
                 return self.meant(getattr(of, name), node, name, vars(of))
         self.refuse(node, self.instead(name))
@@ -234,9 +277,9 @@ class Walk(Statements):
 
     def _call(self, node: ast.Call) -> Any:
         function = self.value(node.func)
-        if any(isinstance(x, ast.Starred) for x in node.args) or any(x.arg is None for x in node.keywords):
+        if any(x.arg is None for x in node.keywords):
             self.refuse(node, "Write each argument")
-        arguments = [self.value(argument) for argument in node.args]
+        arguments = [*self.values(node.args)]
         named = {str(argument.arg): self.value(argument.value) for argument in node.keywords}
         if isinstance(function, Word):
             if named or len(arguments) != PRIMITIVES[function.name][2].arguments:
@@ -268,6 +311,8 @@ class Walk(Statements):
             x, y = (self.number(x, at) for x, at in zip(arguments[1:], given[1:], strict=True))
             return lines.word(name, condition, x if VALUE in (x.kind, y.kind) else lines.like(x), y)
         numbers = [self.number(x, at) for x, at in zip(arguments, given, strict=True)]
+        if name == "like":
+            return lines.like(numbers[0])
         if all(x.kind == SCALAR for x in numbers):
             constant = all(isinstance(x, PLAIN) for x in arguments)
             self.refuse(node, "it is of numbers alone. Write its value" if constant else IN_SCALARS)
