@@ -37,9 +37,10 @@ class Word:
 
 @dataclass(frozen=True)
 class Scalars:
-    """What a rule knows as h."""
+    """What a rule knows as h; of a wrapper's, what the names begin with."""
 
     name: str
+    prefix: str = ""
 
 
 class Constant(NamedTuple):

@@ -102,14 +102,16 @@ def check_fields(rule: Any, h: Any) -> None:
             )
 
 
-def composed(wrapper: Any, base: Any, states: Sequence[str], own: Sequence[str] = ()) -> Any:
+def composed(wrapper: Any, base: Any, states: Sequence[str], own: Sequence[str] = (), prefix: str = "") -> Any:
     """A rule around another as one rule of straight lines.
 
     Args:
-        wrapper: a ``@jit`` function ``wrapper(base, p, g, states, own, h)`` that calls ``base(p, g, *states, h)`` and
-            returns what its rule is to return. `states` and `own` are tuples: the states of the base and the wrapper's.
+        wrapper: a ``@jit`` function ``wrapper(base, p, g, states, h, own, w)`` that calls ``base(p, g, *states, h)``
+            and returns what its rule is to return. `states` and `own` are tuples: the states of the base and the
+            wrapper's. `h` and `w` are their scalars.
         base: the rule that is wrapped.
         states, own: the names of these states.
+        prefix: what the names of the wrapper's scalars begin with among all.
 
     Example:
         >>> import inspect
@@ -119,7 +121,7 @@ def composed(wrapper: Any, base: Any, states: Sequence[str], own: Sequence[str] 
         ... def descent(p, g, h):
         ...     return (p - h.lr * g,)
         >>> @jit
-        ... def halved(base, p, g, states, own, h):
+        ... def halved(base, p, g, states, h, own, w):
         ...     step, *states = base(0.0, g, *states, h)
         ...     return p + 0.5 * step, *states
         >>> print(inspect.getsource(python_function(composed(halved, descent, ()))))
@@ -133,7 +135,8 @@ def composed(wrapper: Any, base: Any, states: Sequence[str], own: Sequence[str] 
     p, g, *values = (Value(VALUE, ast.Name(name, ast.Load())) for name in lines.arguments[:-1])
     walk = Walk(lines, function)
     count = len(states)
-    given = (base, p, g, tuple(values[:count]), tuple(values[count:]), Scalars(lines.arguments[-1]))
+    h = lines.arguments[-1]
+    given = (base, p, g, tuple(values[:count]), Scalars(h), tuple(values[count:]), Scalars(h, prefix))
     found = walk.run(dict(zip(function.__code__.co_varnames, given, strict=False)))
     made = finished(f"{function.__name__}_{python_function(base).__name__}", walk, found, len(values))
     python_function(made).constants += constants_of(base)

@@ -252,6 +252,7 @@ class Walk(Statements):
     def _attribute(self, node: ast.Attribute) -> Any:
         of, name = self.value(node.value), node.attr
         if isinstance(of, Scalars):
+            name = of.prefix + name
             self.lines.fields.setdefault(name, self.where(node))
             return Value(SCALAR, ast.Attribute(ast.Name(of.name, ast.Load()), name, ast.Load()))
         if isinstance(of, types.ModuleType):

@@ -38,6 +38,16 @@ from .spec import Variant
 from .training.amp import GradScaler
 from .training.clipping import clip_grad_norm_, clip_grad_value_
 from .training.gradient_release import GradientRelease, enable_gradient_release
+from .wrappers import (
+    Wrapper,
+    cautious,
+    cautious_decay,
+    centralized,
+    clip_update,
+    decoupled_decay,
+    lookahead,
+    nesterov,
+)
 
 __version__ = "0.1.0"
 
@@ -78,16 +88,24 @@ __all__ = [
     "SparseAdam",
     "Tiger",
     "Variant",
+    "Wrapper",
+    "cautious",
+    "cautious_decay",
+    "centralized",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "clip_update",
     "convert_state_dict",
+    "decoupled_decay",
     "dispatch",
     "enable_gradient_release",
     "explain",
     "load_master_state_dict",
     "load_torch_state_dict",
+    "lookahead",
     "master_state_dict",
     "memory_report",
     "muon_param_groups",
+    "nesterov",
     "to_torch_state_dict",
 ]
