@@ -349,7 +349,7 @@ def test_what_is_no_word_is_refused(lines: str, word: str, advice: str, defined:
     text = str(error.value)
     assert f"`{word}`" in text
     assert advice in text
-    assert "Rules may use + - * /, comparisons" in text
+    assert "Rules may use + - * /, whole powers, comparisons" in text
     assert "sqrt, where" in text
     file, line = re.search(r"` \((.*?), line (\d+)\)", text).groups()  # type: ignore[union-attr]
     named = Path(file).read_text().splitlines()[int(line) - 1]
