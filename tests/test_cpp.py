@@ -276,7 +276,7 @@ def test_sums_round_to_the_nearest_even(dtype: torch.dtype) -> None:
         optimizer = triton_optim.SGD([p], lr=0.0, momentum=1.0, backend="cpp")
         optimizer.state[p]["momentum_buffer"] = values.clone()
         optimizer.step()
-        expected = (values.float() + p.grad.float() + 0.0).to(dtype)
+        expected = (values.float() + p.grad.float()).to(dtype)
         assert torch.equal(optimizer.state[p]["momentum_buffer"].view(torch.int16), expected.view(torch.int16))
 
 
