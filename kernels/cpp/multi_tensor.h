@@ -26,13 +26,6 @@ struct Part {
         const double *rows, const int32_t *keys, int64_t threads
 #define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, threads
 
-// Portions that a thread takes at a time: those that follow each other are read faster than those between another
-// thread's. Each thread takes eight times or more, so that none waits long for another.
-static inline int taken_together(int64_t works, int64_t threads) {
-    const int64_t most = works / (8 * threads);
-    return most < 1 ? 1 : most > 16 ? 16 : (int)most;
-}
-
 static constexpr int64_t WRAP = (int64_t)1 << 32;
 
 // Update all chunks.
@@ -70,8 +63,8 @@ static void run(Update update, STEP_PARAMETERS) {
                 char *own[PARTS];
                 for (int i = 0; i < PARTS; ++i) {
                     own[i] = parts[i];
-                    if (n < BLOCK && !ABOUT[i].padded) {
-                        memset(memory[i], 0, sizeof memory[i]);
+                    if (BLOCK && n < BLOCK && !ABOUT[i].padded) {
+                        memset(memory[i], 0, BLOCK * ABOUT[i].bytes);
                         memcpy(own[i] = memory[i], parts[i], n * ABOUT[i].bytes);
                     }
                 }

@@ -349,7 +349,7 @@ def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.d
     """
     own = Source(rule, scalars, codecs, gradient, averaged)
     dtypes = {part.dtype for parts in own.parts for part in parts}
-    return storage(dtypes) + header("multi_tensor.h") + own.text()
+    return storage(dtypes) + header("chunks.h") + header("multi_tensor.h") + own.text()
 
 
 __all__ = ["UntranslatableError", "header", "source", "storage"]
