@@ -16,13 +16,13 @@ from triton_optim.bench.models import parameters, shapes
 
 FUSED = ("AdamW", "SGD", "Adagrad")
 # Ratios to torch's fused step, and to the fastest of its paths where it has none.
-SMALL, MEDIUM, LARGE, NOT_FUSED, SIXTEEN_BITS = 0.12, 0.95, 1.0, 0.45, 0.5
+SMALL, MEDIUM, LARGE, NOT_FUSED, BFLOAT16, FLOAT16 = 0.12, 0.95, 1.0, 0.45, 0.5, 0.9
 CASES: list[tuple[str, str, torch.dtype, float]] = [
     ("AdamW", "1000x1k", torch.float32, SMALL),
     *((name, "resnet50", torch.float32, MEDIUM) for name in FUSED),
     *((name, "64M16", torch.float32, LARGE) for name in FUSED),
-    ("AdamW", "64M16", torch.bfloat16, SIXTEEN_BITS),
-    ("AdamW", "64M16", torch.float16, LARGE),
+    ("AdamW", "64M16", torch.bfloat16, BFLOAT16),
+    ("AdamW", "64M16", torch.float16, FLOAT16),
     *((label, "resnet50", torch.float32, NOT_FUSED) for label in OPTIMIZERS if label not in
       (*FUSED, "Adam", "SGD nesterov", "Lion")),
 ]  # fmt: skip

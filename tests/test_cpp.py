@@ -11,7 +11,8 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,7 +181,7 @@ def test_every_bit_is_the_eager_backends(name: str) -> None:
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["float32", "split24"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "stochastic", "split24"])
 def test_threads_and_alignment_change_no_bit(name: str) -> None:
     dtype, options = KEPT[name]
     expected = trained("cpp", dtype, **options)
@@ -194,14 +195,40 @@ def every_bit(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-# Many elements are converted by the processor, where it can, and the few after them by arithmetic.
-as_many = pytest.mark.parametrize("length", [2**20, 15], ids=["by the processor", "by arithmetic"])
+@pytest.fixture
+def by_arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """From where it is called on, libraries are for any processor of this kind, even one without AVX2 and F16C."""
+    from triton_optim.backends.cpp import bucket as cpp_backend
+
+    def forget() -> None:
+        cpp_backend.step_of.cache_clear()
+        cpp_norm.sums_of.cache_clear()
+
+    def start() -> None:
+        forget()
+        flags = tuple(flag for flag in cpp_build.FLAGS if not flag.startswith("-m"))
+        for module in (cpp_backend, cpp_norm):
+            monkeypatch.setattr(module, "library", partial(cpp_build.library, flags=flags))
+
+    yield start
+    monkeypatch.undo()
+    forget()
+
+
+# Whole rows, converted by the processor and without it, and less than one.
+as_many = pytest.mark.parametrize(
+    ("length", "processor"), [(2**20, True), (2**20, False), (31, True)], ids=["rows", "by arithmetic", "less"]
+)
 
 
 @as_many
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_every_number_of_16_bits_is_read_and_made(dtype: torch.dtype, length: int) -> None:
+def test_every_number_of_16_bits_is_read_and_made(
+    dtype: torch.dtype, length: int, processor: bool, by_arithmetic: Callable[[], None]
+) -> None:
     """Subnormal ones, infinities and NaN too: a step without a learning rate."""
+    if not processor:
+        by_arithmetic()
     values = every_bit(dtype)
     params = [Parameter(own.clone()) for own in values.split(length)]
     for p in params:
@@ -215,8 +242,12 @@ def test_every_number_of_16_bits_is_read_and_made(dtype: torch.dtype, length: in
 
 @as_many
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_rounding_is_to_the_nearest_even(dtype: torch.dtype, length: int) -> None:
-    """What lies between two neighbours, and half-way: the state takes the float32 gradient as it is."""
+def test_rounding_is_to_the_nearest_even(
+    dtype: torch.dtype, length: int, processor: bool, by_arithmetic: Callable[[], None]
+) -> None:
+    """What lies between two neighbours, and half-way: the state takes the gradient as it is."""
+    if not processor:
+        by_arithmetic()
     wide = every_bit(dtype).float()
     wide = wide[wide.isfinite()]
     eps = torch.finfo(dtype).eps
@@ -233,6 +264,30 @@ def test_rounding_is_to_the_nearest_even(dtype: torch.dtype, length: int) -> Non
     assert torch.equal(found.view(torch.int16), (g + 0.0).to(dtype).view(torch.int16))
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_sums_round_to_the_nearest_even(dtype: torch.dtype) -> None:
+    """As above where nothing else is kept: sums of two numbers of 16 bits, beyond the largest too."""
+    values = every_bit(dtype)
+    values = values[values.isfinite()]
+    eps = torch.finfo(dtype).eps
+    for share in (eps / 2, eps / 4, 3 * eps / 4, -eps / 2):
+        p = Parameter(torch.zeros_like(values))
+        p.grad = (values.float() * share).to(dtype)
+        optimizer = triton_optim.SGD([p], lr=0.0, momentum=1.0, backend="cpp")
+        optimizer.state[p]["momentum_buffer"] = values.clone()
+        optimizer.step()
+        expected = (values.float() + p.grad.float()).to(dtype)
+        assert torch.equal(optimizer.state[p]["momentum_buffer"].view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "stochastic", "split32"])
+def test_what_the_processor_has_changes_no_bit(name: str, by_arithmetic: Callable[[], None]) -> None:
+    dtype, options = KEPT[name]
+    expected = trained("cpp", dtype, **options)
+    by_arithmetic()
+    assert all(map(torch.equal, trained("cpp", dtype, **options), expected))
+
+
 def test_subnormal_numbers_are_not_flushed() -> None:
     p = Parameter(torch.full((64,), 1e-42))
     p.grad = torch.full((64,), 1e-43)
@@ -244,7 +299,7 @@ def test_an_index_goes_past_2_32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half of a sharded parameter: its elements are numbered on, and the upper half of the index counts."""
     from triton_optim.buckets import bucket
 
-    first = 2**32 - 1000
+    first = 2**32 - 1005  # no whole rows before it
     monkeypatch.setattr(bucket, "first_index", lambda p: first)
     found = [trained(backend, BF16, param_precision="stochastic", state_dtype=BF16) for backend in ("cpp", "eager")]
     monkeypatch.setattr(bucket, "first_index", lambda p: 0)

@@ -25,29 +25,42 @@ static inline uint16_t to_float16(float x) {
 
 // Elements in a row. GCC 12 makes no vectors of the processor's own conversions, and without them they take as long as
 // all the rest of a step.
-static inline void from_float16(const uint16_t *from, float *to, int64_t n) {
-    int64_t i = 0;
+template <int N> static inline void from_float16(const uint16_t *from, float *to) {
 #if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + i))));
+    if (N % 16 == 0) {
+        for (int i = 0; i < N; i += 16)
+            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + i))));
+        return;
+    }
 #elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    if (N % 8 == 0) {
+        for (int i = 0; i < N; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+        return;
+    }
 #endif
 #pragma omp simd
-    for (int64_t j = i; j < n; ++j) to[j] = from_float16(from[j]);
+    for (int i = 0; i < N; ++i) to[i] = from_float16(from[i]);
 }
 
-static inline void to_float16(const float *from, uint16_t *to, int64_t n) {
-    int64_t i = 0;
+template <int N> static inline void to_float16(const float *from, uint16_t *to) {
 #if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-        _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    if (N % 16 == 0) {
+        for (int i = 0; i < N; i += 16)
+            _mm256_storeu_si256((__m256i *)(to + i),
+                                _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+        return;
+    }
 #elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    if (N % 8 == 0) {
+        for (int i = 0; i < N; i += 8)
+            _mm_storeu_si128((__m128i *)(to + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+        return;
+    }
 #endif
 #pragma omp simd
-    for (int64_t j = i; j < n; ++j) to[j] = to_float16(from[j]);
+    for (int i = 0; i < N; ++i) to[i] = to_float16(from[i]);
 }
 
 // For the norm: an element, and elements as they are best read one by one.
@@ -56,6 +69,6 @@ static inline double read(const Float16 *x) { return from_float16(x->bits); }
 template <int N> struct Row { float x[N]; };
 template <int N> static inline Row<N> in_a_row(const Float16 *x) {
     Row<N> row;
-    from_float16(&x->bits, row.x, N);
+    from_float16<N>(&x->bits, row.x);
     return row;
 }

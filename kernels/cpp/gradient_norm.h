@@ -17,11 +17,14 @@ static inline double combined(Kind kind, double a, double x) {
     return a + (kind == SQUARES ? x * x : x);
 }
 
+// Bytes from what is summed to what is asked of memory. The processor itself looks ahead by less, and stops at a page.
+static constexpr int AHEAD = 2048;
+
 // first, chunks, gradients: as of `run`. sums: (chunks, 2) what is found, and how many elements are not finite.
 template <Kind KIND, class T>
 static void norms(int64_t works, const int64_t *first, const int64_t *chunks, const int64_t *gradients, double *sums,
                   int64_t threads) {
-#pragma omp parallel for schedule(dynamic) num_threads((int)threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, taken_together(works, threads)) num_threads((int)threads) if (threads > 1)
     for (int64_t work = 0; work < works; ++work) {
         for (int64_t c = first[work]; c < first[work + 1]; ++c) {
             const T *x = (const T *)gradients[chunks[3 * c]] + chunks[3 * c + 1];
@@ -30,6 +33,8 @@ static void norms(int64_t works, const int64_t *first, const int64_t *chunks, co
             double lane[LANES] = {}, faults = 0;
             int64_t i = 0;
             for (; i + LANES <= n; i += LANES) {
+                for (int byte = 0; byte < LANES * (int)sizeof(T); byte += 64)
+                    __builtin_prefetch((const char *)(x + i) + AHEAD + byte);
                 const auto row = in_a_row<LANES>(x + i);
 #pragma omp simd
                 for (int j = 0; j < LANES; ++j) lane[j] = combined(KIND, lane[j], __builtin_fabs(read(row.x + j)));

@@ -46,13 +46,6 @@ static inline double sum_of(const T *x, int64_t n) {
         const double *rows, const int32_t *keys, double *sums, int64_t threads
 #define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, sums, threads
 
-// Portions that a thread takes at a time: those that follow each other are read faster than those between another
-// thread's. Each thread takes eight times or more, so that none waits long for another.
-static inline int taken_together(int64_t works, int64_t threads) {
-    const int64_t most = works / (8 * threads);
-    return most < 1 ? 1 : most > 16 ? 16 : (int)most;
-}
-
 static constexpr int64_t WRAP = (int64_t)1 << 32;
 
 // Update all chunks.
@@ -63,8 +56,9 @@ static constexpr int64_t WRAP = (int64_t)1 << 32;
 // gradients: (tensors) addresses; 0 for none, and then nothing is done.
 // rows: (rows, WIDTH) the factor of the gradient, the scalars of the rule, the weight in the average.
 // keys: (tensors, 4) what the random bits depend on: the index of the first element, its lower and upper half; hashes.
-// BLOCK: elements that `update` is given at a time. WHOLE: in memory of a whole block, where there are fewer.
-template <const Part *ABOUT, int PARTS, int GRADIENT, int WIDTH, int BLOCK, bool WHOLE, class Update>
+// BATCH: elements that `update` is given at a time. BLOCK: they are whole blocks of so many, or less than one in memory
+// of a whole one; 0 for any number.
+template <const Part *ABOUT, int PARTS, int GRADIENT, int WIDTH, int BATCH, int BLOCK, class Update>
 static void run(Update update, STEP_PARAMETERS) {
     const auto portion = [&](int64_t work) {
         for (int64_t c = first[work]; c < first[work + 1]; ++c) {
@@ -80,23 +74,24 @@ static void run(Update update, STEP_PARAMETERS) {
                 parts[i] = (char *)address + chunk[1] / ABOUT[i].each * ABOUT[i].bytes;
             }
             for (int64_t start = chunk[1], n; start < chunk[2]; start += n) {
-                // An index of 32 bits is enough, as no block goes on where it wraps.
+                // An index of 32 bits is enough, as nothing goes on where it wraps.
                 const int64_t here = index + start;
-                n = chunk[2] - start < BLOCK ? chunk[2] - start : BLOCK;
-                if (!WHOLE && (uint32_t)here + n > WRAP) n = WRAP - (uint32_t)here;
-                alignas(64) char memory[WHOLE ? PARTS : 1][WHOLE ? BLOCK * 8 : 1];
+                n = chunk[2] - start < BATCH ? chunk[2] - start : BATCH;
+                if ((uint32_t)here + n > WRAP) n = WRAP - (uint32_t)here;
+                if (BLOCK && n > BLOCK) n -= n % (BLOCK + !BLOCK);
+                alignas(64) char memory[BLOCK ? PARTS : 1][BLOCK ? BLOCK * 8 : 1];
                 char *own[PARTS];
                 for (int i = 0; i < PARTS; ++i) {
                     own[i] = parts[i];
-                    if (WHOLE && n < BLOCK && !ABOUT[i].padded) {
-                        memset(memory[i], 0, sizeof memory[i]);
+                    if (BLOCK && n < BLOCK && !ABOUT[i].padded) {
+                        memset(memory[i], 0, BLOCK * ABOUT[i].bytes);
                         memcpy(own[i] = memory[i], parts[i], n * ABOUT[i].bytes);
                     }
                 }
                 update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n, c, sums);
                 for (int i = 0; i < PARTS; ++i) {
                     if (own[i] != parts[i] && i != GRADIENT) memcpy(parts[i], own[i], n * ABOUT[i].bytes);
-                    parts[i] += WHOLE ? BLOCK / ABOUT[i].each * ABOUT[i].bytes : n * ABOUT[i].bytes;
+                    parts[i] += n / ABOUT[i].each * ABOUT[i].bytes;
                 }
             }
         }

@@ -7,9 +7,30 @@ static inline float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float,
 
 static inline uint16_t upper_half(float x) { return (uint16_t)(__builtin_bit_cast(uint32_t, x) >> 16); }
 
-// To the nearest, ties to even; NaN stays NaN.
-static inline uint16_t to_bfloat16(float x) {
+// The bits of the nearest number, ties to even, in the upper half; NaN stays NaN.
+static inline int32_t rounded_bfloat16(float x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(x == x ? rounded : 0x7FC0);
+    return (int32_t)(x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : 0x7FC00000u);
+}
+
+static inline uint16_t to_bfloat16(float x) { return (uint16_t)((uint32_t)rounded_bfloat16(x) >> 16); }
+
+// Pairs in a row: the lower halves of N / 2 integers, and then the upper ones. No element moves to another place in a
+// vector, which takes as long as all the arithmetic of a step.
+template <int N> static inline void from_bfloat16_pairs(const uint16_t *from, float *to) {
+#pragma omp simd
+    for (int i = 0; i < N / 2; ++i) {
+        uint32_t pair;
+        memcpy(&pair, from + 2 * i, 4);
+        to[i] = __builtin_bit_cast(float, pair << 16);
+        to[i + N / 2] = __builtin_bit_cast(float, pair & 0xFFFF0000u);
+    }
+}
+
+template <int N> static inline void to_bfloat16_pairs(const int32_t *from, uint16_t *to) {
+#pragma omp simd
+    for (int i = 0; i < N / 2; ++i) {
+        const uint32_t pair = (uint32_t)from[i] >> 16 | ((uint32_t)from[i + N / 2] & 0xFFFF0000u);
+        memcpy(to + 2 * i, &pair, 4);
+    }
 }

@@ -29,7 +29,7 @@ extern "C" void sums(int64_t works, const int64_t *first, const int64_t *chunks,
     norms<{KINDS[kind]}, {_TYPES[dtype]}>(works, first, chunks, gradients, out, threads);
 }}
 """
-    sums = library(storage([dtype]) + header("gradient_norm.h") + text).sums
+    sums = library(storage([dtype]) + header("chunks.h") + header("gradient_norm.h") + text).sums
     sums.argtypes, sums.restype = [c_int64, *[c_void_p] * 4, c_int64], None
     return sums
 

@@ -28,10 +28,15 @@ _STORAGE = {
     torch.float16: ("uint16_t", "from_float16({0})", "to_float16({0})"),
     torch.int8: ("int8_t", "(int32_t){0}", "(int8_t){0}"),
 }
-# Read and made by functions for elements in a row, which are named as those for one.
-_IN_A_ROW = {torch.float16: ("from_float16", "to_float16")}
-# Elements that are taken at a time where some wait in buffers, which are to stay in the nearest cache. Of blocks it is
-# more than one, so that what one waits for is hidden behind the other.
+# What reads elements in a row and makes them.
+_IN_A_ROW = {
+    torch.float16: ("from_float16", "to_float16"),
+    torch.bfloat16: ("from_bfloat16_pairs", "to_bfloat16_pairs"),
+}
+# Elements of a row: as many as stay in registers from where they are read to where they are made.
+ROW = 32
+# Elements that are taken at a time where blocks wait in buffers, which are to stay in the nearest cache. It is more
+# than one block, so that what one waits for is hidden behind the other.
 BATCH, BLOCKS = 256, 2
 
 _WIDE = {torch.float64: DOUBLE, torch.int8: INT}  # what an element is read as; else float
@@ -50,16 +55,18 @@ def storage(dtypes: Container[torch.dtype]) -> str:
 class Part:
     """A tensor of a role."""
 
-    def __init__(self, number: int, dtype: torch.dtype, elements_per_item: int, padded: bool) -> None:
+    def __init__(self, number: int, dtype: torch.dtype, elements_per_item: int, padded: bool, rows: bool) -> None:
         self.number, self.dtype, self.elements_per_item = number, dtype, elements_per_item
         self.padded = padded  # there is an item for each element of an incomplete block
         self.kind = _WIDE.get(dtype, FLOAT)
         self.type, self.reading, self.making = _STORAGE[dtype]
-        self.in_a_row = _IN_A_ROW.get(dtype)
+        self.in_a_row = _IN_A_ROW[dtype] if rows else None
 
 
 class Source:
     """The translation of an update; see :func:`source`."""
+
+    sums = False  # whether it is of a measure, whose values wait in the order of the elements
 
     def __init__(
         self, rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool
@@ -67,17 +74,23 @@ class Source:
         self.scalars, self.codecs, self.averaged = scalars, codecs, averaged
         self.compute = DOUBLE if codecs[0].dtypes[0] == torch.float64 else FLOAT
         self.trace = Trace(self.compute)
-        self.block_size = max(codec.block_size for codec in codecs)
-        self.batch = max(BATCH, BLOCKS * self.block_size)
-        self.first = f"b * {self.block_size} + " if self.block_size else ""  # the number of a block's first element
+        roles = (codecs[0], plain(gradient), *codecs[1:])
+        # Rows of bfloat16 are in another order than all else.
+        dtypes = {dtype for codec in roles for dtype in codec.dtypes if not self.sums}
+        self.pairs = dtypes == {torch.bfloat16}
+        in_rows = dtypes if self.pairs else dtypes & {torch.float16}
+        of_codes = max(codec.block_size for codec in codecs)
+        self.block_size = of_codes or (ROW if in_rows else BATCH if self.sums else 0)
+        self.batch = max(BATCH, BLOCKS * of_codes) if of_codes else CHUNK
         self.parts: list[list[Part]] = []
         self.loaded: dict[Value, Part] = {}
         self.stores: list[tuple[Part, Value]] = []
         self.summed: list[Value] = []  # of a measure
         number = 0
-        for codec in (codecs[0], plain(gradient), *codecs[1:]):
+        for codec in roles:
             own = zip(codec.dtypes, codec.elements_per_item, strict=True)
-            self.parts.append([Part(number + i, d, e, bool(codec.block_size)) for i, (d, e) in enumerate(own)])
+            padded = bool(codec.block_size)
+            self.parts.append([Part(number + i, d, e, padded, d in in_rows) for i, (d, e) in enumerate(own)])
             number += len(codec.dtypes)
         self.width = 1 + len(scalars._fields) + averaged
         self._translate(rule)
@@ -107,7 +120,8 @@ class Source:
             low, high, first, second = (
                 trace.new(INT, ONE, code, name="key") for code in ("low", "high", "key[2]", "key[3]")
             )
-            index = trace.operation("{0} + {1}", (low, trace.new(INT, ELEMENT, f"(int32_t)({self.first}i)", name="i")))
+            number = trace.new(INT, ELEMENT, f"(int32_t)({self._number()})", name="i")
+            index = trace.operation("{0} + {1}", (low, number))
             bits = trace.call(hashed, index, high, first, second)
         written = [self.parts[0], *self.parts[2:]]
         for role, (codec, value) in enumerate(zip(codecs, new, strict=False)):
@@ -125,6 +139,11 @@ class Source:
             return self.trace.call(function, *arguments)
         finally:
             self.trace.real = self.compute
+
+    def _number(self) -> str:
+        """What an element is among those of a call; of pairs come first all lower halves of a row."""
+        first = f"b * {self.block_size} + " if self.block_size else ""
+        return f"{first}i % {ROW // 2} * 2 + i / {ROW // 2}" if self.pairs else f"{first}i"
 
     def _load(self, part: Part) -> Value:
         item = {1: ("[i]", ELEMENT), 2: ("[i]", PAIR)}.get(part.elements_per_item, ("[0]", BLOCK))
@@ -145,12 +164,17 @@ class Source:
         again = []
         for i, (part, x) in enumerate(zip(parts, kept, strict=True)):
             wide = trace.as_kind(x, part.kind)
-            making = part.making
-            if part.dtype == torch.bfloat16 and i == 0 and codec.exact:
-                making = "upper_half({0})"  # it is a bfloat16 number already
-            item = trace.new(part.type, wide.shape, making, [wide], "kept")
+            exact = part.dtype == torch.bfloat16 and i == 0 and codec.exact  # it is a bfloat16 number already
+            if self.pairs:
+                making = "__builtin_bit_cast(int32_t, {0})" if exact else "rounded_bfloat16({0})"
+                rounded = trace.new(INT, ELEMENT, making, [wide])
+                item = trace.new(part.type, ELEMENT, "", [rounded], "kept")
+                again.append(trace.new(FLOAT, ELEMENT, "__builtin_bit_cast(float, {0} & -65536)", [rounded], "again"))
+            else:
+                making = "upper_half({0})" if exact else part.making
+                item = trace.new(part.type, wide.shape, making, [wide], "kept")
+                again.append(trace.new(part.kind, wide.shape, part.reading, [item], "again"))
             self.stores.append((part, item))
-            again.append(trace.new(part.kind, wide.shape, part.reading, [item], "again"))
         return tuple(again)
 
     # Which loop a value is computed in.
@@ -182,7 +206,6 @@ class Source:
             if x in self.loop and x.shape != BLOCK
             if part.padded or (part.in_a_row and not (x in self.written and x in read))
         }
-        self.block = self.batch if self.block_size or self.narrow or self.summed else CHUNK
         self.waiting = {*self.summed} | {
             a
             for x in self.loop
@@ -212,24 +235,29 @@ class Source:
         live = [x for x in self.trace.values if x in self.loop]
         parts = [part for parts in self.parts for part in parts]
         gradient = self.parts[1][0]
-        buffers = {x: self.narrow[x].kind if x in self.narrow else x.kind for x in live
+        buffers = {x: x.arguments[0].kind if x in self.narrow and x in self.written else x.kind for x in live
                    if x in self.waiting or x.moves == "interleave" or x in self.narrow}  # fmt: skip
-        sizes = {PAIR: self.block_size // 2, ELEMENT: self.block_size or self.batch, BLOCK: 1}
+        sizes = {PAIR: self.block_size // 2, ELEMENT: self.block_size, BLOCK: 1}
         # Of a block, read in a later loop than it is made in.
         kept = {a for x in live for a in x.arguments if a.shape == BLOCK and self.loop[a] < self.loop[x]}
-        blocks = self.batch // (self.block_size or self.batch)
-        for x, kind in [*buffers.items(), *((x, x.kind) for x in live if x in kept)]:
-            yield f"alignas(64) {kind} {x.name}_a[{blocks * sizes[x.shape]}];"
+        loops = max(self.loop.values()) + 1
+        if loops > 1:
+            blocks = self.batch // self.block_size
+            for x, kind in [*buffers.items(), *((x, x.kind) for x in live if x in kept)]:
+                yield f"alignas(64) {kind} {x.name}_a[{blocks * sizes[x.shape]}];"
         yield from self._statements(x for x in live if x.shape == ONE)
         count = f"(n + {self.block_size - 1}) / {self.block_size}" if self.block_size else "1"
-        for number in range(max(self.loop.values()) + 1):
+        for number in range(loops):
             yield f"for (int64_t b = 0; b < {count}; ++b) {{"
             for part in parts:
                 const = "const " if part is gradient else ""
                 start = f" + b * {self.block_size // part.elements_per_item}" if self.block_size else ""
                 yield f"    {const}{part.type} *part{part.number} = ({const}{part.type} *)parts[{part.number}]{start};"
             for x, kind in buffers.items():
-                yield f"    {kind} *{x.name}_b = {x.name}_a + b * {sizes[x.shape]};"
+                if loops > 1:
+                    yield f"    {kind} *{x.name}_b = {x.name}_a + b * {sizes[x.shape]};"
+                else:
+                    yield f"    alignas(64) {kind} {x.name}_b[{sizes[x.shape]}];"
             own = [x for x in live if self.loop[x] == number]
             read = {a for x in own for a in x.arguments}
             for x in (x for x in live if x in kept and x in read and self.loop[x] < number):
@@ -283,7 +311,7 @@ class Source:
         made = x in self.written
         if part.in_a_row:
             read, make = part.in_a_row
-            yield f"{make}({buffer}, {kept}, {end});" if made else f"{read}({kept}, {buffer}, {end});"
+            yield f"{make}<{end}>({buffer}, {kept});" if made else f"{read}<{end}>({kept}, {buffer});"
         else:
             yield "#pragma omp simd"
             yield f"{head} {kept}[i] = {x.code.format(f'{buffer}[i]')};" if made else f"{head} {buffer}[i] = {x.code};"
@@ -299,8 +327,7 @@ class Source:
         parts = [part for parts in self.parts for part in parts]
         table = ", ".join(f"{{sizeof({p.type}), {p.elements_per_item}, {str(p.padded).lower()}}}" for p in parts)
         lines = "\n".join("    " + line for line in self.lines())
-        whole = str(bool(self.block_size)).lower()
-        of_run = f"PARTS, {len(parts)}, {self.parts[1][0].number}, {self.width}, {self.block}, {whole}"
+        of_run = f"PARTS, {len(parts)}, {self.parts[1][0].number}, {self.width}, {self.batch}, {self.block_size}"
         return f"""
 static constexpr Part PARTS[] = {{{table}}};
 
@@ -315,17 +342,22 @@ extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); 
 class MeasureSource(Source):
     """The translation of a measure; see :func:`measure_source`."""
 
+    sums = True
+
     def _translate(self, rule: Any) -> None:
         new, *_ = self._called(rule)
         self.summed = [
             self.trace.new(self.compute, ELEMENT, "{0}", [self.trace.as_kind(x, self.compute)], "summed") for x in new
         ]
 
-    def lines(self) -> Iterable[str]:
-        """Those of the values, and then their sums, which wait in memory."""
-        yield from super().lines()
+    def _of_block(self, live: list[Value], own: list[Value], number: int) -> Iterable[str]:
+        """The statements of a block, and then the sums of what was made in it."""
+        yield from super()._of_block(live, own, number)
         for i, x in enumerate(self.summed):
-            yield f"sums[{len(self.summed)} * chunk + {i}] += sum_of({x.name}_a, n);"
+            if self.loop[x] == number:
+                left, most = f"n - b * {self.block_size}", self.block_size
+                into = f"sums[{len(self.summed)} * chunk + {i}]"
+                yield f"{into} += sum_of({x.name}_b, {left} < {most} ? {left} : {most});"
 
 
 def later(a: Value, x: Value) -> bool:
@@ -355,7 +387,7 @@ def measure_source(measure: Any, scalars: Any, codecs: tuple[Codec, ...], gradie
 def whole(own: Source) -> str:
     """The text of a library."""
     dtypes = {part.dtype for parts in own.parts for part in parts}
-    return storage(dtypes) + header("multi_tensor.h") + own.text()
+    return storage(dtypes) + header("chunks.h") + header("multi_tensor.h") + own.text()
 
 
 __all__ = ["UntranslatableError", "header", "source", "storage"]
