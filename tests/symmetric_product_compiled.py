@@ -93,7 +93,7 @@ def measure(case: str, arch: str, compiled: Any, text: str) -> dict[str, Any]:
 
 def wanted(case: str, arch: str) -> bool:
     """One of NVIDIA's stands for all in the cases that stand for others; on AMD no launch asks for TensorFloat-32."""
-    return arch != "gfx942" if case == "tf32" else case in ("bf16", "bf16 odd") or arch in ("sm_90", "gfx942")
+    return arch != "gfx942" if case == "tf32" else case == "bf16" or arch in ("sm_90", "gfx942")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_a_whole_step_is_replayed_bit_for_bit(
         optimizer = triton_optim.AdamW(params, lr=0.01, capturable=True, backend="triton", **options)
         scaler = [torch.full((), 8.0), torch.zeros(())]
         # A launch takes the interpreter 10 ms.
-        run(optimizer, params, scaler, Tape(monkeypatch) if taped else None, 20)
+        run(optimizer, params, scaler, Tape(monkeypatch) if taped else None, 12)
         results.append([*everything(params, optimizer), optimizer.grad_norm])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

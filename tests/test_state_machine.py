@@ -32,12 +32,9 @@ from table import CASES, Case
 from torch import Tensor
 from torch.nn import Parameter
 from user_actions import (
-    COPIES,
     GRADIENTS,
-    GROUPS,
     KINDS,
     NUMBERS,
-    OPTIONS,
     PARAMETERS,
     STATES,
     Memory,
@@ -47,6 +44,7 @@ from user_actions import (
     in_another_thread,
     values,
 )
+from user_actions_on_groups import COPIES, GROUPS, OPTIONS
 
 from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.core.saved_form import saved_states

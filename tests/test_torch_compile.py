@@ -138,7 +138,7 @@ def test_train_step_with_backward_and_graph_breaks_around_it(backend: str, devic
     losses = []
     for compiled in (False, True):
         model, optimizer = model_and_optimizer(CASES[0], backend, device)
-        run = torch.compile(whole) if compiled else whole
+        run = torch.compile(whole, backend="aot_eager") if compiled else whole
         own = []
         for i in range(5):
             change_hyperparameters(optimizer, i)
@@ -343,8 +343,8 @@ def test_a_train_step_with_clipping_averaging_and_codecs(
     dtype: torch.dtype, kept: dict[str, Any], backend: str, device: torch.device
 ) -> None:
     """One graph for a whole schedule, which hands the parameters themselves to the step, no copies of them."""
-    if backend in ("compiled", "triton") and kept:
-        pytest.skip("takes up to 30 seconds; what is handed over does not know the backend, and two have every codec")
+    if backend != "eager" and kept:
+        pytest.skip("takes 5 to 30 seconds; what is handed over is the same for every backend")
 
     def whole(model: Any, optimizer: Any, x: torch.Tensor) -> torch.Tensor:
         loss = model(x).float().square().mean()
