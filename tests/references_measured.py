@@ -43,3 +43,38 @@ LAMB_BY_HAND = (
     # Without the trust ratio it moves by lr * u = 0.1 * 7 / 6.
     (LAMB | {"trust_ratio": False}, [2.0], {"p": 1 - 0.7 / 6}),
 )
+
+
+@reference
+def lars(
+    p, g, state, lr=1.0, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, trust_coefficient=1e-3,
+    trust_ratio=True,
+):  # fmt: skip
+    """You et al. 2017, Algorithm 1, with lr where torch's SGD has it. Where a norm is 0 the local rate is 1."""
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    rate = 1.0
+    if trust_ratio and length(p) > 0 and length(g) > 0:
+        rate = trust_coefficient * length(p) / (length(g) + weight_decay * length(p))
+    u = rate * (g + decay)
+    if momentum != 0:
+        b = momentum * state["momentum_buffer"] + (1 - dampening) * u if "momentum_buffer" in state else u
+        state["momentum_buffer"] = b
+        u = u + momentum * b if nesterov else b
+    return p - lr * u
+
+
+LARS = {"lr": 0.5, "momentum": 0.5, "weight_decay": 1.0, "trust_coefficient": 0.25}
+# p = 1, g = 3: the rate is 0.25 * 1 / (3 + 1), u = 4 / 16 = 0.25, p = 1 - 0.5 * 0.25. Then
+# g = 0: the rate is 1, u = 0.875, b = 0.125 + 0.875, p = 0.875 - 0.5 * 1. Of [1, 1] with g = [6, 8] and no decay the
+# rate is 0.25 * sqrt(2) / 10.
+LARS_BY_HAND = (
+    (LARS, [3.0], {"p": 0.875, "momentum_buffer": 0.25}),
+    (LARS, [3.0, 0.0], {"p": 0.375, "momentum_buffer": 1.0}),
+    (LARS | {"nesterov": True}, [3.0], {"p": 1 - 0.5 * 0.375, "momentum_buffer": 0.25}),
+    (LARS | {"momentum": 0.0, "trust_ratio": False}, [3.0], {"p": -1.0}),
+    (
+        LARS | {"weight_decay": 0.0},
+        [[6.0, 8.0]],
+        {"p": [1 - 0.075 * 2**0.5, 1 - 0.1 * 2**0.5], "momentum_buffer": [0.15 * 2**0.5, 0.2 * 2**0.5]},
+    ),
+)

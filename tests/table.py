@@ -18,7 +18,12 @@ import torch
 from conftest import BACKENDS
 from reference_peer import peer_of
 from references_matrix import adafactor, muon
-from references_measured import LAMB_BY_HAND, lamb
+from references_measured import (
+    LAMB_BY_HAND,
+    LARS_BY_HAND,
+    lamb,
+    lars,
+)
 from references_runner import reference
 from torch import Tensor
 from torch.nn import Parameter
@@ -26,7 +31,7 @@ from torch.nn import Parameter
 import triton_optim
 
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu"}
+NUMBERS = {"step", "mu_product", "eta", "mu", "norm_sq"}
 
 
 class ByHand(NamedTuple):
@@ -307,6 +312,21 @@ CASES = [
         by_hand=tuple(ByHand(*steps) for steps in LAMB_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.03, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.LARS,
+        lars,
+        {
+            "default": {},
+            "decay": {"lr": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.1, "dampening": 0.1, "maximize": True},
+            "nesterov": {"lr": 0.5, "nesterov": True, "trust_coefficient": 0.1},
+            "plain": {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.1},
+            "without trust": {"lr": 0.1, "trust_ratio": False},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in LARS_BY_HAND),
+        settings={"lr": 1e-2, "weight_decay": 0.1, "trust_coefficient": 1.0},
+        elementwise=False,
+        minimizes={"lr": 0.03, "trust_coefficient": 0.3},
     ),
     Case(
         triton_optim.SparseAdam,

@@ -15,6 +15,7 @@ from .optimizers.asgd import ASGD
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
 from .optimizers.lamb import LAMB
+from .optimizers.lars import LARS
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ASGD",
     "LAMB",
+    "LARS",
     "LBFGS",
     "SGD",
     "Adadelta",
