@@ -78,3 +78,32 @@ LARS_BY_HAND = (
         {"p": [1 - 0.075 * 2**0.5, 1 - 0.1 * 2**0.5], "momentum_buffer": [0.15 * 2**0.5, 0.2 * 2**0.5]},
     ),
 )
+
+
+@reference
+def novograd(
+    p, g, state, lr=1e-3, betas=(0.95, 0.98), eps=1e-8, weight_decay=0.0, grad_averaging=False
+):  # fmt: skip
+    """Ginsburg et al. 2019, Algorithm 1, with its first step: v_1 = |g_1|^2, m_0 = 0."""
+    b1, b2 = betas
+    state["step"] = state.get("step", 0) + 1
+    squares = length(g) ** 2
+    v = state["norm_sq"] = b2 * state["norm_sq"] + (1 - b2) * squares if "norm_sq" in state else squares
+    new = g / (np.sqrt(v) + eps)
+    if weight_decay != 0:
+        new = new + weight_decay * p
+    if grad_averaging:
+        new = (1 - b1) * new
+    m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + new
+    return p - lr * m
+
+
+NOVOGRAD = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.5}
+# |g| = 5, v = 25: m = g / (5 + 1) + 0.5. Then |g|^2 = 281, v = 0.75 * 25 + 0.25 * 281 = 89 = 9.43398^2. Of one element:
+# g = 3, m = 3 / 4 + 0.5 = 1.25, p = 0.875; then g = 1, v = 0.75 * 9 + 0.25 = 7.
+NOVOGRAD_BY_HAND = (
+    (NOVOGRAD, [[3.0, 4.0]], {"p": [0.9, 1 - 7 / 60], "exp_avg": [1.0, 7 / 6], "norm_sq": 25.0}),
+    (NOVOGRAD, [[3.0, 4.0], [5.0, 16.0]], {"norm_sq": 89.0}),
+    (NOVOGRAD, [3.0, 1.0], {"exp_avg": 0.625 + 1 / (7**0.5 + 1) + 0.4375, "norm_sq": 7.0}),
+    (NOVOGRAD | {"grad_averaging": True}, [3.0], {"p": 0.9375, "exp_avg": 0.625, "norm_sq": 9.0}),
+)

@@ -21,8 +21,10 @@ from references_matrix import adafactor, muon
 from references_measured import (
     LAMB_BY_HAND,
     LARS_BY_HAND,
+    NOVOGRAD_BY_HAND,
     lamb,
     lars,
+    novograd,
 )
 from references_runner import reference
 from torch import Tensor
@@ -327,6 +329,18 @@ CASES = [
         settings={"lr": 1e-2, "weight_decay": 0.1, "trust_coefficient": 1.0},
         elementwise=False,
         minimizes={"lr": 0.03, "trust_coefficient": 0.3},
+    ),
+    Case(
+        triton_optim.NovoGrad,
+        novograd,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.7), "eps": 1e-3, "maximize": True},
+            "averaged": {"lr": 1e-2, "grad_averaging": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in NOVOGRAD_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.03, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.SparseAdam,

@@ -19,6 +19,7 @@ from .optimizers.lars import LARS
 from .optimizers.lion import Lion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
+from .optimizers.novograd import NovoGrad
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
@@ -51,6 +52,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NonlinearCG",
+    "NovoGrad",
     "Options",
     "RAdam",
     "RMSprop",
