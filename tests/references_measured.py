@@ -107,3 +107,67 @@ NOVOGRAD_BY_HAND = (
     (NOVOGRAD, [3.0, 1.0], {"exp_avg": 0.625 + 1 / (7**0.5 + 1) + 0.4375, "norm_sq": 7.0}),
     (NOVOGRAD | {"grad_averaging": True}, [3.0], {"p": 0.9375, "exp_avg": 0.625, "norm_sq": 9.0}),
 )
+
+
+def corrected(g, before, beta, gamma):
+    """Yuan et al. 2024, equations 2.4 and 2.5: the gradient with its variance reduced, no longer than 1."""
+    c = g + gamma * beta / (1 - beta) * (g - before) if gamma != 0 and beta != 0 else g
+    return c / length(c) if length(c) > 1 else c
+
+
+@reference
+def mars_adamw(
+    p, g, state, lr=3e-3, betas=(0.95, 0.99), eps=1e-8, weight_decay=0.0, gamma=0.025, optimize_1d=False,
+    betas_1d=(0.9, 0.95),
+):  # fmt: skip
+    """Yuan et al. 2024, Algorithm 2, with the last step's own gradient in place of the other one; as the authors' code,
+    plain AdamW for vectors.
+    """
+    t = state["step"] = state.get("step", 0) + 1
+    before, state["previous_grad"] = state.get("previous_grad", np.zeros_like(g)), g
+    if optimize_1d or np.ndim(g) >= 2:
+        b1, b2 = betas
+        g = corrected(g, before, b1, gamma)
+    else:
+        b1, b2 = betas_1d
+    m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + (1 - b1) * g
+    v = state["exp_avg_sq"] = b2 * state.get("exp_avg_sq", 0) + (1 - b2) * g**2
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    return p - lr * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + decay)
+
+
+@reference
+def mars_lion(p, g, state, lr=3e-3, beta=0.95, weight_decay=0.0, gamma=0.025):
+    """Yuan et al. 2024, Algorithm 4, with the last step's own gradient. sign(NaN) is 0, as torch.sign's."""
+    before, state["previous_grad"] = state.get("previous_grad", np.zeros_like(g)), g
+    m = state["exp_avg"] = beta * state.get("exp_avg", 0) + (1 - beta) * corrected(g, before, beta, gamma)
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    return p - lr * (np.where(np.isnan(m), 0, np.sign(m)) + decay)
+
+
+MARS = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.5, "gamma": 0.5}
+# gamma * 0.5 / 0.5 = 0.5. g = [[0.3, 0.4]]: c = 1.5 g is 0.75 long, m^ = c, v^ = c^2, p = 1 - 0.1 (0.45 / 1.45 + 0.5).
+# Then g = [[6, 8]]: c = g + 0.5 * [[5.7, 7.6]] = [[8.85, 11.8]], of length 14.75: [[0.6, 0.8]].
+# A vector takes AdamW: m^ = g = 0.3, of 0.3 / 1.3.
+MARS_ADAMW_BY_HAND = (
+    (
+        MARS,
+        [[[0.3, 0.4]]],
+        {"p": [[0.95 - 0.045 / 1.45, 0.95 - 0.06 / 1.6]], "exp_avg": [[0.225, 0.3]], "previous_grad": [[0.3, 0.4]]},
+    ),
+    (
+        MARS,
+        [[[0.3, 0.4]], [[6.0, 8.0]]],
+        {"exp_avg": [[0.4125, 0.55]], "exp_avg_sq": [[0.75 * 0.050625 + 0.09, 0.75 * 0.09 + 0.16]]},
+    ),
+    (MARS, [[0.3, 0.4]], {"p": [0.95 - 0.03 / 1.3, 0.95 - 0.04 / 1.4], "exp_avg": [0.03, 0.04]}),
+    (MARS | {"optimize_1d": True}, [[0.3, 0.4]], {"exp_avg": [0.225, 0.3]}),
+)
+# Then -0.2: the mean of 0.225 and c = -0.2 + 0.5 * (-0.2 - 0.3) = -0.45 is below 0: p = 0.85, then 0.85 * 0.95 + 0.1.
+MARS_LION = {"lr": 0.1, "beta": 0.5, "weight_decay": 0.5, "gamma": 0.5}
+MARS_LION_BY_HAND = (
+    (MARS_LION, [0.3], {"p": 0.85, "exp_avg": 0.225, "previous_grad": 0.3}),
+    (MARS_LION, [0.3, -0.2], {"p": 0.9075, "exp_avg": -0.1125, "previous_grad": -0.2}),
+    # Of length 7.5, c is made [0.6, -0.8].
+    (MARS_LION, [[3.0, -4.0]], {"p": [0.85, 1.05], "exp_avg": [0.3, -0.4]}),
+)

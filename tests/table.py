@@ -21,9 +21,13 @@ from references_matrix import adafactor, muon
 from references_measured import (
     LAMB_BY_HAND,
     LARS_BY_HAND,
+    MARS_ADAMW_BY_HAND,
+    MARS_LION_BY_HAND,
     NOVOGRAD_BY_HAND,
     lamb,
     lars,
+    mars_adamw,
+    mars_lion,
     novograd,
 )
 from references_runner import reference
@@ -341,6 +345,26 @@ CASES = [
         by_hand=tuple(ByHand(*steps) for steps in NOVOGRAD_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.03, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.MARSAdamW,
+        mars_adamw,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "gamma": 0.5, "maximize": True},
+            "vectors, too": {"optimize_1d": True, "eps": 1e-6},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in MARS_ADAMW_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.MARSLion,
+        mars_lion,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "beta": 0.8, "gamma": 0.5, "maximize": True}},
+        by_hand=tuple(ByHand(*steps) for steps in MARS_LION_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.02, "beta": 0.9},
     ),
     Case(
         triton_optim.SparseAdam,

@@ -17,6 +17,7 @@ from .optimizers.closure.nonlinear_cg import NonlinearCG
 from .optimizers.lamb import LAMB
 from .optimizers.lars import LARS
 from .optimizers.lion import Lion
+from .optimizers.mars import MARSAdamW, MARSLion
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.nadam import NAdam
 from .optimizers.novograd import NovoGrad
@@ -48,6 +49,8 @@ __all__ = [
     "GradScaler",
     "GradientRelease",
     "Lion",
+    "MARSAdamW",
+    "MARSLion",
     "MemoryReport",
     "Muon",
     "NAdam",
