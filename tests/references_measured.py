@@ -171,3 +171,36 @@ MARS_LION_BY_HAND = (
     # Of length 7.5, c is made [0.6, -0.8].
     (MARS_LION, [[3.0, -4.0]], {"p": [0.85, 1.05], "exp_avg": [0.3, -0.4]}),
 )
+
+
+@reference
+def stable_adamw(p, g, state, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2):
+    """Wortsman et al. 2023, Algorithm 2."""
+    t = state["step"] = state.get("step", 0) + 1
+    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
+    m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + (1 - b1) * g
+    v = state["exp_avg_sq"] = b2 * state.get("exp_avg_sq", 0) + (1 - b2) * g**2
+    rms = np.sqrt(np.sum(g**2 / np.maximum(v, eps**2)) / max(np.size(g), 1))
+    lr = lr / np.maximum(1, rms)
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    return p - lr * decay - lr * m / (np.sqrt(v) + eps)
+
+
+STABLE = {"lr": 0.1, "betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 0.5}
+# First m = g, v = g^2, and the ratio is at most 1: p = 1 - 0.1 * (3 / 4 + 0.5). Then both betas are 0.25 / 0.75 = 1/3:
+# of [3, 1] and [9, 1] v = [3 + 54, 1], the ratios are 81 / 57 and 1, their mean is 23 / 19.
+STABLE_BY_HAND = (
+    (STABLE, [3.0], {"p": 0.875, "exp_avg": 3.0, "exp_avg_sq": 9.0}),
+    (
+        STABLE,
+        [[3.0, 1.0], [9.0, 1.0]],
+        {
+            "p": [
+                0.875 - 0.1 * (19 / 23) ** 0.5 * (0.4375 + 7 / (57**0.5 + 1)),
+                0.9 - 0.1 * (19 / 23) ** 0.5 * (0.45 + 0.5),
+            ],
+            "exp_avg": [7.0, 1.0],
+            "exp_avg_sq": [57.0, 1.0],
+        },
+    ),
+)

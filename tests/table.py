@@ -24,11 +24,13 @@ from references_measured import (
     MARS_ADAMW_BY_HAND,
     MARS_LION_BY_HAND,
     NOVOGRAD_BY_HAND,
+    STABLE_BY_HAND,
     lamb,
     lars,
     mars_adamw,
     mars_lion,
     novograd,
+    stable_adamw,
 )
 from references_runner import reference
 from torch import Tensor
@@ -365,6 +367,14 @@ CASES = [
         by_hand=tuple(ByHand(*steps) for steps in MARS_LION_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.02, "beta": 0.9},
+    ),
+    Case(
+        triton_optim.StableAdamW,
+        stable_adamw,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.7), "eps": 1e-3, "maximize": True}},
+        by_hand=tuple(ByHand(*steps) for steps in STABLE_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
     Case(
         triton_optim.SparseAdam,

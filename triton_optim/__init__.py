@@ -26,6 +26,7 @@ from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
 from .optimizers.sgd import SGD
 from .optimizers.sparse_adam import SparseAdam
+from .optimizers.stable_adamw import StableAdamW
 from .options import Options
 from .spec import Variant
 from .training.amp import GradScaler
@@ -62,6 +63,7 @@ __all__ = [
     "Rprop",
     "RuleOptimizer",
     "SparseAdam",
+    "StableAdamW",
     "Variant",
     "clip_grad_norm_",
     "clip_grad_value_",
