@@ -17,7 +17,7 @@ import references
 import torch
 from conftest import BACKENDS
 from reference_peer import peer_of
-from references_matrix import adafactor, muon
+from references_matrix import CAME_BY_HAND, RELATIVE_BY_HAND, adafactor, adafactor_relative, came, muon
 from references_measured import (
     LAMB_BY_HAND,
     LARS_BY_HAND,
@@ -375,6 +375,33 @@ CASES = [
         by_hand=tuple(ByHand(*steps) for steps in STABLE_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.CAME,
+        came,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.7, 0.9), "maximize": True},
+            "clipped": {"lr": 1e-2, "clip_threshold": 0.3, "eps": (1e-4, 1e-2)},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in CAME_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.03, "betas": (0.9, 0.99, 0.999)},
+    ),
+    Case(
+        triton_optim.AdafactorRelative,
+        adafactor_relative,
+        {
+            "default": {},
+            "decay": {"decay_rate": -0.5, "weight_decay": 0.1, "warmup_init": True, "maximize": True},
+            "momentum": {"lr": 1e-2, "beta1": 0.8, "scale_parameter": False, "weight_decay": 0.1},
+            "clipped": {"clip_threshold": 0.5, "eps": (1e-4, 1e-2), "beta1": 0.5},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in RELATIVE_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.02, "eps": (1e-30, 1.0), "decay_rate": -0.5},
     ),
     Case(
         triton_optim.SparseAdam,

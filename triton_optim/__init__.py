@@ -8,10 +8,12 @@ from .core.memory import MemoryReport, memory_report
 from .core.optimizer import RuleOptimizer
 from .optimizers.adadelta import Adadelta
 from .optimizers.adafactor import Adafactor
+from .optimizers.adafactor_relative import AdafactorRelative
 from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
 from .optimizers.asgd import ASGD
+from .optimizers.came import CAME
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
 from .optimizers.lamb import LAMB
@@ -37,12 +39,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASGD",
+    "CAME",
     "LAMB",
     "LARS",
     "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",
+    "AdafactorRelative",
     "Adagrad",
     "Adam",
     "AdamW",
