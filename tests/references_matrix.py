@@ -64,17 +64,24 @@ def muon(
     normalization cancels but the state shows, and eps is not added to the norm but bounds it. torch iterates in
     bfloat16. The decay is multiplied by lr before its adjustment.
     """
-    rows, columns = map(p.dtype.type, p.shape)
-    b = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0) + (1 - momentum) * g
-    update = momentum * b + (1 - momentum) * g if nesterov else b
-    if adjust_lr_fn == "match_rms_adamw":
-        scale = p.dtype.type(0.2) * np.sqrt(max(rows, columns))
-    elif adjust_lr_fn == "spectral_unclamped":
-        scale = np.sqrt(rows / columns)
-    else:
-        scale = np.sqrt(max(1, rows / columns))
+    update = muon_momentum(p, g, state, momentum, nesterov)
+    scale = muon_scale(p, adjust_lr_fn)
     decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
     return p - lr * (scale * newton_schulz(update, ns_coefficients, ns_steps, eps) + decay)
+
+
+def muon_momentum(p, g, state, momentum, nesterov):
+    b = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0) + (1 - momentum) * g
+    return momentum * b + (1 - momentum) * g if nesterov else b
+
+
+def muon_scale(p, adjust_lr_fn):
+    rows, columns = map(p.dtype.type, p.shape)
+    if adjust_lr_fn == "match_rms_adamw":
+        return p.dtype.type(0.2) * np.sqrt(max(rows, columns))
+    if adjust_lr_fn == "spectral_unclamped":
+        return np.sqrt(rows / columns)
+    return np.sqrt(max(1, rows / columns))
 
 
 def estimate(squares, state, name, w):
@@ -90,7 +97,7 @@ def estimate(squares, state, name, w):
         return average(name, squares)
     r = average(f"{name}_row", mean(squares, -1)[..., 0])[..., None]
     c = average(f"{name}_col", mean(squares, -2)[..., 0, :])[..., None, :]
-    return r * c / mean(r, -2)
+    return r / mean(r, -2) * c  # r * c might underflow
 
 
 @reference
@@ -159,4 +166,88 @@ CAME_BY_HAND = (
         {"p": [[0.95 - 0.025 * (32 / 13) ** 0.5]], "exp_avg_res_row": [13 / 32], "exp_avg_res_col": [13 / 32]},
     ),
     (CAME, [[[1.0]], [[1.0]]], {"exp_avg": [[0.375]], "exp_avg_sq_row": [0.875], "exp_avg_res_row": [75 / 128]}),
+)
+
+
+def frobenius(x):
+    return np.sqrt(np.sum(x**2))
+
+
+@reference
+def normuon(
+    p, g, state, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_coefficients=(3.4445, -4.775, 2.0315),
+    eps=1e-7, ns_steps=5, adjust_lr_fn=None, beta2=0.95,
+):  # fmt: skip
+    """Li et al. 2025, Algorithm 1, with the norm of the authors' code: that of the orthogonalized momentum, by Muon's
+    factors.
+    """
+    o = newton_schulz(muon_momentum(p, g, state, momentum, nesterov), ns_coefficients, ns_steps, eps)
+    r = beta2 * state.get("second_momentum_buffer", 0) + (1 - beta2) * mean(o**2, -1)
+    state["second_momentum_buffer"] = r
+    even = o / (np.sqrt(r) + 1e-10)
+    even = even * frobenius(o) / np.maximum(frobenius(even), 1e-10)
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    return p - lr * (muon_scale(p, adjust_lr_fn) * even + decay)
+
+
+@reference
+def adamuon(
+    p, g, state, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_coefficients=(3.4445, -4.775, 2.0315),
+    eps=1e-7, ns_steps=5, beta2=0.95,
+):  # fmt: skip
+    """Si et al. 2025, Algorithm 1, with Nesterov's momentum as in the authors' code."""
+    u = muon_momentum(p, g, state, momentum, nesterov)
+    o = newton_schulz(np.where(np.isnan(u), 0, np.sign(u)), ns_coefficients, ns_steps, eps)
+    v = beta2 * state.get("second_momentum_buffer", 0) + (1 - beta2) * o**2
+    state["second_momentum_buffer"] = v
+    o = o / (np.sqrt(v) + 1e-8)
+    o = p.dtype.type(0.2) * np.sqrt(p.dtype.type(p.size)) * o / np.maximum(frobenius(o), 1e-8)
+    decay = weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    return p - lr * (o + decay)
+
+
+# Coefficients whose fixed point is 1, and no momentum: of diagonal matrices without a sign NS makes those of ones.
+ORTHOGONAL = {
+    "lr": 0.1, "weight_decay": 0.5, "momentum": 0.0, "nesterov": False, "ns_coefficients": (1.5, -0.5, 0.0),
+    "ns_steps": 20, "beta2": 0.75,
+}  # fmt: skip
+FIRST, BOTH = [[3.0, 0.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 2.0]]
+# p = 1 everywhere, and becomes 0.95, then 0.9025, where nothing else moves it. O = [[1, 0], [0, 0]]: r = [0.125, 0] and
+# O keeps its norm: 1 less 0.05 less 0.1. Then O = 1: r = [0.21875, 0.125], and the rows are divided by the roots of
+# these, with the norm sqrt(2).
+ROWS = [1 / (0.21875**0.5 + 1e-10), 1 / (0.125**0.5 + 1e-10)]
+BY = 0.1 * (2 / (ROWS[0] ** 2 + ROWS[1] ** 2)) ** 0.5
+NORMUON_BY_HAND = (
+    (ORTHOGONAL, [FIRST], {"p": [[0.85, 0.95], [0.95, 0.95]], "second_momentum_buffer": [[0.125], [0.0]]}),
+    (
+        ORTHOGONAL,
+        [FIRST, BOTH],
+        {
+            "p": [[0.8075 - BY * ROWS[0], 0.9025], [0.9025, 0.9025 - BY * ROWS[1]]],
+            "second_momentum_buffer": [[0.21875], [0.125]],
+        },
+    ),
+    # Of 4 rows and 1 column, and [3, 4, 0, 0], r = 0.25 * O^2.
+    (
+        ORTHOGONAL,
+        [[[3.0], [4.0], [0.0], [0.0]]],
+        {
+            "second_momentum_buffer": [[0.09], [0.16], [0.0], [0.0]],
+        },
+    ),
+)
+# The norm is 0.2 * sqrt(4) always. First of one element: p = 0.95 - 0.1 * 0.4, v = 0.25. Then of both: v is 0.4375 and
+# 0.25.
+ELEMENTS = [1 / (0.4375**0.5 + 1e-8), 1 / (0.25**0.5 + 1e-8)]
+BY = 0.04 / (ELEMENTS[0] ** 2 + ELEMENTS[1] ** 2) ** 0.5
+ADAMUON_BY_HAND = (
+    (ORTHOGONAL, [FIRST], {"p": [[0.91, 0.95], [0.95, 0.95]], "second_momentum_buffer": [[0.25, 0.0], [0.0, 0.0]]}),
+    (
+        ORTHOGONAL,
+        [FIRST, BOTH],
+        {
+            "p": [[0.8645 - BY * ELEMENTS[0], 0.9025], [0.9025, 0.9025 - BY * ELEMENTS[1]]],
+            "second_momentum_buffer": [[0.4375, 0.0], [0.0, 0.25]],
+        },
+    ),
 )

@@ -17,7 +17,18 @@ import references
 import torch
 from conftest import BACKENDS
 from reference_peer import peer_of
-from references_matrix import CAME_BY_HAND, RELATIVE_BY_HAND, adafactor, adafactor_relative, came, muon
+from references_matrix import (
+    ADAMUON_BY_HAND,
+    CAME_BY_HAND,
+    NORMUON_BY_HAND,
+    RELATIVE_BY_HAND,
+    adafactor,
+    adafactor_relative,
+    adamuon,
+    came,
+    muon,
+    normuon,
+)
 from references_measured import (
     LAMB_BY_HAND,
     LARS_BY_HAND,
@@ -310,6 +321,33 @@ CASES = [
         minimizes={"lr": 0.03, "weight_decay": 0.0},
     ),
     Case(
+        triton_optim.NorMuon,
+        normuon,
+        {
+            "default": {},
+            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True},
+            "like AdamW": {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 4, "weight_decay": 0.0},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in NORMUON_BY_HAND),
+        matrices=True,
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.03, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.AdaMuon,
+        adamuon,
+        {
+            "default": {},
+            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in ADAMUON_BY_HAND),
+        matrices=True,
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "weight_decay": 0.0},
+    ),
+    Case(
         triton_optim.LAMB,
         lamb,
         {
@@ -394,7 +432,7 @@ CASES = [
         adafactor_relative,
         {
             "default": {},
-            "decay": {"decay_rate": -0.5, "weight_decay": 0.1, "warmup_init": True, "maximize": True},
+            "decay": {"decay_rate": -0.5, "weight_decay": 0.1, "maximize": True},
             "momentum": {"lr": 1e-2, "beta1": 0.8, "scale_parameter": False, "weight_decay": 0.1},
             "clipped": {"clip_threshold": 0.5, "eps": (1e-4, 1e-2), "beta1": 0.5},
         },

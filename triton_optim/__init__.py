@@ -20,7 +20,9 @@ from .optimizers.lamb import LAMB
 from .optimizers.lars import LARS
 from .optimizers.lion import Lion
 from .optimizers.mars import MARSAdamW, MARSLion
+from .optimizers.matrix.adamuon import AdaMuon
 from .optimizers.matrix.muon import Muon, muon_param_groups
+from .optimizers.matrix.normuon import NorMuon
 from .optimizers.nadam import NAdam
 from .optimizers.novograd import NovoGrad
 from .optimizers.radam import RAdam
@@ -44,6 +46,7 @@ __all__ = [
     "LARS",
     "LBFGS",
     "SGD",
+    "AdaMuon",
     "Adadelta",
     "Adafactor",
     "AdafactorRelative",
@@ -60,6 +63,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NonlinearCG",
+    "NorMuon",
     "NovoGrad",
     "Options",
     "RAdam",

@@ -41,8 +41,8 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
 
 def wide(values: Any, like: Tensor) -> Tensor:
     """A scalar of each parameter; a number is filled in where it is needed, as nothing may wait for a copy."""
-    values = values.to(like) if isinstance(values, Tensor) else like.new_full((), values)
-    return values.expand(len(like))
+    filled = values.to(like) if isinstance(values, Tensor) else like.new_full((), values)
+    return filled.expand(len(like))
 
 
 def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor) -> Measured:
