@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr"}
+NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq"}
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
@@ -80,4 +80,6 @@ def array(x: Tensor) -> np.ndarray:
 def tensor(values: Any, like: Tensor) -> Tensor:
     """A tensor as `like`, laid out as it is in memory."""
     x = torch.as_tensor(np.array(values)).to(like.device)
+    if x.shape != (torch.view_as_real(like) if like.is_complex() else like).shape:
+        return x  # a number of the parameter, or of each of its rows
     return torch.empty_like(like).copy_(torch.view_as_complex(x) if like.is_complex() else x)

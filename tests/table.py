@@ -20,8 +20,32 @@ import torch
 from conftest import BACKENDS
 from reference_peer import NUMBERS as NUMBERS
 from reference_peer import peer_of
-from references_matrix import adafactor, muon
-from references_measured import LAMB_BY_HAND, lamb
+from references_matrix import (
+    ADAMUON_BY_HAND,
+    CAME_BY_HAND,
+    NORMUON_BY_HAND,
+    RELATIVE_BY_HAND,
+    adafactor,
+    adafactor_relative,
+    adamuon,
+    came,
+    muon,
+    normuon,
+)
+from references_measured import (
+    LAMB_BY_HAND,
+    LARS_BY_HAND,
+    MARS_ADAMW_BY_HAND,
+    MARS_LION_BY_HAND,
+    NOVOGRAD_BY_HAND,
+    STABLE_BY_HAND,
+    lamb,
+    lars,
+    mars_adamw,
+    mars_lion,
+    novograd,
+    stable_adamw,
+)
 from references_runner import reference
 from torch import Tensor
 from torch.nn import Parameter
@@ -558,6 +582,33 @@ CASES = [
         minimizes={"lr": 0.03, "weight_decay": 0.0},
     ),
     Case(
+        triton_optim.NorMuon,
+        normuon,
+        {
+            "default": {},
+            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True},
+            "like AdamW": {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 4, "weight_decay": 0.0},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in NORMUON_BY_HAND),
+        matrices=True,
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.03, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.AdaMuon,
+        adamuon,
+        {
+            "default": {},
+            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in ADAMUON_BY_HAND),
+        matrices=True,
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "weight_decay": 0.0},
+    ),
+    Case(
         triton_optim.LAMB,
         lamb,
         {
@@ -568,6 +619,88 @@ CASES = [
         by_hand=tuple(ByHand(*steps) for steps in LAMB_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.LARS,
+        lars,
+        {
+            "default": {},
+            "decay": {"lr": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.1, "dampening": 0.1, "maximize": True},
+            "nesterov": {"lr": 0.5, "nesterov": True, "trust_coefficient": 0.1},
+            "plain": {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.1},
+            "without trust": {"lr": 0.1, "trust_ratio": False},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in LARS_BY_HAND),
+        settings={"lr": 1e-2, "weight_decay": 0.1, "trust_coefficient": 1.0},
+        elementwise=False,
+        minimizes={"lr": 0.03, "trust_coefficient": 0.3},
+    ),
+    Case(
+        triton_optim.NovoGrad,
+        novograd,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.7), "eps": 1e-3, "maximize": True},
+            "averaged": {"lr": 1e-2, "grad_averaging": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in NOVOGRAD_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.03, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.MARSAdamW,
+        mars_adamw,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "gamma": 0.5, "maximize": True},
+            "vectors, too": {"optimize_1d": True, "eps": 1e-6},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in MARS_ADAMW_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.MARSLion,
+        mars_lion,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "beta": 0.8, "gamma": 0.5, "maximize": True}},
+        by_hand=tuple(ByHand(*steps) for steps in MARS_LION_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.02, "beta": 0.9},
+    ),
+    Case(
+        triton_optim.StableAdamW,
+        stable_adamw,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.7), "eps": 1e-3, "maximize": True}},
+        by_hand=tuple(ByHand(*steps) for steps in STABLE_BY_HAND),
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.CAME,
+        came,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.7, 0.9), "maximize": True},
+            "clipped": {"lr": 1e-2, "clip_threshold": 0.3, "eps": (1e-4, 1e-2)},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in CAME_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.03, "betas": (0.9, 0.99, 0.999)},
+    ),
+    Case(
+        triton_optim.AdafactorRelative,
+        adafactor_relative,
+        {
+            "default": {},
+            "decay": {"decay_rate": -0.5, "weight_decay": 0.1, "maximize": True},
+            "momentum": {"lr": 1e-2, "beta1": 0.8, "scale_parameter": False, "weight_decay": 0.1},
+            "clipped": {"clip_threshold": 0.5, "eps": (1e-4, 1e-2), "beta1": 0.5},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in RELATIVE_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.02, "eps": (1e-30, 1.0), "decay_rate": -0.5},
     ),
     Case(
         triton_optim.SparseAdam,

@@ -12,7 +12,7 @@ from triton_optim.kernels.language import jit
 
 import triton_optim
 from triton_optim.engine import entries
-from triton_optim.optimizers import adafactor
+from triton_optim.util import factored
 
 
 class DescentScalars(NamedTuple):
@@ -220,14 +220,15 @@ def test_in_pieces(name: str, backend: str, device: torch.device, monkeypatch: p
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # batches of matrices differ
 
 
-def test_adafactor_takes_all_parameters_together_where_launches_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["Adafactor", "AdafactorRelative", "CAME"])
+def test_all_parameters_are_taken_together_where_launches_cost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start = [torch.randn(shape) for shape in [(4, 6), (5,), (2, 3, 4), (3, 2), ()]]
     gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
     ends = []
     for alone in (("cpu",), ()):
-        monkeypatch.setattr(adafactor, "ONE_BY_ONE", alone)
+        monkeypatch.setattr(factored, "ONE_BY_ONE", alone)
         params = [Parameter(x.clone()) for x in start]
-        optimizer = triton_optim.Adafactor(params, backend="eager")
+        optimizer = getattr(triton_optim, name)(params, backend="eager")
         for own in gradients:
             for p, g in zip(params, own, strict=True):
                 p.grad = g.clone()

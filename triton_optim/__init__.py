@@ -9,6 +9,7 @@ from .core.optimizer import RuleOptimizer
 from .optimizers.adabelief import AdaBelief
 from .optimizers.adadelta import Adadelta
 from .optimizers.adafactor import Adafactor
+from .optimizers.adafactor_relative import AdafactorRelative
 from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
 from .optimizers.adamax import Adamax
@@ -17,15 +18,21 @@ from .optimizers.adan import Adan
 from .optimizers.ademamix import AdEMAMix, SimplifiedAdEMAMix
 from .optimizers.adopt import ADOPT
 from .optimizers.asgd import ASGD
+from .optimizers.came import CAME
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
 from .optimizers.grams import Grams
 from .optimizers.lamb import LAMB
 from .optimizers.laprop import LaProp
+from .optimizers.lars import LARS
 from .optimizers.lion import Lion
+from .optimizers.mars import MARSAdamW, MARSLion
+from .optimizers.matrix.adamuon import AdaMuon
 from .optimizers.matrix.muon import Muon, muon_param_groups
+from .optimizers.matrix.normuon import NorMuon
 from .optimizers.nadam import NAdam
 from .optimizers.nadamw import NAdamW
+from .optimizers.novograd import NovoGrad
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
@@ -33,6 +40,7 @@ from .optimizers.sgd import SGD
 from .optimizers.signum import Signum, Tiger
 from .optimizers.sophia import SophiaG
 from .optimizers.sparse_adam import SparseAdam
+from .optimizers.stable_adamw import StableAdamW
 from .options import Options
 from .spec import Variant
 from .training.amp import GradScaler
@@ -54,13 +62,17 @@ __version__ = "0.1.0"
 __all__ = [
     "ADOPT",
     "ASGD",
+    "CAME",
     "LAMB",
+    "LARS",
     "LBFGS",
     "SGD",
     "AdEMAMix",
     "AdaBelief",
+    "AdaMuon",
     "Adadelta",
     "Adafactor",
+    "AdafactorRelative",
     "Adagrad",
     "Adam",
     "AdamC",
@@ -72,11 +84,15 @@ __all__ = [
     "Grams",
     "LaProp",
     "Lion",
+    "MARSAdamW",
+    "MARSLion",
     "MemoryReport",
     "Muon",
     "NAdam",
     "NAdamW",
     "NonlinearCG",
+    "NorMuon",
+    "NovoGrad",
     "Options",
     "RAdam",
     "RMSprop",
@@ -86,6 +102,7 @@ __all__ = [
     "SimplifiedAdEMAMix",
     "SophiaG",
     "SparseAdam",
+    "StableAdamW",
     "Tiger",
     "Variant",
     "Wrapper",

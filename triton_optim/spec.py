@@ -38,7 +38,8 @@ class Measured(NamedTuple):
         h: what :meth:`Update.scalars` returned.
         params: the parameters.
         states: a parameter's states by name. Those of :meth:`Update.prologue_state` may be written in place.
-        numel: how many elements each parameter has, of a sharded one all; float64 ``(n,)`` on the device.
+        numel: how many elements each parameter has, of a sharded one all, and of a complex one both parts, as rules
+            have it; float64 ``(n,)`` on the device.
         sums: what was summed, in the order in which ``measure`` returns it, each float64 ``(n,)`` on the device.
         total: what :meth:`Update.total` returned.
     """

@@ -17,3 +17,16 @@ class AdafactorScalars(NamedTuple):
 def adafactor(p, g, h):
     """What the prologue made of the gradient is subtracted."""
     return (p * h.keep - h.rho * g,)
+
+
+class AdafactorRelativeScalars(NamedTuple):
+    rho: float  # the step size, before it is multiplied by the parameter's own; all of them for the prologue
+    one_minus_beta1: float
+    one_minus_beta2: float  # t^decay_rate
+    weight_decay: float
+
+
+@jit
+def adafactor_relative(p, g, h):
+    """What the prologue made of the gradient is subtracted, which has its step size already."""
+    return (p - g,)

@@ -167,10 +167,10 @@ class Bucket(Memory):
 
     @property
     def whole_numels(self) -> Tensor:
-        """How many elements each parameter has, of a sharded one all, as numbers on the device."""
+        """How many elements each parameter has for a rule, of a sharded one all; of a complex one both parts count."""
         if self._whole_numels is None:
             wide = exact_dtype(self.key.device)
-            numels = torch.tensor([m.p.numel() for m in self.slots], dtype=wide, device="cpu")
+            numels = torch.tensor([m.p.numel() * (1 + m.p.is_complex()) for m in self.slots], dtype=wide, device="cpu")
             self._whole_numels = numels.to(self.key.device)
         return self._whole_numels
 
@@ -181,8 +181,16 @@ class Bucket(Memory):
                 self.factors[name] = values
                 continue
             into = self.factors.get(name)
-            into = values.new_zeros(len(self.slots)) if into is None else into
+            into = self._of_all(name, values) if into is None else into
             self.factors[name] = into.index_copy(0, self.positions_of(step_group), values)
+
+    def _of_all(self, name: str, like: Tensor) -> Tensor:
+        """A scalar of every parameter, as the rows have it."""
+        into = like.new_zeros(len(self.slots))
+        for number, row in enumerate(self.rows):
+            if row is not None:
+                into = into.index_fill(0, self.positions_of(number), getattr(row.h, name))
+        return into
 
     def rows_to_run(self) -> list[StepScalars | None]:
         """The rows by which the step runs: ``row_of[i]`` is that of parameter i."""

@@ -35,10 +35,14 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
     for bucket, number, measured in turns:
         factors = optimizer.factors(measured._replace(total=total))
         check_factors(optimizer, measured, factors)
-        count = len(measured.params)
-        wide = {name: torch.as_tensor(values).to(measured.numel).expand(count) for name, values in factors.items()}
-        bucket.take_factors(number, wide)
+        bucket.take_factors(number, {name: wide(values, measured.numel) for name, values in factors.items()})
     return bool(optimizer.prologue_names)
+
+
+def wide(values: Any, like: Tensor) -> Tensor:
+    """A scalar of each parameter; a number is filled in where it is needed, as nothing may wait for a copy."""
+    filled = values.to(like) if isinstance(values, Tensor) else like.new_full((), values)
+    return filled.expand(len(like))
 
 
 def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor) -> Measured:

@@ -14,11 +14,9 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adafactor import AdafactorScalars, adafactor
 from ..options import Options
+from ..util.factored import averaged, in_place, means, portions
 from ..util.hyperparameters import exact_number
 from ..util.layout import gathered, placed_as
-
-ONE_BY_ONE = ("cpu",)
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Adafactor(RuleOptimizer):
@@ -123,11 +121,8 @@ class Adafactor(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        # Together they take few launches; a CPU has none to save, and one at a time they stay in its caches.
-        at_once = 1 if params[0].device.type in ONE_BY_ONE else len(params)
         updates: list[Tensor] = []
-        for start in range(0, len(params), at_once):
-            own = slice(start, start + at_once)
+        for own in portions(params):
             whole, g = ([gathered(t) for t in tensors[own]] for tensors in (params, gradients))
             updates += map(placed_as, params[own], normalized(whole, g, states[own], group, h))
         return updates
@@ -146,14 +141,16 @@ def normalized(
     vectors = [i for i, p in enumerate(params) if p.dim() < 2]
     matrices = [i for i, p in enumerate(params) if p.dim() >= 2]
     if vectors:
-        variances = averaged([states[i]["variance"] for i in vectors], [divisors[i] for i in vectors], h)
+        variances = averaged(
+            [states[i]["variance"] for i in vectors], [divisors[i] for i in vectors], h.one_minus_beta2
+        )
         bounded = torch._foreach_clamp_min(variances, [floors[i] ** 2 for i in vectors])
         for i, root in zip(vectors, torch._foreach_rsqrt(bounded), strict=True):
             divisors[i] = root
     if matrices:
         squares = [divisors[i] for i in matrices]
-        rows = averaged([states[i]["row_var"] for i in matrices], means(squares, -1), h)
-        columns = averaged([states[i]["col_var"] for i in matrices], means(squares, -2), h)
+        rows = averaged([states[i]["row_var"] for i in matrices], means(squares, -1), h.one_minus_beta2)
+        columns = averaged([states[i]["col_var"] for i in matrices], means(squares, -2), h.one_minus_beta2)
         of_rows = torch._foreach_clamp_min(means(rows, -2), [floors[i] for i in matrices])
         # The square roots of the factors, not of their product: as many as there are rows and columns.
         by_row = torch._foreach_rsqrt(torch._foreach_div(rows, of_rows))
@@ -169,28 +166,3 @@ def normalized(
     clips = torch._foreach_div(torch._foreach_norm(updates), [group["d"] * root for root in roots])
     scales = torch._foreach_div(scales, torch._foreach_clamp_min(clips, 1.0))
     return [in_place(torch.mul, update, scale) for update, scale in zip(updates, scales, strict=True)]
-
-
-def in_place(function: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-    """The function of `x`, in its memory where autograd does not need that."""
-    result: Tensor = function(x, *arguments, **keywords, out=None if torch.is_grad_enabled() else x)
-    return result
-
-
-def averaged(states: list[Tensor], news: Tensors, h: AdafactorScalars) -> tuple[Tensor, ...]:
-    """The states moved towards the new ones, in the dtype of these; they are kept in their own."""
-    pairs = zip(states, news, strict=True)
-    held = [state.to(new.dtype) for state, new in pairs]
-    weight = h.one_minus_beta2
-    if isinstance(weight, Tensor):
-        averages = tuple(x.lerp(new, weight.to(new)) for x, new in zip(held, news, strict=True))
-    else:
-        averages = torch._foreach_lerp(held, news, weight)
-    torch._foreach_copy_(states, averages)
-    return averages
-
-
-def means(tensors: Tensors, dim: int) -> tuple[Tensor, ...]:
-    """Of nothing the mean is 0."""
-    sums = [x.sum(dim, keepdim=True) for x in tensors]
-    return torch._foreach_div(sums, [float(max(x.shape[dim], 1)) for x in tensors])

@@ -82,12 +82,7 @@ class SGD(RuleOptimizer):
         check_range("learning rate", group["lr"], 0.0)
         check_range("momentum value", group["momentum"], 0.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)
-        momentum, dampening = group["momentum"], group["dampening"]
-        if group["nesterov"] and not (momentum > 0 and dampening == 0):
-            raise ValueError(
-                "Nesterov momentum requires a momentum and zero dampening; "
-                f"got momentum={momentum}, dampening={dampening}. Set momentum=0.9, dampening=0, or nesterov=False."
-            )
+        check_nesterov(group)
 
     def variant(self, group: dict[str, Any]) -> Variant:
         if group["momentum"] == 0:
@@ -105,4 +100,14 @@ class SGD(RuleOptimizer):
             momentum=later * group["momentum"],
             one_minus_dampening=1 - later * group["dampening"],
             nesterov=group["momentum"],
+        )
+
+
+def check_nesterov(group: dict[str, Any]) -> None:
+    """Raise ValueError where Nesterov's momentum is asked for without a momentum, or with dampening."""
+    momentum, dampening = group["momentum"], group["dampening"]
+    if group["nesterov"] and not (momentum > 0 and dampening == 0):
+        raise ValueError(
+            "Nesterov momentum requires a momentum and zero dampening; "
+            f"got momentum={momentum}, dampening={dampening}. Set momentum=0.9, dampening=0, or nesterov=False."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ class Muon(RuleOptimizer):
     counts_steps = False
     option_names = ()
     prologue_names = ("momentum_buffer",)
+    signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
 
     def __init__(
         self,
@@ -180,23 +181,35 @@ class Muon(RuleOptimizer):
         buffers = [state["momentum_buffer"] for state in states]
         gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - mu)
-        adjusted = ADJUST[group["adjust_lr_fn"]]
-        scales = [adjusted(*p.shape) for p in params]
+        nesterov, signed = group["nesterov"], self.signed
 
-        def ahead(indices: list[int]) -> list[Tensor]:
-            momenta = torch._foreach_lerp([gradients[i] for i in indices], [buffers[i] for i in indices], mu)
-            return [gathered(m) for m in momenta]
+        def fetch(indices: list[int]) -> list[Tensor]:
+            momenta: Sequence[Tensor] = [buffers[i] for i in indices]
+            if nesterov:
+                momenta = torch._foreach_lerp([gradients[i] for i in indices], momenta, mu)
+            return [gathered(m) for m in (torch._foreach_sign(momenta) if signed else momenta)]
 
-        nesterov = group["nesterov"]
         updates = newton_schulz(
-            buffers if nesterov else [gathered(b) for b in buffers],
+            buffers if nesterov or signed else [gathered(b) for b in buffers],
             group["ns_coefficients"],
             group["ns_steps"],
             group["eps"],
-            scales,
-            ahead if nesterov else None,
+            self.scales(group, params),
+            fetch if nesterov or signed else None,
         )
+        updates = self.adapted(group, params, updates, states)
         return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
+
+    def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
+        """What orthogonalized momenta are multiplied by, before they are adapted."""
+        adjusted = ADJUST[group["adjust_lr_fn"]]
+        return [adjusted(*p.shape) for p in params]
+
+    def adapted(
+        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        """What is subtracted, made of whole orthogonalized momenta."""
+        return updates
 
 
 def uses_muon(group: dict[str, Any]) -> bool:

@@ -1,0 +1,154 @@
+"""CAME."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..core.checks import check_betas, check_range
+from ..core.optimizer import RuleOptimizer
+from ..kernels.rules.came import CameScalars, came
+from ..options import Options
+from ..util.factored import averaged, clipped, factored_states, inverse_roots, portions
+from ..util.layout import gathered, placed_as
+
+
+class CAME(RuleOptimizer):
+    r"""CAME: Adafactor's factored second moment, and momentum that is trusted where it agrees with its updates.
+
+    With :math:`\operatorname{F}_\beta(x)` for running means r of the rows and c of the columns of x, and their product
+    :math:`r c / \operatorname{mean} r`, for a matrix :math:`g_t` (more than two dimensions are a batch of matrices):
+
+    .. math::
+        u_t &= g_t / \sqrt{\operatorname{F}_{\beta_2}(g_t^2 + \epsilon_1)}, \qquad
+        \hat u_t = u_t / \max(1, \operatorname{RMS}(u_t) / d) \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) \hat u_t, \qquad
+        s_t = \operatorname{F}_{\beta_3}((\hat u_t - m_t)^2 + \epsilon_2) \\
+        p_t &= (1 - \gamma\lambda) p_{t-1} - \gamma m_t / \sqrt{s_t}
+
+    and for a vector F is the running mean itself, and :math:`p_t = (1 - \gamma\lambda) p_{t-1} - \gamma m_t`.
+
+    State of a parameter: ``step`` (0-dim float32), ``exp_avg`` :math:`m`, like the parameter; the means of F in float32
+    or wider: ``exp_avg_sq_row``, ``exp_avg_sq_col``, ``exp_avg_res_row`` and ``exp_avg_res_col``; of a vector
+    ``exp_avg_sq``.
+
+    Args:
+        params: parameters, named parameters or groups; real ones.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        eps: :math:`(\epsilon_1, \epsilon_2)`, each :math:`\ge 0`.
+        clip_threshold: :math:`d > 0`.
+        betas: :math:`(\beta_1, \beta_2, \beta_3)`, each in [0, 1).
+        weight_decay: :math:`\lambda \ge 0`.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: a parameter is complex (in :meth:`step`).
+
+    Example:
+        >>> import torch, triton_optim
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = triton_optim.CAME(model.parameters(), backend="eager")
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> {name: tuple(value.shape) for name, value in optimizer.state[model.weight].items() if "row" in name}
+        {'exp_avg_sq_row': (2,), 'exp_avg_res_row': (2,)}
+
+    Source: Luo et al. 2023, Algorithm 2, https://arxiv.org/abs/2307.02047, with means for sums, and vectors as in the
+    authors' code.
+    """
+
+    rule = came
+    prologue_names = (
+        "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        eps: tuple[float, float] = (1e-30, 1e-16),
+        clip_threshold: float = 1.0,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        weight_decay: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "betas": betas,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_range("learning rate", group["lr"], 0.0)
+        check_eps(group["eps"])
+        check_threshold(group["clip_threshold"])
+        check_betas(group["betas"], 3)
+        check_range("weight_decay value", group["weight_decay"], 0.0)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> CameScalars:
+        lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
+        return CameScalars(
+            lr=lr,
+            keep=1 - lr * group["weight_decay"],
+            one_minus_beta1=1 - beta1,
+            one_minus_beta2=1 - beta2,
+            one_minus_beta3=1 - beta3,
+        )
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        momentum = {"exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format)}
+        instability = factored_states(p, "exp_avg_res") if p.dim() >= 2 else {}
+        return momentum | factored_states(p, "exp_avg_sq") | instability
+
+    def prologue(
+        self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        updates: list[Tensor] = []
+        for own in portions(params):
+            updates += trusted(params[own], gradients[own], states[own], group, h)
+        return updates
+
+
+def trusted(
+    params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
+) -> list[Tensor]:
+    r""":math:`m / \sqrt s`, as :class:`CAME` says; the states are updated."""
+    wide = [gathered(g).to(torch.promote_types(p.dtype, torch.float32)) for p, g in zip(params, gradients, strict=True)]
+    squares = list(torch._foreach_add(torch._foreach_mul(wide, wide), group["eps"][0]))
+    roots = inverse_roots(squares, states, "exp_avg_sq", h.one_minus_beta2)
+    updates = clipped(torch._foreach_mul(roots, wide), group["clip_threshold"])
+    held = [gathered(state["exp_avg"]) for state in states]
+    momenta = averaged(held, updates, h.one_minus_beta1)
+    for p, state, whole, momentum in zip(params, states, held, momenta, strict=True):
+        if state["exp_avg"] is not whole:
+            state["exp_avg"].copy_(placed_as(p, momentum))
+    results = list(momenta)
+    matrices = [i for i, m in enumerate(momenta) if m.dim() >= 2]
+    if matrices:
+        own = [momenta[i] for i in matrices]
+        apart = torch._foreach_sub([updates[i] for i in matrices], own)
+        squares = list(torch._foreach_add(torch._foreach_mul(apart, apart), group["eps"][1]))
+        roots = inverse_roots(squares, [states[i] for i in matrices], "exp_avg_res", h.one_minus_beta3)
+        for i, update in zip(matrices, torch._foreach_mul(roots, own), strict=True):
+            results[i] = update
+    return [placed_as(p, update) for p, update in zip(params, results, strict=True)]
+
+
+def check_eps(eps: Any) -> None:
+    """Raise ValueError unless both are at least 0."""
+    for index, value in enumerate(eps):
+        check_range(f"epsilon value at index {index}", value, 0.0)
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raise ValueError unless updates are clipped to something."""
+    if not threshold > 0:
+        raise ValueError(f"Invalid clip_threshold: {threshold}. It must be above 0; the default is 1.0.")

@@ -1,0 +1,116 @@
+"""NorMuon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ...core.checks import check_range
+from ...options import Options
+from ...util.factored import averaged, means
+from .muon import Muon, uses_muon
+
+TINY = 1e-10  # the authors'
+
+
+class NorMuon(Muon):
+    r"""NorMuon: Muon whose rows, the neurons, take steps of like size: each is divided by a running mean of its size.
+
+    With :math:`O_t = \operatorname{NS}(m_t)` of :class:`Muon`, and Frobenius norms:
+
+    .. math::
+        r_t &= \beta_2 r_{t-1} + (1 - \beta_2) \operatorname{mean}_{\text{row}} O_t^2, \qquad
+        \hat O_t = O_t / (\sqrt{r_t} + 10^{-10}) \\
+        p_t &= (1 - \gamma\lambda) p_{t-1} - \gamma s \frac{\lVert O_t \rVert}{\lVert \hat O_t \rVert} \hat O_t
+
+    A parameter group with ``"use_muon": False`` is AdamW's, as of :class:`Muon`.
+
+    State of a parameter: ``momentum_buffer`` :math:`b`, like it, and ``second_momentum_buffer`` :math:`r`, a column in
+    float32 or wider; in a group of AdamW ``step``, ``exp_avg`` and ``exp_avg_sq``.
+
+    Args:
+        params: parameters, named parameters or groups; real, and of two dimensions but in groups of AdamW.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        weight_decay: :math:`\lambda \ge 0`.
+        momentum: :math:`\mu \ge 0`.
+        nesterov: Nesterov's momentum.
+        ns_coefficients: as of :class:`Muon`.
+        eps: :math:`\epsilon` of :class:`Muon`.
+        ns_steps: as of :class:`Muon`.
+        adjust_lr_fn: as of :class:`Muon`, for s; with ``"match_rms_adamw"`` steps are as long as the paper's.
+        beta2: :math:`\beta_2` in [0, 1).
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions.
+        RuntimeError: a parameter is complex (in :meth:`step`).
+
+    Example:
+        >>> import torch, triton_optim
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = triton_optim.NorMuon(triton_optim.muon_param_groups(model), lr=0.02, backend="eager")
+        >>> model(torch.ones(1, 4)).square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['momentum_buffer', 'second_momentum_buffer']
+
+    Source: Li et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.05491. As in the authors' code, an update keeps the
+    norm that :math:`O_t` has, where the paper gives it an RMS of 0.2.
+    """
+
+    prologue_names = ("momentum_buffer", "second_momentum_buffer")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        beta2: float = 0.95,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "beta2": beta2,
+        }
+        super(Muon, self).__init__(params, defaults, **options)
+
+    def check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super().check_hyperparameters(group)
+        if uses_muon(group):
+            check_range("beta2 value", group["beta2"], 0.0, 1.0)
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        rows = torch.zeros((len(p), 1), dtype=dtype, device=p.device)  # every rank keeps all: they are few
+        return super().prologue_state(p, group) | {"second_momentum_buffer": rows}
+
+    def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
+        return [1.0] * len(params)
+
+    def adapted(
+        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], states: list[dict[str, Any]]
+    ) -> list[Tensor]:
+        rows = [state["second_momentum_buffer"] for state in states]
+        wide = [update.to(r.dtype) for update, r in zip(updates, rows, strict=True)]
+        sizes = averaged(rows, means(torch._foreach_mul(wide, wide), -1), 1 - group["beta2"])
+        even = torch._foreach_div(wide, torch._foreach_add(torch._foreach_sqrt(sizes), TINY))
+        lengths = torch._foreach_clamp_min(torch._foreach_norm(even), TINY)
+        factors = torch._foreach_mul(torch._foreach_norm(wide), super().scales(group, params))
+        return list(torch._foreach_mul(even, torch._foreach_div(factors, lengths)))

@@ -1,0 +1,95 @@
+"""Second moments that are kept as the means of their rows and columns, of many parameters together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ONE_BY_ONE = ("cpu",)
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def portions(params: list[Tensor]) -> Iterator[slice]:
+    """Those that are updated together: few launches for all; a CPU has none to save, and one at a time they stay in its
+    caches.
+    """
+    at_once = 1 if params[0].device.type in ONE_BY_ONE else len(params)
+    return (slice(start, start + at_once) for start in range(0, len(params), at_once))
+
+
+def in_place(function: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    """The function of `x`, in its memory where autograd does not need that."""
+    result: Tensor = function(x, *arguments, **keywords, out=None if torch.is_grad_enabled() else x)
+    return result
+
+
+def averaged(states: list[Tensor], news: Tensors, weight: Any) -> tuple[Tensor, ...]:
+    """The states moved towards the new ones, in the dtype of these; they are kept in their own.
+
+    Args:
+        weight: of the new ones; a number, or a 0-dim tensor.
+    """
+    pairs = zip(states, news, strict=True)
+    held = [state.to(new.dtype) for state, new in pairs]
+    if isinstance(weight, Tensor):
+        averages = tuple(x.lerp(new, weight.to(new)) for x, new in zip(held, news, strict=True))
+    else:
+        averages = torch._foreach_lerp(held, news, weight)
+    torch._foreach_copy_(states, averages)
+    return averages
+
+
+def means(tensors: Tensors, dim: int) -> tuple[Tensor, ...]:
+    """Of nothing the mean is 0."""
+    sums = [x.sum(dim, keepdim=True) for x in tensors]
+    return torch._foreach_div(sums, [float(max(x.shape[dim], 1)) for x in tensors])
+
+
+def factored_states(p: Tensor, name: str) -> dict[str, Tensor]:
+    """The states of :func:`inverse_roots`, 0: of a vector one, of more dimensions those of the rows and the columns.
+    Float32 at least: a 16-bit mean stands still. Of a sharded parameter every rank keeps all, they are small.
+    """
+    shapes = {name: p.shape}
+    if p.dim() >= 2:
+        shapes = {f"{name}_row": p.shape[:-1], f"{name}_col": p.shape[:-2] + p.shape[-1:]}
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return {part: torch.zeros(shape, dtype=dtype, device=p.device) for part, shape in shapes.items()}
+
+
+def inverse_roots(squares: list[Tensor], states: list[dict[str, Any]], name: str, weight: Any) -> list[Tensor]:
+    r"""1 over the roots of running means of squares: of matrices of :math:`r c / \operatorname{mean} r`, from the means
+    r of the rows and c of the columns.
+
+    Args:
+        squares: more than two dimensions are a batch of matrices. Written.
+        states: a parameter's states by name, those of :func:`factored_states` among them; these are updated.
+        name: of these.
+        weight: of what is new in the means; a number, or a 0-dim tensor.
+    """
+    roots = list(squares)
+    vectors = [i for i, x in enumerate(squares) if x.dim() < 2]
+    matrices = [i for i, x in enumerate(squares) if x.dim() >= 2]
+    if vectors:
+        whole = averaged([states[i][name] for i in vectors], [squares[i] for i in vectors], weight)
+        for i, root in zip(vectors, torch._foreach_rsqrt(whole), strict=True):
+            roots[i] = root
+    if matrices:
+        own = [squares[i] for i in matrices]
+        held = [
+            [states[i][f"{name}_{part}"].unsqueeze(dim) for i in matrices] for part, dim in (("row", -1), ("col", -2))
+        ]
+        rows, columns = averaged(held[0], means(own, -1), weight), averaged(held[1], means(own, -2), weight)
+        by_row = torch._foreach_rsqrt(torch._foreach_div(rows, means(rows, -2)))
+        for i, row, column in zip(matrices, by_row, torch._foreach_rsqrt(columns), strict=True):
+            roots[i] = torch.mul(row, column, out=None if torch.is_grad_enabled() else squares[i])
+    return roots
+
+
+def clipped(updates: Tensors, threshold: float) -> tuple[Tensor, ...]:
+    """Divided by what their root mean square is above the threshold."""
+    limits = [threshold * max(x.numel(), 1) ** 0.5 for x in updates]
+    excess = torch._foreach_clamp_min(torch._foreach_div(torch._foreach_norm(updates), limits), 1.0)
+    return torch._foreach_div(updates, excess)
