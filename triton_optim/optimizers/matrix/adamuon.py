@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...util.factored import averaged
 from ...util.layout import gathered, placed_as
@@ -64,6 +65,7 @@ class AdaMuon(Muon):
     Source: Si et al. 2025, Algorithm 1, https://arxiv.org/abs/2507.11005; Nesterov's momentum as in the authors' code.
     """
 
+    option_names = RuleOptimizer.option_names
     prologue_names = ("momentum_buffer", "second_momentum_buffer")
     signed = True
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...util.factored import averaged, means
 from .muon import Muon, uses_muon
@@ -62,6 +63,7 @@ class NorMuon(Muon):
     norm that :math:`O_t` has, where the paper gives it an RMS of 0.2.
     """
 
+    option_names = RuleOptimizer.option_names
     prologue_names = ("momentum_buffer", "second_momentum_buffer")
 
     def __init__(
