@@ -178,16 +178,15 @@ def adamc(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
 
 
 @reference
-def sophia(
-    p, g, state, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, bs=5120, estimating=False
-):  # fmt: skip
-    """Liu et al. 2023, Algorithm 3 with the authors' 1e-15 for its maximum; estimating is Algorithm 2."""
-    b1, b2 = betas
-    state.setdefault("exp_avg", np.zeros_like(p))
-    state.setdefault("hessian", np.zeros_like(p))
-    if estimating:
-        average(state, "hessian", b2, g**2)
-        return p
-    m = average(state, "exp_avg", b1, g)
-    update = sign(m) * np.minimum(np.abs(m) / (rho * bs * state["hessian"] + 1e-15), 1)
+def sophia(p, g, state, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=1e-1, bs=5120):
+    """Liu et al. 2023, Algorithm 3, with the authors' 1e-15 for its maximum."""
+    h = state.setdefault("hessian", np.zeros_like(p))
+    m = average(state, "exp_avg", betas[0], g)
+    update = sign(m) * np.minimum(np.abs(m) / (rho * bs * h + 1e-15), 1)
     return p - lr * (update + decayed(p, weight_decay))
+
+
+def sophia_estimate(p, g, state, betas=(0.965, 0.99)):
+    """Liu et al. 2023, Algorithm 2: what the state becomes after a gradient of sampled labels."""
+    state.setdefault("exp_avg", np.zeros_like(p))
+    average(state, "hessian", betas[1], g**2)

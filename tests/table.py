@@ -479,10 +479,7 @@ CASES = [
         },
         by_hand=(
             ByHand(SOPHIA, [2.0], {"p": 0.85, "exp_avg": 1.0, "hessian": 0.0}),
-            # h = 0.25 * 36 = 9; then m = 0.5 * 2 = 1, over 0.1 * 2 * 9
-            ByHand(
-                SOPHIA | {"estimating": lambda index: index == 0}, [6.0, 2.0], {"p": 0.95 - 0.1 / 1.8, "hessian": 9.0}
-            ),
+            ByHand(SOPHIA, [2.0, -1.0], {"p": 0.85 * 0.95, "exp_avg": 0.0}),  # test_sophia.py has estimates
         ),
         minimizes={"lr": 0.02, "weight_decay": 0.0},
     ),
