@@ -34,7 +34,7 @@ def test_training(tmp_path: Path, benchmark: Callable, answer: Callable, patienc
 
     for _ in range(2):  # the second finds on disk what the first compiled beside its training
         training("ours")
-    m = measure_processes(each, patience, max(runs, 7))
+    m = measure_processes(each, patience, runs)
     ratios, words = m.compared("ours", SIDES[1:])
     own = {name: m.median(f"ours, {name}") for name in ("made", "first step")}
     text = f"ours {m.median('ours'):.2f} s, of which {1e3 * own['made']:.0f} ms to make the optimizer and "
