@@ -136,7 +136,7 @@ def pair(axes: Axes, label: str, points: Sequence[Point]) -> None:
     below, above = sorted((ours[0], peers[0]))
     between = above > 2 * below  # there is room
     place, shift, va = ((below * above) ** 0.5, 0, "center") if between else (below, -5, "top")
-    own = {"textcoords": "offset points", "va": va, "fontsize": "small", "color": "#333333"}
+    own: dict[str, Any] = {"textcoords": "offset points", "va": va, "fontsize": "small", "color": "#333333"}
     axes.annotate(label, (elements[0], place), (4, shift), **own)
 
 
