@@ -1,18 +1,19 @@
 """Write what is shown of the committed results: ``python benchmarks/report.py``.
 
-README gets one line a question and what was missed; `benchmarks/RESULTS.md` every case; the pictures lie beside the
-results. A test compares all of them with the results.
+README gets one line a question, what was missed and one picture; `benchmarks/RESULTS.md` every case; the pictures lie
+beside the results. A test compares all of them with the results.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from triton_optim.bench.picture import Times, digest, save_bars
+from triton_optim.bench.picture import Point, digest, save_bars, save_lines
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -54,6 +55,12 @@ HEADLINES = (
     Headline("Kernels a Triton step launches", "launches", f"AdamW, {RESNET50}, 2 groups, 0 misaligned"),
     Headline("Temporaries of a step, ResNet-50", "memory", f"AdamW, {RESNET50}, ours, cpu"),
     Headline("First step, 1,000 tensors, cold", "cold_start", "AdamW, 1000x1k (1000 tensors), cpu, empty caches"),
+    Headline(
+        "First step of 10 tensors, cold, after a backward pass",
+        "cold_start",
+        "AdamW, a first training step, empty caches",
+    ),
+    Headline("The demo's whole training", "demo_training", "The demo's whole training, filled caches"),
     Headline("Import", "import", "import"),
     Headline("Faults put into the code that the tests notice", "mutants", "all"),
     Headline(
@@ -105,7 +112,7 @@ def line(*cells: str) -> str:
 
 
 def headlines() -> str:
-    """README's block: a table, the pictures, what was missed, and where it was measured."""
+    """README's block: a table, the picture, what was missed, and where it was measured."""
     cases = {(question, r["case"]): r for question, result in results().items() for r in result["records"]}
     lines = [line("measured", "result", "target"), "|---|---|---|"]
     for label, question, case in HEADLINES:
@@ -115,7 +122,8 @@ def headlines() -> str:
     missed = [record for record in judged if not record["met"]]
     lines += ["", f"{len(judged) - len(missed)} of {len(judged)} targets are met. Not met:", ""]
     lines += [f"- {record['case']}: {record['text']}; target {record['target']:g}" for record in missed] or ["- none"]
-    lines += ["", *(f"![{title}](benchmarks/results/{name}.svg)" for name, (title, _) in pictures().items())]
+    if "scaling" in pictures():
+        lines += ["", f"![{pictures()['scaling'].title}](benchmarks/results/scaling.svg)", "", slower()]
     places = dict.fromkeys(place(result) for result in results().values())
     lines += [
         "",
@@ -151,17 +159,45 @@ def all_results() -> str:
         lines += [line("measured", "result", "target"), "|---|---|---|"]
         lines += [line(record["case"], record["text"], verdict(record)) for record in result["records"]]
         lines.append("")
+        if name in pictures():
+            lines += [f"![{pictures()[name].title}](results/{name}.svg)", ""]
     return "\n".join(lines)
 
 
-def pictures() -> dict[str, tuple[str, Times]]:
-    """Title and times of each picture, by the name of its file."""
-    steps: dict[str, dict[str, float]] = {}
-    for record in results()["cpp_step"]["records"]:
-        figures = record["figures"]
-        if record["case"].endswith(RESNET50) and "peer" in figures:
-            label = f"{record['case'].removesuffix(f', {RESNET50}')} ({figures['peer']})"
-            steps[label] = {"ours": figures["ours ms"], "the fastest of torch's": figures[f"{figures['peer']} ms"]}
+class Picture(NamedTuple):
+    """What is drawn of a question's results."""
+
+    title: str
+    data: Any
+    save: Callable[[Path, Any, str], None]
+
+
+def pictures() -> dict[str, Picture]:
+    """The pictures of what was measured, by question."""
+    drawn: dict[str, tuple[str, Callable[[], Any], Any]] = {
+        "scaling": ("A step", lines_of_scaling, save_lines),
+        "codec_step": ("AdamW on 64M parameters in each codec", bars_of_codecs, save_bars),
+    }
+    return {
+        name: Picture(f"{title}, {results()[name]['machine']['processor']}", data(), save)
+        for name, (title, data, save) in drawn.items()
+        if name in results()
+    }
+
+
+def lines_of_scaling() -> dict[str, dict[str, list[Point]]]:
+    """The points of each optimizer's lines."""
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for record in results()["scaling"]["records"]:
+        found = record["figures"]
+        count = f"{found['tensors']:,} tensor{'s' * (found['tensors'] > 1)}"
+        points = panels.setdefault(found["optimizer"], {}).setdefault(count, [])
+        points.append(Point(found["elements"], found["ours ms"], found[f"{found['peer']} ms"]))
+    return panels
+
+
+def bars_of_codecs() -> dict[str, dict[str, float]]:
+    """The times of each codec's step."""
     codecs: dict[str, dict[str, float]] = {}
     for record in results()["codec_step"]["records"]:
         figures = record["figures"]
@@ -169,20 +205,25 @@ def pictures() -> dict[str, tuple[str, Times]]:
             own = {"ours": figures["ms"]}
             fused = {f"torch-fused, {dtype}": figures[f"fused {dtype} ms"] for dtype in ("fp32", "bf16")}
             codecs[record["case"].partition("tensors), ")[2]] = own | fused
-    processors = {name: results()[name]["machine"]["processor"] for name in ("cpp_step", "codec_step")}
-    return {
-        "cpp_step": (f"A step on ResNet-50, {processors['cpp_step']}", steps),
-        "codec_step": (f"AdamW on 64M parameters in each codec, {processors['codec_step']}", codecs),
-    }
+    return codecs
+
+
+def slower() -> str:
+    """Where the picture shows ours above torch's."""
+    records = results()["scaling"]["records"]
+    found = [f"{r['case']} ({r['figures']['ratio']:.2f} x)" for r in records if not r["met"]]
+    return f"Slower than the fastest of torch's by over 5 % at {len(found)} of {len(records)} points" + (
+        f": {'; '.join(found)}." if found else "."
+    )
 
 
 def out_of_step() -> list[str]:
     """The files that do not show the committed results."""
     texts = {ROOT / "README.md": readme((ROOT / "README.md").read_text()), BENCHMARKS / "RESULTS.md": all_results()}
     stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text() != text]
-    for name, (title, times) in pictures().items():
+    for name, (title, data, _) in pictures().items():
         path = RESULTS / f"{name}.svg"
-        if not path.exists() or digest(times, title) not in path.read_text():
+        if not path.exists() or digest(data, title) not in path.read_text():
             stale.append(path.name)
     return stale
 
@@ -190,9 +231,9 @@ def out_of_step() -> list[str]:
 def main() -> None:
     """Write what is out of step, and nothing else."""
     stale = out_of_step()
-    for name, (title, times) in pictures().items():
+    for name, (title, data, save) in pictures().items():
         if f"{name}.svg" in stale:
-            save_bars(RESULTS / f"{name}.svg", times, title)
+            save(RESULTS / f"{name}.svg", data, title)
     (BENCHMARKS / "RESULTS.md").write_text(all_results())
     path = ROOT / "README.md"
     path.write_text(readme(path.read_text()))

@@ -16,6 +16,16 @@ from triton_optim.bench.models import shapes
 # Device and seconds to reach; of the first step; with filled caches on a GPU nothing was promised.
 DEVICES = [pytest.param("cpu", 1.0, id="cpu"), pytest.param("gpu", 1.5, id="gpu", marks=pytest.mark.gpu)]
 WARM = {"cpu": 0.1, "gpu": None}
+COMMON = ("AdamW", "SGD", "Lion")
+COMMON_TARGET = 0.15
+
+
+def environment(own: Path) -> dict[str, str]:
+    """That of a process whose bytecode is kept in a folder. pip compiles what it installs to bytecode; a checkout, or a
+    machine that keeps none, must not be charged for it.
+    """
+    inherited = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE")}
+    return inherited | {"PYTHONPYCACHEPREFIX": str(own / "bytecode")}
 
 
 @pytest.mark.parametrize(("kind", "target"), DEVICES)
@@ -32,9 +42,7 @@ def test_first_step(
 ) -> None:
     where, backend = ("cpu", "cpp") if kind == "cpu" else (device.type, "triton")
     script = [sys.executable, str(Path(__file__).with_name("first_step.py")), model, where]
-    inherited = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE")}
-    # pip compiles what it installs to bytecode; a checkout, or a machine that keeps none, must not be charged for it.
-    inherited["PYTHONPYCACHEPREFIX"] = str(tmp_path / "bytecode")
+    inherited = environment(tmp_path)
 
     def first_step(caches: Path) -> dict:
         folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "TRITON_OPTIM_CACHE_DIR": "cpp"}
@@ -57,3 +65,31 @@ def test_first_step(
         answer(case, text, figures, value=figures["first step s"], target=limit, measurement=m)
     # The table shows the whole process, imports included, with filled caches.
     benchmark.pedantic(first_step, args=(tmp_path / "0",), rounds=1)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["at-once", "after-a-backward-pass"])
+def test_common_rules(
+    training: bool, tmp_path: Path, benchmark: Callable, answer: Callable, patience: float, runs: int
+) -> None:
+    """Of the demo's network: the making of the optimizer and a step at once; and a step after a forward and a backward
+    pass, beside which the loop is built.
+    """
+    inherited, script = environment(tmp_path), str(Path(__file__).with_name("first_training_step.py"))
+    folders = (str(tmp_path / str(i)) for i in range(1000))
+
+    def first_step(name: str) -> dict[str, float]:
+        command = [sys.executable, script, name, *["trained"] * training]
+        own = inherited | {"TRITON_OPTIM_CACHE_DIR": next(folders)}
+        return json.loads(subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout)
+
+    def each() -> dict[str, float]:
+        return {f"{name}, {what}": seconds for name in COMMON for what, seconds in first_step(name).items()}
+
+    first_step("AdamW")  # which leaves the bytecode
+    m = measure_processes(each, patience, runs)
+    for name in COMMON:
+        figures = {what: m.median(f"{name}, {what}") for what in ("made s", "first step s", "both s")}
+        value = figures["first step s" if training else "both s"]
+        case = f"{name}, {'a first training step' if training else 'made and stepped at once'}, empty caches"
+        answer(case, f"{value:.3f} s", figures, value=value, target=COMMON_TARGET, measurement=m)
+    benchmark.pedantic(first_step, args=("AdamW",), rounds=1)

@@ -47,8 +47,16 @@ def lines_of(fn: types.FunctionType) -> list[str] | None:
 
 
 def source_of(fn: types.FunctionType) -> tuple[ast.FunctionDef, str, int]:
-    """The syntax tree of a function, its file, and the line before its first."""
-    first, file, lines = fn.__code__.co_firstlineno - 1, fn.__code__.co_filename, lines_of(fn)
+    """The syntax tree of a function, not to be written, its file, and the line before its first."""
+    first, file = fn.__code__.co_firstlineno - 1, fn.__code__.co_filename
+    if "tree" not in fn.__dict__:
+        fn.tree = tree_of(fn, file, first)  # type: ignore[attr-defined]
+    return fn.tree, file, first  # type: ignore[attr-defined]
+
+
+def tree_of(fn: types.FunctionType, file: str, first: int) -> ast.FunctionDef:
+    """The syntax tree of a function whose lines begin after line `first` of a file."""
+    lines = lines_of(fn)
     try:
         (tree,) = ast.parse(textwrap.dedent("".join(inspect.getblock((lines or [])[first:])))).body
     except (SyntaxError, ValueError):
@@ -58,4 +66,4 @@ def source_of(fn: types.FunctionType) -> tuple[ast.FunctionDef, str, int]:
             f"{file}, line {first + 1}, holds no `def {fn.__name__}`: either the file was written after it was "
             "imported, or the function is a lambda. Define it by def, and import it anew"
         )
-    return tree, file, first
+    return tree

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from triton_optim.kernels.language import abs, jit, sqrt, where
 from triton_optim.kernels.straight import straight
 
 import triton_optim
-from triton_optim import RuleOptimizer
+from triton_optim import SGD, RuleOptimizer
 from triton_optim.backends import norms
 from triton_optim.backends.compiled import norm as compiled_norm
 from triton_optim.backends.cpp import chunks as cpp_chunks
@@ -69,14 +70,17 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     from triton_optim.backends.cpp import bucket as cpp_backend
 
     def forget() -> None:
-        for remembered in (cpp_backend.step_of, cpp_norm.sums_of, cpp_build.version, this_machine):
+        for remembered in (cpp_backend.step_of, cpp_norm.sums_of, this_machine):
             remembered.cache_clear()
 
     monkeypatch.setenv("TRITON_OPTIM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cpp_build, "_failed", {})
+    monkeypatch.setattr(cpp_build, "_begun", {})
     monkeypatch.setattr(once, "_said", set())
     forget()
     yield tmp_path / "cache"
+    for thread in cpp_build._begun.values():
+        thread.join()
     monkeypatch.undo()
     forget()
 
@@ -567,3 +571,99 @@ def test_codes_of_blocks_wait_for_their_scale() -> None:
     """The largest of a block is found between two loops."""
     text = source(straight(many_forms), Scalars, (F32, codes("int8", False)), torch.float32, False)
     assert "absmax<256>(" in text
+
+
+# Begun when an optimizer is made.
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion"])
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_a_new_optimizer_begins_to_build_what_its_first_step_needs(
+    name: str, options: dict[str, Any], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
+    p = Parameter(torch.ones(5))
+    optimizer = getattr(triton_optim, name)([p], **own, **options)
+    (thread,) = cpp_build._begun.values()
+    thread.join()
+    assert len(list(fresh.glob("*.so"))) == 1
+    monkeypatch.setattr(cpp_build, "run", lambda *_: pytest.fail("the first step compiles"))
+    p.grad = torch.ones(5)
+    optimizer.step()
+    assert [bucket.backend for bucket in triton_optim.explain(optimizer)] == ["cpp"]
+
+
+def test_the_first_step_waits_for_what_was_begun(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands, go, run = [], threading.Event(), cpp_build.run
+
+    def later(command: list[str], temporary: str | None = None) -> str:
+        commands.append(command)
+        assert go.wait(60)
+        return run(command, temporary)
+
+    monkeypatch.setattr(cpp_build, "run", later)
+    p = Parameter(torch.ones(5))
+    optimizers = [SGD([p], lr=0.25) for _ in range(2)]
+    p.grad = torch.full((5,), 2.0)
+    threading.Timer(0.2, go.set).start()
+    optimizers[0].step()
+    assert go.is_set()
+    assert p.tolist() == [0.5] * 5
+    assert len(commands) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_what_another_backend_runs_begins_nothing(backend: str, fresh: Path) -> None:
+    SGD([Parameter(torch.ones(5))], lr=0.25, backend=backend)
+    SGD([Parameter(torch.ones(5, dtype=torch.complex64))], lr=0.25)
+    assert not cpp_build._begun
+
+
+def test_scalars_is_not_called_for_it(fresh: Path) -> None:
+    class Counting(SGD):
+        calls = 0
+
+        def scalars(self, group: dict[str, Any], step: Any) -> Any:
+            self.calls += 1
+            return super().scalars(group, step)
+
+    assert Counting([Parameter(torch.ones(5))], lr=0.25).calls == 0
+
+
+LEAVES = """
+    import sys, time, torch, triton_optim
+    from triton_optim.util import cpp_build
+    optimizer = triton_optim.SGD([torch.nn.Parameter(torch.ones(5))], lr=0.25)
+    while not cpp_build._running:
+        time.sleep(0.001)
+"""
+
+
+def test_a_process_that_ends_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_OPTIM_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(LEAVES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+FORKS = """
+    import os, torch, triton_optim
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = triton_optim.SGD([p], lr=0.25)
+    p.grad = torch.full((5,), 2.0)
+    child = os.fork()
+    optimizer.step()
+    assert p.tolist() == [0.5] * 5
+    if not child:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_builds_what_its_parent_had_begun(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_OPTIM_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(FORKS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(list(tmp_path.iterdir())) == 1

@@ -462,7 +462,6 @@ def test_a_process_that_ends_meanwhile_leaves_nothing(tmp_path):
     program = """
         import time
         from triton_optim.util import cpp_build, gather
-        cpp_build.version(gather.cpp_build.cxx_compiler())
         gather.library.start_build()
         while not cpp_build._running:
             time.sleep(0.001)

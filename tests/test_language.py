@@ -37,6 +37,7 @@ from triton_optim.kernels.lines import WORDS
 import triton_optim
 from triton_optim import RuleOptimizer
 from triton_optim.backends.cpp import bucket as cpp_backend
+from triton_optim.backends.cpp import build_ahead
 from triton_optim.backends.cpp import source as cpp_source
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
@@ -285,12 +286,20 @@ def _through_ints(parts, CODEC):
     return to_float(to_int(parts[0]))
 
 
+def in_place_of_the_codecs(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """Nothing that is made of them is kept."""
+    for name, function in functions.items():
+        monkeypatch.setattr(cpp_source, name, function)
+    for name in ("source", "step_of"):
+        monkeypatch.setattr(cpp_backend, name, getattr(cpp_backend, name).__wrapped__)
+    monkeypatch.setattr(build_ahead, "start", lambda *_: None)
+
+
 @CPP
 @pytest.mark.parametrize("decode", [_through_bits, _through_ints], ids=["bits", "conversions"])
 def test_bits_and_conversions_agree_in_cpp(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of a codec: rules have no such words."""
-    monkeypatch.setattr(cpp_source, "decode", decode)
-    monkeypatch.setattr(cpp_backend, "step_of", cpp_backend.step_of.__wrapped__)
+    in_place_of_the_codecs(monkeypatch, decode=decode)
     x, y = pairs(torch.device("cpu"))
     if decode is _through_ints:
         x, y = torch.linspace(-70000.7, 70000.7, 128), torch.linspace(-3.0, 3.0, 128)
@@ -319,9 +328,7 @@ def _encode_rows(x, random, ROLE, CODEC):
 @CPP
 def test_words_for_rows_agree_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the codecs: pairs, and the largest of each block."""
-    monkeypatch.setattr(cpp_source, "decode", _decode_rows)
-    monkeypatch.setattr(cpp_source, "encode", _encode_rows)
-    monkeypatch.setattr(cpp_backend, "step_of", cpp_backend.step_of.__wrapped__)
+    in_place_of_the_codecs(monkeypatch, decode=_decode_rows, encode=_encode_rows)
     p = torch.nn.Parameter(torch.zeros(4096 + 64))
     p.grad = torch.zeros_like(p)
     p.grad[0], p.grad[65], p.grad[130] = 8.0, math.nan, -math.inf

@@ -13,6 +13,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,24 +99,54 @@ def test_numbers_and_pictures_are_those_of_the_committed_results() -> None:
     assert report["out_of_step"]() == [], "run python benchmarks/report.py"
 
 
-@pytest.mark.parametrize("number", ["figures", "text"])
-def test_a_changed_result_puts_them_out_of_step(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, with a copy of the committed results."""
     spec = importlib.util.spec_from_file_location("report", Path(__file__).parents[1] / "benchmarks" / "report.py")
     assert spec is not None
     assert spec.loader is not None
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    changed = tmp_path / "cpp_step.json"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shutil.copytree(module.RESULTS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+@pytest.mark.parametrize("number", ["figures", "text"])
+def test_a_changed_result_puts_them_out_of_step(number: str, tmp_path: Path, report: Any) -> None:
+    changed = tmp_path / "codec_step.json"
     found = json.loads(changed.read_text())
+    record = next(r for r in found["records"] if r["case"] == "AdamW, 64M16 (16 tensors), fp32, int8 states")
     if number == "text":
-        found["records"][0]["text"] = "ours 1 ms; 0.5 x torch-fused"
+        record["text"] = "ours 1 ms; 0.5 x torch-fused"
     else:
-        record = next(r for r in found["records"] if r["case"] == "AdamW, resnet50 (161 tensors)")
-        record["figures"]["ours ms"] += 1
+        record["figures"]["ms"] += 1
     changed.write_text(json.dumps(found))
-    assert report.out_of_step() == (["README.md", "RESULTS.md"] if number == "text" else ["cpp_step.svg"])
+    assert report.out_of_step() == (["README.md", "RESULTS.md"] if number == "text" else ["codec_step.svg"])
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_readme_shows_how_steps_scale_and_where_they_are_slower(slow: int, tmp_path: Path, report: Any) -> None:
+    found = json.loads((tmp_path / "codec_step.json").read_text())
+    blank = found["records"][0]
+    records = []
+    for i, ours in enumerate([0.5, 2.5 if slow else 0.6]):
+        elements, ratio = 10 ** (3 + i), ours / 2.0
+        figures = {"optimizer": "AdamW", "tensors": 10, "elements": elements, "ours ms": ours, "torch-fused ms": 2.0}
+        own = {"figures": figures | {"peer": "torch-fused", "ratio": ratio}, "met": ratio <= 1.05, "target": 1.05}
+        records.append(blank | own | {"case": f"AdamW, 10 tensors, 1e{3 + i} elements", "text": f"{ratio} x"})
+    (tmp_path / "scaling.json").write_text(json.dumps(found | {"question": "scaling", "records": records}))
+    assert "scaling.svg" in report.out_of_step()
+    said = f"at {slow} of 2 points" + (": AdamW, 10 tensors, 1e4 elements (1.25 x)." if slow else ".")
+    assert (
+        f"](benchmarks/results/scaling.svg)\n\nSlower than the fastest of torch's by over 5 % {said}"
+        in report.headlines()
+    )
+    title, data, save = report.pictures()["scaling"]
+    assert data == {"AdamW": {"10 tensors": [(1000, 0.5, 2.0), (10000, 2.5 if slow else 0.6, 2.0)]}}
+    save(tmp_path / "scaling.svg", data, title)
+    assert "scaling.svg" not in report.out_of_step()
+    assert ">10 tensors<" in (tmp_path / "scaling.svg").read_text()
 
 
 def modules() -> list[str]:

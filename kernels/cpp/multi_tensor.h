@@ -60,7 +60,7 @@ static constexpr int64_t WRAP = (int64_t)1 << 32;
 // of a whole one; 0 for any number.
 template <const Part *ABOUT, int PARTS, int GRADIENT, int WIDTH, int BATCH, int BLOCK, class Update>
 static void run(Update update, STEP_PARAMETERS) {
-    const auto portion = [&](int64_t work) {
+    const auto portion = [&](int64_t work) __attribute__((noinline)) {
         for (int64_t c = first[work]; c < first[work + 1]; ++c) {
             const int64_t *chunk = chunks + 3 * c, tensor = chunk[0];
             if (!gradients[tensor]) continue;

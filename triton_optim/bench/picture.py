@@ -1,17 +1,18 @@
-"""Pictures of times: bars, a group for each case. The file carries a digest of what it shows."""
+"""Pictures of times: bars, a group for each case, and lines over sizes. The file carries a digest of what it shows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..util.pictures import new_figure, open_frame
 from .comparison import Comparison
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OURS = "#1b6ca8"
@@ -19,6 +20,18 @@ PEERS = ("#d95f02", "#f2b27a", "#8a8a8a", "#c9c9c9", "#5aae8b", "#9b6fb0", "#b8a
 
 # Milliseconds by side, by case.
 Times = Mapping[str, Mapping[str, float]]
+
+
+class Point(NamedTuple):
+    """What lines are drawn through: milliseconds of a step over the number of elements."""
+
+    elements: int
+    ours: float
+    peer: float
+
+
+# The points of each line of ours and of the line beside it, by what they have in common, by panel.
+Panels = Mapping[str, Mapping[str, Sequence[Point]]]
 
 
 def times_of(comparisons: Sequence[Comparison]) -> dict[str, dict[str, float]]:
@@ -29,20 +42,30 @@ def times_of(comparisons: Sequence[Comparison]) -> dict[str, dict[str, float]]:
     }
 
 
-def digest(times: Times, title: str) -> str:
+def digest(times: Times | Panels, title: str) -> str:
     """What a picture of these times carries: a picture is up to date if its file has it."""
     return hashlib.sha256(json.dumps([title, times]).encode()).hexdigest()
 
 
 def save_bars(path: Path, times: Times, title: str) -> None:
     """Draw the times in units of that of a case's first side, in the format that the suffix of `path` names."""
+    save(path, bars, times, title)
+
+
+def save_lines(path: Path, panels: Panels, title: str) -> None:
+    """Draw times over the number of elements, on logarithmic axes, in the format that the suffix of `path` names."""
+    save(path, lines, panels, title)
+
+
+def save(path: Path, draw: Callable[[Any, str], Figure], times: Times | Panels, title: str) -> None:
+    """Draw a figure and write it."""
     import matplotlib
 
     # The same data gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "triton-optim", "svg.fonttype": "none"}):
         metadata = {"Title": f"data {digest(times, title)}"}
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
-        bars(times, title).savefig(path, metadata={**metadata, **undated})
+        draw(times, title).savefig(path, metadata={**metadata, **undated})
 
 
 def bars(times: Times, title: str) -> Figure:
@@ -82,3 +105,42 @@ def bars(times: Times, title: str) -> Figure:
     )
     open_frame(axes)
     return figure
+
+
+def lines(panels: Panels, title: str) -> Figure:
+    """The figure of `save_lines`."""
+    figure = new_figure(9, 4.2, dpi=150)
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, groups) in zip(every, panels.items(), strict=True):
+        for label, points in groups.items():
+            pair(axes, label, points)
+        axes.set(xscale="log", yscale="log", xlabel="elements in all")
+        axes.set_title(name, fontsize="medium")
+        axes.grid(alpha=0.25)
+        axes.margins(y=0.1)
+        axes.yaxis.set_major_formatter(lambda ms, _: readable_milliseconds(ms))
+    every[0].set_ylabel("a step")
+    handles = every[0].get_lines()[:2]
+    figure.legend(handles=handles, frameon=False, fontsize="small", ncols=2, loc="outside lower center")
+    figure.suptitle(title, fontsize="medium")
+    open_frame(*every)
+    return figure
+
+
+def pair(axes: Axes, label: str, points: Sequence[Point]) -> None:
+    """A line of ours, that of the peer, and the space between them."""
+    elements, ours, peers = zip(*points, strict=True)
+    axes.plot(elements, ours, color=OURS, linewidth=1.8, marker=".", label="ours")
+    axes.plot(elements, peers, color=PEERS[0], linewidth=1.2, marker=".", label="the fastest of torch's")
+    axes.fill_between(elements, ours, peers, color=OURS, alpha=0.08, linewidth=0)
+    below, above = sorted((ours[0], peers[0]))
+    between = above > 2 * below  # there is room
+    place, shift, va = ((below * above) ** 0.5, 0, "center") if between else (below, -5, "top")
+    own: dict[str, Any] = {"textcoords": "offset points", "va": va, "fontsize": "small", "color": "#333333"}
+    axes.annotate(label, (elements[0], place), (4, shift), **own)
+
+
+def readable_milliseconds(ms: float) -> str:
+    """Such as 10 us, 1 ms, 1 s."""
+    unit, scale = ("us", 1e3) if ms < 0.99 else ("ms", 1.0) if ms < 990 else ("s", 1e-3)
+    return f"{ms * scale:g} {unit}"

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
+from ..backends.cpp import build_ahead
 from ..backends.triton import compile_ahead
 from ..buckets.state import watch
 from ..dispatch import BACKENDS, choose, this_machine
@@ -267,6 +268,8 @@ class RuleOptimizer(SavedOptimizer):
             choice = choose(request_for(self, group, p), this_machine())
             if choice.backend == "triton" and not this_machine().interpreter:
                 compile_ahead.start()
+            elif choice.backend == "cpp":
+                build_ahead.start(self, group, p)
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         """Raise where parameter number `index` of a group is of a kind that the optimizer cannot update."""

@@ -4,18 +4,23 @@ torch's own builders take longer to import than a first step may take (0.3 and 2
 A library is written beside its place and renamed into it: processes that build the same one at once do not meet, and
 none that has one loaded sees it change. It ends with a digest of itself: a damaged one, which could crash the process
 that loads it, is built again.
+
+A build may begin before its library is wanted (:func:`begin`): then who wants it waits for what is left.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -38,6 +43,7 @@ FLAGS = (
     "-shared",
     "-fPIC",
     "-fopenmp",
+    "-fno-exceptions",  # what throws none would ask C++'s own library for what catches them
     "-fwrapv",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -48,6 +54,10 @@ FLAGS = (
     # Without being asked, GCC leaves half of the longest vectors of a processor unused, which clock it down a little.
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )
+
+# What is linked where the compiler is g++: without being asked, it links C++'s own library, too, which nothing uses,
+# and to read that takes half as long as to compile.
+LINKED = ("-nostdlib", "-lgomp", "-lm", "-lgcc", "-lc")
 
 
 class BuildError(Exception):
@@ -142,10 +152,54 @@ def run(command: list[str], temporary: str | None = None) -> str:
     return out
 
 
-@cache
-def version(compiler: str) -> str:
-    """What a compiler says it is."""
-    return run([compiler, "--version"])
+def linked(compiler: str, flags: tuple[str, ...]) -> tuple[str, ...]:
+    """The options of :data:`LINKED`, where they go with these."""
+    names = (Path(compiler).name, Path(compiler).resolve().name)
+    return LINKED if flags is FLAGS and any(re.search(r"(^|-)g\+\+", name) for name in names) else ()
+
+
+def stamp(compiler: str) -> str:
+    """What tells a compiler from the next one in its place. To ask for its version takes longer than to load a library
+    that is kept.
+    """
+    place = Path(compiler).resolve()
+    found = place.stat()
+    return f"{place} {found.st_size} {found.st_mtime_ns}"
+
+
+# What builds libraries that were begun, by their places.
+_begun: dict[Path, threading.Thread] = {}
+
+
+def begin(source: str, flags: tuple[str, ...] = FLAGS) -> None:
+    """Build a library beside what goes on, unless it is kept or was begun before: :func:`library` waits for it."""
+    try:
+        compiler, place = library_place(source, flags)
+    except BuildError:
+        return
+    if str(place) in _failed or place in _begun or is_whole(place):
+        return
+    if not _begun:
+        atexit.register(_end)
+    thread = threading.Thread(
+        target=_build_begun, args=(source, flags, compiler, place), daemon=True, name="triton_optim.util.cpp_build"
+    )
+    thread.start()
+    _begun[place] = thread
+
+
+def _build_begun(source: str, flags: tuple[str, ...], compiler: str, place: Path) -> None:
+    try:
+        build(source, flags, compiler, place)
+    except BuildError as error:
+        _failed[str(place)] = str(error)
+
+
+def _end() -> None:
+    """End what was begun, and wait until nothing of it is left on disk."""
+    stop()
+    for thread in _begun.values():
+        thread.join(1.0)
 
 
 def library(source: str, flags: tuple[str, ...] = FLAGS, kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
@@ -160,6 +214,8 @@ def library(source: str, flags: tuple[str, ...] = FLAGS, kind: type[ctypes.CDLL]
         BuildError: there is no compiler, it hangs or fails, or the library cannot be kept or loaded.
     """
     compiler, place = library_place(source, flags)
+    if place in _begun:
+        _begun[place].join()
     if str(place) in _failed:
         raise BuildError(_failed[str(place)])
     try:
@@ -186,7 +242,11 @@ def library_place(source: str, flags: tuple[str, ...]) -> tuple[str, Path]:
         raise BuildError("no C++ compiler was found")
     if compiler in _failed:
         raise BuildError(_failed[compiler])
-    made_of = "\0".join((source, *flags, compiler, version(compiler), processor(), sys.platform))
+    try:
+        options = (*flags, *linked(compiler, flags))
+        made_of = "\0".join((source, *options, compiler, stamp(compiler), processor(), sys.platform))
+    except OSError as error:
+        raise BuildError(f"{compiler} cannot be read ({error})") from error
     return compiler, folder() / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
 
 
@@ -206,7 +266,7 @@ def build(source: str, flags: tuple[str, ...], compiler: str, place: Path) -> No
         with tempfile.TemporaryDirectory(dir=place.parent) as own:
             text, made = Path(own, "kernel.cpp"), Path(own, "kernel.so")
             text.write_text(source)
-            run([compiler, str(text), *flags, "-o", str(made)], own)
+            run([compiler, str(text), *flags, *linked(compiler, flags), "-o", str(made)], own)
             content = made.read_bytes()
             made.write_bytes(content + hashlib.sha256(content).digest())
             made.replace(place)

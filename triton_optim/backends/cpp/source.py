@@ -8,6 +8,7 @@ readers.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -365,6 +366,7 @@ def later(a: Value, x: Value) -> bool:
     return a.moves in ("reduce", "end") or x.moves in ("deinterleave", "interleave")
 
 
+@cache
 def source(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> str:
     """The C++ source of an update.
 
