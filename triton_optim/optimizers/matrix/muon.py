@@ -97,7 +97,7 @@ class Muon(RuleOptimizer):
     nonnegative = ("exp_avg_sq",)
     counts_steps = False
     option_names = ()
-    prologue_names = ("momentum_buffer",)
+    prologue_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
 
     def __init__(
@@ -184,7 +184,7 @@ class Muon(RuleOptimizer):
         nesterov, signed = group["nesterov"], self.signed
 
         def fetch(indices: list[int]) -> list[Tensor]:
-            momenta: Sequence[Tensor] = [buffers[i] for i in indices]
+            momenta: list[Tensor] | tuple[Tensor, ...] = [buffers[i] for i in indices]
             if nesterov:
                 momenta = torch._foreach_lerp([gradients[i] for i in indices], momenta, mu)
             return [gathered(m) for m in (torch._foreach_sign(momenta) if signed else momenta)]
