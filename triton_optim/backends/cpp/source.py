@@ -3,6 +3,9 @@
 What is kept with a scale a block takes several loops: one up to the new values, which wait in a buffer until the
 largest of the block is known, and one for the codes. A value is computed in the last loop that is early enough for its
 readers.
+
+Numbers of 16 bits are read and made by functions for whole rows, which stay in registers meanwhile: in float16 by the
+processor, and where all is bfloat16 in pairs, of which the lower halves come first.
 """
 
 from __future__ import annotations
