@@ -62,7 +62,6 @@ class SophiaG(RuleOptimizer):
     state_names = ("exp_avg", "hessian")
     nonnegative = ("hessian",)
     counts_steps = False
-    _estimating = 0.0
 
     def __init__(
         self,
@@ -83,11 +82,18 @@ class SophiaG(RuleOptimizer):
         Parameters and momenta stay as they are. The gradients are neither clipped nor unscaled; ``ema_decay`` counts
         it as a step.
         """
-        limit, self.max_grad_norm, self._estimating = self.max_grad_norm, None, 1.0
+        limit, self.max_grad_norm = self.max_grad_norm, None
+        self.scalars = self._scalars_of_an_estimate  # type: ignore[method-assign]
+        self.engine.plan = None  # where the device forms scalars, it knows how to form a step's
         try:
             self.engine.step()
         finally:
-            self.max_grad_norm, self._estimating = limit, 0.0
+            del self.scalars
+            self.engine.plan = None
+            self.max_grad_norm = limit
+
+    def _scalars_of_an_estimate(self, group: dict[str, Any], step: Any) -> SophiaGScalars:
+        return type(self).scalars(self, group, step)._replace(estimating=1.0)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
@@ -99,7 +105,7 @@ class SophiaG(RuleOptimizer):
     def scalars(self, group: dict[str, Any], step: Any) -> SophiaGScalars:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         return SophiaGScalars(
-            estimating=self._estimating,
+            estimating=0.0,
             lr=lr,
             keep=1 - lr * group["weight_decay"],
             beta1=beta1,
