@@ -16,6 +16,7 @@ from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import Variant
+from ...util.factored import Tensors
 from ...util.layout import gathered, placed_as
 from ..adam import AdamW, adam_scalars
 from .newton_schulz import newton_schulz, triples
@@ -97,7 +98,7 @@ class Muon(RuleOptimizer):
     nonnegative = ("exp_avg_sq",)
     counts_steps = False
     option_names = ()
-    prologue_names = ("momentum_buffer",)
+    prologue_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
 
     def __init__(
@@ -184,7 +185,7 @@ class Muon(RuleOptimizer):
         nesterov, signed = group["nesterov"], self.signed
 
         def fetch(places: list[int]) -> list[Tensor]:
-            momenta: Sequence[Tensor] = [buffers[i] for i in places]
+            momenta: Tensors = [buffers[i] for i in places]
             if nesterov:
                 momenta = torch._foreach_lerp([gradients[i] for i in places], momenta, mu)
             return [gathered(m) for m in (torch._foreach_sign(momenta) if signed else momenta)]
