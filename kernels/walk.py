@@ -116,7 +116,9 @@ class Walk(Names):
             return self.power(left, right, node)
         if kind not in ARITHMETIC:
             why = OPERATORS.get(kind, "")
-            if kind is ast.Pow:
+            if isinstance(left, Value) and left.kind == SCALAR:
+                why = IN_SCALARS
+            elif kind is ast.Pow:
                 known = {2.0: "x**2", 3.0: "x**3", 0.5: "sqrt(x)", -0.5: "1 / sqrt(x)", -1.0: "1 / x"}
                 why = f"Write {known.get(right, 'exp(y * log(x))') if isinstance(right, PLAIN) else 'exp(y * log(x))'}"
             self.refuse(node, why)

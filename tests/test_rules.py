@@ -237,7 +237,7 @@ def calls_itself(x):
 
 @jit
 def helper_with_a_fault(x):
-    return tl.rsqrt(x)
+    return tl.sigmoid(x)
 
 
 LIMITS = torch.tensor([0.1])
@@ -249,15 +249,18 @@ REFUSED = [
     ("g = g if m > 0 else m", "g if m > 0 else m", "where(condition, x, y)"),
     ("for _ in range(3):\n        g = g + m", "for _ in range(3):", "Write out the lines"),
     ("while FACTOR > 1:\n        g = g + m", "while FACTOR > 1:", "Write out the lines"),
-    ("g = tl.clamp(g, -1.0, 1.0)", "tl.clamp", "minimum(maximum(x, low), high)"),
-    ("g = tl.rsqrt(g)", "tl.rsqrt", "1 / sqrt(x)"),
+    ("g = clamp(g, -1.0, 1.0)", "clamp", "Import it: from triton_optim.kernels.words import clamp"),
+    ("g = tl.sigmoid(g)", "tl.sigmoid", "1 / (1 + exp(-x))"),
     ("g = g * tl.sum(g)", "tl.sum", "prologue"),
     ("g = g.abs()", "g.abs", "Write abs(x)"),
-    ("g = g.clamp(0.0)", "g.clamp", "minimum(maximum(x, low), high)"),
-    ("g = g ** 2", "g ** 2", "Write x * x"),
+    ("g = g.clamp(0.0)", "g.clamp", "Write clamp(x), imported from triton_optim.kernels.words"),
+    ("g = g.clip(0.0)", "g.clip", "Write clamp(x, low, high)"),
+    ("g = g ** 2.0", "g ** 2.0", "Write x**2"),
+    ("g = g ** 17", "g ** 17", "powers go from -16 to 16"),
+    ("g = g * h.a ** 2", "h.a ** 2", "Form it in scalars()"),
     ("g = g ** 0.5", "g ** 0.5", "Write sqrt(x)"),
     ("g = g ** m", "g ** m", "exp(y * log(x))"),
-    ("g = pow(g, 2)", "pow", "x * x"),
+    ("g = pow(g, 2)", "pow", "x**2"),
     ("g = -g % 0.3", "-g % 0.3", "x - y * floor(x / y)"),
     ("g = g // 0.3", "g // 0.3", "floor(x / y)"),
     ("g = g @ m", "g @ m", "prologue"),
@@ -288,9 +291,11 @@ REFUSED = [
     ("g = not_decorated(g)", "not_decorated", "Decorate it"),
     ("g = returns_nothing(g)", "def returns_nothing", "returns nothing"),
     ("g = calls_itself(g)", "calls_itself()", "no loops"),
-    ("g = helper_with_a_fault(g)", "tl.rsqrt", "called by the rule rule: Write 1 / sqrt(x)"),
+    ("g = helper_with_a_fault(g)", "tl.sigmoid", "called by the rule rule: Write 1 / (1 + exp(-x))"),
     ("g = helper(g)", "helper(g)", "missing a required argument: 'y'"),
-    ("g = helper(*(g, m))", "helper(*(g, m))", "each argument"),
+    ("g = helper(*g)", "*g", "only of a tuple"),
+    ("g = helper(**{})", "helper(**{})", "each argument"),
+    ("g, *m = ()", "(g, *m)", "as many as there are values"),
     ("g = LIMITS * g", "LIMITS", "none of the words"),
     ("g = late * g\n    late = 3", "late", "before it is set"),
     ("g = h[0] * g", "h[0]", "scalars have names"),
@@ -360,19 +365,19 @@ def test_what_is_no_word_is_refused(lines: str, word: str, advice: str, defined:
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_every_backend_says_the_same(backend: str, defined: Any) -> None:
-    rule, _ = defined("g = g ** 2")
+    rule, _ = defined("g = g ** 0.5")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(RuleError, match=r"^rule uses `g \*\* 2` .*Write x \* x\."):
+        with pytest.raises(RuleError, match=r"^rule uses `g \*\* 0\.5` .*Write sqrt\(x\)\."):
             optimizer_of(rule)([Parameter(torch.zeros(3))], backend=backend)
 
 
 def test_the_line_is_that_of_the_word(defined: Any) -> None:
-    rule, path = defined("g = (\n        g\n        + tl.rsqrt(m)\n    )")
+    rule, path = defined("g = (\n        g\n        + tl.sigmoid(m)\n    )")
     with pytest.raises(RuleError) as error:
         straight(rule)
     line = int(str(error.value).split("line ")[1].split(")")[0])
-    assert "tl.rsqrt" in path.read_text().splitlines()[line - 1]
+    assert "tl.sigmoid" in path.read_text().splitlines()[line - 1]
 
 
 @jit
@@ -410,9 +415,9 @@ def test_the_states_of_a_rule_are_counted() -> None:
 
 def test_every_variant_is_checked_at_construction(defined: Any) -> None:
     """Not when it is switched to in the middle of a training."""
-    fault, _ = defined("g = g ** 2")
+    fault, _ = defined("g = g ** 0.5")
     variants = (triton_optim.Variant(one_state, ("m",)), triton_optim.Variant(fault, ("m",)))
-    with pytest.raises(RuleError, match="Write x"):
+    with pytest.raises(RuleError, match="Write sqrt"):
         type("Switched", (Own,), {"variants": variants})([Parameter(torch.zeros(3))])
 
 
