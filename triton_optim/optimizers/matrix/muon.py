@@ -16,7 +16,6 @@ from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import Variant
-from ...util.factored import Tensors
 from ...util.layout import gathered, placed_as
 from ..adam import AdamW, adam_scalars
 from .newton_schulz import newton_schulz, triples
