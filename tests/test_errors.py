@@ -48,6 +48,10 @@ def wrong_hyperparameters(case):
     yield {"lr": torch.tensor([0.1, 0.2])}, "1-element"
 
 
+# Of those that AdamW has no word for, the ones that may be below 0.
+NEGATIVE = {"decay_rate"}
+
+
 @each_case
 def test_wrong_hyperparameter(case, device):
     """Whatever torch refuses, the same way, and by name."""
@@ -57,7 +61,7 @@ def test_wrong_hyperparameter(case, device):
         try:
             if arguments.keys() <= known:
                 torchs(case)(case.parameters(device), **arguments)
-            elif cause < 0:  # what torch has no word for is at least 0
+            elif cause < 0 and not arguments.keys() & NEGATIVE:  # what torch has no word for is at least 0
                 raise ValueError
         except Exception as error:
             expected = type(error)
@@ -107,6 +111,8 @@ def leaf():
     "arguments", [{"lr": None}, {"lr": "0.1"}, {"learning_rate": 0.1}], ids=["no lr", "lr a string", "unknown argument"]
 )
 def test_hyperparameter_of_the_wrong_type(case, arguments, device):
+    if arguments == {"lr": None} and case.defaults()["lr"] is None:
+        pytest.skip("it needs no learning rate")
     with pytest.raises(raised_by(lambda: torchs(case)(case.parameters(device), **arguments))):
         case.ours(case.parameters(device), **arguments)
 

@@ -146,7 +146,7 @@ def whole(opt, net):
 def fsdp(mesh, name, backend):
     """After 4 steps: fully sharded on two ranks, and on one."""
     net, twin = fully_sharded(mesh), network()
-    sort = to.muon_param_groups if name == "Muon" else torch.nn.Module.parameters
+    sort = to.muon_param_groups if issubclass(getattr(to, name), to.Muon) else torch.nn.Module.parameters
     opt, twin_opt = (getattr(to, name)(sort(each), lr=0.05, backend=backend) for each in (net, twin))
     train(net, opt, range(4), mesh.get_local_rank())
     train(twin, twin_opt, range(4))

@@ -43,7 +43,7 @@ class AdaMuon(Muon):
         momentum: :math:`\mu \ge 0`.
         nesterov: Nesterov's momentum.
         ns_coefficients: as of :class:`Muon`.
-        eps: :math:`\epsilon` of :class:`Muon`.
+        eps: :math:`\epsilon \ge 0` of :class:`Muon`.
         ns_steps: as of :class:`Muon`.
         beta2: :math:`\beta_2` in [0, 1); the paper's is its momentum.
         options: see :class:`Options`.
@@ -97,6 +97,7 @@ class AdaMuon(Muon):
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         super().check_hyperparameters({"adjust_lr_fn": None, **group})
         if uses_muon(group):
+            check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

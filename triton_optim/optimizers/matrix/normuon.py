@@ -40,7 +40,7 @@ class NorMuon(Muon):
         momentum: :math:`\mu \ge 0`.
         nesterov: Nesterov's momentum.
         ns_coefficients: as of :class:`Muon`.
-        eps: :math:`\epsilon` of :class:`Muon`.
+        eps: :math:`\epsilon \ge 0` of :class:`Muon`.
         ns_steps: as of :class:`Muon`.
         adjust_lr_fn: as of :class:`Muon`, for s; with ``"match_rms_adamw"`` steps are as long as the paper's.
         beta2: :math:`\beta_2` in [0, 1).
@@ -96,6 +96,7 @@ class NorMuon(Muon):
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         super().check_hyperparameters(group)
         if uses_muon(group):
+            check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
