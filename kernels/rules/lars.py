@@ -44,6 +44,6 @@ def lars_momentum(p, g, momentum_buffer, h):
 @jit
 def lars_nesterov(p, g, momentum_buffer, h):
     """The gradient and the sum, looking ahead."""
-    g = h.trust * decayed(g, p, h.l2)
-    momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * g
-    return p - h.lr * (g + h.nesterov * momentum_buffer), momentum_buffer
+    update = h.trust * decayed(g, p, h.l2)
+    momentum_buffer = h.momentum * momentum_buffer + h.one_minus_dampening * update
+    return p - h.lr * (update + h.nesterov * momentum_buffer), momentum_buffer

@@ -23,6 +23,10 @@ Base = TypeVar("Base", bound=type[RuleOptimizer])
 DECAY = "weight_decay"
 
 
+def unchecked(group: dict[str, Any]) -> None:
+    """Refuses nothing."""
+
+
 def nothing(*_: Any) -> dict[str, Any]:
     """No scalars."""
     return {}
@@ -63,7 +67,7 @@ class Wrapper:
     rule: Any = None
     measure: Any = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[dict[str, Any]], None] = lambda group: None
+    check: Callable[[dict[str, Any]], None] = unchecked
     scalars: Callable[[dict[str, Any], Any], dict[str, Any]] = nothing
     factors: Callable[[Measured], dict[str, Any]] = nothing
     states: tuple[str, ...] = ()
