@@ -21,6 +21,7 @@ FLOORS = (
     "backends",
     "engine",
     "core",
+    "wrappers",
     "optimizers",
     "training",
     "",  # the package itself: what users import

@@ -25,7 +25,7 @@ class Scalars(NamedTuple):
 
 @jit
 def sums(p, g, momentum, h):
-    return p + momentum, g * g, where(g > 0, 1.0, 0.0)
+    return 1.0 + p + momentum, g * g, where(g > 0, 1.0, 0.0)  # none is 0 past the end
 
 
 @jit
@@ -65,7 +65,7 @@ def trained(backend: str, dtype: torch.dtype = torch.float32, steps: int = 2, **
         before = [m.double() if m.is_floating_point() else 0 for m in held]  # what codes stand for is not asked
         exact = torch.tensor(
             [
-                [(p.double() + m).sum().item(), g.square().sum().item(), float((sign * g > 0).sum())]
+                [(1 + p.double() + m).sum().item(), g.square().sum().item(), float((sign * g > 0).sum())]
                 for p, m, g in zip(params, before, [p.grad.double() for p in params], strict=True)
             ],
             dtype=torch.float64,
