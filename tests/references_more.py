@@ -110,6 +110,16 @@ def nadamw(p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2
 
 
 @reference
+def adam_atan2(p, g, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, a=1.27, b=1.0):
+    """Everett et al. 2024: Adam's quotient of corrected moments as an angle, with no eps; decay before the step."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    m = average(state, "exp_avg", b1, g) / (1 - b1**t)
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    return p - decayed(p, lr * weight_decay) - lr * a * np.arctan2(m, b * np.sqrt(v))
+
+
+@reference
 def laprop(p, g, state, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0):
     """Ziyin et al. 2020, Algorithm 1; as in the authors' code lr is in the mean, and the decay comes last."""
     b1, b2 = betas

@@ -357,6 +357,26 @@ CASES = [
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
     Case(
+        triton_optim.AdamAtan2,
+        more.adam_atan2,
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "b": 0.5, "maximize": True}},
+        by_hand=(
+            # m = v = 1, corrected 2 and 2 * 2: a parameter goes by lr * a * pi / 4, whatever its gradient is.
+            ByHand(
+                {"lr": 0.1, "betas": (0.5, 0.75), "weight_decay": 0.5, "a": 2.0},
+                [2.0],
+                {"p": 0.95 - 0.1 * 2 * np.pi / 4, "exp_avg": 1.0, "exp_avg_sq": 1.0},
+            ),
+            # Then m = 0.5 * 1 + 0.5 * -1 = 0, and nothing moves.
+            ByHand(
+                {"lr": 0.1, "betas": (0.5, 0.75), "a": 2.0},
+                [2.0, -1.0],
+                {"p": 1 - 0.1 * 2 * np.pi / 4, "exp_avg": 0.0, "exp_avg_sq": 1.0},
+            ),
+        ),
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
         triton_optim.LaProp,
         more.laprop,
         {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True}},

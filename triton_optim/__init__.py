@@ -12,6 +12,7 @@ from .optimizers.adafactor import Adafactor
 from .optimizers.adafactor_relative import AdafactorRelative
 from .optimizers.adagrad import Adagrad
 from .optimizers.adam import Adam, AdamW
+from .optimizers.adam_atan2 import AdamAtan2
 from .optimizers.adamax import Adamax
 from .optimizers.adamc import AdamC
 from .optimizers.adan import Adan
@@ -75,6 +76,7 @@ __all__ = [
     "AdafactorRelative",
     "Adagrad",
     "Adam",
+    "AdamAtan2",
     "AdamC",
     "AdamW",
     "Adamax",
