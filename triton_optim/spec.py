@@ -34,7 +34,8 @@ class Measured(NamedTuple):
     """What :attr:`Update.measure` found of parameters of a group that were counted alike.
 
     Attributes:
-        group: the parameter group, as :meth:`Update.scalars` gets it.
+        group: the parameter group, with numbers of the host, which replays of a captured step keep; `h` has what
+            changes.
         h: what :meth:`Update.scalars` returned.
         params: the parameters.
         states: a parameter's states by name. Those of :meth:`Update.prologue_state` may be written in place.

@@ -22,11 +22,16 @@ def cautious_scale(measured: Measured) -> dict[str, Any]:
 
 
 def clip_scale(measured: Measured) -> dict[str, Any]:
-    """What brings a step's root mean square to at most lr * clip_threshold."""
+    """What brings a step's root mean square to at most lr * clip_threshold, as a replay of the step has it."""
     (squares,) = measured.sums
-    longest = measured.group["lr"] * measured.group["clip_threshold"]
+    longest = measured.h.clipped_longest
     length = (squares / measured.numel.clamp(min=1)).sqrt()
     return {"scale": torch.where(length > longest, longest / length, 1.0)}
+
+
+def clip_scalars(group: dict[str, Any], step: Any) -> dict[str, Any]:
+    """What is kept, and the longest step."""
+    return kept(group) | {"scale": 1.0, "longest": group["lr"] * group["clip_threshold"]}
 
 
 def check_threshold(group: dict[str, Any]) -> None:
@@ -54,7 +59,7 @@ _CLIP_UPDATE = Wrapper(
     rules.clipped,
     rules.squares,
     hyperparameters={"clip_threshold": 1.0},
-    scalars=lambda group, step: kept(group) | {"scale": 1.0},
+    scalars=clip_scalars,
     check=check_threshold,
     factors=clip_scale,
     takes_decay=True,
