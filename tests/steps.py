@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     def optimizer(self, backend: str, device: torch.device, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> Any:
         """An optimizer of parameters without gradients, and with a gradient scale if it takes one."""
-        shapes = tuple(s for s in shapes if self.cls is not triton_optim.Muon or len(s) == 2)
+        shapes = tuple(s for s in shapes if not issubclass(self.cls, triton_optim.Muon) or len(s) == 2)
         params = [Parameter(self.tensor(shape, device)) for shape in shapes]
         optimizer = self.cls(params, **self.options, backend=backend)
         if "amp" in self.options:

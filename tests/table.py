@@ -634,6 +634,7 @@ CASES = [
             "without trust": {"trust_ratio": False, "eps": 1e-3},
         },
         by_hand=tuple(ByHand(*steps) for steps in LAMB_BY_HAND),
+        on_every_backend=True,  # as one that measures
         elementwise=False,
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ),
@@ -759,6 +760,7 @@ def kind(case: Case) -> tuple[Any, ...]:
         (case.matrices, case.sparse, case.complex),
         (case.counts_steps, bool(optimizer.first_scalar_states(optimizer.param_groups[0]))),
         (ours.prologue is not Update.prologue, bool(optimizer.variant(optimizer.param_groups[0]).state_names)),
+        (ours.factors is not Update.factors, ours.total is not Update.total, bool(ours.prologue_names)),
         ours.sparse_gradients is not Update.sparse_gradients,
         (bool(optimizer.state), ours.initial_state is not Update.initial_state),  # states at once, and not of zeros
     )

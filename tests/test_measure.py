@@ -87,7 +87,7 @@ def by_parameter(optimizer: Measuring, seen: list[Measured]) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_sums_are_those_of_float64(backend: str, dtype: torch.dtype) -> None:
     optimizer, rounds = trained(backend, dtype, maximize=True)
     for seen, exact in rounds:

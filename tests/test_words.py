@@ -29,7 +29,7 @@ class Words(RuleOptimizer):
         return Scalars(2.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_words_are_torchs(backend: str, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
     some = torch.tensor([0.0, 1.0, -1.0, 0.66, -0.66, 1e-30, 3e10, inf, -inf, nan, 2.5, -7.0], dtype=dtype)

@@ -132,7 +132,7 @@ def trained(kind: Any, backend: str, dtype: torch.dtype, steps: int = 7, **optio
 
 
 @each_row
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_each_is_as_in_float64(row: Row, backend: str, dtype: torch.dtype) -> None:
     options = {**ADAM, "weight_decay": 0.3, **row.options}
     optimizer, told = trained(row.around(triton_optim.AdamW), backend, dtype, **options)
@@ -173,12 +173,14 @@ def test_they_compose(backend: str) -> None:
 
 
 def test_around_one_that_measures(backend: str) -> None:
-    """Nesterov's momentum of LAMB's steps, which are as long as the parameter: of one element lr * |p|."""
+    """Nesterov's momentum of LAMB's steps, which are as long as the parameter: of one element lr * |p|. The decay is
+    beside them.
+    """
     p = Parameter(torch.tensor([2.0]))
-    optimizer = nesterov(triton_optim.LAMB)([p], lr=0.25, nesterov_momentum=0.5, weight_decay=0.0, backend=backend)
+    optimizer = nesterov(triton_optim.LAMB)([p], lr=0.25, nesterov_momentum=0.5, weight_decay=0.5, backend=backend)
     p.grad = torch.tensor([3.0])
     optimizer.step()
-    assert p.item() == pytest.approx(2 - 0.5 - 0.25)
+    assert p.item() == pytest.approx(2 * (1 - 0.25 * 0.5) - 0.5 - 0.25)
 
 
 def test_around_a_prologue(backend: str) -> None:
