@@ -191,3 +191,32 @@ def sophia(
     m = average(state, "exp_avg", b1, g)
     update = sign(m) * np.minimum(np.abs(m) / (rho * bs * state["hessian"] + 1e-15), 1)
     return p - lr * (update + decayed(p, weight_decay))
+
+
+def free_of_schedule(p, state, u, lr, b1, r, weight_lr_power):
+    """Defazio et al. 2024, Algorithm 1, with x taken out of it: y = (1 - b1) z + b1 x is the parameter, z the state.
+
+    A step of the learning rate lr along u, which was found at y. The weight of its z in the mean x is k^r times a power
+    of the largest learning rate so far.
+    """
+    k, z = state["step"], state.get("z", p)
+    state["lr_max"] = max(lr, state.get("lr_max", 0.0))
+    weight = k**r * state["lr_max"] ** weight_lr_power
+    state["weight_sum"] = state.get("weight_sum", 0.0) + weight
+    c = weight / state["weight_sum"] if state["weight_sum"] != 0 else 0.0
+    state["z"] = z - lr * u
+    return p + c * (z - p) - lr * (1 - b1 * (1 - c)) * u
+
+
+@reference
+def schedule_free_adamw(
+    p, g, state, lr=0.0025, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0, r=0.0, weight_lr_power=2.0,
+    train_mode=True,
+):  # fmt: skip
+    """Defazio et al. 2024, Algorithm 1, in the form of the authors' package: the decay is at y."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    u = g / (np.sqrt(v) + eps) + decayed(p, weight_decay)
+    lr = lr * t / warmup_steps if t < warmup_steps else lr
+    return free_of_schedule(p, state, u, lr, b1, r, weight_lr_power)

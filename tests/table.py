@@ -176,6 +176,9 @@ HALVES = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "weight_decay": 0.5}
 MEAN, ROOT = 2.5 / 0.75, (4.75 / (1 - 0.75**2)) ** 0.5  # of the second step, corrected; of the first both are 2
 ADEMAMIX = {**HALVES, "betas": (0.5, 0.75, 0.75)}
 SOPHIA = {"lr": 0.1, "betas": (0.5, 0.75), "rho": 0.1, "bs": 2, "weight_decay": 0.5}
+# Of these gradients the first update is 2 / 3 + 0.5, which moves x = y = z from 1.
+FREE = {**HALVES, "weight_lr_power": 1.0}
+FREE_AT = 1 - 0.1 * 7 / 6
 SIGNUM = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.5}
 
 CASES = [
@@ -485,6 +488,35 @@ CASES = [
             ),
         ),
         minimizes={"lr": 0.02, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.ScheduleFreeAdamW,
+        more.schedule_free_adamw,
+        {
+            "default": {},
+            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "r": 1.0, "maximize": True},
+            "warm-up": {"lr": 1e-2, "warmup_steps": 4, "eps": 1e-4, "weight_lr_power": 1.0},
+        },
+        by_hand=(
+            ByHand(FREE, [2.0], {"p": FREE_AT, "z": FREE_AT, "exp_avg_sq": 1.0, "weight_sum": 0.1}),
+            # The weights are 0.1 and 0.3: z moves by -0.3 u, x by 3/4 of that, and y is half of each.
+            ByHand(
+                {**FREE, "lr": lambda index: (0.1, 0.3)[index]},
+                [2.0, 4.0],
+                {
+                    "p": FREE_AT - 0.3 * 0.875 * (4 / (ROOT + 1) + 0.5 * FREE_AT),
+                    "z": FREE_AT - 0.3 * (4 / (ROOT + 1) + 0.5 * FREE_AT),
+                    "lr_max": 0.3,
+                },
+            ),
+            # In two steps to 0.1, with weights 1 * 0.05^2 and 2 * 0.1^2: 8/9 of the sum.
+            ByHand(
+                {**HALVES, "warmup_steps": 2, "r": 1.0, "weight_decay": 0.0},
+                [2.0, 4.0],
+                {"p": 1 - 0.1 / 3 - 0.1 * 17 / 18 * 4 / (ROOT + 1), "weight_sum": 0.0225},
+            ),
+        ),
+        minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.Adadelta,

@@ -36,6 +36,7 @@ from .optimizers.novograd import NovoGrad
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
+from .optimizers.schedule_free import ScheduleFreeAdamW
 from .optimizers.sgd import SGD
 from .optimizers.signum import Signum, Tiger
 from .optimizers.sophia import SophiaG
@@ -98,6 +99,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "ScheduleFreeAdamW",
     "Signum",
     "SimplifiedAdEMAMix",
     "SophiaG",
