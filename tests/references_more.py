@@ -220,3 +220,32 @@ def schedule_free_adamw(
     u = g / (np.sqrt(v) + eps) + decayed(p, weight_decay)
     lr = lr * t / warmup_steps if t < warmup_steps else lr
     return free_of_schedule(p, state, u, lr, b1, r, weight_lr_power)
+
+
+@reference
+def schedule_free_sgd(
+    p, g, state, lr=1.0, momentum=0.9, weight_decay=0.0, warmup_steps=0, r=0.0, weight_lr_power=2.0, train_mode=True
+):  # fmt: skip
+    """Defazio et al. 2024, Algorithm 1, of SGD."""
+    t = state["step"] = state.get("step", 0) + 1
+    lr = lr * t / warmup_steps if t < warmup_steps else lr
+    return free_of_schedule(p, state, g + decayed(p, weight_decay), lr, momentum, r, weight_lr_power)
+
+
+@reference
+def schedule_free_radam(
+    p, g, state, lr=0.0025, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, r=0.0, weight_lr_power=2.0,
+    silent_sgd_phase=True, train_mode=True,
+):  # fmt: skip
+    """Defazio et al. 2024, Algorithm 1, with the rectification of Liu et al. 2020 as the learning rate's factor."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    longest = 2 / (1 - b2) - 1
+    rho = longest - 2 * t * b2**t / (1 - b2**t)
+    if rho > 4:
+        lr = lr * np.sqrt((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho))
+        g = g / (np.sqrt(v) + eps)
+    elif silent_sgd_phase:
+        lr = 0.0 * lr
+    return free_of_schedule(p, state, g + decayed(p, weight_decay), lr, b1, r, weight_lr_power)

@@ -36,7 +36,7 @@ from .optimizers.novograd import NovoGrad
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
-from .optimizers.schedule_free import ScheduleFreeAdamW
+from .optimizers.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from .optimizers.sgd import SGD
 from .optimizers.signum import Signum, Tiger
 from .optimizers.sophia import SophiaG
@@ -100,6 +100,8 @@ __all__ = [
     "Rprop",
     "RuleOptimizer",
     "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Signum",
     "SimplifiedAdEMAMix",
     "SophiaG",
