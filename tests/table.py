@@ -542,7 +542,7 @@ CASES = [
             ByHand({"momentum": 0.5}, [0.0, 1.0], {"p": 0.25, "z": 0.0}),
             ByHand({"lr": 0.5, "warmup_steps": 2, "r": 1.0}, [4.0, 0.0], {"p": 0.0, "weight_sum": 0.5625}),
         ),
-        minimizes={"lr": 0.003, "momentum": 0.9},
+        minimizes={"lr": 0.005, "momentum": 0.9, "r": 5.0},
     ),
     Case(
         triton_optim.ScheduleFreeRAdam,

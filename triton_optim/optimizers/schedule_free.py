@@ -47,7 +47,7 @@ class _ScheduleFree(TwoPlaces):
             return super().initial_state(name, p, group)
         state = self.state.get(p, {})
         if current_parameter_codec(state, p).suffixes:
-            return with_local(p, value_of(state, p))
+            return with_local(p, value_of(state, p).clone(memory_format=torch.preserve_format))
         return p.clone(memory_format=torch.preserve_format)
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
