@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq"}
+NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq", "weight_sum", "lr_max"}
+EXACT = {"weight_sum"}  # of those the float64 ones
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
@@ -56,7 +57,7 @@ def step_of(reference: Any, p: Tensor, g: np.ndarray, state: dict[str, Any], h: 
     arrays |= {name: int(value) for name, value in arrays.items() if name == "step"}
     with np.errstate(all="ignore"):
         new = reference.__wrapped__(array(p), g, arrays, **h)
-    new, kept = tensor(new, p), {n: torch.tensor(float(v)) if n in NUMBERS else tensor(v, p) for n, v in arrays.items()}
+    new, kept = tensor(new, p), {n: one(n, v) if n in NUMBERS else tensor(v, p) for n, v in arrays.items()}
     p.copy_(new)
     for name, value in kept.items():  # where it lies, as torch does: another parameter may have the same
         own = state.setdefault(name, value)
@@ -64,6 +65,11 @@ def step_of(reference: Any, p: Tensor, g: np.ndarray, state: dict[str, Any], h: 
             own.copy_(value)
         else:
             state[name] = value
+
+
+def one(name: str, value: Any) -> Tensor:
+    """A state that is a number."""
+    return torch.tensor(float(value), dtype=torch.float64 if name in EXACT else None)
 
 
 def number(value: Any) -> Any:

@@ -200,3 +200,61 @@ def sophia_estimate(p, g, state, betas=(0.965, 0.99)):
     """Liu et al. 2023, Algorithm 2: what the state becomes after a gradient of sampled labels."""
     state.setdefault("exp_avg", np.zeros_like(p))
     average(state, "hessian", betas[1], g**2)
+
+
+def free_of_schedule(p, state, u, lr, b1, r, weight_lr_power):
+    """Defazio et al. 2024, Algorithm 1, with x taken out of it: y = (1 - b1) z + b1 x is the parameter, z the state.
+
+    A step of the learning rate lr along u, which was found at y. The weight of its z in the mean x is k^r times a power
+    of the largest learning rate so far.
+    """
+    k, z = state["step"], state.get("z", p)
+    state["lr_max"] = max(lr, state.get("lr_max", 0.0))
+    weight = k**r * state["lr_max"] ** weight_lr_power
+    state["weight_sum"] = state.get("weight_sum", 0.0) + weight
+    c = weight / state["weight_sum"] if state["weight_sum"] != 0 else 0.0
+    state["z"] = z - lr * u
+    return p + c * (z - p) - lr * (1 - b1 * (1 - c)) * u
+
+
+@reference
+def schedule_free_adamw(
+    p, g, state, lr=0.0025, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0, r=0.0, weight_lr_power=2.0,
+    train_mode=True,
+):  # fmt: skip
+    """Defazio et al. 2024, Algorithm 1, in the form of the authors' package: the decay is at y."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    u = g / (np.sqrt(v) + eps) + decayed(p, weight_decay)
+    lr = lr * t / warmup_steps if t < warmup_steps else lr
+    return free_of_schedule(p, state, u, lr, b1, r, weight_lr_power)
+
+
+@reference
+def schedule_free_sgd(
+    p, g, state, lr=1.0, momentum=0.9, weight_decay=0.0, warmup_steps=0, r=0.0, weight_lr_power=2.0, train_mode=True
+):  # fmt: skip
+    """Defazio et al. 2024, Algorithm 1, of SGD."""
+    t = state["step"] = state.get("step", 0) + 1
+    lr = lr * t / warmup_steps if t < warmup_steps else lr
+    return free_of_schedule(p, state, g + decayed(p, weight_decay), lr, momentum, r, weight_lr_power)
+
+
+@reference
+def schedule_free_radam(
+    p, g, state, lr=0.0025, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, r=0.0, weight_lr_power=2.0,
+    silent_sgd_phase=True, train_mode=True,
+):  # fmt: skip
+    """Defazio et al. 2024, Algorithm 1, with the rectification of Liu et al. 2020 as the learning rate's factor."""
+    b1, b2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    v = average(state, "exp_avg_sq", b2, g**2) / (1 - b2**t)
+    longest = 2 / (1 - b2) - 1
+    rho = longest - 2 * t * b2**t / (1 - b2**t)
+    if rho > 4:
+        lr = lr * np.sqrt((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho))
+        g = g / (np.sqrt(v) + eps)
+    elif silent_sgd_phase:
+        lr = 0.0 * lr
+    return free_of_schedule(p, state, g + decayed(p, weight_decay), lr, b1, r, weight_lr_power)

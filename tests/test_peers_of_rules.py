@@ -18,8 +18,8 @@ import triton_optim as to
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages' own
 STEPS = 300
-KOZ, TIMM = "pytorch_optimizer", "timm.optim"
-HOW = {KOZ: 'pip install -e ".[peers]"', TIMM: "pip install timm"}
+KOZ, TIMM, FREE = "pytorch_optimizer", "timm.optim", "schedulefree"
+HOW = {KOZ: 'pip install -e ".[peers]"', TIMM: "pip install timm", FREE: "pip install schedulefree"}
 DECOUPLED = {"weight_decouple": True}
 # Ours, the package and its class, options of ours, options of theirs.
 PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
@@ -45,6 +45,12 @@ PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
     ("LaProp", TIMM, "LaProp", {}, {}),
     ("AdaBelief", TIMM, "AdaBelief", {"decoupled_weight_decay": False}, {"rectify": False, "decoupled_decay": False}),
     ("AdamC", TIMM, "AdamWLegacy", {}, {"corrected_weight_decay": True}),
+    ("ScheduleFreeAdamW", FREE, "AdamWScheduleFree", {}, {}),
+    ("ScheduleFreeAdamW", FREE, "AdamWScheduleFree", *[{"warmup_steps": 40, "r": 1.0, "weight_lr_power": 1.0}] * 2),
+    ("ScheduleFreeSGD", FREE, "SGDScheduleFree", {}, {}),
+    ("ScheduleFreeSGD", FREE, "SGDScheduleFree", *[{"warmup_steps": 40, "r": 1.0, "weight_lr_power": 1.0}] * 2),
+    ("ScheduleFreeRAdam", FREE, "RAdamScheduleFree", {}, {}),
+    ("ScheduleFreeRAdam", FREE, "RAdamScheduleFree", *[{"silent_sgd_phase": False, "r": 1.0}] * 2),
 ]
 
 
@@ -54,6 +60,12 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def change(optimizers: list[Any], mode: str) -> None:
+    """Have all train, or evaluate."""
+    for optimizer in optimizers:
+        getattr(optimizer, mode)()
 
 
 @pytest.mark.parametrize(
@@ -73,12 +85,18 @@ def test_of_300_steps_the_results_are_the_same(
         getattr(to, name)(ours, **shared, **own, backend="eager"),
         getattr(importlib.import_module(package), their_name)(others, **shared, **theirs),
     ]
+    modes = package == FREE
     for step in range(STEPS):
+        if modes:
+            change(optimizers, "train")
         for p, q in zip(ours, others, strict=True):
             p.grad = 0.3 * p.detach() + torch.randn(p.shape, generator=random)
             q.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.01 * min((step + 1) / 50, 1) * (1 - step / 400)
             optimizer.step()
+        if modes and step % 37 == 0:
+            change(optimizers, "eval")
+            torch.testing.assert_close(ours, others, rtol=0, atol=1e-13)
     for p, q in zip(ours, others, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-13)

@@ -37,6 +37,7 @@ from .optimizers.novograd import NovoGrad
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
+from .optimizers.schedule_free import ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from .optimizers.sgd import SGD
 from .optimizers.signum import Signum, Tiger
 from .optimizers.sophia import SophiaG
@@ -100,6 +101,9 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "RuleOptimizer",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Signum",
     "SimplifiedAdEMAMix",
     "SophiaG",

@@ -71,6 +71,8 @@ class Update:
         prologue_names: names of the states that :meth:`prologue` or :meth:`factors` keeps.
         nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
         never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
+        exact_scalar_states: names of the scalar states that are float64, such as sums of thousands of steps: what is
+            added to one in float32 is rounded to a share of the sum.
         option_names: the options that every parameter group carries, whatever their value.
     """
 
@@ -84,6 +86,7 @@ class Update:
     prologue_names: ClassVar[tuple[str, ...]] = ()
     nonnegative: ClassVar[tuple[str, ...]] = ()
     never_quantized: ClassVar[tuple[str, ...]] = ()
+    exact_scalar_states: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
 
@@ -137,7 +140,8 @@ class Update:
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         """Scalar states: numbers that a parameter has beside ``step``, as they are before the first step.
 
-        Each is kept as a 0-dim tensor under its name: float32, or float64 where that is torch's default dtype.
+        Each is kept as a 0-dim tensor under its name: float32, or float64 where that is torch's default dtype or it is
+        one of ``exact_scalar_states``.
         """
         return {}
 

@@ -70,7 +70,7 @@ class ParamSlot:
                 self.state[name] = self.numbers[name]
                 continue
             held = self.numbers[name] if name == "step" and self.begins else self.state.get(name, self.numbers[name])
-            dtype = scalar_state_dtype(group, name)
+            dtype = scalar_state_dtype(optimizer, group, name)
             if isinstance(held, Tensor):
                 held = held.to(device, dtype)
                 held = held.reshape(()) if held.dim() else held
@@ -221,12 +221,12 @@ class StepGroup:
                 for m in self.slots:
                     m.state[name] = value
         for name, column in self.columns.items():
+            if requires_grad(scalar_state.get(name)):
+                continue
             if name in self._cells:
                 self._write(name, self._numbers[name] if name in self._numbers else scalar_state[name])
             elif name == "step":
                 column.add_(1 if skip is None else 1 - skip)
-            elif requires_grad(scalar_state[name]):
-                continue
             elif skip is not None:
                 column.copy_(torch.where(skip != 0, column, scalar_state[name]))
             elif isinstance(scalar_state[name], Tensor):
@@ -270,7 +270,7 @@ def make_states(optimizer: Update, group: dict[str, Any]) -> None:
         started = counted | optimizer.first_scalar_states(group)
         device = p.device if group.get("capturable") or optimizer.counts_on_device else CPU
         for name, value in started.items():
-            dtype = scalar_state_dtype(group, name)
+            dtype = scalar_state_dtype(optimizer, group, name)
             optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
         for name in optimizer.running_variant(group).state_names:
             optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))

@@ -33,11 +33,15 @@ def requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def scalar_state_dtype(group: dict[str, Any], name: str) -> torch.dtype:
+def scalar_state_dtype(optimizer: Update, group: dict[str, Any], name: str) -> torch.dtype:
     """The dtype of a scalar state, as in torch: float32, but float64 where that is the default; and
-    of counts that random bits depend on, for float32 stands still at 2^24.
+    of counts that random bits depend on, for float32 stands still at 2^24, and of what is declared to be exact.
     """
-    wide = torch.get_default_dtype() == torch.float64 or (name in ("step", COUNT) and rounds(group))
+    wide = (
+        name in optimizer.exact_scalar_states
+        or torch.get_default_dtype() == torch.float64
+        or (name in ("step", COUNT) and rounds(group))
+    )
     return torch.float64 if wide else torch.float32
 
 

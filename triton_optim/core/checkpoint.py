@@ -87,7 +87,7 @@ def loaded_states(optimizer: Update, state_dict: Any, groups: list[dict[str, Any
     # All fit.
     for own, saved, new in zip(optimizer.param_groups, state_dict["param_groups"], groups, strict=True):
         group = filled(new, defaults)
-        dtypes = {name: scalar_state_dtype(group, name) for name in names.numbers}
+        dtypes = {name: scalar_state_dtype(optimizer, group, name) for name in names.numbers}
         for i, p in zip(saved["params"], own["params"], strict=True):
             if i in given:
                 states[i] = ready_state(optimizer, group, dtypes, p, states[i])
@@ -153,7 +153,7 @@ def fill_in(optimizer: Update) -> None:
     defaults = defaults_of(optimizer)
     for group in optimizer.param_groups:
         group.update(filled(group, defaults))
-        dtypes = {name: scalar_state_dtype(group, name) for name in optimizer.scalar_state_names(group)}
+        dtypes = {name: scalar_state_dtype(optimizer, group, name) for name in optimizer.scalar_state_names(group)}
         for p in group["params"] if dtypes else ():
             state = optimizer.state.get(p, {})
             for name, dtype in dtypes.items():

@@ -104,13 +104,13 @@ class RAdam(RuleOptimizer):
         )
 
 
-def rectification(beta2: Any, step: Any) -> Any:
-    """:math:`r_t`; 0 where the variance can't be told yet."""
+def rectification(beta2: Any, step: Any, shortest: float = 5.0) -> Any:
+    """:math:`r_t`; 0 where the variance can't be told yet, of a mean that is no longer than `shortest`."""
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
     if isinstance(length, Tensor):
         square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-        return torch.where(length > 5, square, 0.0).sqrt()
-    if length <= 5:
+        return torch.where(length > shortest, square, 0.0).sqrt()
+    if length <= shortest:
         return 0.0
     return ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
