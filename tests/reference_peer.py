@@ -13,7 +13,9 @@ from references_runner import begin, spread, step
 from torch import Tensor
 
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq", "d", "d_max", "d_numerator"}
+NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq"}
+OF_MODEL = {"d", "d_max", "d_numerator", "numerator_weighted", "g0_norm"}  # numbers of the whole model, in float64
+NUMBERS |= OF_MODEL
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
@@ -74,7 +76,11 @@ def arrays_of(state: dict[str, Any]) -> dict[str, Any]:
 
 def take(p: Tensor, state: dict[str, Any], new: np.ndarray, arrays: dict[str, Any]) -> None:
     """Write a parameter and its state; in this a number is a tensor."""
-    new, kept = tensor(new, p), {n: torch.tensor(float(v)) if n in NUMBERS else tensor(v, p) for n, v in arrays.items()}
+    dtypes = {n: torch.float64 if n in OF_MODEL else torch.get_default_dtype() for n in NUMBERS}
+    new, kept = (
+        tensor(new, p),
+        {n: torch.tensor(float(v), dtype=dtypes[n]) if n in dtypes else tensor(v, p) for n, v in arrays.items()},
+    )
     p.copy_(new)
     for name, value in kept.items():  # where it lies, as torch does: another parameter may have the same
         own = state.setdefault(name, value)

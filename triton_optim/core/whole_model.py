@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..buckets.gradient_norm import exact_dtype
 from ..spec import Measured, Update
+from ..util.in_place import write_each
 from .checks import check_positive
 
 
@@ -56,7 +57,7 @@ class EstimatesDistance(Update):
         """Write the numbers as they are after the step, for every parameter that has them."""
         states = [state for state in self.state.values() if "d" in state]
         for name, value in zip(self.prologue_names, numbers, strict=True):
-            torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+            write_each([state[name] for state in states], [value] * len(states))
 
 
 def over_model(measured: list[Measured], terms: list[tuple[Tensor, ...]]) -> Tensor:
