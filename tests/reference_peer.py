@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from references_runner import begin, spread, step
 from torch import Tensor
 
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
 NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq", "weight_sum", "lr_max"}
-EXACT = {"weight_sum"}  # of those the float64 ones
+OF_MODEL = {"d", "d_max", "d_numerator", "numerator_weighted", "g0_norm"}  # numbers of the whole model
+NUMBERS |= OF_MODEL
+EXACT = {"weight_sum", *OF_MODEL}  # of those the float64 ones
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
@@ -38,25 +41,42 @@ def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            for group in self.param_groups:
-                h = {x.name: number(group[x.name]) for x in hyperparameters}
-                for p in group["params"]:
-                    if p.grad is not None:
-                        g = array(p.grad)
-                        step_of(reference, p, -g if group["maximize"] else g, self.state[p], h)
+            here = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            twice = len({id(p) for _, p in here}) < len(here)
+            for turn in [[one] for one in here] if twice else [here]:
+                self.turn(turn)
             return loss
+
+        def turn(self, turn: list[tuple[dict[str, Any], Tensor]]) -> None:
+            """One step of these parameters, each with its group."""
+            states = [self.state[p] for _, p in turn]
+            begin(list(self.state.values()), states, reference.of_model)
+            begun = []
+            for (group, p), state in zip(turn, states, strict=True):
+                h = {x.name: number(group[x.name]) for x in hyperparameters}
+                g, arrays = array(p.grad), arrays_of(state)
+                with np.errstate(all="ignore"):
+                    update = reference.__wrapped__(array(p), -g if group["maximize"] else g, arrays, **h)
+                begun.append((update, arrays))
+            with np.errstate(all="ignore"):
+                ended = step([update for update, _ in begun])
+            for (_, p), state, new, (_, arrays) in zip(turn, states, ended, begun, strict=True):
+                take(p, state, new, arrays)
+            spread(list(self.state.values()), states, reference.of_model)
 
     Peer.__name__ = Peer.__qualname__ = f"{reference.__name__}_peer"
     globals()[Peer.__name__] = Peer  # where pickle looks for it
     return Peer
 
 
-def step_of(reference: Any, p: Tensor, g: np.ndarray, state: dict[str, Any], h: dict[str, Any]) -> None:
-    """One step of one parameter. A number is one to the reference, the count an int, and a tensor in the state."""
+def arrays_of(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as a reference takes it: a number is one, the count an int."""
     arrays = {name: number(value) if name in NUMBERS else array(value) for name, value in state.items()}
-    arrays |= {name: int(value) for name, value in arrays.items() if name == "step"}
-    with np.errstate(all="ignore"):
-        new = reference.__wrapped__(array(p), g, arrays, **h)
+    return arrays | {name: int(value) for name, value in arrays.items() if name == "step"}
+
+
+def take(p: Tensor, state: dict[str, Any], new: np.ndarray, arrays: dict[str, Any]) -> None:
+    """Write a parameter and its state; in this a number is a tensor."""
     new, kept = tensor(new, p), {n: one(n, v) if n in NUMBERS else tensor(v, p) for n, v in arrays.items()}
     p.copy_(new)
     for name, value in kept.items():  # where it lies, as torch does: another parameter may have the same

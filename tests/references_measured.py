@@ -206,3 +206,68 @@ STABLE_BY_HAND = (
         },
     ),
 )
+
+
+@reference(of_model=("d", "d_max", "d_numerator"))
+def prodigy(
+    p, g, state, lr=1.0, betas=(0.9, 0.999), beta3=None, eps=1e-8, weight_decay=0.0, decouple=True,
+    use_bias_correction=False, safeguard_warmup=False, d0=1e-6, d_coef=1.0, growth_rate=float("inf"),
+):  # fmt: skip
+    """Mishchenko & Defazio 2023, Algorithm 4, with what the authors' code adds: the bias corrections, the safeguard and
+    the bound of the growth. There, too, a group whose lr is 0 keeps its states. A NaN estimate is none.
+    """
+    b1, b2 = betas
+    b3 = np.sqrt(b2) if beta3 is None else beta3
+    t = state["step"] = state.get("step", 0) + 1
+    d, longest, numerator = state.get("d", d0), state.get("d_max", d0), state.get("d_numerator", 0.0)
+    p0 = state["p0"] = state.get("p0", p)
+    if weight_decay != 0 and not decouple:
+        g = g + weight_decay * p
+    rate = d * lr * (np.sqrt(1 - b2**t) / (1 - b1**t) if use_bias_correction else 1)
+    m, v, s = (state.get(name, np.zeros_like(g)) for name in ("exp_avg", "exp_avg_sq", "s"))
+    sums = np.zeros(2, np.result_type(g, np.float64))
+    if lr > 0:
+        m = b1 * m + d * (1 - b1) * g
+        v = b2 * v + d**2 * (1 - b2) * g**2
+        s = b3 * s + d / d0 * (d if safeguard_warmup else rate) * g
+        sums = np.array([d / d0 * rate * np.sum(g * (p0 - p)), np.sum(np.abs(s))])
+    state.update({"exp_avg": m, "exp_avg_sq": v, "s": s})
+    inner, size = yield sums
+    if size > 0:
+        numerator = b3 * numerator + inner
+        found = d_coef * numerator / size
+        start = np.fmax(d, found) if d == d0 else d
+        longest = np.fmax(longest, found)
+        d = np.fmin(longest, start * growth_rate)
+    state.update({"d": d, "d_max": longest, "d_numerator": numerator})
+    decay = weight_decay * p if weight_decay != 0 and decouple else 0  # 0 * Inf would be NaN.
+    return p - rate * decay - rate * m / (np.sqrt(v) + d * eps)
+
+
+PRODIGY = {"betas": (0.5, 0.75), "beta3": 0.5, "eps": 1.0, "weight_decay": 0.5, "d0": 0.5}
+# g = 4: nothing is known, as p = p0: s = 0.5 * 4 = 2, m = 0.5 * 0.5 * 4 = 1, v = 0.25 * 0.25 * 16 = 1, d stays 0.5:
+# p = 1 - 0.5 * 0.5 - 0.5 * 1 / (1 + 0.5). Then g = 12: p0 - p = 7 / 12, n = 0.5 * 12 * 7 / 12 = 3.5,
+# s = 1 + 6 = 7, m = 0.5 + 3 = 3.5, v = 0.75 + 9 = 9.75, and the estimate is 3.5 / 7 = 0.5; with d_coef = 2 it is 1:
+# p = 5 / 12 * 0.75 - 0.5 * 3.5 / (sqrt(9.75) + 1). A growth of at most 1.5 is none while d = d0.
+PRODIGY_BY_HAND = (
+    (PRODIGY, [4.0], {"p": 5 / 12, "exp_avg": 1.0, "exp_avg_sq": 1.0, "s": 2.0, "p0": 1.0, "d": 0.5, "d_max": 0.5}),
+    (
+        PRODIGY | {"d_coef": 2.0},
+        [4.0, 12.0],
+        {
+            "p": 0.3125 - 1.75 / (9.75**0.5 + 1),
+            "exp_avg": 3.5,
+            "exp_avg_sq": 9.75,
+            "s": 7.0,
+            "d": 1.0,
+            "d_max": 1.0,
+            "d_numerator": 3.5,
+        },
+    ),
+    (PRODIGY | {"d_coef": 4.0, "growth_rate": 1.5}, [4.0, 12.0], {"d": 2.0, "d_max": 2.0, "d_numerator": 3.5}),
+    # Coupled: g = 4.5. With the safeguard lr is not in s.
+    (PRODIGY | {"decouple": False}, [4.0], {"exp_avg": 1.125, "s": 2.25, "p": 1 - 0.5 * 1.125 / (1.125 + 0.5)}),
+    (PRODIGY | {"lr": 0.5, "safeguard_warmup": True}, [4.0], {"s": 2.0, "p": 0.875 - 0.25 / 1.5}),
+    # sqrt(1 - 0.75) / (1 - 0.5) is 1 in the first step.
+    (PRODIGY | {"use_bias_correction": True}, [4.0], {"p": 5 / 12, "s": 2.0}),
+)

@@ -38,12 +38,14 @@ from references_measured import (
     MARS_ADAMW_BY_HAND,
     MARS_LION_BY_HAND,
     NOVOGRAD_BY_HAND,
+    PRODIGY_BY_HAND,
     STABLE_BY_HAND,
     lamb,
     lars,
     mars_adamw,
     mars_lion,
     novograd,
+    prodigy,
     stable_adamw,
 )
 from references_runner import reference
@@ -777,6 +779,20 @@ CASES = [
         by_hand=tuple(ByHand(*steps) for steps in STABLE_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.Prodigy,
+        prodigy,
+        {
+            "default": {"d0": 1e-3},
+            "decay": {"lr": 0.5, "weight_decay": 0.1, "betas": (0.8, 0.9), "d0": 0.01, "maximize": True},
+            "coupled": {"weight_decay": 0.1, "decouple": False, "beta3": 0.8, "d_coef": 0.5, "d0": 0.1},
+            "corrected": {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.1, "d0": 0.01},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in PRODIGY_BY_HAND),
+        settings={"lr": 0.5, "weight_decay": 0.1, "d0": 0.01},
+        elementwise=False,
+        minimizes={"lr": 1.0, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.CAME,

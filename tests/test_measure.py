@@ -180,6 +180,79 @@ def test_gradient_release_has_no_sums_of_the_whole_model() -> None:
         triton_optim.enable_gradient_release(Whole([Parameter(torch.zeros(3))]))
 
 
+@jit
+def scaled_sums(p, g, momentum, h):
+    return (h.scale * g,)
+
+
+class Remembering(RuleOptimizer):
+    """Steps as long as a number that it keeps, and doubles in each."""
+
+    rule, measure, state_names, prologue_names = scaled, scaled_sums, ("momentum",), ("size",)
+
+    def __init__(self, params: Any, lr: float = 0.5, **options: Any) -> None:
+        self.seen: list[Any] = []
+        super().__init__(params, {"lr": lr}, **options)
+
+    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
+        return Scalars(group["lr"], float("nan"))
+
+    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"size": torch.ones((), dtype=torch.float64, device=p.device)}
+
+    def kept_scalars(self, measured: Measured) -> dict[str, Any]:
+        assert measured.sums == ()
+        return {"scale": measured.states[0]["size"].clone()}
+
+    def factors(self, measured: Measured) -> dict[str, Any]:
+        self.seen.append((float(measured.h.scale), measured.sums[0].tolist()))
+        for state in measured.states:
+            state["size"].mul_(2)
+        return {}
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"max_grad_norm": 1e9}], ids=str)
+def test_scalars_of_what_is_kept(backend: str, options: dict[str, Any]) -> None:
+    """The measure reads them, and the rule does; and what is kept is of the device, whether the step is counted there
+    or not.
+    """
+    params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(2))]
+    optimizer = Remembering([{"params": params[:1]}, {"params": params[1:], "lr": 0.25}], backend=backend, **options)
+    for scale in (1.0, 2.0, 4.0):
+        optimizer.seen.clear()
+        for p in params:
+            p.grad = torch.full_like(p, 3.0)
+        optimizer.step()
+        assert sorted(optimizer.seen) == [(scale, [scale * 6]), (scale, [scale * 9])]
+    moved = 3 * 1 + 6 * 2 + 9 * 4
+    assert params[0].tolist() == [-0.5 * moved] * 3
+    assert params[1].tolist() == [-0.25 * moved] * 2
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"size": 1.0}, r"kept_scalars returned \['size'\]; return a dict by names of scalars: lr, scale"),
+        (
+            {"scale": torch.ones(2)},
+            r"kept_scalars returned scale of shape \(2,\) for 2 parameters; return \(\), a number",
+        ),
+    ],
+)
+def test_kept_scalars_that_are_none(returned: Any, message: str) -> None:
+    class Wrong(Remembering):
+        def kept_scalars(self, measured: Measured) -> dict[str, Any]:
+            return returned  # type: ignore[no-any-return]
+
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(4))]
+    optimizer = Wrong(params, backend="eager")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert all(p.eq(1).all() for p in params)
+
+
 def test_gradients_that_are_released_one_by_one(backend: str) -> None:
     ends = []
     for released in (False, True):

@@ -34,6 +34,7 @@ from .optimizers.matrix.normuon import NorMuon
 from .optimizers.nadam import NAdam
 from .optimizers.nadamw import NAdamW
 from .optimizers.novograd import NovoGrad
+from .optimizers.prodigy import Prodigy
 from .optimizers.radam import RAdam
 from .optimizers.rmsprop import RMSprop
 from .optimizers.rprop import Rprop
@@ -97,6 +98,7 @@ __all__ = [
     "NorMuon",
     "NovoGrad",
     "Options",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",

@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     Attributes:
         group: the parameter group, with numbers of the host, which replays of a captured step keep; `h` has what
             changes.
-        h: what :meth:`Update.scalars` returned.
+        h: what :meth:`Update.scalars` returned, with the scalars of :meth:`Update.kept_scalars`.
         params: the parameters.
         states: a parameter's states by name. Those of :meth:`Update.prologue_state` may be written in place.
         numel: how many elements each parameter has, of a sharded one all, and of a complex one both parts, as rules
@@ -177,6 +177,19 @@ class Update:
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """New states that :meth:`prologue` or :meth:`factors` keeps for a parameter, as they are before the first step;
         of any shapes.
+        """
+        return {}
+
+    def kept_scalars(self, measured: Measured) -> dict[str, Any]:
+        """The scalars that hang on what the states of :meth:`prologue_state` hold, such as a step size that the steps
+        before have found. ``measure`` and the rule read them, and :meth:`factors` finds them in ``measured.h``.
+
+        Args:
+            measured: without sums.
+
+        Returns:
+            By the name of a field of the rule's scalars its value, a number or a 0-dim tensor on the device, which
+            takes the place of the one that :meth:`scalars` returned. Nothing may wait for the device.
         """
         return {}
 

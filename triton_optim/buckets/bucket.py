@@ -174,6 +174,16 @@ class Bucket(Memory):
             self._whole_numels = numels.to(self.key.device)
         return self._whole_numels
 
+    def fill_in(self, step_group: int, values: dict[str, Any]) -> None:
+        """Take the values of scalars, each one number, into the row of a step group."""
+        row, key = self.rows[step_group], self.key
+        assert row is not None
+        if key.device == CPU and not (key.differentiable or key.capturable):
+            values = {name: float(value) for name, value in values.items()}
+        else:  # a device is not asked
+            values = {name: v.reshape(()) if isinstance(v, Tensor) else v for name, v in values.items()}
+        self.rows[step_group] = row._replace(h=row.h._replace(**values))
+
     def take_factors(self, step_group: int, factors: dict[str, Tensor]) -> None:
         """Keep the scalars of the parameters of a step group: each ``(parameters,)``."""
         for name, values in factors.items():

@@ -58,3 +58,10 @@ def check_betas(betas: Any, count: int = 2) -> None:
     """Raise torch's ValueError unless each of so many betas is in [0, 1)."""
     for index in range(count):
         check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless a number is positive."""
+    check_range(f"{name} value", value, 0.0)
+    if value == 0:
+        raise ValueError(f"Invalid {name} value: {value}. It must be positive.")

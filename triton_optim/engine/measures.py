@@ -18,10 +18,12 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
     """Give every bucket that measures what the optimizer makes of the sums. Whether states may have been written.
 
     Args:
-        optimizer: whose ``measure``, ``total`` and ``factors`` are asked.
+        optimizer: whose ``kept_scalars``, ``measure``, ``total`` and ``factors`` are asked.
         buckets: which hold their gradients and rows.
     """
     own = [bucket for bucket in buckets if bucket.key.variant.measure is not None and any(bucket.rows)]
+    if type(optimizer).kept_scalars is not Update.kept_scalars:
+        fill_in(optimizer, own)
     sums = [bucket.measure() for bucket in own]
     if any(bucket.sharded for bucket in own):
         sums = over_shards(own, sums)
@@ -39,44 +41,57 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
     return bool(optimizer.prologue_names)
 
 
+def fill_in(optimizer: Update, buckets: Sequence[Bucket]) -> None:
+    """Give the rows of the buckets the scalars that what is kept decides."""
+    for bucket in buckets:
+        for number, row in enumerate(bucket.rows):
+            if row is None:
+                continue
+            measured = measured_of(optimizer, bucket, number)
+            found = optimizer.kept_scalars(measured)
+            check_factors(optimizer, measured, found, "kept_scalars")
+            bucket.fill_in(number, found)
+
+
 def wide(values: Any, like: Tensor) -> Tensor:
     """A scalar of each parameter; a number is filled in where it is needed, as nothing may wait for a copy."""
     filled = values.to(like) if isinstance(values, Tensor) else like.new_full((), values)
     return filled.expand(len(like))
 
 
-def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor) -> Measured:
+def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor | None = None) -> Measured:
     """What was found of the parameters of a bucket's step group.
 
     Args:
         number: of the step group.
-        sums: of :meth:`Bucket.measure`.
+        sums: of :meth:`Bucket.measure`; None before that.
     """
     row, step_group = bucket.rows[number], bucket.step_groups[number]
     assert row is not None
     numel = bucket.whole_numels
     if len(bucket.step_groups) > 1:
         positions = bucket.positions_of(number)
-        sums, numel = sums[positions], numel[positions]
+        sums, numel = None if sums is None else sums[positions], numel[positions]
     group = plain_group(optimizer.param_groups[step_group.group], keep=bucket.key.differentiable)
     params, states = [m.p for m in step_group.slots], [m.state for m in step_group.slots]
-    return Measured(group, row.h, params, states, numel, sums.unbind(1))
+    return Measured(group, row.h, params, states, numel, () if sums is None else sums.unbind(1))
 
 
-def check_factors(optimizer: Update, measured: Measured, factors: Any) -> None:
-    """Raise TypeError where what ``factors`` returned is no scalars of the rule."""
-    name, fields = type(optimizer).__name__, measured.h._fields
+def check_factors(optimizer: Update, measured: Measured, factors: Any, method: str = "factors") -> None:
+    """Raise TypeError where what a method returned is no scalars of the rule: of each parameter where it is factors,
+    else of all.
+    """
+    name, fields = f"{type(optimizer).__name__}.{method}", measured.h._fields
     if not isinstance(factors, dict) or not factors.keys() <= set(fields):
         got = sorted(factors) if isinstance(factors, dict) else repr(factors)
-        raise TypeError(f"{name}.factors returned {got}; return a dict by names of scalars: {', '.join(fields)}.")
+        raise TypeError(f"{name} returned {got}; return a dict by names of scalars: {', '.join(fields)}.")
     count = len(measured.params)
+    takes = (count,) if method == "factors" else ()
+    what = "a number a parameter" if takes else "a number"
     for field, values in factors.items():
         shape = tuple(getattr(values, "shape", ()))
-        if shape not in ((), (1,), (count,)):
-            raise TypeError(
-                f"{name}.factors returned {field} of shape {shape} for {count} parameters; return ({count},), a number "
-                "a parameter."
-            )
+        if shape not in ((), (1,), takes):
+            raise TypeError(f"{name} returned {field} of shape {shape} for {count} parameters; return {takes}, {what}.")
 
 
 def over_shards(buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.novograd import NovoGradScalars, novograd, novograd_norm
 from ..options import Options
 from ..spec import Measured
+from ..util.in_place import write_each
 
 
 class NovoGrad(RuleOptimizer):
@@ -108,5 +109,5 @@ class NovoGrad(RuleOptimizer):
         (squares,), h = measured.sums, measured.h
         held = [state["norm_sq"] for state in measured.states]
         norm_sq = h.beta2 * torch.stack(held).to(squares) + h.one_minus_beta2 * squares
-        torch._foreach_copy_(held, list(norm_sq.unbind()))
+        write_each(held, norm_sq.unbind())
         return {"scale": 1 / (norm_sq.sqrt() + h.eps)}
