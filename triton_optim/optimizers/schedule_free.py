@@ -261,7 +261,7 @@ class ScheduleFreeRAdam(_ScheduleFree):
             beta2=beta2,
             one_minus_beta2=1 - beta2,
             correction=(1 - beta2**step) ** -0.5,
-            eps=group["eps"] + 1.0 * plain,  # of the quotient that is not used then, lest it be 0 / 0
+            eps=1.0 * plain + group["eps"],  # of the quotient that is not used then, lest it be 0 / 0
             plain=plain,
         )
 
