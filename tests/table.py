@@ -588,6 +588,7 @@ CASES = [
                 },
             ),
         ),
+        settings={"lr": 1e-2, "weight_decay": 0.1, "silent_sgd_phase": False},  # the first steps move something
         minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
     ),
     Case(

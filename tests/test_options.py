@@ -213,7 +213,7 @@ def test_without_docstrings_all_else_works() -> None:
 
 @pytest.mark.parametrize("cls", [*(case.ours for case in CASES), *OWN], ids=lambda cls: cls.__name__)
 def test_a_misspelt_option_names_the_nearest(cls: type) -> None:
-    near = {"params", "d", "t0", "beta3", "bias_correction1", "bias_correction2"}  # to others
+    near = {"params", "a", "b", "d", "r", "t0", "beta3", "bias_correction1", "bias_correction2"}  # to others
     for name in inspect.signature(cls).parameters.keys() - near:
         for wrong in (f"{name}s", name[:-1], name.title()):
             if wrong in inspect.signature(cls).parameters or len(wrong) == 1:
