@@ -45,9 +45,7 @@ def spread(states: States, new: States, names: tuple[str, ...]) -> None:
             state.update({name: new[0][name] for name in names if new})
 
 
-def reference(
-    update: Callable[..., Any] | None = None, *, of_model: tuple[str, ...] = ()
-) -> Callable[..., Any]:
+def reference(update: Callable[..., Any] | None = None, *, of_model: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Runs the update of one parameter at one step over all parameters and steps.
 
     Args:

@@ -233,7 +233,10 @@ def test_scalars_of_what_is_kept(backend: str, options: dict[str, Any]) -> None:
     ("returned", "message"),
     [
         ({"size": 1.0}, r"kept_scalars returned \['size'\]; return a dict by names of scalars: lr, scale"),
-        ({"scale": torch.ones(2)}, r"kept_scalars returned scale of shape \(2,\) for 2 parameters; return \(\), a number"),
+        (
+            {"scale": torch.ones(2)},
+            r"kept_scalars returned scale of shape \(2,\) for 2 parameters; return \(\), a number",
+        ),
     ],
 )
 def test_kept_scalars_that_are_none(returned: Any, message: str) -> None:

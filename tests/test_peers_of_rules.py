@@ -18,8 +18,13 @@ import triton_optim as to
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages' own
 STEPS = 300
-KOZ, TIMM = "pytorch_optimizer", "timm.optim"
-HOW = {KOZ: 'pip install -e ".[peers]"', TIMM: "pip install timm"}
+KOZ, TIMM, PRODIGY, DADAPT = "pytorch_optimizer", "timm.optim", "prodigyopt", "dadaptation"
+HOW = {
+    KOZ: 'pip install -e ".[peers]"',
+    TIMM: "pip install timm",
+    PRODIGY: "pip install prodigyopt",
+    DADAPT: "pip install dadaptation",
+}
 DECOUPLED = {"weight_decouple": True}
 # Ours, the package and its class, options of ours, options of theirs.
 PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
@@ -45,6 +50,19 @@ PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
     ("LaProp", TIMM, "LaProp", {}, {}),
     ("AdaBelief", TIMM, "AdaBelief", {"decoupled_weight_decay": False}, {"rectify": False, "decoupled_decay": False}),
     ("AdamC", TIMM, "AdamWLegacy", {}, {"corrected_weight_decay": True}),
+    ("Prodigy", PRODIGY, "Prodigy", {}, {}),
+    ("Prodigy", PRODIGY, "Prodigy", {"decouple": False, "beta3": 0.8}, {"decouple": False, "beta3": 0.8}),
+    (
+        "Prodigy",
+        PRODIGY,
+        "Prodigy",
+        {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.05},
+        {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.05},
+    ),
+    ("DAdaptAdam", DADAPT, "DAdaptAdam", {}, {}),
+    ("DAdaptAdam", DADAPT, "DAdaptAdam", {"decouple": True}, {"decouple": True}),
+    ("DAdaptSGD", DADAPT, "DAdaptSGD", {"momentum": 0.9}, {"momentum": 0.9}),
+    ("DAdaptLion", DADAPT, "DAdaptLion", {"d0": 1e-3}, {"d0": 1e-3}),
 ]
 
 
