@@ -25,11 +25,6 @@ HOW = {
     PRODIGY: "pip install prodigyopt",
     DADAPT: "pip install dadaptation",
 }
-    KOZ: 'pip install -e ".[peers]"',
-    TIMM: "pip install timm",
-    PRODIGY: "pip install prodigyopt",
-    DADAPT: "pip install dadaptation",
-}
 DECOUPLED = {"weight_decouple": True}
 # Ours, the package and its class, options of ours, options of theirs.
 PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
