@@ -19,7 +19,14 @@ import triton_optim as to
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages' own
 STEPS = 300
 KOZ, TIMM, FREE = "pytorch_optimizer", "timm.optim", "schedulefree"
-HOW = {KOZ: 'pip install -e ".[peers]"', TIMM: "pip install timm", FREE: "pip install schedulefree"}
+PRODIGY, DADAPT = "prodigyopt", "dadaptation"
+HOW = {
+    KOZ: 'pip install -e ".[peers]"',
+    TIMM: "pip install timm",
+    FREE: "pip install schedulefree",
+    PRODIGY: "pip install prodigyopt",
+    DADAPT: "pip install dadaptation",
+}
 DECOUPLED = {"weight_decouple": True}
 # Ours, the package and its class, options of ours, options of theirs.
 PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
@@ -51,6 +58,19 @@ PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
     ("ScheduleFreeSGD", FREE, "SGDScheduleFree", *[{"warmup_steps": 40, "r": 1.0, "weight_lr_power": 1.0}] * 2),
     ("ScheduleFreeRAdam", FREE, "RAdamScheduleFree", {}, {}),
     ("ScheduleFreeRAdam", FREE, "RAdamScheduleFree", *[{"silent_sgd_phase": False, "r": 1.0}] * 2),
+    ("Prodigy", PRODIGY, "Prodigy", {}, {}),
+    ("Prodigy", PRODIGY, "Prodigy", {"decouple": False, "beta3": 0.8}, {"decouple": False, "beta3": 0.8}),
+    (
+        "Prodigy",
+        PRODIGY,
+        "Prodigy",
+        {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.05},
+        {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.05},
+    ),
+    ("DAdaptAdam", DADAPT, "DAdaptAdam", {}, {}),
+    ("DAdaptAdam", DADAPT, "DAdaptAdam", {"decouple": True}, {"decouple": True}),
+    ("DAdaptSGD", DADAPT, "DAdaptSGD", {"momentum": 0.9}, {"momentum": 0.9}),
+    ("DAdaptLion", DADAPT, "DAdaptLion", {"d0": 1e-3}, {"d0": 1e-3}),
 ]
 
 

@@ -22,6 +22,9 @@ from .optimizers.asgd import ASGD
 from .optimizers.came import CAME
 from .optimizers.closure.lbfgs import LBFGS
 from .optimizers.closure.nonlinear_cg import NonlinearCG
+from .optimizers.dadapt_adam import DAdaptAdam
+from .optimizers.dadapt_lion import DAdaptLion
+from .optimizers.dadapt_sgd import DAdaptSGD
 from .optimizers.grams import Grams
 from .optimizers.lamb import LAMB
 from .optimizers.laprop import LaProp
@@ -83,6 +86,9 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "DAdaptAdam",
+    "DAdaptLion",
+    "DAdaptSGD",
     "GradScaler",
     "GradientRelease",
     "Grams",

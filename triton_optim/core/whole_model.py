@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,8 @@ class EstimatesDistance(Update):
         """The estimate as it is now: a new 0-dim tensor on the device of the first parameter that has a state."""
         for state in self.state.values():
             if "d" in state:
-                return state["d"].detach().clone()
+                found: Tensor = state["d"]
+                return found.detach().clone()
         return torch.tensor(float(self.param_groups[0]["d0"]), dtype=torch.float64, device="cpu")
 
     def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -60,7 +62,12 @@ class EstimatesDistance(Update):
             write_each([state[name] for state in states], [value] * len(states))
 
 
-def over_model(measured: list[Measured], terms: list[tuple[Tensor, ...]]) -> Tensor:
+def start_of(p: Tensor, group: dict[str, Any]) -> Tensor:
+    """The parameter as it is before the first step; of one that autograd follows a function."""
+    return p.clone() if group["differentiable"] else p.detach().clone()
+
+
+def over_model(measured: list[Measured], terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """The sums of these numbers, a tuple for each of `measured`, over the model: on the device of the first."""
     device = measured[0].numel.device
     return torch.stack([torch.stack(own).to(device) for own in terms]).sum(0)
@@ -71,3 +78,35 @@ def check_estimate(group: dict[str, Any]) -> None:
     check_positive("d0", group["d0"])
     if not group["growth_rate"] >= 1:
         raise ValueError(f"Invalid growth_rate: {group['growth_rate']}. It must be at least 1.")
+
+
+class DAdapts(EstimatesDistance):
+    """The estimate of D-Adaptation, of weighted sums.
+
+    The measure sums, of each parameter, its part of the numerator and of the denominator. Of the scalars ``weight`` and
+    ``counts`` multiply these, the numerator is a running mean by ``decay``, and the estimate grows to at most
+    ``growth_rate`` times itself.
+    """
+
+    prologue_names: ClassVar[tuple[str, ...]] = ("d", "numerator_weighted")
+
+    def total(self, measured: list[Measured]) -> None:
+        """Estimate anew, for the next step."""
+        if not measured:
+            return
+        h = measured[0].h
+        d, numerator = self.kept_numbers(measured[0])
+        terms = [(m.h.weight * m.sums[0].sum(), m.h.counts * m.sums[1].sum()) for m in measured]
+        inner, size = over_model(measured, terms).unbind()
+        new = h.decay * numerator + (1 - h.decay) * inner
+        found = new / ((1 - h.decay) * torch.where(size > 0, size, 1.0))
+        self.keep_numbers(grown(d, found, size > 0, h.growth_rate), torch.where(size > 0, new, numerator))
+
+    def factors(self, measured: Measured) -> dict[str, Any]:
+        return {}
+
+
+def grown(d: Tensor, found: Tensor, there: Tensor, growth_rate: Any) -> Tensor:
+    """The estimate, where what was found is larger, but at most so many times as large. NaN is not."""
+    longest = d * growth_rate
+    return torch.where(there & (found > d), torch.where(found < longest, found, longest), d)

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..core.checks import check_betas, check_positive, check_range
 from ..core.optimizer import RuleOptimizer
-from ..core.whole_model import EstimatesDistance, check_estimate, over_model
+from ..core.whole_model import EstimatesDistance, check_estimate, over_model, start_of
 from ..kernels.rules.prodigy import ProdigyScalars, prodigy, prodigy_sums
 from ..options import Options
 from ..spec import Measured
@@ -128,7 +128,7 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         return float(group["d0"]), float(group["d0"]), 0.0
 
     def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        return p.detach().clone() if name == "p0" else super().initial_state(name, p, group)
+        return start_of(p, group) if name == "p0" else super().initial_state(name, p, group)
 
     def scalars(self, group: dict[str, Any], step: Any) -> ProdigyScalars:
         """As they are where d is 1."""

@@ -14,4 +14,4 @@ def write_each(held: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for tensor, value in zip(held, values, strict=True):
             tensor.copy_(value)
     else:
-        torch._foreach_copy_(held, values)
+        torch._foreach_copy_(list(held), list(values))
