@@ -101,6 +101,6 @@ def two_steps(backend: str, step: Step, device: torch.device) -> Iterator[Any]:
     for factor in (1.0, 0.5):
         step.give_gradients(optimizer)
         for group in optimizer.param_groups:
-            group |= {"lr": group["lr"] * factor}
+            group |= {} if group["lr"] is None else {"lr": group["lr"] * factor}
         optimizer.step()
         yield optimizer
