@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_cut_down_or_refused(
 
 
 BAD = {
-    "--optimizer adamv": "--optimizer adamv: there is none. Choose from asgd, ",
+    "--optimizer adamv": "--optimizer adamv: there is none. Choose from adopt, ",
     "--model resnet": "model 'resnet': there is none. Choose from resnet50, ",
     "--model bench_own:nothing": "bench_own has no function or class 'nothing'. It has Wrong, make_model, three",
     "--model bench_own:three": "--model bench_own:three returned int. Return a torch.nn.Module",

@@ -38,8 +38,12 @@ def muon_groups(task: Task, lr: float, options: Mapping[str, Any]) -> list[dict[
     return triton_optim.muon_param_groups(task.model, task.heads, {"lr": lr, **shared})
 
 
-# Optimizers that take more than a list of parameters, and options that they have in a race unless told otherwise.
-GROUPS: dict[OwnOptimizer, Callable[[Task, float, Mapping[str, Any]], Any]] = {triton_optim.Muon: muon_groups}
+def is_for_matrices(build: OwnOptimizer) -> bool:
+    """Whether it takes matrices in one group and all else in another, as Muon and what is made of it."""
+    return isinstance(build, type) and issubclass(build, triton_optim.Muon)
+
+
+# Options that optimizers have in a race unless told otherwise.
 OPTIONS: dict[OwnOptimizer, dict[str, Any]] = {
     triton_optim.Muon: {"adjust_lr_fn": "match_rms_adamw"}  # one learning rate fits both kinds of groups
 }
@@ -64,9 +68,9 @@ class Contestant:
     def optimizer(self, task: Task, lr: float) -> Optimizer:
         """The optimizer of the task's model."""
         options = {**OPTIONS.get(self.build, {}), **self.options}
-        groups = GROUPS.get(self.build)
-        params = groups(task, lr, options) if groups else [p for p in task.model.parameters() if p.requires_grad]
-        return self.build(params, lr=lr, **options)
+        if is_for_matrices(self.build):
+            return self.build(muon_groups(task, lr, options), lr=lr, **options)
+        return self.build([p for p in task.model.parameters() if p.requires_grad], lr=lr, **options)
 
     @property
     def usual_lr(self) -> float:
