@@ -203,3 +203,19 @@ def interpreter_loops() -> bool:
 
 TRITON_LOOPS = HAS_TRITON and interpreter_loops()
 needs_loops = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(programs, arguments, constants) of every launch of the Triton kernel, made as usual."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from launches import watch_launches
+
+    seen = []
+
+    def watch(launcher, programs, *arguments):
+        kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        seen.append((programs, kept, launcher.constants))
+
+    watch_launches(monkeypatch, watch)
+    return seen

@@ -12,7 +12,6 @@ from laid_out import (
     random_values,
     step,
 )
-from launches import watch_launches
 from table import rows
 from torch.nn import Parameter
 
@@ -20,20 +19,6 @@ import triton_optim as to
 from triton_optim.util.layout import all_aligned
 
 pytestmark = pytest.mark.usefixtures("two_slots")
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """(programs, arguments, constants) of every launch of the Triton kernel, made as usual."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    seen = []
-
-    def watch(launcher, programs, *arguments):
-        kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        seen.append((programs, kept, launcher.constants))
-
-    watch_launches(monkeypatch, watch)
-    return seen
 
 
 # Alignment.

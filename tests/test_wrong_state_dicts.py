@@ -80,7 +80,7 @@ def test_foreign_state_dict(case, fault, device):
 def test_state_dict_that_lacks_a_hyperparameter(case, device):
     """Of those that torch misses too: Rprop's lr is for the first step alone."""
     missed = 0
-    for name in case.settings:
+    for name in (name for name, value in case.settings.items() if not isinstance(value, bool)):
 
         def build(make, name=name):
             params = case.parameters(device)

@@ -98,4 +98,5 @@ class AdamC(RuleOptimizer):
 def note_max_lr(group: dict[str, Any]) -> None:
     """Give a group that has no largest learning rate the one that it starts from."""
     if group["max_lr"] is None:
-        group["max_lr"] = float(group.get("initial_lr", group["lr"]))
+        started = group.get("initial_lr", group["lr"])
+        group["max_lr"] = float(started.detach() if isinstance(started, Tensor) else started)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .in_place import write_each
+
 ONE_BY_ONE = ("cpu",)
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -38,7 +40,7 @@ def averaged(states: list[Tensor], news: Tensors, weight: Any) -> tuple[Tensor, 
         averages = tuple(x.lerp(new, weight.to(new)) for x, new in zip(held, news, strict=True))
     else:
         averages = torch._foreach_lerp(held, news, weight)
-    torch._foreach_copy_(states, averages)
+    write_each(states, averages)
     return averages
 
 

@@ -91,7 +91,9 @@ class Wrapper:
 
     def refuse(self, base: type[RuleOptimizer], why: str) -> None:
         """Raise TypeError: this is not for that optimizer."""
-        raise TypeError(f"{self.name} can't be around {base.__name__}: {why}")
+        raise TypeError(
+            f"{self.name} can't be around {base.__name__}: {why}. Take another optimizer, or another wrapper."
+        )
 
     def variant(self, base: Variant) -> Variant:
         """One way to run, of one of the base's."""
@@ -129,13 +131,13 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
             "the class, and make the optimizer of what it returns."
         )
     if wrapper.measure is not None and any(variant.measure is not None for variant in base.variants):
-        wrapper.refuse(base, "both sum over parameters first, and a step does so once. Take one of them")
+        wrapper.refuse(base, "both sum over parameters first, and a step does so once")
     if wrapper.reads_gradient and any(variant.prologue for variant in base.variants):
-        wrapper.refuse(base, "its rule never sees the gradient, but what a prologue makes of it. Take another")
+        wrapper.refuse(base, "its rule never sees the gradient, but what a prologue makes of it")
     if wrapper in base.__dict__.get("wrappers", ()):
-        wrapper.refuse(base, "it is already. Once is enough")
+        wrapper.refuse(base, "it is already")
     if both := [name for variant in base.variants for name in variant.state_names if name in wrapper.states]:
-        wrapper.refuse(base, f"both keep {both[0]}. Give the wrapper's state another name")
+        wrapper.refuse(base, f"both keep {both[0]}")
     given = [*inspect.signature(base.__init__).parameters.values()]
     own = dict(wrapper.hyperparameters)
     if wrapper.takes_decay:
@@ -230,11 +232,11 @@ def prologue_of(wrapper: Wrapper, base: type[RuleOptimizer]) -> Any:
 def check_additive(wrapper: Wrapper, base: type[RuleOptimizer], variant: Variant, h: Any) -> None:
     """Raise TypeError where what a rule adds to a parameter depends on the parameter."""
     random = torch.Generator().manual_seed(0)
-    p, g, *states = torch.rand(2 + len(variant.state_names), 8, generator=random, dtype=torch.float64)
+    p, g, *states = torch.rand(2 + len(variant.state_names), 8, generator=random, dtype=torch.float64, device="cpu")
     function = torch_form(straight(variant.rule))
     at_zero, at_p = function(torch.zeros_like(p), g, *states, h), function(p, g, *states, h)
     moves = zip(at_zero, (at_p[0] - p, *at_p[1:]), strict=True)
-    if not all(torch.allclose(torch.as_tensor(a).expand_as(p), b, rtol=1e-9, atol=1e-9) for a, b in moves):
+    if not all(torch.allclose(a.expand_as(p), b, rtol=1e-9, atol=1e-9) for a, b in moves):
         wrapper.refuse(base, "what its rule adds to a parameter, or keeps, depends on the parameter")
 
 
