@@ -17,7 +17,7 @@ import triton_optim
 # Of matrices and of sparse rows torch has no complex ones.
 COMPLEX = [case for case in CASES if case.complex]
 # A matrix is orthogonalised in bfloat16, in which no difference quotient is a derivative; sparse rows have none.
-DIFFERENTIABLE = [case for case in CASES if case.peer_takes("differentiable")]
+DIFFERENTIABLE = [case for case in CASES if case.peer_takes("differentiable") and not case.matrices]
 
 
 @rows(*(case for case in COMPLEX if case.torchs is not None))
@@ -65,6 +65,8 @@ def test_gradients_through_the_step(case: Case, device: torch.device) -> None:
 def test_gradient_of_the_learning_rate(case: Case, device: torch.device) -> None:
     if case.ours is triton_optim.ASGD:
         pytest.skip("as in torch, its state keeps the rate of the next step, as a number outside the graph")
+    if case.ours is triton_optim.AdamC:
+        pytest.skip("the largest rate is kept as a number outside the graph")
     start, gradients = torch.randn(3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda lr: steps(case, start + 0 * lr, gradients, lr), (lr,))

@@ -190,7 +190,8 @@ def test_first_step_with_lr_of_zero_still_takes_the_gradient_in(case, backend, d
     assert_same(case, opt, torchs)
 
 
-@rows_and_backends(*(case for case in CASES if "weight_decay" in case.settings))
+# Gradients that are all 0 tell those that sum over the model nothing: they may wait.
+@rows_and_backends(*(case for case in CASES if "weight_decay" in case.settings and case.ours.total is Update.total))
 def test_weight_decay_follows_the_scheduled_lr(case, backend, device):
     """Zero gradients, so that only the decay moves the parameters: lr * weight_decay is formed anew at each step."""
     params, opt, theirs, torchs = side_by_side(case, backend, device)
