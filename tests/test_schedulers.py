@@ -12,6 +12,8 @@ from table import CASES, KINDS, each_kind_and_backend, rows_and_backends
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from triton_optim.spec import Update
+
 
 def moves_momentum(opt):
     """Whether OneCycleLR and CyclicLR can move a momentum along; without, they are told not to."""
