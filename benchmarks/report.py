@@ -151,7 +151,7 @@ def all_results() -> str:
     lines = [
         "# Results",
         "",
-        "Written by `benchmarks/report.py` from `benchmarks/results/`, which has every sample.",
+        "Written by `benchmarks/report.py` from `benchmarks/results/`, which has the samples.",
         "",
     ]
     for name, result in results().items():

@@ -103,7 +103,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What was found: a row for each side, and every sample."""
+    """What was found: a row for each side, and the samples."""
 
     case: Case
     rows: list[Row]

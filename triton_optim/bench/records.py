@@ -1,4 +1,4 @@
-"""What a measurement leaves behind: answers, every sample, and where and with what they were measured."""
+"""What a measurement leaves behind: answers, samples, and where and with what they were measured."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from ..util.provenance import provenance
 from .measure import Measurement
 from .peers import PEERS
 
+KEPT = 101  # samples of a side and round that a file holds
+
 
 @dataclass
 class Record:
-    """One answer: what was measured, what was claimed of it, and every sample."""
+    """One answer: what was measured, what was claimed of it, and the samples."""
 
     question: str
     case: str
@@ -57,7 +59,26 @@ def write_file(path: Path, question: str, records: Sequence[Record], device: tor
     """One JSON file."""
     about = {"command": command(), "source": source(), **provenance(device, DISTRIBUTIONS), **more}
     own = [asdict(record) | {"met": record.met} for record in records]
+    for record in own:
+        for one in (record["measurement"] or {}).get("rounds", ()):
+            one |= {side: spread(samples) for side, samples in one.items()}
     write_json(path, {"question": question, **about, "records": own})
+
+
+def spread(samples: list[float]) -> list[float]:
+    """All samples, or, of more than `KEPT`, as many that divide them evenly: the least, the median and the most among
+    them.
+
+    Example:
+        >>> from triton_optim.bench.records import spread
+        >>> found = spread([float(i) for i in range(1001)])
+        >>> len(found), found[0], found[50], found[-1]
+        (101, 0.0, 500.0, 1000.0)
+    """
+    if len(samples) <= KEPT:
+        return samples
+    ranked = sorted(samples)
+    return [ranked[round(i * (len(ranked) - 1) / (KEPT - 1))] for i in range(KEPT)]
 
 
 DISTRIBUTIONS = sorted({peer.distribution for peer in PEERS.values()} - {"torch"})

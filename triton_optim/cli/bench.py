@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="where (default: the GPU if there is one, else the CPU)")
     add("--rounds", type=int, default=5, help="of 0.6 s or more, in which all sides take turns (default: 5)")
     add("--patience", type=float, default=5.0, metavar="SECONDS", help=wait)
-    add("--json", type=Path, metavar="FILE", help="write every sample to FILE, after each case")
+    add("--json", type=Path, metavar="FILE", help="write the samples to FILE, after each case")
     add("--plot", type=Path, metavar="FILE", help="draw the times to FILE: .png, .svg or .pdf")
 
 
