@@ -198,6 +198,16 @@ def test_around_a_prologue(backend: str) -> None:
     assert torch.allclose(ends[1], ends[0] - 0.25 * torch.eye(3), atol=1e-6)
 
 
+def test_a_group_that_has_no_prologue_of_its_own(backend: str) -> None:
+    """AdamW's group of Muon behind centralized gradients: Adam's first step goes by lr along the signs."""
+    weight, other = Parameter(torch.zeros(2, 2)), Parameter(torch.zeros(1, 3))
+    groups = [{"params": [weight]}, {"params": [other], "use_muon": False, "weight_decay": 0.0}]
+    optimizer = centralized(triton_optim.Muon)(groups, lr=0.25, backend=backend)
+    weight.grad, other.grad = torch.eye(2), torch.tensor([[1.0, 2.0, 6.0]])
+    optimizer.step()
+    torch.testing.assert_close(other.detach(), torch.tensor([[0.25, 0.25, -0.25]]), rtol=1e-6, atol=1e-6)
+
+
 @each_row
 def test_a_class_is_made_once_and_says_what_it_takes(row: Row) -> None:
     kind = row.around(triton_optim.AdamW)
@@ -298,3 +308,5 @@ def test_a_wrapper_of_a_users_own(backend: str) -> None:
     optimizer.step()
     assert p.tolist() == [-0.5] * 3
     assert type(optimizer).__name__ == "HalfSGD"
+    twin = copy.deepcopy(optimizer)
+    assert type(twin) is type(optimizer)

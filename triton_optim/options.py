@@ -58,8 +58,8 @@ class Options(OptionsAfterForeach, total=False):
         They depend on the number of the update, too, on the index of the parameter among the optimizer's and on that of
         the element, and on nothing else.
     amp: "fused" unscales the gradients of a GradScaler and skips infinite ones, inside the update.
-        The host waits for nothing where Triton runs the rule. `max_grad_norm` is then of the gradients without their
-        factor, and ``unscale_`` is not needed. None leaves both to the scaler.
+        The host waits for nothing where Triton runs the rule, and nothing else before it. `max_grad_norm` is then of
+        the gradients without their factor, and ``unscale_`` is not needed. None leaves both to the scaler.
     max_grad_norm: limit the norm of all gradients together, as clip_grad_norm_ does, without writing them.
         They are read once, and the update multiplies by what comes of it. ``grad_norm`` is the norm of the last step, a
         0-dim tensor on the device.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.optimizer import RuleOptimizer
 from ..kernels.language import jit, torch_form
 from ..kernels.straight import composed, straight
-from ..spec import Measured, Update, Variant
+from ..spec import Measured, Variant
 from ..util.hyperparameters import plain_group
 
 Base = TypeVar("Base", bound=type[RuleOptimizer])
@@ -60,7 +60,8 @@ class Wrapper:
         moves_only: the base is asked for its step, as if the parameter were 0.
         reads_gradient: it compares with the gradient, which the rule behind a prologue does not see.
         counts_steps: its scalars depend on the number of the update.
-        place: the public function that returns what this makes, as "module:name", by which optimizers are pickled.
+        place: the public function that returns what this makes, as "module:name", by which optimizers are pickled;
+            copied they are without it, too.
     """
 
     name: str
@@ -78,6 +79,9 @@ class Wrapper:
     reads_gradient: bool = False
     counts_steps: bool = False
     place: str = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapper:
+        return self
 
     def __call__(self, base: Base) -> Base:
         """The class; of one base, one."""
@@ -204,7 +208,7 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
         "initial_state": initial_state,
         "factors": factors,
         "__init__": __init__,
-        "__reduce_ex__": lambda self, protocol: (unpickled, (wrapper.place, base), self.__getstate__()),
+        "__reduce_ex__": lambda self, protocol: (unpickled, (wrapper.place or wrapper, base), self.__getstate__()),
     }
     if wrapper.prologue is not None:
         namespace["prologue"] = prologue_of(wrapper, base)
@@ -216,15 +220,17 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
 
 
 def prologue_of(wrapper: Wrapper, base: type[RuleOptimizer]) -> Any:
-    """The prologue of a wrapper, and after it the base's, if it has one."""
-    change, has_one = wrapper.prologue, base.prologue is not Update.prologue
+    """The prologue of a wrapper, and after it the base's, where a group has one."""
+    change = wrapper.prologue
     assert change is not None
 
     def prologue(
         self: Any, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[Any]
     ) -> list[Tensor]:
         changed = list(map(change, gradients))
-        return base.prologue(self, group, h, params, changed, states) if has_one else changed
+        if not base.variants[type(self).variants.index(self.variant(group))].prologue:
+            return changed
+        return base.prologue(self, group, h, params, changed, states)
 
     return prologue
 
@@ -240,17 +246,10 @@ def check_additive(wrapper: Wrapper, base: type[RuleOptimizer], variant: Variant
         wrapper.refuse(base, "what its rule adds to a parameter, or keeps, depends on the parameter")
 
 
-class Place(NamedTuple):
-    """Where a public function is."""
-
-    module: str
-    name: str
-
-
-def unpickled(place: str, base: type[RuleOptimizer]) -> RuleOptimizer:
-    """An optimizer without its state, of a class that is made anew."""
-    if not place:
-        raise TypeError("a wrapper without a place can't be unpickled. Give it place='module:name'")
-    where = Place(*place.split(":"))
-    kind: type[RuleOptimizer] = getattr(import_module(where.module), where.name)(base)
-    return kind.__new__(kind)
+def unpickled(around: str | Wrapper, base: type[RuleOptimizer]) -> RuleOptimizer:
+    """An optimizer without its state, of the class that a wrapper, or the public function at a place, makes."""
+    if isinstance(around, str):
+        module, _, name = around.partition(":")
+        around = getattr(import_module(module), name)
+    kind = cast(Any, around)(base)
+    return cast(RuleOptimizer, kind.__new__(kind))
