@@ -201,7 +201,7 @@ def test_around_a_prologue(backend: str) -> None:
 def test_a_group_that_has_no_prologue_of_its_own(backend: str) -> None:
     """AdamW's group of Muon behind centralized gradients: Adam's first step goes by lr along the signs."""
     weight, other = Parameter(torch.zeros(2, 2)), Parameter(torch.zeros(1, 3))
-    groups = [{"params": [weight]}, {"params": [other], "use_muon": False, "weight_decay": 0.0}]
+    groups = [{"params": [weight]}, {"params": [other], "use_muon": False, "lr": 0.25, "weight_decay": 0.0}]
     optimizer = centralized(triton_optim.Muon)(groups, lr=0.25, backend=backend)
     weight.grad, other.grad = torch.eye(2), torch.tensor([[1.0, 2.0, 6.0]])
     optimizer.step()
