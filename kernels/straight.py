@@ -79,7 +79,7 @@ def check_signature(rule: Any, states: int, sums: bool = False) -> None:
     if taken != states:
         raise RuleError(
             f"the rule {function.__name__} takes {taken} states, and its optimizer has {states}. Give it p, g, "
-            "then each of state_names in order, then h"
+            "then each of states in order, then h"
         )
     returned = getattr(function, "returned", 1 + states)
     if sums and not returned:

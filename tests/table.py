@@ -907,9 +907,10 @@ def kind(case: Case) -> tuple[Any, ...]:
         (case.matrices, case.sparse, case.complex),
         (case.counts_steps, bool(optimizer.first_scalar_states(optimizer.param_groups[0]))),
         (ours.prologue is not Update.prologue, bool(optimizer.variant(optimizer.param_groups[0]).state_names)),
-        (ours.factors is not Update.factors, ours.total is not Update.total, bool(ours.prologue_names)),
+        (ours.factors is not Update.factors, ours.total is not Update.total, bool(ours.kept_states)),
         ours.sparse_gradients is not Update.sparse_gradients,
-        (bool(optimizer.state), ours.initial_state is not Update.initial_state),  # states at once, and not of zeros
+        # States at once, and not of zeros.
+        (bool(optimizer.state), any(state.start != 0.0 for state in ours.declared.values())),
     )
 
 

@@ -224,7 +224,7 @@ def test_half_precision_gradients_do_not_overflow(case: Case, backend: str, devi
     optimizer = case.ours([p], lr=1e-3, backend=backend)
     for name in {name for variant in case.ours.variants[:1] for name in variant.state_names}:
         optimizer.state[p][name] = torch.zeros(4, 4, dtype=torch.float32, device=device)
-    for name, state in optimizer.prologue_state(p, optimizer.param_groups[0]).items():
+    for name, state in optimizer.first_kept(p, optimizer.param_groups[0]).items():
         optimizer.state[p][name] = state.float()
     p.grad = torch.full_like(p, 300.0)
     optimizer.step()

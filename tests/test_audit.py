@@ -315,6 +315,6 @@ def test_under_the_interpreter_it_says_so(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_stateless_rules_have_no_states_in_their_dtypes() -> None:
-    sgd = next(rule for rule in audit.every_rule() if not rule.state_names)
+    sgd = next(rule for rule in audit.every_rule() if not rule.states)
     (codec,) = audit.role_codecs(sgd, "bf16+fp32")
     assert codec.dtypes == (torch.bfloat16,)

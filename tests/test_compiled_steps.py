@@ -38,6 +38,7 @@ from triton_optim.kernels.language import PRIMITIVES, jit, maximum, minimum, sig
 import triton_optim
 from triton_optim.backends.norms import partial_norms
 from triton_optim.buckets.gradient_norm import Norm, norm_from, on_one_device
+from triton_optim.spec import State
 
 pytestmark = pytest.mark.compiled
 ELEMENTWISE = [case for case in CASES if case.elementwise and not case.sparse]
@@ -291,7 +292,7 @@ def of_numbers(p, g, m, h):
 
 class OfNumbers(triton_optim.RuleOptimizer):
     rule = of_numbers
-    state_names = ("m",)
+    states = (State("m"),)
 
     def __init__(self, params: Any, a: float = 0.3, **options: Any) -> None:
         super().__init__(params, {"lr": 0.1, "a": a}, **options)

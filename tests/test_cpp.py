@@ -36,6 +36,7 @@ from triton_optim.buckets.gradient_norm import Norm, eager_partial_norms, norm_f
 from triton_optim.cli import doctor
 from triton_optim.dispatch import cxx_compiler, this_machine
 from triton_optim.precision.codecs import codes, plain
+from triton_optim.spec import State
 from triton_optim.util import cpp_build, once
 
 pytestmark = CPP
@@ -51,7 +52,7 @@ class Scalars(NamedTuple):
 class Momentum(RuleOptimizer):
     """An optimizer from whatever rule a test brings."""
 
-    state_names = ("momentum",)
+    states = (State("momentum"),)
 
     def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.9, **options: Any) -> None:
         super().__init__(params, {"lr": lr, "beta": beta}, **options)

@@ -33,7 +33,7 @@ def run(params: list[Parameter], optimizer: Any, steps: range, without: int | No
 
 
 def numbers(optimizer: Any, p: Parameter) -> list[float]:
-    return [optimizer.state[p][name].item() for name in optimizer.prologue_names]
+    return [optimizer.state[p][name].item() for name in optimizer.kept_names]
 
 
 def contents(params: list[Parameter], optimizer: Any) -> list[Any]:
@@ -151,7 +151,7 @@ def test_numbers_are_written_where_they_lie(name: str, backend: str) -> None:
     """As replays of a captured graph must find them."""
     params, optimizer = model(name, backend, capturable=True)
     run(params, optimizer, range(1))
-    held = {which: optimizer.state[params[0]][which] for which in optimizer.prologue_names if which != "g0_norm"}
+    held = {which: optimizer.state[params[0]][which] for which in optimizer.kept_names if which != "g0_norm"}
     before = {which: t.item() for which, t in held.items()}
     run(params, optimizer, range(1, 7))
     assert all(optimizer.state[params[0]][which] is t for which, t in held.items())

@@ -12,7 +12,7 @@ from triton_optim.kernels.language import RuleError, jit, where
 
 import triton_optim
 from triton_optim import RuleOptimizer
-from triton_optim.spec import Measured
+from triton_optim.spec import Measured, State
 
 # Chunks of every backend end within them, and before their first element.
 SHAPES = [(1,), (0,), (), (7, 3), (1023,), (1024,), (1025,), (33, 65), (16385,)]
@@ -37,7 +37,7 @@ def scaled(p, g, momentum, h):
 class Measuring(RuleOptimizer):
     """Steps as long as the root of a parameter's mean squared gradient."""
 
-    rule, measure, state_names = scaled, sums, ("momentum",)
+    rule, measure, states = scaled, sums, (State("momentum"),)
 
     def __init__(self, params: Any, lr: float = 0.5, **options: Any) -> None:
         self.seen: list[Measured] = []
@@ -188,7 +188,8 @@ def scaled_sums(p, g, momentum, h):
 class Remembering(RuleOptimizer):
     """Steps as long as a number that it keeps, and doubles in each."""
 
-    rule, measure, state_names, prologue_names = scaled, scaled_sums, ("momentum",), ("size",)
+    rule, measure, states = scaled, scaled_sums, (State("momentum"),)
+    kept_states = (State("size", lambda p, _: torch.ones((), dtype=torch.float64, device=p.device)),)
 
     def __init__(self, params: Any, lr: float = 0.5, **options: Any) -> None:
         self.seen: list[Any] = []
@@ -196,9 +197,6 @@ class Remembering(RuleOptimizer):
 
     def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
         return Scalars(group["lr"], float("nan"))
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"size": torch.ones((), dtype=torch.float64, device=p.device)}
 
     def kept_scalars(self, measured: Measured) -> dict[str, Any]:
         assert measured.sums == ()
@@ -298,7 +296,7 @@ def test_factors_that_are_none(returned: Any, message: str) -> None:
 
 def test_a_measure_without_factors() -> None:
     class Lacking(RuleOptimizer):
-        rule, measure, state_names = scaled, sums, ("momentum",)
+        rule, measure, states = scaled, sums, (State("momentum"),)
 
         def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
             return Scalars(0.1, 1.0)

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import jit
 
 import triton_optim as to
+from triton_optim.spec import State
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -342,7 +343,7 @@ def accumulate(p, g, total, h):
 
 class Accumulate(to.RuleOptimizer):
     rule = accumulate
-    state_names = ("total",)
+    states = (State("total"),)
 
     def __init__(self, params, lr=1.0, faulty=None, backend="auto"):
         super().__init__(params, {"lr": lr, "faulty": faulty}, backend=backend)

@@ -12,6 +12,7 @@ from triton_optim.kernels.language import jit
 
 import triton_optim
 from triton_optim.engine import entries
+from triton_optim.spec import State
 from triton_optim.util import factored
 
 
@@ -30,8 +31,8 @@ class NormalizedSGD(triton_optim.RuleOptimizer):
     """Gradients of norm 1, and momentum; it counts how often each parameter was seen."""
 
     rule = descent
-    state_names = ("momentum_buffer",)
-    prologue_names = ("seen",)
+    states = (State("momentum_buffer"),)
+    kept_states = (State("seen", lambda p, _: torch.zeros(2, device=p.device)),)
 
     def __init__(self, params: Any, lr: float = 0.1, momentum: float = 0.9, **options: Any) -> None:
         self.calls: list[int] = []
@@ -39,9 +40,6 @@ class NormalizedSGD(triton_optim.RuleOptimizer):
 
     def scalars(self, group: dict[str, Any], step: Any) -> DescentScalars:
         return DescentScalars(group["lr"], group["momentum"])
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"seen": torch.zeros(2, device=p.device)}
 
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]

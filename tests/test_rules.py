@@ -40,6 +40,7 @@ from triton_optim.kernels.straight import straight
 import triton_optim
 from triton_optim import RuleOptimizer
 from triton_optim.engine import fallback
+from triton_optim.spec import State
 
 tl = language.tl
 F32, F64 = torch.float32, torch.float64
@@ -59,7 +60,7 @@ class Scalars(NamedTuple):
 class Own(RuleOptimizer):
     """An optimizer from whatever rule a test brings."""
 
-    state_names = ("m",)
+    states = (State("m"),)
 
     def __init__(self, params: Any, lr: float = 0.1, a: float = 0.1, **options: Any) -> None:
         super().__init__(params, {"lr": lr, "a": a}, **options)
@@ -398,7 +399,7 @@ def returns_too_little(p, g, m, h):
 def test_the_states_of_a_rule_are_counted() -> None:
     p = Parameter(torch.zeros(3))
     with pytest.raises(RuleError, match="takes 1 states, and its optimizer has 2"):
-        type("Two", (Own,), {"rule": one_state, "state_names": ("m", "v")})([p])
+        type("Two", (Own,), {"rule": one_state, "states": (State("m"), State("v"))})([p])
     for rule, count in ((returns_too_much, 3), (returns_too_little, 1)):
         with pytest.raises(RuleError, match=f"returned {count} values; .* a tuple of p and its 1 states"):
             optimizer_of(rule)([p])
@@ -416,7 +417,7 @@ def test_the_states_of_a_rule_are_counted() -> None:
 def test_every_variant_is_checked_at_construction(defined: Any) -> None:
     """Not when it is switched to in the middle of a training."""
     fault, _ = defined("g = g ** 0.5")
-    variants = (triton_optim.Variant(one_state, ("m",)), triton_optim.Variant(fault, ("m",)))
+    variants = (triton_optim.Variant(one_state, (State("m"),)), triton_optim.Variant(fault, (State("m"),)))
     with pytest.raises(RuleError, match="Write sqrt"):
         type("Switched", (Own,), {"variants": variants})([Parameter(torch.zeros(3))])
 

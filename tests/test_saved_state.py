@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from triton_optim.kernels.rules.adam import adam
 
 import triton_optim as to
-from triton_optim.spec import averages
+from triton_optim.spec import State, Variant, averages
 
 BF16 = torch.bfloat16
 RULES = [case for case in CASES if case.elementwise and not case.sparse]
@@ -70,7 +70,7 @@ class Signed(to.RuleOptimizer):
     """Adam, whose second moment has a sign that it needs not."""
 
     rule = adam
-    state_names = ("exp_avg", "exp_avg_sq")
+    states = (State("exp_avg"), State("exp_avg_sq"))
 
     def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}, **options)
@@ -80,17 +80,17 @@ class Signed(to.RuleOptimizer):
 
 
 class Nonnegative(Signed):
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
 
 class WronglyNonnegative(Signed):
-    nonnegative = ("exp_avg", "exp_avg_sq")
+    states = (State("exp_avg", nonnegative=True), State("exp_avg_sq", nonnegative=True))
 
 
 @pytest.mark.parametrize("state_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("classes", [(Signed, Nonnegative), (Nonnegative, Signed)], ids=["now unsigned", "now signed"])
 def test_codes_of_a_class_that_declared_otherwise_are_converted(classes: Any, state_dtype: str) -> None:
-    """As when `nonnegative` was changed between saving and loading."""
+    """As when what is declared was changed between saving and loading."""
     params, opt = trained(classes[0], state_dtype=state_dtype)
     other = classes[1](twin(params), state_dtype=state_dtype, backend="eager")
     other.load_state_dict(through_a_file(opt.state_dict()))
@@ -184,7 +184,7 @@ def test_a_state_that_is_never_quantized(state_dtype: str, backend: str, device:
 
 def test_an_author_says_what_is_never_quantized() -> None:
     class Kept(Nonnegative):
-        never_quantized = ("exp_avg",)
+        states = (State("exp_avg", quantized=False), State("exp_avg_sq", nonnegative=True))
 
     params, opt = trained(Kept, state_dtype="int8")
     state = opt.state[params[0]]
@@ -202,11 +202,18 @@ def test_an_author_says_what_is_never_quantized() -> None:
 @pytest.mark.parametrize(
     ("declared", "says"),
     [
-        ({"never_quantized": ("exp_avgs",)}, "exp_avgs"),
-        ({"nonnegative": "exp_avg_sq"}, "a tuple of names"),
-        ({"state_names": ("exp_avg", "master")}, "master"),
-        ({"state_names": ("exp_avg", "exp_avg_scale")}, "exp_avg_scale"),
-        ({"state_names": ("exp_avg", "step")}, "step"),
+        ({"states": ("exp_avg", "exp_avg_sq")}, r"states is \('exp_avg', 'exp_avg_sq'\); .* \(State\("),
+        ({"states": State("exp_avg")}, "must be a tuple of states"),
+        ({"kept_states": [State("row")]}, "kept_states is .* must be a tuple of states"),
+        ({"states": (State("exp_avg"), State("master"))}, "master"),
+        ({"states": (State("exp_avg"), State("exp_avg_scale"))}, "exp_avg_scale"),
+        ({"states": (State("exp_avg"), State("step"))}, "step"),
+        ({"states": (State("exp_avg", "gradient"), State("exp_avg_sq"))}, "starts its state exp_avg with 'gradient'"),
+        ({"kept_states": (State("exp_avg"),)}, r"declares its states \['exp_avg'\] twice"),
+        (
+            {"variants": (Variant(adam, (State("m"), State("v"))), Variant(adam, (State("m", 1.0), State("v"))))},
+            "two states named m",
+        ),
     ],
 )
 def test_declarations_that_mean_nothing(declared: dict[str, Any], says: str) -> None:

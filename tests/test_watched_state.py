@@ -10,7 +10,7 @@ from conftest import BACKENDS
 from torch.nn import Parameter
 
 import triton_optim
-from triton_optim.buckets.state import State
+from triton_optim.buckets.state import WatchedState
 
 ONES = torch.ones(5)
 
@@ -54,19 +54,19 @@ def test_a_state_that_was_replaced_is_used(change: str, own: bool, backend: str,
 
 def test_a_step_changes_no_state_that_it_counts(device: torch.device) -> None:
     optimizer, _ = stepped(device)
-    before = State.changes
+    before = WatchedState.changes
     for _ in range(3):
         optimizer.step()
-    assert State.changes == before
+    assert WatchedState.changes == before
 
 
 def test_what_is_saved_or_copied_is_plain(device: torch.device) -> None:
     optimizer, p = stepped(device)
-    assert type(optimizer.state[p]) is State
+    assert type(optimizer.state[p]) is WatchedState
     assert [type(state) for state in optimizer.state_dict()["state"].values()] == [dict]
     assert type(pickle.loads(pickle.dumps(optimizer.state[p]))) is dict
     assert type(copy.deepcopy(optimizer.state[p])) is dict
     assert type(copy.copy(optimizer.state[p])) is dict
     again = copy.deepcopy(optimizer)
     again.load_state_dict(optimizer.state_dict())
-    assert [type(state) for state in again.state.values()] == [State]
+    assert [type(state) for state in again.state.values()] == [WatchedState]

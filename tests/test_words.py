@@ -11,6 +11,7 @@ from triton_optim.kernels.language import jit
 from triton_optim.kernels.words import atan2, clamp, rsqrt
 
 from triton_optim import RuleOptimizer
+from triton_optim.spec import State
 
 
 class Scalars(NamedTuple):
@@ -23,7 +24,8 @@ def words(p, g, angle, bounded, root, power, inverse, one, h):
 
 
 class Words(RuleOptimizer):
-    rule, state_names = words, ("angle", "bounded", "root", "power", "inverse", "one")
+    rule = words
+    states = tuple(map(State, ("angle", "bounded", "root", "power", "inverse", "one")))
 
     def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
         return Scalars(2.0)

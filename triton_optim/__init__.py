@@ -48,7 +48,7 @@ from .optimizers.sophia import SophiaG
 from .optimizers.sparse_adam import SparseAdam
 from .optimizers.stable_adamw import StableAdamW
 from .options import Options
-from .spec import Variant
+from .spec import State, Variant
 from .training.amp import GradScaler
 from .training.clipping import clip_grad_norm_, clip_grad_value_
 from .training.gradient_release import GradientRelease, enable_gradient_release
@@ -117,6 +117,7 @@ __all__ = [
     "SophiaG",
     "SparseAdam",
     "StableAdamW",
+    "State",
     "Tiger",
     "Variant",
     "Wrapper",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -15,14 +16,38 @@ from .util.hyperparameters import Hyperparameters, plain_group
 AVERAGE, COUNT = "ema", "n_averaged"
 
 
+class State(NamedTuple):
+    """A tensor that an optimizer keeps of each parameter.
+
+    Attributes:
+        name: its key in ``optimizer.state[p]``, and in checkpoints.
+        start: what it is before the first step: a number, with which a tensor like the parameter is filled;
+            ``"parameter"``, a copy of it, with what its rounding left where that is kept; or a function of a parameter
+            and its group that returns either a number or a new tensor. Of one among ``kept_states`` the tensor may be
+            of any shape, and it returns None for a parameter that has no such state.
+        nonnegative: it is never negative, such as a second moment: its codes have no sign.
+        quantized: False for what is kept in float32 where `state_dtype` asks for codes, such as weights.
+    """
+
+    name: str
+    start: float | str | Callable[[Tensor, dict[str, Any]], Any] = 0.0
+    nonnegative: bool = False
+    quantized: bool = True
+
+
 class Variant(NamedTuple):
-    """One way an optimizer can run: a rule and the names of the states it takes, in the rule's order."""
+    """One way an optimizer can run: a rule and the states it takes, in the rule's order."""
 
     rule: Any
-    state_names: tuple[str, ...]
+    states: tuple[State, ...]
     prologue: bool = False  # the gradients go through Update.prologue first
     averaged: bool = False  # the last state is the average of the parameter, which no rule takes
     measure: Any = None  # what is summed over each parameter first, for Update.factors
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of the states, in the rule's order."""
+        return tuple(state.name for state in self.states)
 
     @property
     def staged(self) -> bool:
@@ -38,7 +63,7 @@ class Measured(NamedTuple):
             changes.
         h: what :meth:`Update.scalars` returned, with the scalars of :meth:`Update.kept_scalars`.
         params: the parameters.
-        states: a parameter's states by name. Those of :meth:`Update.prologue_state` may be written in place.
+        states: a parameter's states by name. Those of ``kept_states`` may be written in place.
         numel: how many elements each parameter has, of a sharded one all, and of a complex one both parts, as rules
             have it; float64 ``(n,)`` on the device.
         sums: what was summed, in the order in which ``measure`` returns it, each float64 ``(n,)`` on the device.
@@ -61,16 +86,14 @@ class Update:
         rule: the update.
         measure: what is summed over each parameter before the rule runs: a ``@jit`` function of the rule's arguments
             that returns a tuple of values. :meth:`factors` makes scalars of the sums. It writes nothing.
-        state_names: names of the rule's states, in its order; each is a tensor like its parameter, zero at first.
+        states: the rule's, each a :class:`State`, in its order; tensors like their parameter.
+        kept_states: those that :meth:`prologue` or :meth:`factors` keeps.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
             ``capturable``, else on the CPU); float64 where something has stochastic rounding, as float32 counts to
             2^24.
         counts_on_device: whether the scalar states are on the parameter's device always.
         takes_dense_gradients: False for an optimizer that is for sparse gradients only.
         step_is_tensor: False keeps ``step`` as an int.
-        prologue_names: names of the states that :meth:`prologue` or :meth:`factors` keeps.
-        nonnegative: names of the states that are never negative, such as second moments: their codes have no sign.
-        never_quantized: names of the states that are float32 where `state_dtype` asks for codes, such as weights.
         exact_scalar_states: names of the scalar states that are float64, such as sums of thousands of steps: what is
             added to one in float32 is rounded to a share of the sum.
         option_names: the options that every parameter group carries, whatever their value.
@@ -78,17 +101,18 @@ class Update:
 
     rule: ClassVar[Any] = None
     measure: ClassVar[Any] = None
-    state_names: ClassVar[tuple[str, ...]] = ()
+    states: ClassVar[tuple[State, ...]] = ()
+    kept_states: ClassVar[tuple[State, ...]] = ()
     counts_steps: ClassVar[bool] = True
     counts_on_device: ClassVar[bool] = False
     takes_dense_gradients: ClassVar[bool] = True
     step_is_tensor: ClassVar[bool] = True
-    prologue_names: ClassVar[tuple[str, ...]] = ()
-    nonnegative: ClassVar[tuple[str, ...]] = ()
-    never_quantized: ClassVar[tuple[str, ...]] = ()
     exact_scalar_states: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
+    # Of those above: the states of all variants' rules by name, and the names of kept_states.
+    declared: ClassVar[dict[str, State]] = {}
+    kept_names: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
         param_groups: list[dict[str, Any]]
@@ -149,10 +173,6 @@ class Update:
         """The scalar states after update number `step`; arguments as of :meth:`scalars`."""
         return scalar_state
 
-    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """A state before the first step: a new tensor like the parameter."""
-        return torch.zeros_like(p, memory_format=torch.preserve_format)
-
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
@@ -166,22 +186,21 @@ class Update:
             h: what :meth:`scalars` returned.
             params: the parameters, outside autograd (unless ``differentiable``); sharded ones are DTensors.
             gradients: theirs, negated where the group maximizes. Neither is to be written.
-            states: a parameter's states by name, those of :meth:`prologue_state` among them; these are written in
-                place, the rule's are the rule's.
+            states: a parameter's states by name; those of ``kept_states`` are written in place, the rule's are the
+                rule's.
 
         Returns:
             A tensor of its shape for each parameter, sharded where it is; kept in the gradient's dtype.
         """
         raise NotImplementedError(f"{type(self).__name__} has no prologue")
 
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """New states that :meth:`prologue` or :meth:`factors` keeps for a parameter, as they are before the first step;
-        of any shapes.
-        """
-        return {}
+    def first_kept(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """New tensors of ``kept_states`` for a parameter, as they are before the first step."""
+        first = {state.name: first_value(state, p, group) for state in self.kept_states}
+        return {name: value for name, value in first.items() if value is not None}
 
     def kept_scalars(self, measured: Measured) -> dict[str, Any]:
-        """The scalars that hang on what the states of :meth:`prologue_state` hold, such as a step size that the steps
+        """The scalars that hang on what ``kept_states`` hold, such as a step size that the steps
         before have found. ``measure`` and the rule read them, and :meth:`factors` finds them in ``measured.h``.
 
         Args:
@@ -231,7 +250,7 @@ class Update:
         measure = variant.measure and straight(variant.measure)
         variant = variant._replace(rule=straight(variant.rule), measure=measure)
         if averages(group):
-            variant = variant._replace(state_names=(*variant.state_names, AVERAGE), averaged=True)
+            variant = variant._replace(states=(*variant.states, State(AVERAGE)), averaged=True)
         return variant
 
     def first_scalar_states(self, group: dict[str, Any]) -> dict[str, float]:
@@ -247,10 +266,33 @@ class Update:
         counts = self.counts_steps or rounds(group) or may_skip_the_first
         return ["step"] * counts + list(self.first_scalar_states(group))
 
+    @classmethod
+    def is_nonnegative(cls, name: str) -> bool:
+        """Whether a state is declared never to be negative."""
+        return name in cls.declared and cls.declared[name].nonnegative
+
     @property
     def scales_gradients(self) -> bool:
         """Whether a step may multiply all gradients by a factor."""
         return self.amp is not None or self.max_grad_norm is not None
+
+
+def first_value(state: State, p: Tensor, group: dict[str, Any], exact: Tensor | None = None) -> Any:
+    """A state before the first step: a new tensor, or None where this parameter has none.
+
+    Args:
+        exact: the parameter with what its rounding left; by default the parameter.
+    """
+    start = state.start(p, group) if callable(state.start) else state.start
+    if start is None or isinstance(start, Tensor):
+        return start
+    if isinstance(start, str):
+        value = p if exact is None else exact
+        value = value if group.get("differentiable") else value.detach()  # of one that autograd follows a function
+        return value.clone(memory_format=torch.preserve_format)
+    start = float(start)
+    fill = complex(start, start) if p.is_complex() else start  # both parts
+    return torch.full_like(p, fill, memory_format=torch.preserve_format)
 
 
 def averages(group: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from ..kernels import multi_tensor
 from ..kernels.straight import straight
 from ..precision.codecs import STATE_CODES, Codec, codes, parameter_codec, plain, stochastic
 from ..registry import rule_optimizers
-from ..spec import AVERAGE
+from ..spec import AVERAGE, State
 from .assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
 from .compiling import code_bytes, compile_kernel, listings, ptx_functions, resources, wrapping_offsets
 
@@ -81,10 +81,9 @@ class AuditedRule(NamedTuple):
 
     name: str
     rule: Any
-    state_names: tuple[str, ...]
+    states: tuple[State, ...]
     scalars: type
     optimizers: tuple[str, ...]
-    nonnegative: frozenset[str] = frozenset()
 
 
 class Case(NamedTuple):
@@ -160,17 +159,16 @@ def every_rule() -> tuple[AuditedRule, ...]:
     by_default = {opt.running_variant(opt.param_groups[0]).rule: scalars[name] for name, opt in optimizers.items()}
     found: dict[str, AuditedRule] = {}
     for name, opt in optimizers.items():
-        for rule, state_names, *_ in opt.variants:
+        for rule, states, *_ in opt.variants:
             rule = straight(rule)
             known = found.get(rule.__name__)
-            if known is not None and (known.rule, known.state_names) != (rule, state_names):
+            if known is not None and (known.rule, known.states) != (rule, states):
                 raise ValueError(
                     f"{name} and {known.optimizers[0]} have different rules named {known.name}: rename one"
                 )
             users = (*(known.optimizers if known else ()), name)
             own = by_default.get(rule, scalars[name])
-            unsigned = frozenset(opt.nonnegative)
-            found[rule.__name__] = AuditedRule(rule.__name__, rule, state_names, own, users, unsigned)
+            found[rule.__name__] = AuditedRule(rule.__name__, rule, states, own, users)
     return tuple(found.values())
 
 
@@ -179,10 +177,10 @@ def role_codecs(rule: AuditedRule, dtypes: str) -> tuple[Codec, ...]:
     kept = DTYPES[dtypes]
     group = {"param_precision": kept.param_precision}
     if kept.state_dtype in STATE_CODES:
-        states = [codes(kept.state_dtype, name in rule.nonnegative) for name in rule.state_names]
+        states = [codes(kept.state_dtype, state.nonnegative) for state in rule.states]
     else:
         of_state = plain if kept.state_dtype is None else stochastic
-        states = [of_state(kept.state)] * len(rule.state_names)
+        states = [of_state(kept.state)] * len(rule.states)
     average = [plain(torch.float32)] * kept.whole
     return (parameter_codec(group, kept.parameter), *states, *average)
 
@@ -292,7 +290,7 @@ def _measurement(built: Built, listing: str) -> Measurement:
         roles={
             role: "+".join(str(TRITON_DTYPES[dtype]) for dtype in codec.dtypes)
             for role, codec in zip(
-                ("p", "g", *rule.state_names, *([AVERAGE] if whole else [])),
+                ("p", "g", *(state.name for state in rule.states), *([AVERAGE] if whole else [])),
                 (codecs[0], plain(gradient), *codecs[1:]),
                 strict=True,
             )

@@ -64,7 +64,7 @@ def prologue_traffic(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tup
         h = step_scalars_for(optimizer, group, 1).h
         params = [torch.empty_like(local(m.p), device="meta") for m in slots if m.group == number]
         gradients = [torch.empty_like(p, dtype=key.gradient) for p in params]
-        states = [optimizer.prologue_state(p, group) for p in params]
+        states = [optimizer.first_kept(p, group) for p in params]
         with torch.no_grad(), counter:
             optimizer.prologue(plain_group(group), h, params, gradients, states)
     return counter.operations, counter.bytes

@@ -18,7 +18,7 @@ from ..util.gather import Gatherer, gatherer_of
 from ..util.layout import all_aligned, in_layout_of, is_sharded, is_wrapper, local, locals_of, same_layout, with_local
 from .key import Key
 from .slots import ParamSlot
-from .state import State
+from .state import WatchedState
 
 # The check that torch.compile runs on its inputs: dtype, device, sizes and strides of all tensors in one call.
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
@@ -85,7 +85,7 @@ class Memory(ABC):
     def counts_match(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""
 
-    # States.
+    # WatchedStates.
 
     def parts_of(self, m: ParamSlot) -> list[list[Tensor]]:
         """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""
@@ -111,7 +111,7 @@ class Memory(ABC):
     def note_states(self) -> None:
         """Take note of the states as they are now: the objects, and their addresses."""
         # A plain dict does not count its changes.
-        self._changes = State.changes if all(type(m.state) is State for m in self.slots) else None
+        self._changes = WatchedState.changes if all(type(m.state) is WatchedState for m in self.slots) else None
         self._state_dicts = [m.state for m in self.slots]
         self._state_known = [*chain.from_iterable(map(dict.values, self._state_dicts)), _END]
         states = [v for v in self._state_known if isinstance(v, Tensor)]
@@ -139,8 +139,8 @@ class Memory(ABC):
 
     def _states_are_held(self) -> bool:
         """Whether the states hold the objects that were noted."""
-        if self._changes != State.changes:
-            changes = State.changes
+        if self._changes != WatchedState.changes:
+            changes = WatchedState.changes
             found = chain(chain.from_iterable(map(dict.values, self._state_dicts)), (_END,))
             if not all(map(is_, found, self._state_known)):
                 return False
@@ -185,7 +185,7 @@ class Memory(ABC):
         self._gathered = False
         if (
             found is not None
-            and (self._changes == State.changes or self._states_are_held())
+            and (self._changes == WatchedState.changes or self._states_are_held())
             and found.gather()
             and self.counts_match()
         ):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..precision.averaging import initial_average
+from ..precision.averaging import initial_average, value_of
 from ..precision.codecs import Codec, new_parts, part_names, state_codec
-from ..precision.kept import convert_parameter, convert_state
-from ..spec import AVERAGE, COUNT, Update
+from ..precision.kept import convert_parameter, convert_state, current_parameter_codec
+from ..spec import AVERAGE, COUNT, Update, first_value
+from ..util.layout import with_local
 from .key import Key
-from .state import State
+from .state import WatchedState
 from .step_scalars import requires_grad, scalar_state_dtype
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ class ParamSlot:
     def __init__(self, optimizer: Update, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
         self.given: set[str] = set()  # the numbers that were tensors before: a user who holds one sees it updated
-        self.state: dict[str, Any] = optimizer.state.get(p, State())
+        self.state: dict[str, Any] = optimizer.state.get(p, WatchedState())
         own_group = optimizer.param_groups[group]
         # Of a rule that does not count its steps all that matters is whether it has made one: its states say so, not
         # the count, nor what else the options of the group keep.
@@ -89,7 +90,7 @@ class ParamSlot:
             else:
                 convert_state(optimizer, self.state, name, self.p, codec)
         if key.variant.staged:
-            self.state |= {n: v for n, v in optimizer.prologue_state(self.p, group).items() if n not in self.state}
+            self.state |= {n: v for n, v in optimizer.first_kept(self.p, group).items() if n not in self.state}
 
 
 class Cells:
@@ -255,9 +256,12 @@ class StepGroup:
 
 def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> dict[str, Tensor]:
     """A state or average before the first step as `codec` keeps it: its parts by name."""
-    first = (
-        initial_average(optimizer.state[p], p, codec) if name == AVERAGE else optimizer.initial_state(name, p, group)
-    )
+    own = optimizer.state[p]
+    if name == AVERAGE:
+        first = initial_average(own, p, codec)
+    else:
+        exact = current_parameter_codec(own, p).suffixes != ()
+        first = first_value(optimizer.declared[name], p, group, with_local(p, value_of(own, p)) if exact else p)
     return dict(zip((name, *part_names(codec, name)), new_parts(codec, first), strict=True))
 
 
@@ -274,4 +278,4 @@ def make_states(optimizer: Update, group: dict[str, Any]) -> None:
             optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
         for name in optimizer.running_variant(group).state_names:
             optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))
-        optimizer.state[p] |= optimizer.prologue_state(p, group)
+        optimizer.state[p] |= optimizer.first_kept(p, group)

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..spec import Update
 
 
-class State(dict[str, Any]):
+class WatchedState(dict[str, Any]):
     """A dict in all that it does. It is saved and copied as a plain one.
 
     Example:
-        >>> from triton_optim.buckets.state import State
-        >>> state, before = State(step=1), State.changes
+        >>> from triton_optim.buckets.state import WatchedState
+        >>> state, before = WatchedState(step=1), WatchedState.changes
         >>> state["step"] = 2
-        >>> State.changes - before
+        >>> WatchedState.changes - before
         1
     """
 
@@ -29,7 +29,7 @@ class State(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class States(defaultdict[Any, Any]):
+class WatchedStates(defaultdict[Any, Any]):
     """The state of each parameter, a defaultdict in all that it does, and saved and copied as one."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,21 +41,21 @@ def _counted(kind: type, name: str) -> Callable[..., Any]:
 
     @wraps(method)
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        State.changes += 1
+        WatchedState.changes += 1
         return method(self, *args, **kwargs)
 
     return changing
 
 
-for _kind in (State, States):
+for _kind in (WatchedState, WatchedStates):
     for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
         setattr(_kind, _name, _counted(_kind, _name))
 
 
 def watch(optimizer: Update) -> None:
     """Make the states of an optimizer, those to come too, such dicts."""
-    states = {p: State(state) if type(state) is dict else state for p, state in optimizer.state.items()}
-    optimizer.state = States(State, states)
+    states = {p: WatchedState(state) if type(state) is dict else state for p, state in optimizer.state.items()}
+    optimizer.state = WatchedStates(WatchedState, states)
 
 
 def contents(state: dict[str, Any]) -> list[tuple[str, Any, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buckets.state import State
+from ..buckets.state import WatchedState
 from ..buckets.step_scalars import scalar_state_dtype
 from ..options import OPTIONS
 from ..precision.codecs import PRECISION
@@ -91,7 +91,7 @@ def loaded_states(optimizer: Update, state_dict: Any, groups: list[dict[str, Any
         for i, p in zip(saved["params"], own["params"], strict=True):
             if i in given:
                 states[i] = ready_state(optimizer, group, dtypes, p, states[i])
-    return {params.get(i, i): State(states[i]) if i in states else state for i, state in given.items()}
+    return {params.get(i, i): WatchedState(states[i]) if i in states else state for i, state in given.items()}
 
 
 def ready_state(

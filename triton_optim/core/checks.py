@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -21,13 +20,6 @@ def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None
             f'{name}: amp="{amp}" skips a step whose gradients are not all finite, which gradient release never has at '
             "once. Leave one of them out, or remove() the handle; bfloat16 needs no scaler."
         )
-
-
-def filled_like(p: Tensor, value: float) -> Tensor:
-    """A tensor like the parameter, filled with `value`; of a complex parameter both parts are."""
-    value = float(value)
-    fill = complex(value, value) if p.is_complex() else value
-    return torch.full_like(p, fill, memory_format=torch.preserve_format)
 
 
 # Of what torch's message about tensors calls by the argument, as `check_range` is told it.

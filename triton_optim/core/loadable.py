@@ -108,11 +108,11 @@ class Checks:
                 check_number(index, part, value, whole=part in ("step", COUNT))
             elif elementwise:
                 check_state(optimizer, index, p, part, held)
-            elif part in RESIDUALS or part in optimizer.prologue_names:
+            elif part in RESIDUALS or part in optimizer.kept_names:
                 check_part(index, p, part, value)
-        if optimizer.prologue_names:
+        if optimizer.kept_names:
             check_states(optimizer, self._group, index, p, held)
-        form = (*there, p.shape, p.dtype) if optimizer.prologue_names else there
+        form = (*there, p.shape, p.dtype) if optimizer.kept_names else there
         if form not in self._complete:
             check_complete(optimizer, self._group, index, p, there)
             self._complete.add(form)
@@ -121,7 +121,7 @@ class Checks:
     def _check_names(self, index: Any, state: Mapping[str, Any]) -> None:
         """Raise ValueError where a state has none of the optimizer's names, or others in place of them."""
         optimizer, names = self._optimizer, self._names
-        known = {*names.counted, *names.elementwise, *optimizer.prologue_names}
+        known = {*names.counted, *names.elementwise, *optimizer.kept_names}
         parts = {*RESIDUALS, COUNT, *names.scales}
         # Names that optimizers share, such as step, prove nothing where others are in place of ours.
         complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
@@ -202,8 +202,8 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
     """Raise ValueError where a state that has been started lacks what the group's variant keeps."""
     variant = optimizer.variant(group)
     needed = {*variant.state_names}
-    if variant.staged and optimizer.prologue_names:
-        needed |= optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
+    if variant.staged and optimizer.kept_names:
+        needed |= optimizer.first_kept(torch.empty(p.shape, dtype=p.dtype, device="meta"), group).keys()
     if needed & {*there} or (optimizer.counts_steps and "step" in there):
         needed |= {"step"} if optimizer.counts_steps else set()
         needed |= optimizer.first_scalar_states(group).keys() - {COUNT}

@@ -108,7 +108,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
                 )
             if variant.staged:
                 like = torch.empty(own.shape, dtype=p.dtype, device="meta")
-                for name, value in optimizer.prologue_state(like, group).items():
+                for name, value in optimizer.first_kept(like, group).items():
                     add(name, value.nbytes, value.nbytes)
     return MemoryReport(**sums, states=states, torch_states=torch_states)
 

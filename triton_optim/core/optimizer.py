@@ -22,7 +22,7 @@ from ..engine.entries import request_for
 from ..kernels.straight import check_signature, straight
 from ..options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
 from ..precision.averaging import check_averaging, largest_count
-from ..precision.codecs import check_names, check_precision
+from ..precision.codecs import check_declared, check_precision
 from ..spec import Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_kind
@@ -33,7 +33,7 @@ from .wrapping import leave_to_python, ordered, with_hooks
 
 
 class RuleOptimizer(SavedOptimizer):
-    r"""An optimizer from a rule: subclass it with ``rule``, ``state_names`` and :meth:`scalars`.
+    r"""An optimizer from a rule: subclass it with ``rule``, ``states`` and :meth:`scalars`.
 
     The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
     updated on its own. ``h`` is what :meth:`scalars` returns, formed on the host in float64. Arithmetic is float32
@@ -50,7 +50,7 @@ class RuleOptimizer(SavedOptimizer):
     Raises:
         ValueError: `backend` or `amp` is unknown, or torch's own checks of `params` fail.
         TypeError: an option is unknown, or `params` is a tensor.
-        RuleError: a TypeError: a rule is not of the language of rules, or has other states than ``state_names``.
+        RuleError: a TypeError: a rule is not of the language of rules, or has other states than ``states``.
         RuntimeError: the options exclude each other, or the pinned backend cannot run these parameters here.
     """
 
@@ -65,8 +65,10 @@ class RuleOptimizer(SavedOptimizer):
         leave_to_python(cls, "__init__")
         if cls.rule is not None and "variants" not in cls.__dict__:
             prologue = cls.prologue is not RuleOptimizer.prologue
-            cls.variants = (Variant(cls.rule, cls.state_names, prologue, measure=cls.measure),)
-        check_names(cls)
+            cls.variants = (Variant(cls.rule, cls.states, prologue, measure=cls.measure),)
+        check_declared(cls)
+        cls.declared = {state.name: state for variant in cls.variants for state in variant.states}
+        cls.kept_names = tuple(state.name for state in cls.kept_states)
         describe_options(cls)
 
     @_disable_dynamo
@@ -253,9 +255,9 @@ class RuleOptimizer(SavedOptimizer):
         self.check_hyperparameters(numbers)
         check_options(group)
         for variant in (*self.variants, self.variant(group)):
-            check_signature(straight(variant.rule), len(variant.state_names))
+            check_signature(straight(variant.rule), len(variant.states))
             if variant.measure is not None:
-                check_signature(straight(variant.measure), len(variant.state_names), sums=True)
+                check_signature(straight(variant.measure), len(variant.states), sums=True)
         check_precision(self, group)
         check_averaging(self, numbers)
         params = group["params"]

@@ -77,7 +77,7 @@ def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Te
             continue
         scale = state.pop(f"{name}_{SCALE}")
         if codec.block_size:  # else a value was put in place of codes, and their scales are left over
-            bits, signed = 8 // codec.elements_per_item[0], int(name not in optimizer.nonnegative)
+            bits, signed = 8 // codec.elements_per_item[0], int(not optimizer.is_nonnegative(name))
             kept = (state[name], scale, bits, signed, codec.block_size, CODES_VERSION)
             state[name] = dict(zip(CODES, kept, strict=True))
 
@@ -134,7 +134,7 @@ def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[
     value = read(codec, list(parts.values()), local(p))
     if saved["signed"] and bool((value < 0).any()):
         raise RuntimeError(
-            f"{where} was saved with signs and holds negative numbers; `nonnegative` of {type(optimizer).__name__} "
-            "says that it never does. Take it out of `nonnegative`, or load a state dict of this optimizer."
+            f"{where} was saved with signs and holds negative numbers; {type(optimizer).__name__} declares it with "
+            "nonnegative=True. Declare it without, or load a state dict of this optimizer."
         )
     return dict(zip((name, *part_names(own, name)), new_parts(own, value), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..buckets.state import State, watch
+from ..buckets.state import WatchedState, watch
 from ..engine.engine import Engine
 from ..spec import Update
 from .checkpoint import fill_in, loaded_groups, loaded_states, packed
@@ -89,7 +89,9 @@ class SavedOptimizer(Optimizer, Update):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         states = dict(state["state"])
-        if set(map(type, states.values())) != {State}:  # else they are as they are held: load_state_dict made them
+        if set(map(type, states.values())) != {
+            WatchedState
+        }:  # else they are as they are held: load_state_dict made them
             params = chain.from_iterable(group["params"] for group in state["param_groups"])
             states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
         super().__setstate__(state | {"state": defaultdict(dict, states)})

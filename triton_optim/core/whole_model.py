@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buckets.gradient_norm import exact_dtype
-from ..spec import Measured, Update
+from ..spec import Measured, State, Update
 from ..util.in_place import write_each
 from .checks import check_positive
 
@@ -21,14 +21,14 @@ class EstimatesDistance(Update):
     moved with it; one that is updated for the first time begins with those of the others. The host never asks for them.
 
     Class attributes:
-        prologue_names: their names, the estimate ``d`` first.
+        kept_states: these, the estimate ``d`` first.
     """
 
-    prologue_names: ClassVar[tuple[str, ...]] = ("d",)
+    kept_states: ClassVar[tuple[State, ...]] = (State("d"),)
 
     def first_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What they are before the first step: ``d0``, and 0."""
-        return (float(group["d0"]), *(0.0 for _ in self.prologue_names[1:]))
+        return (float(group["d0"]), *(0.0 for _ in self.kept_names[1:]))
 
     @property
     def d(self) -> Tensor:
@@ -39,8 +39,8 @@ class EstimatesDistance(Update):
                 return found.detach().clone()
         return torch.tensor(float(self.param_groups[0]["d0"]), dtype=torch.float64, device="cpu")
 
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        names = self.prologue_names
+    def first_kept(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        names = self.kept_names
         for state in self.state.values():
             if all(isinstance(state.get(name), Tensor) for name in names):
                 return {name: state[name].detach().to(p.device, copy=True) for name in names}
@@ -50,21 +50,16 @@ class EstimatesDistance(Update):
         }
 
     def kept_numbers(self, measured: Measured) -> tuple[Tensor, ...]:
-        """The numbers as they are before the step, in the order of ``prologue_names``."""
+        """The numbers as they are before the step, in the order of ``kept_states``."""
         state = measured.states[0]
         # A copy, as they are written before autograd is done with them where the step is differentiable.
-        return torch.stack([state[name] for name in self.prologue_names]).unbind()
+        return torch.stack([state[name] for name in self.kept_names]).unbind()
 
     def keep_numbers(self, *numbers: Tensor) -> None:
         """Write the numbers as they are after the step, for every parameter that has them."""
         states = [state for state in self.state.values() if "d" in state]
-        for name, value in zip(self.prologue_names, numbers, strict=True):
+        for name, value in zip(self.kept_names, numbers, strict=True):
             write_each([state[name] for state in states], [value] * len(states))
-
-
-def start_of(p: Tensor, group: dict[str, Any]) -> Tensor:
-    """The parameter as it is before the first step; of one that autograd follows a function."""
-    return p.clone() if group["differentiable"] else p.detach().clone()
 
 
 def over_model(measured: list[Measured], terms: Sequence[tuple[Tensor, ...]]) -> Tensor:
@@ -88,7 +83,7 @@ class DAdapts(EstimatesDistance):
     ``growth_rate`` times itself.
     """
 
-    prologue_names: ClassVar[tuple[str, ...]] = ("d", "numerator_weighted")
+    kept_states: ClassVar[tuple[State, ...]] = (State("d"), State("numerator_weighted"))
 
     def total(self, measured: list[Measured]) -> None:
         """Estimate anew, for the next step."""

@@ -200,7 +200,7 @@ def entries_of(
         lacking = any(state.get(name) is None for name in (*names, *counted[group]))
         if variant.staged and g is None and not lacking:
             like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-            lacking = not optimizer.prologue_state(like, own).keys() <= state.keys()
+            lacking = not optimizer.first_kept(like, own).keys() <= state.keys()
         if g is None and not every and (repeats or lacking):
             continue
         if variant.staged:

@@ -38,7 +38,7 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
         factors = optimizer.factors(measured._replace(total=total))
         check_factors(optimizer, measured, factors)
         bucket.take_factors(number, {name: wide(values, measured.numel) for name, values in factors.items()})
-    return bool(optimizer.prologue_names)
+    return bool(optimizer.kept_names)
 
 
 def fill_in(optimizer: Update, buckets: Sequence[Bucket]) -> None:

@@ -17,7 +17,7 @@ from ..backends.norms import over_shards, partial_norms
 from ..buckets.bucket import Bucket
 from ..buckets.gradient_norm import EUCLIDEAN, GradientStats, Scaling, gradient_stats_from, on_one_device
 from ..buckets.key import Key
-from ..buckets.state import State, States
+from ..buckets.state import WatchedState, WatchedStates
 from ..dispatch import LaunchError
 from ..precision.codecs import PRECISION
 from ..spec import Update, averages
@@ -80,7 +80,7 @@ class Plan:
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values()) if only is None else []
-        self._states: States | None = None  # in which they were found, at a count of changes
+        self._states: WatchedStates | None = None  # in which they were found, at a count of changes
         self._changes = -1
         planned = {m.index for m, _ in started}
         self._without = [i for i in range(len(params)) if i not in planned] if only is None else []
@@ -132,7 +132,7 @@ class Plan:
 
     def matches(self) -> bool:
         """Whether states and options are those that it was made for. Changes nothing that a step depends on."""
-        same = self.optimizer.state is self._states and State.changes == self._changes
+        same = self.optimizer.state is self._states and WatchedState.changes == self._changes
         return (same or self._states_are_there()) and self._options_hold()
 
     def _options_hold(self) -> bool:
@@ -147,9 +147,9 @@ class Plan:
         return True
 
     def _states_are_there(self) -> bool:
-        states, changes = self.optimizer.state, State.changes
+        states, changes = self.optimizer.state, WatchedState.changes
         there = len(states) == len(self._state_dicts) and all(map(is_, states.values(), self._state_dicts))
-        if there and type(states) is States:  # another dict counts nothing
+        if there and type(states) is WatchedStates:  # another dict counts nothing
             self._states, self._changes = states, changes
         return there
 

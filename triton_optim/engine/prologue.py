@@ -19,8 +19,8 @@ from ..util.layout import is_sharded, with_local
 
 def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]) -> None:
     """Raise RuntimeError where a state of the prologue has another shape than the optimizer would make it."""
-    like = optimizer.prologue_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
-    for name in optimizer.prologue_names:
+    like = optimizer.first_kept(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+    for name in optimizer.kept_names:
         value = state.get(name)
         shape = like[name].shape if name in like else p.shape
         if isinstance(value, Tensor) and value.shape != shape:
@@ -65,7 +65,7 @@ def warm_prologue(optimizer: Update, slots: list[ParamSlot]) -> None:
     for m in kinds.values():
         group = optimizer.param_groups[m.group]
         p = m.p.detach()
-        state = optimizer.prologue_state(p, group) | {name: torch.zeros_like(p) for name in optimizer.state_names}
+        state = optimizer.first_kept(p, group) | {name: torch.zeros_like(p) for name in optimizer.declared}
         optimizer.prologue(
             plain_group(group), step_scalars_for(optimizer, group, 1).h, [p], [torch.zeros_like(p)], [state]
         )

@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adabelief import AdaBeliefScalars, adabelief
 from ..options import Options
+from ..spec import State
 
 
 class AdaBelief(RuleOptimizer):
@@ -54,8 +55,7 @@ class AdaBelief(RuleOptimizer):
     """
 
     rule = adabelief
-    state_names = ("exp_avg", "exp_avg_var")
-    nonnegative = ("exp_avg_var",)
+    states = (State("exp_avg"), State("exp_avg_var", nonnegative=True))
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adadelta import AdadeltaScalars, adadelta
 from ..options import OptionsAfterForeach
+from ..spec import State
 
 
 class Adadelta(RuleOptimizer):
@@ -50,8 +51,7 @@ class Adadelta(RuleOptimizer):
     """
 
     rule = adadelta
-    state_names = ("square_avg", "acc_delta")
-    nonnegative = ("square_avg", "acc_delta")
+    states = (State("square_avg", nonnegative=True), State("acc_delta", nonnegative=True))
     option_names = ("maximize", "capturable", "foreach", "differentiable")
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.checks import check_range
+from ..core.factored import averaged, in_place, means, portions
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adafactor import AdafactorScalars, adafactor
 from ..options import Options
-from ..util.factored import averaged, in_place, means, portions
+from ..spec import State
 from ..util.hyperparameters import exact_number
 from ..util.layout import gathered, placed_as
+
+
+def zeros(p: Tensor, shape: Sequence[int]) -> Tensor:
+    """A state of this shape in the parameter's dtype, as torch's."""
+    return torch.zeros(shape, dtype=p.dtype, device=p.device)
 
 
 class Adafactor(RuleOptimizer):
@@ -68,7 +74,11 @@ class Adafactor(RuleOptimizer):
 
     rule = adafactor
     option_names = ("foreach", "maximize")
-    prologue_names = ("row_var", "col_var", "variance")
+    kept_states = (
+        State("row_var", lambda p, _: zeros(p, (*p.shape[:-1], 1)) if p.dim() >= 2 else None),
+        State("col_var", lambda p, _: zeros(p, (*p.shape[:-2], 1, p.shape[-1])) if p.dim() >= 2 else None),
+        State("variance", lambda p, _: zeros(p, p.shape) if p.dim() < 2 else None),
+    )
 
     def __init__(
         self,
@@ -112,12 +122,6 @@ class Adafactor(RuleOptimizer):
         )
 
     # Of sharded parameters too every rank keeps all of these: they are small.
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        if p.dim() < 2:
-            return {"variance": torch.zeros(p.shape, dtype=p.dtype, device=p.device)}
-        shapes = {"row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
-        return {name: torch.zeros(shape, dtype=p.dtype, device=p.device) for name, shape in shapes.items()}
-
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:

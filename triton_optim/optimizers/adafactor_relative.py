@@ -10,10 +10,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.checks import check_range
+from ..core.factored import averaged, clipped, factored_states, inverse_roots, portions
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adafactor import AdafactorRelativeScalars, adafactor_relative
 from ..options import Options
-from ..util.factored import averaged, clipped, factored_states, inverse_roots, portions
+from ..spec import State
 from ..util.hyperparameters import exact_number
 from ..util.layout import gathered, placed_as
 from .came import check_eps, check_threshold
@@ -73,7 +74,10 @@ class AdafactorRelative(RuleOptimizer):
     """
 
     rule = adafactor_relative
-    prologue_names = ("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+    kept_states = (
+        State("exp_avg", lambda _, group: None if group["beta1"] is None else 0.0),
+        *factored_states("exp_avg_sq"),
+    )
 
     def __init__(
         self,
@@ -138,12 +142,6 @@ class AdafactorRelative(RuleOptimizer):
             one_minus_beta2=step ** group["decay_rate"],
             weight_decay=group["weight_decay"],
         )
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        momentum = {}
-        if group["beta1"] is not None:
-            momentum["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return momentum | factored_states(p, "exp_avg_sq")
 
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]

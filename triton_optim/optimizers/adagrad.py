@@ -9,10 +9,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..buckets.slots import make_states
-from ..core.checks import check_range, filled_like
+from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adagrad import AdagradScalars, adagrad
 from ..options import OptionsAfterForeach
+from ..spec import State
 
 
 class Adagrad(RuleOptimizer):
@@ -51,8 +52,7 @@ class Adagrad(RuleOptimizer):
     """
 
     rule = adagrad
-    state_names = ("sum",)
-    nonnegative = ("sum",)
+    states = (State("sum", lambda _, group: group["initial_accumulator_value"], nonnegative=True),)
     option_names = ("foreach", "maximize", "differentiable", "fused")
 
     def __init__(
@@ -91,10 +91,6 @@ class Adagrad(RuleOptimizer):
         for state in self.state.values():
             state["sum"].share_memory_()
             state["step"].share_memory_()
-
-    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        value = group["initial_accumulator_value"]
-        return filled_like(p, value)
 
     def sparse_gradients(self, group: dict[str, Any]) -> str:
         decay = group["weight_decay"]

@@ -12,7 +12,9 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adam, adam_amsgrad, adamw, adamw_amsgrad
 from ..options import Options
-from ..spec import Variant
+from ..spec import State, Variant
+
+MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
 
 class Adam(RuleOptimizer):
@@ -57,12 +59,11 @@ class Adam(RuleOptimizer):
     """
 
     variants = (
-        Variant(adam, ("exp_avg", "exp_avg_sq")),
-        Variant(adam_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
-        Variant(adamw, ("exp_avg", "exp_avg_sq")),
-        Variant(adamw_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")),
+        Variant(adam, MOMENTS),
+        Variant(adam_amsgrad, (*MOMENTS, State("max_exp_avg_sq", nonnegative=True))),
+        Variant(adamw, MOMENTS),
+        Variant(adamw_amsgrad, (*MOMENTS, State("max_exp_avg_sq", nonnegative=True))),
     )
-    nonnegative = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,

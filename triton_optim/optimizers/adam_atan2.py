@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam_atan2 import AdamAtan2Scalars, adam_atan2
 from ..options import Options
+from ..spec import State
 
 
 class AdamAtan2(RuleOptimizer):
@@ -50,8 +51,7 @@ class AdamAtan2(RuleOptimizer):
     """
 
     rule = adam_atan2
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

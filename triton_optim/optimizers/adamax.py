@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adamax import AdamaxScalars, adamax
 from ..options import OptionsAfterForeach
+from ..spec import State
 
 
 class Adamax(RuleOptimizer):
@@ -49,8 +50,7 @@ class Adamax(RuleOptimizer):
     """
 
     rule = adamax
-    state_names = ("exp_avg", "exp_inf")
-    nonnegative = ("exp_inf",)
+    states = (State("exp_avg"), State("exp_inf", nonnegative=True))
     option_names = ("foreach", "maximize", "differentiable", "capturable")
 
     def __init__(

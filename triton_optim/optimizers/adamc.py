@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adamw
 from ..options import Options
+from ..spec import State
 from .adam import adam_scalars
 
 
@@ -53,8 +54,7 @@ class AdamC(RuleOptimizer):
     """
 
     rule = adamw
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adan import AdanScalars, adan
 from ..options import Options
+from ..spec import State
 
 
 class Adan(RuleOptimizer):
@@ -56,8 +57,7 @@ class Adan(RuleOptimizer):
     """
 
     rule = adan
-    state_names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_diff"), State("exp_avg_sq", nonnegative=True), State("previous_grad"))
 
     def __init__(
         self,

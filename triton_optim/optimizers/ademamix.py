@@ -14,6 +14,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.ademamix import AdEMAMixScalars, SimplifiedAdEMAMixScalars, ademamix, simplified_ademamix
 from ..options import Options
+from ..spec import State
 
 
 class AdEMAMix(RuleOptimizer):
@@ -58,8 +59,7 @@ class AdEMAMix(RuleOptimizer):
     """
 
     rule = ademamix
-    state_names = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg_fast"), State("exp_avg_slow"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,
@@ -157,8 +157,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
     """
 
     rule = simplified_ademamix
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adopt import ADOPTScalars, adopt
 from ..options import Options
+from ..spec import State
 
 
 class ADOPT(RuleOptimizer):
@@ -57,8 +58,7 @@ class ADOPT(RuleOptimizer):
     """
 
     rule = adopt
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.asgd import ASGDScalars, asgd
 from ..options import OwnOptions
+from ..spec import State
 
 
 class ASGD(RuleOptimizer):
@@ -51,8 +52,7 @@ class ASGD(RuleOptimizer):
     """
 
     rule = asgd
-    state_names = ("ax",)
-    never_quantized = ("ax",)
+    states = (State("ax", quantized=False),)
     counts_on_device = True
     option_names = ("foreach", "maximize", "differentiable", "capturable")
 

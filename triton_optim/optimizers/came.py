@@ -10,10 +10,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.checks import check_betas, check_range
+from ..core.factored import averaged, clipped, factored_states, inverse_roots, portions
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.came import CameScalars, came
 from ..options import Options
-from ..util.factored import averaged, clipped, factored_states, inverse_roots, portions
+from ..spec import State
 from ..util.layout import gathered, placed_as
 
 
@@ -63,9 +64,11 @@ class CAME(RuleOptimizer):
     """
 
     rule = came
-    prologue_names = (
-        "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col",
-    )  # fmt: skip
+    kept_states = (
+        State("exp_avg"),
+        *factored_states("exp_avg_sq"),
+        *factored_states("exp_avg_res", vectors=False),
+    )
 
     def __init__(
         self,
@@ -102,11 +105,6 @@ class CAME(RuleOptimizer):
             one_minus_beta2=1 - beta2,
             one_minus_beta3=1 - beta3,
         )
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        momentum = {"exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format)}
-        instability = factored_states(p, "exp_avg_res") if p.dim() >= 2 else {}
-        return momentum | factored_states(p, "exp_avg_sq") | instability
 
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]

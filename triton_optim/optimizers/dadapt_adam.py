@@ -13,7 +13,7 @@ from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import DAdapts, check_estimate
 from ..kernels.rules.dadapt import DAdaptAdamScalars, dadapt_adam, dadapt_adam_sums
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 
 
 class DAdaptAdam(DAdapts, RuleOptimizer):
@@ -73,8 +73,7 @@ class DAdaptAdam(DAdapts, RuleOptimizer):
 
     rule = dadapt_adam
     measure = dadapt_adam_sums
-    state_names = ("exp_avg", "exp_avg_sq", "s")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True), State("s"))
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import DAdapts
 from ..kernels.rules.dadapt import DAdaptLionScalars, dadapt_lion, dadapt_lion_sums
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 
 
 class DAdaptLion(DAdapts, RuleOptimizer):
@@ -63,7 +63,7 @@ class DAdaptLion(DAdapts, RuleOptimizer):
 
     rule = dadapt_lion
     measure = dadapt_lion_sums
-    state_names = ("exp_avg", "s")
+    states = (State("exp_avg"), State("s"))
     counts_steps = False
 
     def __init__(

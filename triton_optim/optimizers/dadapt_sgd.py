@@ -11,10 +11,10 @@ from typing_extensions import Unpack
 
 from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
-from ..core.whole_model import EstimatesDistance, check_estimate, grown, over_model, start_of
+from ..core.whole_model import EstimatesDistance, check_estimate, grown, over_model
 from ..kernels.rules.dadapt import DAdaptSGDScalars, dadapt_sgd, dadapt_sgd_sums
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 
 
 class DAdaptSGD(EstimatesDistance, RuleOptimizer):
@@ -63,9 +63,8 @@ class DAdaptSGD(EstimatesDistance, RuleOptimizer):
 
     rule = dadapt_sgd
     measure = dadapt_sgd_sums
-    state_names = ("s", "x0")
-    prologue_names = ("d", "numerator_weighted", "g0_norm")
-    never_quantized = ("s", "x0")
+    states = (State("s", quantized=False), State("x0", start="parameter", quantized=False))
+    kept_states = (State("d"), State("numerator_weighted"), State("g0_norm"))
     counts_steps = False
 
     def __init__(
@@ -92,9 +91,6 @@ class DAdaptSGD(EstimatesDistance, RuleOptimizer):
         check_range("momentum value", group["momentum"], 0.0, 1.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_estimate(group)
-
-    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        return start_of(p, group) if name == "x0" else super().initial_state(name, p, group)
 
     def scalars(self, group: dict[str, Any], step: Any) -> DAdaptSGDScalars:
         """As they are where d over the norm is 1."""

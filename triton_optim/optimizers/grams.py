@@ -13,6 +13,7 @@ from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars
 from ..kernels.rules.grams import grams
 from ..options import Options
+from ..spec import State
 from .adam import adam_scalars
 
 
@@ -50,8 +51,7 @@ class Grams(RuleOptimizer):
     """
 
     rule = grams
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

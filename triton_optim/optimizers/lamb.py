@@ -12,8 +12,10 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lamb import LambScalars, lamb, lamb_norms
 from ..options import Options
-from ..spec import Measured, Variant
+from ..spec import Measured, State, Variant
 from ..util.trust import trust_ratio
+
+MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
 
 class LAMB(RuleOptimizer):
@@ -57,10 +59,9 @@ class LAMB(RuleOptimizer):
     """
 
     variants = (
-        Variant(lamb, ("exp_avg", "exp_avg_sq"), measure=lamb_norms),
-        Variant(lamb, ("exp_avg", "exp_avg_sq")),
+        Variant(lamb, MOMENTS, measure=lamb_norms),
+        Variant(lamb, MOMENTS),
     )
-    nonnegative = ("exp_avg_sq",)
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.laprop import LaPropScalars, laprop
 from ..options import Options
+from ..spec import State
 
 
 class LaProp(RuleOptimizer):
@@ -53,8 +54,7 @@ class LaProp(RuleOptimizer):
     """
 
     rule = laprop
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

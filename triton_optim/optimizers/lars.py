@@ -13,10 +13,10 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lars import LarsScalars, lars, lars_momentum, lars_nesterov, lars_norms, lars_norms_momentum
 from ..options import Options
-from ..spec import Measured, Variant
+from ..spec import Measured, State, Variant
 from .sgd import check_nesterov
 
-BUFFER = ("momentum_buffer",)
+BUFFER = (State("momentum_buffer"),)
 
 
 class LARS(RuleOptimizer):

@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lion import LionScalars, lion
 from ..options import Options
+from ..spec import State
 
 
 class Lion(RuleOptimizer):
@@ -47,7 +48,7 @@ class Lion(RuleOptimizer):
     """
 
     rule = lion
-    state_names = ("exp_avg",)
+    states = (State("exp_avg"),)
     counts_steps = False
 
     def __init__(

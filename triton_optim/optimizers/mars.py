@@ -20,7 +20,7 @@ from ..kernels.rules.mars import (
     mars_lion_norm,
 )
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 
 
 class MARSAdamW(RuleOptimizer):
@@ -72,8 +72,7 @@ class MARSAdamW(RuleOptimizer):
 
     rule = mars_adamw
     measure = mars_adamw_norm
-    state_names = ("exp_avg", "exp_avg_sq", "previous_grad")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True), State("previous_grad"))
 
     def __init__(
         self,
@@ -190,7 +189,7 @@ class MARSLion(RuleOptimizer):
 
     rule = mars_lion
     measure = mars_lion_norm
-    state_names = ("exp_avg", "previous_grad")
+    states = (State("exp_avg"), State("previous_grad"))
     counts_steps = False
 
     def __init__(

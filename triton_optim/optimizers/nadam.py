@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.nadam import NAdamScalars, nadam
 from ..options import Options
+from ..spec import State
 
 
 class NAdam(RuleOptimizer):
@@ -57,8 +58,7 @@ class NAdam(RuleOptimizer):
     """
 
     rule = nadam
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
     option_names = ("maximize", "foreach", "capturable", "differentiable")
 
     def __init__(

@@ -13,6 +13,7 @@ from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars
 from ..kernels.rules.nadamw import nadamw
 from ..options import Options
+from ..spec import State
 from .adam import adam_scalars
 
 
@@ -51,8 +52,7 @@ class NAdamW(RuleOptimizer):
     """
 
     rule = nadamw
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

@@ -10,10 +10,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.checks import check_betas, check_range
+from ..core.factored import wide_zeros
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.novograd import NovoGradScalars, novograd, novograd_norm
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 from ..util.in_place import write_each
 
 
@@ -58,8 +59,8 @@ class NovoGrad(RuleOptimizer):
 
     rule = novograd
     measure = novograd_norm
-    state_names = ("exp_avg",)
-    prologue_names = ("norm_sq",)
+    states = (State("exp_avg"),)
+    kept_states = (State("norm_sq", lambda p, _: wide_zeros(p, ())),)
 
     def __init__(
         self,
@@ -99,11 +100,6 @@ class NovoGrad(RuleOptimizer):
             one_minus_beta2=1 - beta2,
             eps=group["eps"],
         )
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {
-            "norm_sq": torch.zeros((), dtype=torch.promote_types(p.dtype.to_real(), torch.float32), device=p.device)
-        }
 
     def factors(self, measured: Measured) -> dict[str, Any]:
         (squares,), h = measured.sums, measured.h

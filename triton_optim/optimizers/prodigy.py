@@ -11,10 +11,10 @@ from typing_extensions import Unpack
 
 from ..core.checks import check_betas, check_positive, check_range
 from ..core.optimizer import RuleOptimizer
-from ..core.whole_model import EstimatesDistance, check_estimate, over_model, start_of
+from ..core.whole_model import EstimatesDistance, check_estimate, over_model
 from ..kernels.rules.prodigy import ProdigyScalars, prodigy, prodigy_sums
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 
 
 class Prodigy(EstimatesDistance, RuleOptimizer):
@@ -78,10 +78,13 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
 
     rule = prodigy
     measure = prodigy_sums
-    state_names = ("exp_avg", "exp_avg_sq", "s", "p0")
-    prologue_names = ("d", "d_max", "d_numerator")
-    nonnegative = ("exp_avg_sq",)
-    never_quantized = ("p0",)
+    states = (
+        State("exp_avg"),
+        State("exp_avg_sq", nonnegative=True),
+        State("s"),
+        State("p0", start="parameter", quantized=False),
+    )
+    kept_states = (State("d"), State("d_max"), State("d_numerator"))
 
     def __init__(
         self,
@@ -126,9 +129,6 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
 
     def first_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         return float(group["d0"]), float(group["d0"]), 0.0
-
-    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        return start_of(p, group) if name == "p0" else super().initial_state(name, p, group)
 
     def scalars(self, group: dict[str, Any], step: Any) -> ProdigyScalars:
         """As they are where d is 1."""

@@ -13,6 +13,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.radam import RAdamScalars, radam
 from ..options import Options
+from ..spec import State
 
 
 class RAdam(RuleOptimizer):
@@ -56,8 +57,7 @@ class RAdam(RuleOptimizer):
     """
 
     rule = radam
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
     option_names = ("maximize", "foreach", "capturable", "differentiable")
 
     def __init__(

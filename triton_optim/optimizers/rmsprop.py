@@ -19,7 +19,9 @@ from ..kernels.rules.rmsprop import (
     rmsprop_momentum,
 )
 from ..options import OwnOptions
-from ..spec import Variant
+from ..spec import State, Variant
+
+SQUARE = State("square_avg", nonnegative=True)
 
 
 class RMSprop(RuleOptimizer):
@@ -64,12 +66,11 @@ class RMSprop(RuleOptimizer):
     """
 
     variants = (
-        Variant(rmsprop, ("square_avg",)),
-        Variant(rmsprop_momentum, ("square_avg", "momentum_buffer")),
-        Variant(rmsprop_centered, ("square_avg", "grad_avg")),
-        Variant(rmsprop_centered_momentum, ("square_avg", "momentum_buffer", "grad_avg")),
+        Variant(rmsprop, (SQUARE,)),
+        Variant(rmsprop_momentum, (SQUARE, State("momentum_buffer"))),
+        Variant(rmsprop_centered, (SQUARE, State("grad_avg"))),
+        Variant(rmsprop_centered_momentum, (SQUARE, State("momentum_buffer"), State("grad_avg"))),
     )
-    nonnegative = ("square_avg",)
     option_names = ("capturable", "foreach", "maximize", "differentiable")
 
     def __init__(

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range, filled_like
+from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.rprop import RpropScalars, rprop
 from ..options import Options
+from ..spec import State
+
+
+def first_step_size(p: Tensor, group: dict[str, Any]) -> Any:
+    """The learning rate; of a tensor the step size stays a function, for who differentiates."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    one = complex(1.0, 1.0) if p.is_complex() else 1.0
+    return torch.full_like(p, one, memory_format=torch.preserve_format) * lr.reshape(())
 
 
 class Rprop(RuleOptimizer):
@@ -49,8 +60,7 @@ class Rprop(RuleOptimizer):
     """
 
     rule = rprop
-    state_names = ("prev", "step_size")
-    nonnegative = ("step_size",)
+    states = (State("prev"), State("step_size", first_step_size, nonnegative=True))
     option_names = ("foreach", "maximize", "differentiable", "capturable")
 
     def __init__(
@@ -73,12 +83,6 @@ class Rprop(RuleOptimizer):
         shrink, grow = group["etas"]
         if not 0.0 < shrink < 1.0 < grow:
             raise ValueError(f"Invalid eta values: {shrink}, {grow}. They must be 0 < etas[0] < 1 < etas[1].")
-
-    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        if name == "prev":
-            return filled_like(p, 0.0)
-        lr = group["lr"]  # of a tensor the step size stays a function, for who differentiates
-        return filled_like(p, 1.0) * lr.reshape(()) if isinstance(lr, Tensor) else filled_like(p, lr)
 
     def scalars(self, group: dict[str, Any], step: Any) -> RpropScalars:
         return RpropScalars(*group["etas"], *group["step_sizes"])

@@ -20,9 +20,7 @@ from ..kernels.rules.schedule_free import (
     schedule_free_sgd,
 )
 from ..options import Options
-from ..precision.averaging import value_of
-from ..precision.kept import current_parameter_codec
-from ..util.layout import with_local
+from ..spec import State
 from .ademamix import check_warmup
 from .ademamix import share as done
 from .radam import rectification
@@ -41,14 +39,6 @@ class _ScheduleFree(TwoPlaces):
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_range("r value", group["r"], 0.0)
         check_range("weight_lr_power value", group["weight_lr_power"], 0.0)
-
-    def initial_state(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        if name != self.z:
-            return super().initial_state(name, p, group)
-        state = self.state.get(p, {})
-        if current_parameter_codec(state, p).suffixes:
-            return with_local(p, value_of(state, p).clone(memory_format=torch.preserve_format))
-        return p.clone(memory_format=torch.preserve_format)
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         return {"weight_sum": 0.0, "lr_max": 0.0}
@@ -114,9 +104,7 @@ class ScheduleFreeAdamW(_ScheduleFree):
     """
 
     rule = schedule_free_adamw
-    state_names = ("z", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
-    never_quantized = ("z",)
+    states = (State("z", start="parameter", quantized=False), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,
@@ -208,9 +196,7 @@ class ScheduleFreeRAdam(_ScheduleFree):
     """
 
     rule = schedule_free_radam
-    state_names = ("z", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
-    never_quantized = ("z",)
+    states = (State("z", start="parameter", quantized=False), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,
@@ -301,8 +287,7 @@ class ScheduleFreeSGD(_ScheduleFree):
     """
 
     rule = schedule_free_sgd
-    state_names = ("z",)
-    never_quantized = ("z",)
+    states = (State("z", start="parameter", quantized=False),)
 
     def __init__(
         self,

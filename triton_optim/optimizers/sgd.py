@@ -12,7 +12,7 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.sgd import SGDScalars, sgd, sgd_momentum, sgd_nesterov
 from ..options import Options
-from ..spec import Variant
+from ..spec import State, Variant
 
 
 class SGD(RuleOptimizer):
@@ -55,8 +55,8 @@ class SGD(RuleOptimizer):
     option_names = ("maximize", "foreach", "differentiable", "fused")  # torch's groups have no capturable
     variants = (
         Variant(sgd, ()),
-        Variant(sgd_momentum, ("momentum_buffer",)),
-        Variant(sgd_nesterov, ("momentum_buffer",)),
+        Variant(sgd_momentum, (State("momentum_buffer"),)),
+        Variant(sgd_nesterov, (State("momentum_buffer"),)),
     )
 
     def __init__(

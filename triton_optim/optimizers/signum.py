@@ -12,7 +12,7 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.signum import SignumScalars, signsgd, signum
 from ..options import Options
-from ..spec import Variant
+from ..spec import State, Variant
 
 
 class Signum(RuleOptimizer):
@@ -46,8 +46,8 @@ class Signum(RuleOptimizer):
     Source: Bernstein et al. 2018, Algorithms 1 and 2, https://arxiv.org/abs/1802.04434.
     """
 
-    state_names = ("exp_avg",)
-    variants = (Variant(signum, ("exp_avg",)), Variant(signsgd, ()))
+    states = (State("exp_avg"),)
+    variants = (Variant(signum, (State("exp_avg"),)), Variant(signsgd, ()))
     counts_steps = False
 
     def __init__(
@@ -106,7 +106,7 @@ class Tiger(RuleOptimizer):
     """
 
     rule = signum
-    state_names = ("exp_avg",)
+    states = (State("exp_avg"),)
     counts_steps = False
 
     def __init__(

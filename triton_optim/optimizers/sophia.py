@@ -12,6 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.sophia import SophiaGScalars, sophia
 from ..options import Options
+from ..spec import State
 
 
 class SophiaG(RuleOptimizer):
@@ -59,8 +60,7 @@ class SophiaG(RuleOptimizer):
     """
 
     rule = sophia
-    state_names = ("exp_avg", "hessian")
-    nonnegative = ("hessian",)
+    states = (State("exp_avg"), State("hessian", nonnegative=True))
     counts_steps = False
 
     def __init__(

@@ -12,7 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.stable_adamw import StableAdamWScalars, stable_adamw, stable_adamw_ratio
 from ..options import Options
-from ..spec import Measured
+from ..spec import Measured, State
 
 
 class StableAdamW(RuleOptimizer):
@@ -55,8 +55,7 @@ class StableAdamW(RuleOptimizer):
 
     rule = stable_adamw
     measure = stable_adamw_ratio
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative = ("exp_avg_sq",)
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.codecs import BLOCKS, decode, encode
 from ..kernels.language import torch_form
-from ..spec import AVERAGE, COUNT, Update
+from ..spec import AVERAGE, COUNT, State, Update
 from ..util.layout import is_sharded, is_wrapper, local
 
 # The options of a group that say how something is kept.
@@ -135,25 +135,43 @@ def state_codec(optimizer: Update, group: dict[str, Any], name: str, p: Tensor, 
         return average_codec(group, p)
     target: Any = group.get("state_dtype")
     if target in STATE_CODES:
+        state = optimizer.declared[name]
         small = local(p).numel() < MIN_QUANTIZED_NUMEL or not local(p).is_contiguous() or is_wrapper(local(p))
-        if small or name in optimizer.never_quantized:
+        if small or not state.quantized:
             return plain(torch.promote_types(p.dtype, torch.float32))
-        return codes(target, name in optimizer.nonnegative)
+        return codes(target, state.nonnegative)
     if target == torch.bfloat16 and not p.is_complex():
         return stochastic(target)
     return plain(target or (current.dtypes[0] if current is not None and current.name == "plain" else p.dtype))
 
 
-def check_names(cls: type[Update]) -> None:
-    """Raise TypeError where an optimizer's states have names that are taken, or it declares what it has not."""
-    names = {name for variant in cls.variants for name in variant.state_names}
-    taken = {"step", AVERAGE, COUNT, *RESIDUALS, *(f"{name}_{SCALE}" for name in names)}
-    if both := sorted(taken & {*names, *cls.prologue_names}):
+def check_declared(cls: type[Update]) -> None:
+    """Raise TypeError where what an optimizer declares as its states is none, or has a name that is taken."""
+    rows = [("states", cls.states), ("kept_states", cls.kept_states), *(("states", v.states) for v in cls.variants)]
+    for what, row in rows:
+        if not isinstance(row, tuple) or not all(isinstance(state, State) for state in row):
+            raise TypeError(
+                f'{cls.__name__}.{what} is {row!r}; it must be a tuple of states, such as (State("exp_avg"),).'
+            )
+        for state in row:
+            if isinstance(state.start, str) and state.start != "parameter":
+                raise TypeError(
+                    f"{cls.__name__} starts its state {state.name} with {state.start!r}. Give a number, "
+                    '"parameter" for a copy of it, or a function of the parameter and its group.'
+                )
+    declared: dict[str, State] = {}
+    for state in (state for variant in cls.variants for state in variant.states):
+        if state != declared.setdefault(state.name, state):
+            raise TypeError(
+                f"{cls.__name__} has two states named {state.name}, {state} and {declared[state.name]}. Declare it "
+                "alike in all variants, or rename one."
+            )
+    kept = [state.name for state in cls.kept_states]
+    taken = {"step", AVERAGE, COUNT, *RESIDUALS, *(f"{name}_{SCALE}" for name in declared)}
+    if both := sorted(taken & {*declared, *kept}):
         raise TypeError(f"{cls.__name__} has states {both}, names of what every optimizer may keep. Rename them.")
-    for what in ("nonnegative", "never_quantized"):
-        declared = cls.__dict__.get(what, ())
-        if isinstance(declared, str) or not names.issuperset(declared):
-            raise TypeError(f"{cls.__name__}.{what} is {declared!r}; it must be a tuple of names in {sorted(names)}.")
+    if both := sorted({name for name in kept if name in declared or kept.count(name) > 1}):
+        raise TypeError(f"{cls.__name__} declares its states {both} twice. Rename one of each.")
 
 
 @cache
@@ -256,9 +274,10 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
                     f"{name}: param_precision={precision!r} is for bfloat16 and float16 parameters; parameter {i} is "
                     f"{p.dtype}, which is kept as it is. Leave param_precision out for its group."
                 )
-    if state_dtype is not None and optimizer.running_variant(group).prologue and optimizer.prologue_names:
+    if state_dtype is not None and optimizer.running_variant(group).prologue and optimizer.kept_states:
+        kept = ", ".join(state.name for state in optimizer.kept_states)
         raise RuntimeError(
-            f"{name}: {asked} is for the states of a rule; {optimizer.prologue_names} are what comes before it keeps, "
+            f"{name}: {asked} is for the states of a rule; {kept} are what comes before it keeps, "
             "in the parameter's dtype. Leave state_dtype out."
         )
     if state_dtype is not None and any(dtype.is_complex for dtype in set(map(_DTYPE, params))):

@@ -21,7 +21,7 @@ def current_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor
         return None
     if scale is None or value.is_floating_point() or value.is_complex():  # a value put in place of codes is no code
         return plain(value.dtype)
-    code = codes("int8" if scale.dtype == torch.float32 else "int4", name in optimizer.nonnegative)
+    code = codes("int8" if scale.dtype == torch.float32 else "int4", optimizer.is_nonnegative(name))
     return in_blocks(code, value.numel() * code.elements_per_item[0] // max(scale.numel(), 1))
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..core.checks import check_range
 from ..kernels.rules import wrappers as rules
+from ..spec import State
 from .decay import check_weight_decay, kept
 from .wrapper import Base, Wrapper
 
@@ -36,19 +35,13 @@ def check_nesterov(group: dict[str, Any]) -> None:
     check_range("nesterov_momentum", group["nesterov_momentum"], 0.0, 1.0)
 
 
-def copied(p: Tensor) -> Tensor:
-    """What slow weights start from."""
-    return p.clone()
-
-
 _LOOKAHEAD = Wrapper(
     "Lookahead",
     rules.lookahead,
     hyperparameters={"lookahead_steps": 5, "lookahead_alpha": 0.5},
     scalars=lookahead_scalars,
     check=check_lookahead,
-    states=("slow",),
-    initial=copied,
+    states=(State("slow", "parameter", quantized=False),),
     counts_steps=True,
     place=f"{__name__}:lookahead",
 )
@@ -58,7 +51,7 @@ _NESTEROV = Wrapper(
     hyperparameters={"nesterov_momentum": 0.9},
     scalars=nesterov_scalars,
     check=check_nesterov,
-    states=("velocity",),
+    states=(State("velocity", quantized=False),),
     takes_decay=True,
     moves_only=True,
     place=f"{__name__}:nesterov",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.optimizer import RuleOptimizer
 from ..kernels.language import jit, torch_form
 from ..kernels.straight import composed, straight
-from ..spec import Measured, Variant
+from ..spec import Measured, State, Variant
 from ..util.hyperparameters import plain_group
 
 Base = TypeVar("Base", bound=type[RuleOptimizer])
@@ -54,7 +54,7 @@ class Wrapper:
         check: raises ValueError where one is out of range.
         scalars: of a group and the number of the update, the wrapper's own by name.
         factors: of what was measured, those of them that differ between parameters.
-        states: names of states that the wrapper keeps, like the parameter and float32 at least; `initial` makes them.
+        states: those that the wrapper keeps of each parameter.
         prologue: of the gradients, what takes their place.
         takes_decay: the wrapper decays weights, and the base is told a ``weight_decay`` of 0.
         moves_only: the base is asked for its step, as if the parameter were 0.
@@ -71,8 +71,7 @@ class Wrapper:
     check: Callable[[dict[str, Any]], None] = unchecked
     scalars: Callable[[dict[str, Any], Any], dict[str, Any]] = nothing
     factors: Callable[[Measured], dict[str, Any]] = nothing
-    states: tuple[str, ...] = ()
-    initial: Callable[[Tensor], Tensor] = torch.zeros_like
+    states: tuple[State, ...] = ()
     prologue: Callable[[Tensor], Tensor] | None = None
     takes_decay: bool = False
     moves_only: bool = False
@@ -101,16 +100,16 @@ class Wrapper:
 
     def variant(self, base: Variant) -> Variant:
         """One way to run, of one of the base's."""
-        names, measure = base.state_names, base.measure
+        names, own, measure = base.state_names, [state.name for state in self.states], base.measure
         if self.measure is not None:
-            measure = composed(self.measure, base.rule, names, self.states, self.prefix)
+            measure = composed(self.measure, base.rule, names, own, self.prefix)
         elif measure is not None and self.states:
-            measure = composed(passed, measure, names, self.states, self.prefix)
+            measure = composed(passed, measure, names, own, self.prefix)
         rule = base.rule
         if self.rule is not None:
-            rule = composed(self.rule, rule, names, self.states, self.prefix)
+            rule = composed(self.rule, rule, names, own, self.prefix)
         prologue = base.prologue or self.prologue is not None
-        return Variant(rule, (*names, *self.states), prologue, measure=measure)
+        return Variant(rule, (*base.states, *self.states), prologue, measure=measure)
 
 
 class OwnDefaults(RuleOptimizer):
@@ -140,7 +139,7 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
         wrapper.refuse(base, "its rule never sees the gradient, but what a prologue makes of it")
     if wrapper in base.__dict__.get("wrappers", ()):
         wrapper.refuse(base, "it is already")
-    if both := [name for variant in base.variants for name in variant.state_names if name in wrapper.states]:
+    if both := [state.name for state in wrapper.states if state.name in {*base.declared, *base.kept_names}]:
         wrapper.refuse(base, f"both keep {both[0]}")
     given = [*inspect.signature(base.__init__).parameters.values()]
     own = dict(wrapper.hyperparameters)
@@ -180,11 +179,6 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
             return {wrapper.prefix + name: values for name, values in wrapper.factors(measured).items()}
         return inner.factors(self, measured._replace(group=told(measured.group)))  # type: ignore[no-any-return]
 
-    def initial_state(self: Any, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        if name not in wrapper.states:
-            return inner.initial_state(self, name, p, group)  # type: ignore[no-any-return]
-        return wrapper.initial(p.detach())
-
     def check_parameter(self: Any, index: int, p: Tensor, group: dict[str, Any]) -> None:
         inner.check_parameter(self, index, p, group)
         of = base.variants[type(self).variants.index(self.variant(group))]
@@ -199,13 +193,10 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
         "__module__": base.__module__,
         "variants": variants,
         "wrappers": (*base.__dict__.get("wrappers", ()), wrapper),
-        "nonnegative": base.nonnegative,
-        "never_quantized": (*base.never_quantized, *wrapper.states),
         "counts_steps": base.counts_steps or wrapper.counts_steps,
         "scalars": scalars,
         "check_hyperparameters": check_hyperparameters,
         "check_parameter": check_parameter,
-        "initial_state": initial_state,
         "factors": factors,
         "__init__": __init__,
         "__reduce_ex__": lambda self, protocol: (unpickled, (wrapper.place or wrapper, base), self.__getstate__()),
@@ -238,7 +229,7 @@ def prologue_of(wrapper: Wrapper, base: type[RuleOptimizer]) -> Any:
 def check_additive(wrapper: Wrapper, base: type[RuleOptimizer], variant: Variant, h: Any) -> None:
     """Raise TypeError where what a rule adds to a parameter depends on the parameter."""
     random = torch.Generator().manual_seed(0)
-    p, g, *states = torch.rand(2 + len(variant.state_names), 8, generator=random, dtype=torch.float64, device="cpu")
+    p, g, *states = torch.rand(2 + len(variant.states), 8, generator=random, dtype=torch.float64, device="cpu")
     function = torch_form(straight(variant.rule))
     at_zero, at_p = function(torch.zeros_like(p), g, *states, h), function(p, g, *states, h)
     moves = zip(at_zero, (at_p[0] - p, *at_p[1:]), strict=True)

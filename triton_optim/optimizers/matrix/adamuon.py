@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
-from ...util.factored import averaged
+from ...spec import State
 from ...util.layout import gathered, placed_as
 from .muon import Muon, uses_muon
 
@@ -66,7 +67,7 @@ class AdaMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
-    prologue_names = ("momentum_buffer", "second_momentum_buffer")
+    kept_states = (*Muon.kept_states, State("second_momentum_buffer"))
     signed = True
 
     def __init__(
@@ -99,10 +100,6 @@ class AdaMuon(Muon):
         if uses_muon(group):
             check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        second = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return super().prologue_state(p, group) | {"second_momentum_buffer": second}
 
     def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
         return [1.0] * len(params)

@@ -15,7 +15,7 @@ from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
-from ...spec import Variant
+from ...spec import State, Variant
 from ...util.layout import gathered, placed_as
 from ..adam import AdamW, adam_scalars
 from .newton_schulz import newton_schulz, triples
@@ -93,11 +93,13 @@ class Muon(RuleOptimizer):
     https://arxiv.org/abs/2505.16932. The momentum is torch's, an average.
     """
 
-    variants = (Variant(muon, (), prologue=True), Variant(adamw, ("exp_avg", "exp_avg_sq")))
-    nonnegative = ("exp_avg_sq",)
+    variants = (
+        Variant(muon, (), prologue=True),
+        Variant(adamw, (State("exp_avg"), State("exp_avg_sq", nonnegative=True))),
+    )
     counts_steps = False
     option_names = ()
-    prologue_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
 
     def __init__(
@@ -170,9 +172,6 @@ class Muon(RuleOptimizer):
         if uses_muon(group):
             return MuonScalars(lr=group["lr"], keep=1 - group["lr"] * group["weight_decay"])
         return adam_scalars(group, step, decoupled=True)
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
 
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]

@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.factored import averaged, means, wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
-from ...util.factored import averaged, means
+from ...spec import State
 from .muon import Muon, uses_muon
 
 TINY = 1e-10  # the authors'
@@ -64,7 +65,7 @@ class NorMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
-    prologue_names = ("momentum_buffer", "second_momentum_buffer")
+    kept_states = (*Muon.kept_states, State("second_momentum_buffer", lambda p, _: wide_zeros(p, (len(p), 1))))
 
     def __init__(
         self,
@@ -98,11 +99,6 @@ class NorMuon(Muon):
         if uses_muon(group):
             check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
-
-    def prologue_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        rows = torch.zeros((len(p), 1), dtype=dtype, device=p.device)  # every rank keeps all: they are few
-        return super().prologue_state(p, group) | {"second_momentum_buffer": rows}
 
     def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
         return [1.0] * len(params)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .in_place import write_each
+from ..spec import State
+from ..util.in_place import write_each
 
 ONE_BY_ONE = ("cpu",)
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -50,15 +51,23 @@ def means(tensors: Tensors, dim: int) -> tuple[Tensor, ...]:
     return torch._foreach_div(sums, [float(max(x.shape[dim], 1)) for x in tensors])
 
 
-def factored_states(p: Tensor, name: str) -> dict[str, Tensor]:
-    """The states of :func:`inverse_roots`, 0: of a vector one, of more dimensions those of the rows and the columns.
-    Float32 at least: a 16-bit mean stands still. Of a sharded parameter every rank keeps all, they are small.
+def wide_zeros(p: Tensor, shape: Sequence[int]) -> Tensor:
+    """A state of this shape, 0, beside the parameter. Float32 at least: a 16-bit mean stands still. Of a sharded
+    parameter every rank keeps all, as such states are small.
     """
-    shapes = {name: p.shape}
-    if p.dim() >= 2:
-        shapes = {f"{name}_row": p.shape[:-1], f"{name}_col": p.shape[:-2] + p.shape[-1:]}
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    return {part: torch.zeros(shape, dtype=dtype, device=p.device) for part, shape in shapes.items()}
+    return torch.zeros(shape, dtype=torch.promote_types(p.dtype.to_real(), torch.float32), device=p.device)
+
+
+def factored_states(name: str, vectors: bool = True) -> tuple[State, ...]:
+    """The states of :func:`inverse_roots`: of a vector one, of more dimensions those of the rows and the columns.
+
+    Args:
+        vectors: whether vectors have one.
+    """
+    whole = State(name, lambda p, _: wide_zeros(p, p.shape) if p.dim() < 2 else None)
+    rows = State(f"{name}_row", lambda p, _: wide_zeros(p, p.shape[:-1]) if p.dim() >= 2 else None)
+    columns = State(f"{name}_col", lambda p, _: wide_zeros(p, p.shape[:-2] + p.shape[-1:]) if p.dim() >= 2 else None)
+    return (whole, rows, columns) if vectors else (rows, columns)
 
 
 def inverse_roots(squares: list[Tensor], states: list[dict[str, Any]], name: str, weight: Any) -> list[Tensor]:
