@@ -11,9 +11,9 @@ from torch.nn import Parameter
 from triton_optim.kernels.language import jit
 
 import triton_optim
+from triton_optim.core import factored
 from triton_optim.engine import entries
 from triton_optim.spec import State
-from triton_optim.util import factored
 
 
 class DescentScalars(NamedTuple):
