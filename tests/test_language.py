@@ -38,7 +38,7 @@ import triton_optim
 from triton_optim import RuleOptimizer
 from triton_optim.backends.cpp import bucket as cpp_backend
 from triton_optim.backends.cpp import build_ahead
-from triton_optim.backends.cpp import source as cpp_source
+from triton_optim.backends.cpp import translation as cpp_translation
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
 UNARY = ["abs", "exp", "floor", "log", "sign", "sqrt"]
@@ -289,7 +289,7 @@ def _through_ints(parts, CODEC):
 def in_place_of_the_codecs(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     """Nothing that is made of them is kept."""
     for name, function in functions.items():
-        monkeypatch.setattr(cpp_source, name, function)
+        monkeypatch.setattr(cpp_translation, name, function)
     for name in ("source", "step_of"):
         monkeypatch.setattr(cpp_backend, name, getattr(cpp_backend, name).__wrapped__)
     monkeypatch.setattr(build_ahead, "start", lambda *_: None)
