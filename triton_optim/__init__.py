@@ -52,6 +52,7 @@ from .spec import State, Variant
 from .training.amp import GradScaler
 from .training.clipping import clip_grad_norm_, clip_grad_value_
 from .training.gradient_release import GradientRelease, enable_gradient_release
+from .training.mup import mup_param_groups
 from .wrappers import (
     Wrapper,
     cautious,
@@ -138,6 +139,7 @@ __all__ = [
     "master_state_dict",
     "memory_report",
     "muon_param_groups",
+    "mup_param_groups",
     "nesterov",
     "to_torch_state_dict",
 ]
