@@ -156,6 +156,17 @@ def test_codecs_clipping_averages_and_device_numbers(row: Row, backend: str) -> 
         torch.testing.assert_close(ends[0].state[ours]["ema"], ends[1].state[theirs]["ema"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [lookahead(triton_optim.SGD), triton_optim.ScheduleFreeSGD], ids=lambda k: k.__name__)
+def test_copies_of_a_parameter_have_what_its_rounding_left(kind: Any, backend: str) -> None:
+    p = Parameter(torch.ones(40, dtype=torch.bfloat16))
+    optimizer = kind([p], lr=0.0, param_precision="kahan", state_dtype=torch.float32, backend=backend)
+    optimizer.state[p]["compensation"] = torch.full_like(p, 2.0**-12, requires_grad=False)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    (copied,) = (optimizer.state[p][name] for name in ("slow", "z") if name in optimizer.state[p])
+    assert torch.equal(copied, torch.full((40,), 1 + 2.0**-12))
+
+
 def test_they_compose(backend: str) -> None:
     kind = lookahead(cautious(triton_optim.Lion))
     optimizer, told = trained(
