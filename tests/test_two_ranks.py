@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 import triton_optim as to
@@ -249,3 +250,30 @@ def test_checkpoint_round_trip(full, ranks, backend, tmp_path):
         assert len(placed) == 8
         assert lr == 0.05
         assert resumed == straight
+
+
+def strided_shards(mesh):
+    """Norms of a matrix in strided shards, which FSDP makes of what tensor parallel has cut."""
+    rank = mesh.get_local_rank()
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    placed, own = (_StridedShard(0, split_factor=1), Shard(0)), slice(2 * rank, 2 * rank + 2)
+    start, g = torch.ones(4, 3), torch.arange(12.0).reshape(4, 3)
+
+    def there(full):
+        return DTensor.from_local(full[own].clone(), mesh, placed, run_check=False, shape=(4, 3), stride=(3, 1))
+
+    p, twin, norms = Parameter(there(start)), Parameter(start.clone()), []
+    for kind in (2.0, math.inf):
+        p.grad = there(g)
+        norms.append(to.clip_grad_norm_([p], 1e9, kind).item())
+    for optimizer in (to.LAMB([p], lr=0.1, max_grad_norm=1e9), to.LAMB([twin], lr=0.1)):
+        p.grad, twin.grad = there(g), g.clone()
+        optimizer.step()
+        norms += [optimizer.grad_norm.item()] if optimizer.grad_norm is not None else []
+    return norms, (p.detach().to_local() - twin.detach()[own]).abs().max().item()
+
+
+def test_strided_shards_are_counted_on_every_rank(ranks):
+    for norms, apart in ranks.run(strided_shards):
+        np.testing.assert_allclose(norms, [506**0.5, 11.0, 506**0.5], rtol=1e-6)
+        assert apart < 1e-6

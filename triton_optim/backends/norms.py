@@ -13,7 +13,7 @@ from torch import Tensor
 from ..buckets.gradient_norm import Norm, eager_partial_norms, on_one_device
 from ..dispatch import Backend, LaunchError, Request, choose, next_best, this_machine
 from ..util.cpp_build import BuildError
-from ..util.layout import is_sharded, layout
+from ..util.layout import is_sharded, layout, split_over
 from ..util.once import warn_once
 
 # What takes the norm where a backend failed in this process; it is not tried again.
@@ -79,7 +79,7 @@ def over_shards(params: Sequence[Tensor], gradients: Sequence[Tensor], norm: Nor
     groups: dict[Any, list[Tensor]] = {}
     for p, g in zip(params, gradients, strict=True):
         own: Any = p
-        groups.setdefault((own.device_mesh, tuple(own.placements)) if is_sharded(p) else None, []).append(g)
+        groups.setdefault((own.device_mesh, *split_over(p)) if is_sharded(p) else None, []).append(g)
     found = []
     for where, tensors in groups.items():
         rows = on_one_device(partial_norms([t for t in tensors if t.numel()], norm), tensors[0].device)
@@ -90,11 +90,10 @@ def over_shards(params: Sequence[Tensor], gradients: Sequence[Tensor], norm: Nor
         row = torch.stack((rows[:, 0].amax() if largest else rows[:, 0].sum(), rows[:, 1].sum()))
         if largest:  # MAX may lose a NaN, which goes beside it
             row = torch.stack((row[0].nan_to_num(0.0, math.inf), row[1], row[0].isnan().to(row.dtype)))
-        mesh, placements = where
-        for dim, placement in enumerate(placements):
-            if placement.is_shard():
-                operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
-                torch.distributed.all_reduce(row, operation, group=mesh.get_group(dim))
+        mesh, *dims = where
+        for dim in dims:
+            operation = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
+            torch.distributed.all_reduce(row, operation, group=mesh.get_group(dim))
         if largest:
             row = torch.stack((row[0].masked_fill(row[2] != 0, math.nan), row[1]))
         found.append(row.view(1, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..buckets.bucket import Bucket
 from ..spec import Measured, Update
 from ..util.hyperparameters import plain_group
-from ..util.layout import is_sharded
+from ..util.layout import is_sharded, split_over
 
 
 def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
@@ -104,10 +104,9 @@ def over_shards(buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tenso
         every += [(m.index, m.p, b, i) for i, m in enumerate(bucket.slots) if is_sharded(m.p)]
     alike: dict[Any, list[tuple[int, int]]] = {}
     for _, p, b, i in sorted(every, key=lambda one: one[0]):
-        alike.setdefault((p.device_mesh, tuple(p.placements)), []).append((b, i))
+        alike.setdefault((p.device_mesh, *split_over(p)), []).append((b, i))
     new = [found.clone() for found in sums]
-    for (mesh, placements), positions in alike.items():
-        dims = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+    for (mesh, *dims), positions in alike.items():
         whole = torch.stack([sums[b][i] for b, i in positions])
         for dim in dims:
             torch.distributed.all_reduce(whole, group=mesh.get_group(dim))

@@ -41,6 +41,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def split_over(tensor: Tensor) -> list[int]:
+    """The dimensions of a DTensor's mesh over which its elements are split: of any kind of shard, as the strided ones
+    that tensor parallel and FSDP make together say that they are none.
+    """
+    own: Any = tensor
+    return [dim for dim, kind in enumerate(own.placements) if not (kind.is_replicate() or kind.is_partial())]
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of `tensor` on this process, outside autograd and DTensor dispatch; an ordinary tensor is its own."""
     if type(tensor) in ORDINARY:
