@@ -391,8 +391,6 @@ def refused(cls: Any, p: Tensor, says: str, **options: Any) -> None:
         (triton_optim.AdamW, torch.float32, {"state_dtype": torch.int8}, "Invalid state_dtype"),
         (triton_optim.AdamW, torch.float32, {"state_dtype": "int5"}, "Invalid state_dtype: 'int5'. Use .*int8"),
         (triton_optim.AdamW, BF16, {"param_precision": "exact"}, "Invalid param_precision: 'exact'. Use .*split24"),
-        (triton_optim.AdamW, torch.float32, {"param_precision": "split32"}, "parameter 0 is torch.float32"),
-        (triton_optim.AdamW, torch.float32, {"param_precision": "stochastic"}, "parameter 0 is torch.float32"),
         (triton_optim.AdamW, torch.complex64, {"state_dtype": "int8"}, "complex"),
         (triton_optim.AdamW, torch.complex64, {"state_dtype": BF16}, "complex"),
         (triton_optim.AdamW, BF16, {"param_precision": "kahan", "differentiable": True}, "derivative"),
@@ -403,6 +401,42 @@ def refused(cls: Any, p: Tensor, says: str, **options: Any) -> None:
 )
 def test_refused(cls: Any, dtype: torch.dtype, options: dict[str, Any], says: str) -> None:
     refused(cls, torch.ones(64, 64, dtype=dtype), says, **options)
+
+
+@pytest.mark.parametrize("precision", ["stochastic", "kahan", "split24", "split32", "master"])
+def test_wide_parameters_beside_those_that_are_rounded_stay_as_they_are(precision: str, backend: str) -> None:
+    """As adapters in float32 on a model in bfloat16."""
+    torch.manual_seed(0)
+    narrow, wide = Parameter(torch.randn(4099).to(BF16)), Parameter(torch.randn(64, 80))
+    twin = Parameter(wide.detach().clone())
+    optimizer = triton_optim.AdamW([narrow, wide], lr=0.1, param_precision=precision, backend=backend)
+    plain = triton_optim.AdamW([twin], lr=0.1, backend=backend)
+    for step in range(3):
+        torch.manual_seed(step)
+        narrow.grad = torch.randn(4099).to(BF16)
+        wide.grad = twin.grad = torch.randn(64, 80)
+        optimizer.step()
+        plain.step()
+    assert torch.equal(wide, twin)
+    assert sorted(optimizer.state[wide]) == sorted(plain.state[twin])
+    rows = {str(row.dtypes["p"]): row for row in triton_optim.explain(optimizer)}
+    assert rows["torch.float32"].kept == {}
+    assert rows["torch.bfloat16"].kept == {"p": f"bfloat16 {precision}"}
+    assert f"p bfloat16 {precision}, g bfloat16, exp_avg bfloat16" in repr(triton_optim.explain(optimizer))
+    assert triton_optim.memory_report(optimizer).corrections == {
+        "stochastic": 0, "kahan": 2, "split24": 1, "split32": 2, "master": 4
+    }[precision] * 4099  # fmt: skip
+
+
+def test_parameters_that_become_narrow_after_the_optimizer_was_made() -> None:
+    """As trainers do that make a model bfloat16 once all is set up."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8, bias=False)
+    optimizer = triton_optim.AdamW(model.parameters(), lr=1e-4, param_precision="kahan", backend="eager")
+    model.to(BF16)
+    model.weight.grad = torch.ones(8, 8, dtype=BF16)
+    optimizer.step()
+    assert optimizer.state[model.weight]["compensation"].dtype == BF16
 
 
 def test_a_sparse_gradient_is_refused_where_more_is_kept() -> None:

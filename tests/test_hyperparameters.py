@@ -129,7 +129,6 @@ WRONG: list[tuple[str, str, Any]] = [
     ("AdamW", "ema_decay", -1),
     ("AdamW", "state_dtype", "int16"),
     ("AdamW", "param_precision", "bogus"),
-    ("AdamW", "param_precision", "master"),  # of float32 parameters
     ("Adam", "betas", (torch.tensor(0.9), 0.99)),
     ("SGD", "momentum", -0.5),
     ("SGD", "nesterov", True),

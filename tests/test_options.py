@@ -5,6 +5,7 @@ import pydoc
 import subprocess
 import sys
 import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.dispatch import BACKENDS
-from triton_optim.options import LINES, OPTIONS, Options
+from triton_optim.options import DTYPES, LINES, OPTIONS, Options
 from triton_optim.precision.codecs import PARAM_PRECISIONS, STATE_CODES
 
 SGD = triton_optim.SGD.variants[0].rule
@@ -77,7 +78,8 @@ def test_types_have_the_values_that_there_are() -> None:
     assert {name: found for name, found in words.items() if found} == {
         "backend": {"auto", *BACKENDS},
         "param_precision": set(PARAM_PRECISIONS),
-        "state_dtype": set(STATE_CODES),
+        "state_dtype": {*STATE_CODES, *DTYPES},
+        "ema_dtype": {*DTYPES},
         "amp": {"fused"},
     }
 
@@ -297,3 +299,28 @@ def test_mypy_knows_the_options(tmp_path: Path) -> None:
     expected = ["state_dtype", "maximize", "foreach", "fused", "ema_decay", "'tirton'", "seed"]
     assert len(errors) == len(expected), done.stdout + done.stderr
     assert all(word in error for word, error in zip(expected, errors, strict=True)), errors
+
+
+@pytest.mark.parametrize(("name", "value"), [("backend", "eager"), ("amp", "fused"), ("max_grad_norm", 1.0)])
+def test_a_group_has_no_option_of_the_whole_optimizer(name: str, value: Any) -> None:
+    group = {"params": [Parameter(torch.zeros(2))], name: value}
+    says = f"AdamW has {name}=.*is of the whole optimizer. Give it to the constructor: AdamW.groups, {name}="
+    with pytest.raises(ValueError, match=says):
+        triton_optim.AdamW([group])
+    optimizer = triton_optim.AdamW([Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match=says):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_with_a_key_that_is_nearly_an_option() -> None:
+    with pytest.warns(RuntimeWarning, match="has statedtype='int8', which nothing reads. If state_dtype was meant"):
+        triton_optim.AdamW([{"params": [Parameter(torch.zeros(2))], "statedtype": "int8"}])
+
+
+def test_a_group_keeps_what_is_the_users() -> None:
+    own = {"name": "decoder", "initial_lr": 0.1, "lr_scale": 0.5, "max_lr": 1.0, "lr_mult": 1, "layer": 3, "wd": 0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = triton_optim.AdamW([{"params": [Parameter(torch.zeros(2))], **own}])
+    assert optimizer.param_groups[0].items() >= own.items()

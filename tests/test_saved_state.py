@@ -182,6 +182,12 @@ def test_a_state_that_is_never_quantized(state_dtype: str, backend: str, device:
     assert to.memory_report(opt).states["ax"] == 4 * params[0].numel()
 
 
+def test_frozen_parameters_are_not_in_a_report() -> None:
+    frozen, trained_one = Parameter(torch.zeros(100), requires_grad=False), Parameter(torch.zeros(8))
+    report = to.memory_report(to.AdamW([frozen, trained_one]))
+    assert (report.parameters, report.weights, report.total) == (8, 32, 4 * 32)
+
+
 def test_an_author_says_what_is_never_quantized() -> None:
     class Kept(Nonnegative):
         states = (State("exp_avg", quantized=False), State("exp_avg_sq", nonnegative=True))
@@ -405,6 +411,27 @@ def test_a_probe_with_gradient_release(dcp: Any, device: Any) -> None:
     check_probe(
         dcp, lambda params: to.AdamW(params, lr=0.01, backend="eager", **PROBED["master"]), device, released=True
     )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"], ids=str)
+def test_dtypes_are_given_and_saved_by_their_names(dtype: Any, dcp: Any, device: Any) -> None:
+    model = half_model(device)
+    opt = to.AdamW(model.parameters(), state_dtype=dtype, ema_decay=0.5, ema_dtype=dtype, backend="eager")
+    train(list(model.parameters()), opt, range(1))
+    assert {opt.param_groups[0][name] for name in ("state_dtype", "ema_dtype")} == {torch.bfloat16}
+    assert {opt.state_dict()["param_groups"][0][name] for name in ("state_dtype", "ema_dtype")} == {"bfloat16"}
+    assert opt.state[model.weight]["ema"].dtype == torch.bfloat16
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = dcp.get_optimizer_state_dict(model, opt, options=options)
+    again = half_model(device)
+    other = to.AdamW(again.parameters(), state_dtype="bfloat16", ema_decay=0.5, ema_dtype="bfloat16", backend="eager")
+    again.load_state_dict(model.state_dict())
+    dcp.set_optimizer_state_dict(again, other, saved, options=options)
+    assert_same_optimizers(other, opt)
+    opt.param_groups[0]["state_dtype"] = "float32"
+    train(list(model.parameters()), opt, range(1, 2))
+    assert opt.state[model.weight]["exp_avg"].dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

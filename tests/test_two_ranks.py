@@ -17,10 +17,11 @@ from table import CASES, KINDS, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 import triton_optim as to
 
@@ -277,3 +278,48 @@ def test_strided_shards_are_counted_on_every_rank(ranks):
     for norms, apart in ranks.run(strided_shards):
         np.testing.assert_allclose(norms, [506**0.5, 11.0, 506**0.5], rtol=1e-6)
         assert apart < 1e-6
+
+
+def message_of(function):
+    """What it raises."""
+    try:
+        function()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def wrapped_by_others(mesh):
+    """What is said where others average the gradients, or hand out parts of the parameters."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch.jit
+
+    x, said = torch.ones(2, 3), []
+    net = DistributedDataParallel(network())
+    opt = to.SGD(net.parameters(), lr=0.1)
+    handle = to.enable_gradient_release(opt)
+    said.append(message_of(lambda: net(x).sum().backward()))
+    handle.remove()
+    net.zero_grad()
+    net(x).sum().backward()
+    opt.step()  # as ever
+    zero = ZeroRedundancyOptimizer(net.parameters(), to.AdamW, lr=0.1, max_grad_norm=1.0)
+    said.append(message_of(zero.step))
+    plain = to.AdamW(net.parameters(), lr=0.1, max_grad_norm=1.0)  # which sees all
+    said.append(message_of(plain.step))
+    flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+    opt = to.AdamW(flat.parameters(), lr=0.1, max_grad_norm=1.0)
+    flat(x).sum().backward()
+    said.append(message_of(opt.step))
+    opt.max_grad_norm = None
+    said.append(message_of(opt.step))
+    return said
+
+
+def test_what_others_do_to_gradients_and_parameters_is_refused(ranks):
+    for released, share, whole, flat, unlimited in ranks.run(wrapped_by_others):
+        assert "are in DistributedDataParallel" in released
+        assert "remove() the handle" in released
+        assert "max_grad_norm=1.0" in share
+        assert "ZeroRedundancyOptimizer" in share
+        assert "FullyShardedDataParallel" in flat
+        assert (whole, unlimited) == ("", "")

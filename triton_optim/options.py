@@ -11,19 +11,20 @@ from typing import Any, Literal, TypedDict, get_type_hints
 import torch
 
 from .dispatch import Backend
+from .util.once import warn_once
 
 
 class OwnOptions(TypedDict, total=False):
     """The options that torch's constructors don't take by position: those of this package, and `fused`."""
 
     fused: bool | None
-    state_dtype: torch.dtype | Literal["int8", "int4"] | None
+    state_dtype: torch.dtype | Literal["float32", "bfloat16", "int8", "int4"] | None
     param_precision: Literal["storage", "stochastic", "kahan", "split24", "split32", "master"]
     seed: int
     amp: Literal["fused"] | None
     max_grad_norm: float | None
     ema_decay: float | None
-    ema_dtype: torch.dtype | None
+    ema_dtype: torch.dtype | Literal["float32", "bfloat16"] | None
     ema_warmup: bool
     backend: Literal["auto", Backend]
 
@@ -48,12 +49,14 @@ class Options(OptionsAfterForeach, total=False):
     state_dtype: keep the states in float32, bfloat16, "int8" or "int4"; None for the parameter's dtype.
         ``torch.bfloat16`` has stochastic rounding. ``"int8"`` and ``"int4"`` are codes that share a scale, 256 and 64
         of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of others
-        are float32. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
+        are float32. A dtype may be given by its name, ``"bfloat16"``. A group option, too:
+        ``{"params": ..., "state_dtype": None}`` exempts a group.
     param_precision: how 16-bit parameters are rounded, and whether what rounding leaves is kept.
         ``"storage"`` rounds to the nearest, and loses updates of less than half a step; ``"stochastic"`` rounds up or
         down so that the mean is exact; the others keep what rounding leaves, beside the parameter: ``"kahan"`` in its
         dtype, ``"split24"`` in 8 more bits, with stochastic rounding, ``"split32"`` in 16, with which a bfloat16
-        parameter is an exact float32, and ``"master"`` a float32 copy.
+        parameter is an exact float32, and ``"master"`` a float32 copy. Wider parameters stay as they are: the group of
+        a model that becomes bfloat16 later, or that is so in part, may have it.
     seed: an int that the random bits of stochastic rounding depend on.
         They depend on the number of the update, too, on the index of the parameter among the optimizer's and on that of
         the element, and on nothing else.
@@ -90,6 +93,9 @@ OPTIONS: dict[str, Any] = {
     "ema_warmup": False,
     "backend": "auto",
 }
+DTYPE_OPTIONS = ("state_dtype", "ema_dtype")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OF_ALL = ("amp", "max_grad_norm", "backend")  # no group has one of its own
 # With ``python -OO`` there are none.
 LINES = re.findall(r"^\w+: .*$", inspect.cleandoc(Options.__doc__ or ""), re.MULTILINE)
 SECTION = "\n    ".join(["Options, of which :class:`triton_optim.Options` says more:", *LINES])
@@ -126,6 +132,38 @@ def check_known(cls: type, options: Mapping[str, Any]) -> None:
             near = get_close_matches(name.lower(), known, 1)
             fix = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
             raise TypeError(f"{cls.__name__} got an unexpected keyword argument: {name}={value!r}. {fix}")
+
+
+def check_group_keys(optimizer: Any, group: Mapping[str, Any]) -> None:
+    """Look at what a parameter group holds beside hyperparameters. Keys of the user's own are theirs.
+
+    Raises:
+        ValueError: one is an option of the whole optimizer, which has another value there.
+    """
+    known, title = {*optimizer.defaults, *OPTIONS}, type(optimizer).__name__
+    for name, value in group.items():
+        if name in OF_ALL and value != getattr(optimizer, name):
+            raise ValueError(
+                f"a parameter group of {title} has {name}={value!r}, which is of the whole optimizer. Give it to the "
+                f"constructor: {title}(groups, {name}={value!r})."
+            )
+        if name not in known and (near := get_close_matches(name.lower(), known, 1, 0.85)):
+            warn_once(
+                f"a parameter group of {title} has {name}={value!r}, which nothing reads. If {near[0]} was meant, "
+                "rename it."
+            )
+
+
+def hold_dtypes(options: dict[str, Any]) -> None:
+    """Put dtypes in the place of their names, which files of settings have."""
+    for name in DTYPE_OPTIONS:
+        if isinstance(value := options.get(name), str):
+            options[name] = DTYPES.get(value.removeprefix("torch."), value)
+
+
+def saved_dtype(value: Any) -> Any:
+    """A hyperparameter as it is saved: torch's tools for distributed checkpoints know no dtypes."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def check_options(options: Mapping[str, Any]) -> None:

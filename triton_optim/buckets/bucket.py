@@ -102,7 +102,7 @@ class Bucket(Memory):
         """Sort the parameters by group and key; those of one step group have been counted alike."""
         members_of: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.slots, keys, strict=True)):
-            members_of.setdefault((m.group, key), []).append(i)
+            members_of.setdefault((m.group, m.alone, key), []).append(i)
         numbers, groups = self._numbers(), self.optimizer.param_groups
         self.step_groups = [
             StepGroup(
@@ -113,7 +113,7 @@ class Bucket(Memory):
                 own,
                 self.key.capturable,
             )
-            for (group, _), own in members_of.items()
+            for (group, *_), own in members_of.items()
         ]
         self.group_of = [0] * len(self.slots)
         for number, step_group in enumerate(self.step_groups):

@@ -27,11 +27,12 @@ _CODES = {torch.float32: "f", torch.float64: "d"}
 class ParamSlot:
     """A parameter in a plan."""
 
-    __slots__ = ("begins", "given", "group", "index", "numbers", "p", "state")
+    __slots__ = ("alone", "begins", "given", "group", "index", "numbers", "p", "state")
 
     def __init__(self, optimizer: Update, index: int, group: int, p: Tensor) -> None:
         self.index, self.group, self.p = index, group, p
         self.given: set[str] = set()  # the numbers that were tensors before: a user who holds one sees it updated
+        self.alone = 0  # not 0 where its numbers are in memory that processes share: they stay there, with no others
         self.state: dict[str, Any] = optimizer.state.get(p, WatchedState())
         own_group = optimizer.param_groups[group]
         # Of a rule that does not count its steps all that matters is whether it has made one: its states say so, not
@@ -75,6 +76,8 @@ class ParamSlot:
             if isinstance(held, Tensor):
                 held = held.to(device, dtype)
                 held = held.reshape(()) if held.dim() else held
+                if device == CPU and held.is_shared():  # type: ignore[no-untyped-call]
+                    self.alone = id(self)
                 if not (id(held) in begun or held.is_inference() or held.requires_grad):
                     begun[id(held)] = held  # another parameter's is another
                     self.given.add(name)
@@ -151,9 +154,11 @@ class StepGroup:
             first = slots[0].state.get(name)
             if isinstance(first, Tensor) and not requires_grad(numbers.get(name)):
                 with torch.inference_mode(False):  # later steps may be made outside of it
-                    column = self.columns[name] = first.detach().expand(len(slots)).clone()
+                    shared = slots[0].alone and first.is_shared()  # type: ignore[no-untyped-call]
+                    column = first.detach().view(1) if shared else first.detach().expand(len(slots)).clone()
+                self.columns[name] = column
                 here = column.device == CPU and not captured  # what is written past torch is in no graph
-                for m, own in zip(slots, column.unbind(), strict=True):
+                for m, own in zip(slots, () if shared else column.unbind(), strict=not shared):
                     if here and name in m.given:
                         m.state[name].data = own
                     else:

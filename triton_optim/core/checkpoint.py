@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..buckets.state import WatchedState
 from ..buckets.step_scalars import scalar_state_dtype
-from ..options import OPTIONS
+from ..options import OPTIONS, saved_dtype
 from ..precision.codecs import PRECISION
 from ..spec import Update
 from ..util.devices import moved
@@ -33,7 +33,8 @@ def packed(optimizer: Update) -> dict[str, Any]:
             own if numbers_of.keys().isdisjoint(own) else {p: i for p, i in own.items() if p not in numbers_of}
         )
         numbers = list(own.values()) if len(numbers_of) == end else [numbers_of[id(p)] for p in params]
-        groups.append({name: value for name, value in group.items() if name != "params"} | {"params": numbers})
+        kept = {name: saved_dtype(value) for name, value in group.items() if name != "params"}
+        groups.append(kept | {"params": numbers})
         start = end
     keys: list[Any] = list(map(numbers_of.get, map(id, optimizer.state)))
     if None in keys:

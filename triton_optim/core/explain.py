@@ -12,6 +12,7 @@ from ..backends.costs import cost
 from ..buckets.key import Key
 from ..buckets.slots import ParamSlot
 from ..engine.entries import entries_of, sort_params
+from ..precision.codecs import Codec
 from ..util.layout import local
 from ..util.table import table
 from .optimizer import RuleOptimizer
@@ -27,6 +28,7 @@ class BucketReport:
     tensors: int
     elements: int
     dtypes: dict[str, torch.dtype]  # a role: "p", "g" and the states' names
+    kept: dict[str, str]  # the same, where it is more than a dtype: "bfloat16 kahan", "int8"
     launches: int  # kernels, compiled calls or torch operations a step
     bytes_per_parameter: float  # read and written, a step
 
@@ -58,7 +60,9 @@ class Explanation(Sequence[BucketReport]):
                 str(r.device),
                 f"{r.tensors:,}",
                 f"{r.elements:,}",
-                " ".join(f"{role}:{str(dtype).removeprefix('torch.')}" for role, dtype in r.dtypes.items()),
+                ", ".join(
+                    f"{role} {r.kept.get(role, str(dtype).removeprefix('torch.'))}" for role, dtype in r.dtypes.items()
+                ),
                 f"{r.launches:,}",
                 f"{r.bytes_per_parameter:g}",
                 r.reason,
@@ -95,9 +99,16 @@ def explain(optimizer: RuleOptimizer) -> Explanation:
     return Explanation([report(optimizer, key, slots) for key, slots in buckets.items()])
 
 
+def words_of(codec: Codec) -> str:
+    """What a codec is called here, such as "bfloat16 kahan"."""
+    kind, dtype = codec.name.split()[0], codec.dtypes[0]
+    return f"{str(dtype).removeprefix('torch.')} {kind}" if dtype.is_floating_point else kind
+
+
 def report(optimizer: RuleOptimizer, key: Key, slots: list[ParamSlot]) -> BucketReport:
     """One row of an explanation."""
     elements = sum(local(m.p).numel() for m in slots)
+    kept = zip(("p", *key.variant.state_names), key.codecs, strict=True)
     return BucketReport(
         key.choice.backend,
         key.choice.reason,
@@ -105,5 +116,6 @@ def report(optimizer: RuleOptimizer, key: Key, slots: list[ParamSlot]) -> Bucket
         len(slots),
         elements,
         dict(zip(("p", "g", *key.variant.state_names), key.dtypes, strict=True)),
+        {role: words_of(codec) for role, codec in kept if codec.name != "plain"},
         *cost(optimizer, key, slots),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
     """What training with `optimizer` keeps in memory on this process, beside the same with torch's own optimizer.
 
     It is computed from the parameters and options, so that it may be asked for before the first step, and of parameters
-    on the meta device. Activations, and what is only there during a step, are not part of it.
+    on the meta device. Parameters that require no gradient are not counted. Nor are activations, and what is only there
+    during a step.
 
     Example:
         >>> import torch, triton_optim
@@ -92,7 +94,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
 
     for group in optimizer.param_groups:
         variant = optimizer.running_variant(group)
-        for p in group["params"]:
+        for p in filter(attrgetter("requires_grad"), group["params"]):
             own = local(p)
             numel, codec = own.numel(), parameter_codec(group, p.dtype)
             sums["parameters"] += numel

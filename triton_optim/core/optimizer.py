@@ -20,7 +20,16 @@ from ..engine import compile_op
 from ..engine.engine import Engine
 from ..engine.entries import request_for
 from ..kernels.straight import check_signature, straight
-from ..options import OPTIONS, OptimizerSignature, Options, check_known, check_options, describe_options
+from ..options import (
+    OPTIONS,
+    OptimizerSignature,
+    Options,
+    check_group_keys,
+    check_known,
+    check_options,
+    describe_options,
+    hold_dtypes,
+)
 from ..precision.averaging import check_averaging, largest_count
 from ..precision.codecs import check_declared, check_precision
 from ..spec import Variant
@@ -86,6 +95,7 @@ class RuleOptimizer(SavedOptimizer):
         if amp not in (None, "fused"):
             raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
         self.check_hyperparameters(defaults)
+        hold_dtypes(carried)
         check_options(carried)
         self.engine = Engine(self, self._check_edited)
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
@@ -240,6 +250,8 @@ class RuleOptimizer(SavedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch.optim, checking that a pinned backend can run it."""
+        if isinstance(param_group, dict):
+            check_group_keys(self, param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -251,6 +263,7 @@ class RuleOptimizer(SavedOptimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        hold_dtypes(group)
         numbers = unread(group)
         self.check_hyperparameters(numbers)
         check_options(group)

@@ -20,6 +20,7 @@ from ..util.on_device import capturing
 from . import compile_op
 from .plan import Plan, PlanOfOne, check_captured, warm_up
 from .probe import Probe
+from .processes import check_norm_is_whole
 
 
 class Release(Protocol):
@@ -161,7 +162,7 @@ class Engine:
         if self.release is not None:
             self.release.follow(params, repeats)
         self.params, self._sizes, self.repeats = params, sizes, repeats
-        self.plan, self._plans_of_one, self._groups = None, {}, None
+        self.plan, self._plans_of_one, self._groups, self.limited = None, {}, None, False
 
     def read_groups(self) -> None:
         """Take note of the hyperparameters as they are now, once a step. What the constructor would refuse raises, in
@@ -229,8 +230,10 @@ class Engine:
 
     def _run(self, plan: Plan) -> None:
         scaling = scaling_of(self._optimizer)
-        self.stats = plan.step(scaling)
-        self.limited = scaling is not None and scaling.max_norm is not None
+        limited = scaling is not None and scaling.max_norm is not None
+        if limited and not self.limited:
+            check_norm_is_whole(self._optimizer, self.params)
+        self.stats, self.limited = plan.step(scaling), limited
 
     def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
         groups = [group for group in self._optimizer.param_groups for _ in group["params"]]

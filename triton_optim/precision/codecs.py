@@ -267,13 +267,6 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
             f"Invalid param_precision: {precision!r}. Use one of {', '.join(map(_quoted, PARAM_PRECISIONS))}."
         )
     asked = f"state_dtype={_quoted(state_dtype)}"
-    if precision != "storage":
-        for i, p in enumerate(params):
-            if p.dtype not in HALVES:
-                raise RuntimeError(
-                    f"{name}: param_precision={precision!r} is for bfloat16 and float16 parameters; parameter {i} is "
-                    f"{p.dtype}, which is kept as it is. Leave param_precision out for its group."
-                )
     if state_dtype is not None and optimizer.running_variant(group).prologue and optimizer.kept_states:
         kept = ", ".join(state.name for state in optimizer.kept_states)
         raise RuntimeError(

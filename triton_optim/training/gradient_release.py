@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.checks import check_alone
 from ..core.optimizer import RuleOptimizer
+from ..engine.processes import check_reduced_before
 from ..spec import COUNT
 from ..util.layout import local, overlapping
 
@@ -35,6 +36,7 @@ class GradientRelease:
         self._accumulating = False
         self._arrived: dict[int, Tensor] = {}  # parameters that were updated since the last step, by identity
         self._averaged: float | None = None
+        self._alone = False  # whether no one else was found to be at the gradients
         self._indices: dict[int, int] = {}
         self._hooks: dict[int, tuple[Tensor, Any]] = {}  # of each parameter, with it
         optimizer.engine.take_params()
@@ -130,6 +132,9 @@ class GradientRelease:
             return
         if not self._arrived:  # once a round
             self._check()
+            if not self._alone:  # not before: a model may be wrapped after its optimizer is made
+                check_reduced_before(type(self._optimizer).__name__, self._optimizer.engine.params)
+                self._alone = True
         index = self._indices.get(id(p))
         if index is None:
             return  # it was taken out of the optimizer
