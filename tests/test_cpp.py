@@ -77,6 +77,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("TRITON_OPTIM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cpp_build, "_failed", {})
     monkeypatch.setattr(cpp_build, "_begun", {})
+    monkeypatch.setattr(cpp_build, "_asked", set())
     monkeypatch.setattr(once, "_said", set())
     forget()
     yield tmp_path / "cache"

@@ -34,7 +34,7 @@ from ..precision.averaging import check_averaging, largest_count
 from ..precision.codecs import check_declared, check_precision
 from ..spec import Variant
 from ..util.hyperparameters import Hyperparameters, unread
-from ..util.layout import first_of_each_kind
+from ..util.layout import first_of_each_dtype, first_of_each_kind
 from .averages import averaged_parameters
 from .checks import check_alone
 from .saving import SavedOptimizer
@@ -275,7 +275,9 @@ class RuleOptimizer(SavedOptimizer):
         check_averaging(self, numbers)
         params = group["params"]
         each = type(self).check_parameter is not RuleOptimizer.check_parameter
-        for i in range(len(params)) if each else first_of_each_kind(params):
+        # What no backend must run, some backend can: only a parameter's dtype tells whether it may be optimized.
+        some = first_of_each_dtype if self.backend == "auto" else first_of_each_kind
+        for i in range(len(params)) if each else some(params):
             p = params[i]
             self.check_parameter(i, p, group)
             if is_lazy(p):

@@ -167,12 +167,16 @@ def stamp(compiler: str) -> str:
     return f"{place} {found.st_size} {found.st_mtime_ns}"
 
 
-# What builds libraries that were begun, by their places.
+# The sources of libraries that were to begin, and what builds those that did, by their places.
+_asked: set[tuple[str, tuple[str, ...]]] = set()
 _begun: dict[Path, threading.Thread] = {}
 
 
 def begin(source: str, flags: tuple[str, ...] = FLAGS) -> None:
     """Build a library beside what goes on, unless it is kept or was begun before: :func:`library` waits for it."""
+    if (source, flags) in _asked:  # to look for it on disk takes as long as to make an optimizer
+        return
+    _asked.add((source, flags))
     try:
         compiler, place = library_place(source, flags)
     except BuildError:

@@ -33,6 +33,12 @@ def first_of_each_kind(tensors: Sequence[Tensor]) -> Iterable[int]:
     return [i for i, kind in enumerate(kinds) if not kind[2] or first[kind] == i]
 
 
+def first_of_each_dtype(tensors: Sequence[Tensor]) -> Iterable[int]:
+    """The index of the first tensor of each dtype."""
+    dtypes = list(map(_DTYPE, tensors))
+    return sorted(map(dtypes.index, set(dtypes)))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor. One can only exist once its module is imported, which costs a second."""
     if type(tensor) in ORDINARY:
