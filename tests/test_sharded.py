@@ -55,6 +55,22 @@ def test_local_shards_are_updated_and_the_state_is_placed_as_its_parameter(place
     assert sum(elements) == copies * 30
 
 
+def test_parameters_that_are_sharded_after_the_optimizer_was_made_are_looked_at(device):
+    """As trainers do that set up all and then shard the model."""
+    with playing(0, device, (RANKS,)) as mesh:
+        opt = to.AdamW([Parameter(torch.ones(64, 80))], state_dtype="int8", backend="eager")
+        p = Parameter(sharded(torch.ones(64, 80), mesh, [Shard(0)]))
+        opt.param_groups[0]["params"] = [p]
+        p.grad = sharded(torch.ones(64, 80), mesh, [Shard(0)])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="int8.* has blocks in the order of memory, which another sharding"):
+                opt.step()
+        assert not opt.state
+        opt.param_groups[0]["state_dtype"] = None
+        opt.step()
+        assert opt.state[p]["step"] == 1
+
+
 def test_empty_shard_counts_its_steps_and_launches_nothing(backend, device, monkeypatch):
     if backend == "triton":
         replace_launches(monkeypatch, lambda *_: pytest.fail("launched for no element"))
