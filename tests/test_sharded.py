@@ -63,7 +63,7 @@ def test_parameters_that_are_sharded_after_the_optimizer_was_made_are_looked_at(
         opt.param_groups[0]["params"] = [p]
         p.grad = sharded(torch.ones(64, 80), mesh, [Shard(0)])
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="int8.* has blocks in the order of memory, which another sharding"):
+            with pytest.raises(RuntimeError, match=r"int8.* has blocks in the order of memory, which another sharding"):
                 opt.step()
         assert not opt.state
         opt.param_groups[0]["state_dtype"] = None

@@ -53,6 +53,52 @@ def test_numbers_stay_where_they_are_shared(name: str, backend: str) -> None:
         torch.testing.assert_close(p, q)
 
 
+def test_states_are_moved_between_two_steps(backend: str) -> None:
+    """What is shared is moved where it is: the tensors stay the same objects."""
+    params, others = ([Parameter(torch.ones(shape)) for shape in SHAPES] for _ in range(2))
+    optimizer = triton_optim.AdamW(params, lr=0.1, backend=backend)
+    theirs = torch.optim.AdamW(others, lr=0.1)
+    for step in range(4):
+        for both, own in ((params, optimizer), (others, theirs)):
+            give(both, step)
+            own.step()
+            if step == 1:
+                for state in own.state.values():
+                    for value in state.values():
+                        value.share_memory_()
+    for p, q in zip(params, others, strict=True):
+        assert optimizer.state[p]["step"] == 4.0
+        torch.testing.assert_close(p, q)
+
+
+def train_with(_: int, params: list[Parameter], optimizer: Any) -> None:
+    """In a process that is started with an optimizer."""
+    assert optimizer.param_groups[0]["params"][0] is params[0]
+    assert optimizer.max_grad_norm == 1e9
+    give(params, 1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [triton_optim.AdamW, triton_optim.cautious(triton_optim.AdamW)])
+def test_a_process_is_started_with_an_optimizer(kind: Any) -> None:
+    torch.manual_seed(0)
+    params = [Parameter(torch.randn(64, 80)).share_memory_(), Parameter(torch.randn(3)).share_memory_()]
+    twins = [Parameter(p.detach().clone()) for p in params]
+    options: dict[str, Any] = {"lr": 0.1, "max_grad_norm": 1e9, "state_dtype": "int8", "backend": "eager"}
+    optimizer, twin = kind(params, **options), kind(twins, **options)
+    give(params, 0)
+    optimizer.step()
+    torch.multiprocessing.spawn(train_with, (params, optimizer))
+    give(params, 2)
+    optimizer.step()
+    for step in range(3):
+        give(twins, step)
+        twin.step()
+    for p, q in zip(params, twins, strict=True):
+        assert optimizer.state[p]["step"] == 3.0
+        assert torch.equal(p, q)
+
+
 def work(params: list[Parameter], states: list[dict[str, Tensor]], step: int) -> None:
     """What a worker of asynchronous training does."""
     optimizer = triton_optim.AdamW(params, lr=0.1, backend="eager")

@@ -102,9 +102,10 @@ class Cells:
     pass, as glibc then tidies up the many small pieces that were freed.
     """
 
-    __slots__ = ("_after", "_before", "_bits", "_code", "_values", "_written")
+    __slots__ = ("_address", "_after", "_before", "_bits", "_code", "_column", "_values", "_written")
 
     def __init__(self, column: Tensor) -> None:
+        self._column, self._address = column, column.data_ptr()
         memory = memoryview((ctypes.c_char * column.nbytes).from_address(column.data_ptr())).cast("B")
         self._code = _CODES[column.dtype]
         self._values: Any = memory.cast(self._code)  # type: ignore[call-overload]
@@ -113,7 +114,11 @@ class Cells:
         self._written = 0
 
     def untouched(self) -> bool:
-        """Whether all cells hold what was written last."""
+        """Whether all cells are where they were, which is not so once processes share them, and hold what was written
+        last.
+        """
+        if self._column.data_ptr() != self._address:
+            return False
         return bool(self._bits[0] == self._written and self._before == self._after)
 
     def write(self, value: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from torch._compile import _disable_dynamo
@@ -18,10 +19,22 @@ from .loadable import check_groups, check_keys
 from .saved_form import loaded_state, saved_states
 
 
+def reduced_for_processes(optimizer: SavedOptimizer) -> tuple[Any, ...]:
+    """As it is pickled for a process that this one starts: its states stay where they are, in memory that both see."""
+    reduced: Any = optimizer.__reduce_ex__(2)
+    state = reduced[2]
+    held = {p: dict(own) for p, own in optimizer.state.items() if p in state["state"]}
+    return (*reduced[:2], {**state, "state": defaultdict(dict, held)})
+
+
 class SavedOptimizer(Optimizer, Update):
     """An optimizer that saves its states in another form than it keeps them in."""
 
     engine: Engine
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ForkingPickler.register(cls, reduced_for_processes)
 
     def _check_edited(self, group: dict[str, Any], numbers: dict[str, Any] | None) -> None:
         """Raise where a group has come to hold what the constructor refuses; see GroupValues.read."""
