@@ -44,8 +44,8 @@ def adamh(p, g, state, lr=5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, h
 
 
 BALL = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1.0}
-# (options, gradients, after) as table.ByHand. Of [1, 1] R = sqrt(2), and with g = [2, 0] u = [2 / 3, 0], whose direction
-# is [1, 0]: p - 0.5 sqrt(2) [1, 0], of norm sqrt(2.5 - sqrt(2)).
+# (options, gradients, after) as table.ByHand. Of [1, 1] R = sqrt(2), and with g = [2, 0] u = [2 / 3, 0], of direction
+# [1, 0]: p - 0.5 sqrt(2) [1, 0], of norm sqrt(2.5 - sqrt(2)).
 ALONG = 1 - 0.5**0.5
 LENGTH = (ALONG**2 + 1) ** 0.5
 ADAMH_BY_HAND = (

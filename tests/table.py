@@ -104,8 +104,8 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ()
     # float32 against torch's float32 after a few steps on values of order 1: each side rounds, in its own order.
     close: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-5, "atol": 1e-6})
-    # Options, tuned once, with which 1,000 steps lead to the minimum of a parabola and of Rosenbrock's function; none of
-    # an optimizer whose parameters stay at a distance from 0.
+    # Options, tuned once, with which 1,000 steps lead to the minimum of a parabola and of Rosenbrock's function. None
+    # of one whose parameters keep their norm: test_constrained.py has a minimum for these.
     minimizes: dict[str, Any] = field(default_factory=lambda: {"lr": 0.1, "betas": (0.9, 0.99)})
     # A representative: tests that are not about backends run it on each, and the other rows eagerly.
     on_every_backend: bool = False

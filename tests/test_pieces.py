@@ -275,5 +275,5 @@ def test_what_is_not_asked_for_stays_adamws() -> None:
 
 @pytest.mark.parametrize("arguments", [{"experts": ["experts", "expert"]}, {"splits": {"expert": 2}}])
 def test_a_name_that_the_model_has_not(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"the name 'expert', given in {[*arguments][0]}"):
+    with pytest.raises(ValueError, match=f"the name 'expert', given in {next(iter(arguments))}"):
         triton_optim.muon_param_groups(Block(), **arguments)

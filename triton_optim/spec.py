@@ -110,9 +110,12 @@ class Update:
     exact_scalar_states: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
     variants: ClassVar[tuple[Variant, ...]] = ()
-    # Of those above: the states of all variants' rules by name, and the names of kept_states.
+    # Of those above: the states of all variants' rules by name, with those of `coded_names`, and the names of
+    # kept_states.
     declared: ClassVar[dict[str, State]] = {}
     kept_names: ClassVar[tuple[str, ...]] = ()
+    # Of these the ones of a prologue that are like their parameter: declared, too, and kept as `state_dtype` says.
+    coded_names: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
         param_groups: list[dict[str, Any]]
@@ -187,7 +190,7 @@ class Update:
             params: the parameters, outside autograd (unless ``differentiable``); sharded ones are DTensors.
             gradients: theirs, negated where the group maximizes. Neither is to be written.
             states: a parameter's states by name; those of ``kept_states`` are written in place, the rule's are the
-                rule's.
+                rule's. What ``state_dtype`` keeps in codes or in bfloat16 is there in float32, and rounded afterwards.
 
         Returns:
             A tensor of its shape for each parameter, sharded where it is; kept in the gradient's dtype.

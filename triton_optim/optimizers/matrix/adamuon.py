@@ -69,7 +69,7 @@ class AdaMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
-    kept_states = (*Muon.kept_states, State("second_momentum_buffer"))
+    kept_states = (*Muon.kept_states, State("second_momentum_buffer", nonnegative=True))
     signed = True
 
     def __init__(

@@ -35,7 +35,7 @@ class MuonH(Muon):
     ``"splits"`` say of which matrices the parameters of others consist, each with its own norm, as of :class:`Muon`.
     :class:`AdamH` fits the head of a model.
 
-    State of a parameter: ``momentum_buffer`` :math:`b`, like it, and ``initial_norm`` :math:`R`, one number a matrix, in
+    State of a parameter: ``momentum_buffer`` :math:`b`, like it, and ``initial_norm`` :math:`R`, a number a matrix in
     float32 or wider; in a group of AdamW ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
@@ -97,8 +97,8 @@ class MuonH(Muon):
             group = {"adjust_lr_fn": None, "weight_decay": 0.0, **group}
             if group["weight_decay"] != 0:
                 raise ValueError(
-                    f"Invalid weight_decay value: {group['weight_decay']}. A matrix that keeps its norm does not decay: "
-                    'leave it out, or give the parameter to AdamW, in a group with "use_muon": False.'
+                    f"Invalid weight_decay value: {group['weight_decay']}. A matrix that keeps its norm does not "
+                    'decay: leave it out, or give the parameter to AdamW, in a group with "use_muon": False.'
                 )
         super().check_hyperparameters(group)
 

@@ -107,9 +107,8 @@ def rows_of(shape: Sequence[int], group: dict[str, Any]) -> list[int]:
     rows = shape[-2] if batched else shape[0]
     splits = group.get("splits")
     if splits is None:
-        each = [rows]
-    else:
-        each = [rows // splits] * splits if isinstance(splits, int) else list(splits)
+        splits = 1
+    each = [rows // splits] * splits if isinstance(splits, int) else list(splits)
     return each * (prod(shape[:-2]) if batched else 1)
 
 
@@ -118,8 +117,8 @@ def check_pieces(group: dict[str, Any]) -> None:
     extra, splits = group.get("extra_dims"), group.get("splits")
     if extra not in EXTRA_DIMS:
         raise ValueError(
-            f'Invalid extra_dims: {extra!r}. Use "batch" where the last two dimensions are a matrix each, "flatten" for '
-            "convolutions, whose first dimension are the rows, or leave it out."
+            f'Invalid extra_dims: {extra!r}. Use "batch" where the last two dimensions are a matrix each, "flatten" '
+            "for convolutions, whose first dimension are the rows, or leave it out."
         )
     counts = [splits] if isinstance(splits, int) else splits
     if splits is not None and not (
@@ -141,8 +140,7 @@ def check_shape(name: str, index: int, p: Tensor, group: dict[str, Any]) -> None
         )
         raise ValueError(
             f"{name} only supports 2D parameters; parameter {index} has shape {shape}. Give it to AdamW, in "
-            'a group with "use_muon": False; muon_param_groups(model) sorts a whole model so.'
-            + several * (p.dim() > 2)
+            'a group with "use_muon": False; muon_param_groups(model) sorts a whole model so.' + several * (p.dim() > 2)
         )
     if splits is None:
         return

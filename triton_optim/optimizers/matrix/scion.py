@@ -56,10 +56,10 @@ class Scion(RuleOptimizer):
     - ``"spectral"``: :math:`\sqrt{A / B} \operatorname{NS}(d)`, for hidden layers; of a convolution A and B are its
       channels, and the factor is divided by the size of its kernel. ``"spectral_max"``, for a first layer that takes
       images: :math:`\max(1, \sqrt{A / B})` in its place.
-    - ``"sign"``: :math:`\operatorname{sign}(d) / B`, for the last layer, or an embedding that is the last layer, too.
+    - ``"sign"``: :math:`\operatorname{sign}(d) / B`, for the last layer, or an embedding that is the last layer too.
     - ``"rows"``: :math:`x / (\sqrt{B} \lVert x \rVert)`, for a last layer.
-    - ``"columns"``: :math:`\sqrt{A} x / \lVert x \rVert`, for a first layer that takes one of its columns. The weight of
-      ``torch.nn.Embedding`` has these as rows: ``"embedding"``, :math:`\sqrt{B} x / \lVert x \rVert`.
+    - ``"columns"``: :math:`\sqrt{A} x / \lVert x \rVert`, for a first layer that takes one of its columns. The weight
+      of ``torch.nn.Embedding`` has these as rows: ``"embedding"``, :math:`\sqrt{B} x / \lVert x \rVert`.
     - ``"rms"``: d over its root mean square, for biases and the scales of norms.
     - ``"auto"``: ``"rms"`` for what has less than two dimensions, else ``"spectral"``.
 
