@@ -256,20 +256,20 @@ def test_a_model_is_sorted_in_one_call() -> None:
     found = sorted_names(
         Block(), convolutions=True, experts="experts", splits={"qkv": 3, "experts.up": 2}, adamw={"lr": 0.1}
     )
-    rest = ["conv.bias", "back.weight", "back.bias", "attention.qkv.bias", "attention.out.bias", "lm_head.weight"]
+    rest = ["conv.bias", "back.weight", "back.bias", "attention.qkv.bias", "attention.out.bias", "experts.bias"]
     assert found == [
-        ({}, ["attention.out.weight", "experts.bias"]),
+        ({}, ["attention.out.weight"]),
         ({"extra_dims": "flatten"}, ["conv.weight"]),
         ({"splits": 3}, ["attention.qkv.weight"]),
         ({"extra_dims": "batch", "splits": 2}, ["experts.up"]),
         ({"extra_dims": "batch"}, ["experts.down"]),
-        ({"use_muon": False, "lr": 0.1}, ["embedding.weight", *rest]),
+        ({"use_muon": False, "lr": 0.1}, ["embedding.weight", *rest, "lm_head.weight"]),
     ]
 
 
 def test_what_is_not_asked_for_stays_adamws() -> None:
     muons, adamws = sorted_names(Block())
-    assert muons == ({}, ["attention.qkv.weight", "attention.out.weight", "experts.bias"])
+    assert muons == ({}, ["attention.qkv.weight", "attention.out.weight"])
     assert {"conv.weight", "experts.up", "experts.down"} <= {*adamws[1]}
 
 

@@ -242,7 +242,8 @@ def muon_param_groups(
 ) -> list[dict[str, Any]]:
     """A model's parameters as groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
 
-    AdamW gets what has not two dimensions, what belongs to an embedding, and the heads.
+    AdamW gets what has not two dimensions, what belongs to an embedding, the heads, and biases, of which experts have as
+    many dimensions as matrices.
 
     Args:
         model: whose parameters that require gradients are sorted.
@@ -279,6 +280,7 @@ def muon_param_groups(
             left_out.update(id(p) for p in module.parameters())
         if convolutions and isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
             flattened.add(id(module.weight))
+    left_out.update(id(p) for name, p in model.named_parameters() if name.endswith("bias"))
     batched = named(model, experts, "experts")
     cut = {i: rows for name, rows in (splits or {}).items() for i in named(model, name, "splits")}
     of_muon: dict[Any, dict[str, Any]] = {"": {"params": []}}
