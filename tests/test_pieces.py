@@ -176,6 +176,18 @@ def test_sharded_parameters(name: str, device: torch.device) -> None:
         assert torch.equal(ends[0], ends[1].to_local())
 
 
+def test_a_state_dict_that_does_not_say_it() -> None:
+    """Such as torch's: what a group says of its parameters stays."""
+    p = Parameter(torch.ones(6, 2))
+    theirs = torch.optim.Muon([p])
+    p.grad = torch.ones_like(p)
+    theirs.step()
+    optimizer = triton_optim.Muon([{"params": [p], "splits": 3}], backend="eager")
+    optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.param_groups[0]["splits"] == 3
+    optimizer.step()
+
+
 def test_gradients_through_the_step() -> None:
     def stepped(p: Tensor, g: Tensor) -> Tensor:
         p = p.clone()

@@ -97,6 +97,7 @@ class Update:
         exact_scalar_states: names of the scalar states that are float64, such as sums of thousands of steps: what is
             added to one in float32 is rounded to a share of the sum.
         option_names: the options that every parameter group carries, whatever their value.
+        group_names: what a group may say of its parameters, and keeps where a state dict that is loaded does not.
     """
 
     rule: ClassVar[Any] = None
@@ -109,6 +110,7 @@ class Update:
     step_is_tensor: ClassVar[bool] = True
     exact_scalar_states: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
+    group_names: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[tuple[Variant, ...]] = ()
     # Of those above: the states of all variants' rules by name, with those of `coded_names`, and the names of
     # kept_states.

@@ -109,6 +109,7 @@ class Muon(RuleOptimizer):
     )
     counts_steps = False
     option_names = ()
+    group_names = ("use_muon", "extra_dims", "splits")
     kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
 
@@ -242,8 +243,8 @@ def muon_param_groups(
 ) -> list[dict[str, Any]]:
     """A model's parameters as groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
 
-    AdamW gets what has not two dimensions, what belongs to an embedding, the heads, and biases, of which experts have as
-    many dimensions as matrices.
+    AdamW gets what has not two dimensions, what belongs to an embedding, the heads, and biases, which may have two: a
+    row for each expert.
 
     Args:
         model: whose parameters that require gradients are sorted.

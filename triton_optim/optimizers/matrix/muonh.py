@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ...core.checks import check_range
 from ...core.factored import wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.hyperball import MuonHScalars, muonh
@@ -44,7 +45,7 @@ class MuonH(Muon):
         momentum: :math:`\mu \ge 0`.
         nesterov: Nesterov's momentum.
         ns_coefficients: as of :class:`Muon`.
-        eps: :math:`\epsilon` of :class:`Muon`.
+        eps: :math:`\epsilon \ge 0` of :class:`Muon`.
         ns_steps: as of :class:`Muon`.
         options: see :class:`Options`.
 
@@ -94,6 +95,7 @@ class MuonH(Muon):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         if uses_muon(group):
+            check_range("epsilon value", group["eps"], 0.0)
             group = {"adjust_lr_fn": None, "weight_decay": 0.0, **group}
             if group["weight_decay"] != 0:
                 raise ValueError(

@@ -76,7 +76,7 @@ class Scion(RuleOptimizer):
         scale: :math:`\rho \ge 0`.
         unconstrained: whether parameters may leave their ball.
         ns_coefficients: as of :class:`Muon`.
-        eps: :math:`\epsilon` of :class:`Muon`.
+        eps: :math:`\epsilon \ge 0` of :class:`Muon`.
         ns_steps: as of :class:`Muon`.
         options: see :class:`Options`.
 
@@ -101,6 +101,7 @@ class Scion(RuleOptimizer):
     rule = muon
     kept_states = (State("momentum_buffer"),)
     counts_steps = False
+    group_names = ("extra_dims", "splits")
 
     def __init__(
         self,
