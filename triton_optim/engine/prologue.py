@@ -87,8 +87,9 @@ def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, StepScala
         gradients.append(with_local(m.p, row.factor * g if isinstance(row.factor, Tensor) or row.factor != 1 else g))
     group = optimizer.param_groups[slots[0].group]
     coded = coded_of(optimizer, group, slots)
-    pairs = list(zip(slots, coded, strict=True))
-    states = [{**m.state, **{c.name: c.value for c in own}} if own else m.state for m, own in pairs]
+    states = [m.state for m in slots]
+    for i, own in coded.items():
+        states[i] = {**states[i], **{c.name: c.value for c in own}}
     updates = optimizer.prologue(
         plain_group(group, keep=kept),
         row.h,
@@ -97,9 +98,9 @@ def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, StepScala
         gradients,
         states,
     )
-    for m, own in pairs:
+    for i, own in coded.items():
         for c in own:
-            c.keep(m, group, row.step)
+            c.keep(slots[i], group, row.step)
     for (_, bucket, i, _), update in zip(turn, updates, strict=True):
         bucket.take_update(i, update)
 
@@ -128,13 +129,12 @@ class Coded(NamedTuple):
         write(self.codec, self.parts, local(self.value), self.role, bits)
 
 
-def coded_of(optimizer: Update, group: dict[str, Any], slots: list[ParamSlot]) -> list[list[Coded]]:
-    """The states of each parameter that are not kept as they are."""
+def coded_of(optimizer: Update, group: dict[str, Any], slots: list[ParamSlot]) -> dict[int, list[Coded]]:
+    """The states that are not kept as they are, by the position of their parameter."""
     if not optimizer.coded_names or group.get("state_dtype") in (None, torch.float32):
-        return [[]] * len(slots)
-    every: list[list[Coded]] = []
-    for m in slots:
-        every.append([])
+        return {}
+    found: dict[int, list[Coded]] = {}
+    for i, m in enumerate(slots):
         for role, name in enumerate(optimizer.coded_names, len(optimizer.declared) + 1):
             codec = state_codec(optimizer, group, name, m.p)
             if codec.name == "plain":
@@ -142,5 +142,6 @@ def coded_of(optimizer: Update, group: dict[str, Any], slots: list[ParamSlot]) -
             if codec.random:
                 first_index(m.p)  # raises before anything changes
             parts = [local(m.state[part]) for part in (name, *part_names(codec, name))]
-            every[-1].append(Coded(name, codec, parts, with_local(m.p, read(codec, parts, local(m.p))), role))
-    return every
+            value = with_local(m.p, read(codec, parts, local(m.p)))
+            found.setdefault(i, []).append(Coded(name, codec, parts, value, role))
+    return found
