@@ -203,7 +203,7 @@ def test_fifty_steps_lose_nothing() -> None:
         p = Parameter(torch.zeros(SHAPE))
         optimizer = triton_optim.Muon([p], lr=0.1, weight_decay=0.0, state_dtype=state_dtype, backend="eager")
         for step in range(50):
-            optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 50)
+            optimizer.param_groups[0]["lr"] = 1.0 * (1 - step / 50)
             optimizer.zero_grad()
             loss = (x @ (p - truth).T).square().mean()
             loss.backward()

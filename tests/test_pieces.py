@@ -258,10 +258,11 @@ def sorted_names(model: torch.nn.Module, **arguments: Any) -> list[tuple[dict[st
     """What each group says, and the names of its parameters."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = triton_optim.muon_param_groups(model, **arguments)
-    triton_optim.Muon(groups)
-    return [
+    found = [
         ({n: v for n, v in group.items() if n != "params"}, [names[id(p)] for p in group["params"]]) for group in groups
     ]
+    triton_optim.Muon(groups)
+    return found
 
 
 def test_a_model_is_sorted_in_one_call() -> None:

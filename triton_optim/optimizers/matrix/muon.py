@@ -206,7 +206,9 @@ class Muon(RuleOptimizer):
             self.scales(group, pieces),
             pieces.fetching(fetch) if nesterov or signed else None,
         )
-        updates = pieces.join(self.adapted(group, h, params, pieces, updates, states))
+        if updates:  # of no experts there are none
+            updates = self.adapted(group, h, params, pieces, updates, states)
+        updates = pieces.join(updates)
         return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
 
     def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:

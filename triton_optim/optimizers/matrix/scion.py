@@ -197,7 +197,7 @@ def farthest(tensors: list[Tensor], norm: str, group: dict[str, Any]) -> list[Te
     group = flattening(group)
     pieces = Pieces(group, tensors)
     if norm in ORACLES:
-        return pieces.join(torch._foreach_mul([ORACLES[norm](x) for x in pieces.cut(wide)], scale))
+        return pieces.join([ORACLES[norm](x).mul(scale) for x in pieces.cut(wide)])
     kernels = [prod(x.shape[2:]) if group["extra_dims"] == "flatten" else 1 for x in tensors]
     scales = []
     for (rows, columns), owner in zip(pieces.shapes, pieces.owners, strict=True):
