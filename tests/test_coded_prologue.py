@@ -194,16 +194,16 @@ def test_codes_of_other_parameters_are_refused() -> None:
         steps(optimizer, p, gradients(1))
 
 
-def test_fifty_steps_lose_nothing() -> None:
-    """A regression, whose loss after so many steps is the same but for a thousandth."""
+def test_a_training_loses_nothing() -> None:
+    """A regression, whose loss after so many steps is the same but for a hundredth."""
     random = torch.Generator().manual_seed(0)
     truth, x = torch.randn(SHAPE, generator=random), torch.randn(256, SHAPE[1], generator=random)
     losses = []
     for state_dtype in (None, "int8"):
         p = Parameter(torch.zeros(SHAPE))
         optimizer = triton_optim.Muon([p], lr=0.1, weight_decay=0.0, state_dtype=state_dtype, backend="eager")
-        for step in range(50):
-            optimizer.param_groups[0]["lr"] = 1.0 * (1 - step / 50)
+        for step in range(25):
+            optimizer.param_groups[0]["lr"] = 2.0 * (1 - step / 25)
             optimizer.zero_grad()
             loss = (x @ (p - truth).T).square().mean()
             loss.backward()

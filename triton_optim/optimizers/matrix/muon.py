@@ -103,7 +103,7 @@ class Muon(RuleOptimizer):
     https://arxiv.org/abs/2505.16932. The momentum is torch's, an average.
     """
 
-    variants = (
+    variants: ClassVar[tuple[Variant, ...]] = (
         Variant(muon, (), prologue=True),
         Variant(adamw, (State("exp_avg"), State("exp_avg_sq", nonnegative=True))),
     )
@@ -310,7 +310,8 @@ def named(model: torch.nn.Module, names: str | Collection[str], argument: str | 
         argument: in which the names were given, where each must be one of the model's.
     """
     wanted = {names} if isinstance(names, str) else set(names)
-    found, known = set(), set()
+    found: set[int] = set()
+    known: set[str] = set()
     for name, module in model.named_modules():
         if own := {name, name.rpartition(".")[2]} & wanted:
             known |= own

@@ -60,7 +60,7 @@ class Pieces:
             else:
                 tensor = tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
         rows = self._rows[k]
-        return list(tensor.split(rows)) if len(rows) != 1 else [tensor]
+        return list(torch.split(tensor, rows)) if len(rows) != 1 else [tensor]
 
     def join(self, pieces: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> list[Tensor]:
         """A tensor of its shape for each parameter.

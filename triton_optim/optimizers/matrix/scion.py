@@ -26,7 +26,8 @@ def by_norm(dim: int, power: float) -> Callable[[Tensor], Tensor]:
     """What divides each row (`dim` -1) or column by its norm times that power of its number of elements."""
 
     def divided(x: Tensor) -> Tensor:
-        return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) * max(x.shape[dim], 1) ** power + TINY)
+        length: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True) * float(max(x.shape[dim], 1)) ** power
+        return x / (length + TINY)
 
     return divided
 
