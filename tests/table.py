@@ -733,7 +733,7 @@ CASES = [
         muonh,
         {
             "default": {},
-            "plain": {"lr": 0.1, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True},
+            "plain": {"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True},
         },
         by_hand=tuple(ByHand(*steps) for steps in MUONH_BY_HAND),
         still={"lr": 0.0},
@@ -748,8 +748,7 @@ CASES = [
         adamh,
         {
             "default": {},
-            "far": {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True},
-            "AdamW": {"hyperball": False, "weight_decay": 0.1},
+            "far": {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True},
         },
         by_hand=tuple(ByHand(*steps) for steps in ADAMH_BY_HAND),
         still={"lr": 0.0},

@@ -32,8 +32,9 @@ class AdamH(RuleOptimizer):
         u_t &= \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}, \qquad
         w_t = p_{t-1} - \gamma R \frac{u_t}{\lVert u_t \rVert}, \qquad p_t = R \frac{w_t}{\lVert w_t \rVert}
 
-    It is for the matrices of a model, but not for embeddings. A parameter that starts as 0 stays 0. Groups with
-    ``hyperball=False`` are AdamW's: put biases, the scales of norms and embeddings in one of these.
+    It is for the matrices of a model, but not for embeddings. A parameter that starts as 0 stays 0. A parameter group
+    with ``"hyperball": False`` is AdamW's, for biases, the scales of norms and embeddings, with the group's
+    ``weight_decay``, 0 unless given.
 
     State of a parameter: ``step`` (0-dim float32), ``exp_avg`` :math:`m`, ``exp_avg_sq`` :math:`v`, and
     ``initial_norm`` :math:`R`, 0-dim float64.
@@ -43,8 +44,6 @@ class AdamH(RuleOptimizer):
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor. For spheres 0.0025 to 0.01 is usual.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\epsilon \ge 0`.
-        weight_decay: AdamW's, at least 0, of groups with ``hyperball=False``; on a sphere 0.
-        hyperball: whether parameters keep their norm.
         options: see :class:`Options`.
 
     Raises:
@@ -66,11 +65,12 @@ class AdamH(RuleOptimizer):
         Variant(adamh, MOMENTS, measure=adamh_sums),
         Variant(adamw, MOMENTS),
     )
+    group_names = ("hyperball",)
     kept_states = (
         State(
             "initial_norm",
             lambda p, group: (
-                torch.zeros((), dtype=exact_dtype(p.device), device=p.device) if group["hyperball"] else None
+                torch.zeros((), dtype=exact_dtype(p.device), device=p.device) if on_sphere(group) else None
             ),
         ),
     )
@@ -81,27 +81,25 @@ class AdamH(RuleOptimizer):
         lr: float | Tensor = 5e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        hyperball: bool = True,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "hyperball": hyperball}
-        super().__init__(params, defaults, **options)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
         check_range("epsilon value", group["eps"], 0.0)
         check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        if group["hyperball"] and not group["weight_decay"] == 0:
+        decay = group.get("weight_decay", 0.0)
+        check_range("weight_decay value", decay, 0.0)
+        if on_sphere(group) and not decay == 0:
             raise ValueError(
-                f"Invalid weight_decay value: {group['weight_decay']}. A parameter that keeps its norm does not decay: "
-                "leave it at 0, or give it to a group with hyperball=False."
+                f"Invalid weight_decay value: {decay}. A parameter that keeps its norm does not decay: leave it out, "
+                'or put the parameter in a group with "hyperball": False.'
             )
 
     def scalars(self, group: dict[str, Any], step: Any) -> Any:
-        if not group["hyperball"]:
-            return adam_scalars(group, step, decoupled=True)
+        if not on_sphere(group):
+            return adam_scalars({"weight_decay": 0.0, **group}, step, decoupled=True)
         beta1, beta2 = group["betas"]
         return AdamHScalars(
             step_size=group["lr"],
@@ -115,7 +113,7 @@ class AdamH(RuleOptimizer):
         )
 
     def variant(self, group: dict[str, Any]) -> Variant:
-        return self.variants[0 if group["hyperball"] else 1]
+        return self.variants[0 if on_sphere(group) else 1]
 
     def factors(self, measured: Measured) -> dict[str, Any]:
         squares, along, long = measured.sums
@@ -126,3 +124,8 @@ class AdamH(RuleOptimizer):
         step_size = torch.where(long == 0, 0.0, measured.h.step_size * radius / long.sqrt())
         moved = (squares - 2 * step_size * along + step_size**2 * long).clamp(min=0)
         return {"step_size": step_size, "back": torch.where(moved == 0, 1.0, radius / moved.sqrt())}
+
+
+def on_sphere(group: dict[str, Any]) -> bool:
+    """Whether the parameters of a group keep their norm."""
+    return bool(group.get("hyperball", True))

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
-from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...spec import State
@@ -116,12 +115,12 @@ class AdaMuon(Muon):
         states: list[dict[str, Any]],
     ) -> list[Tensor]:
         held = [gathered(state["second_momentum_buffer"]) for state in states]
-        own = pieces.cut(held)
-        wide = [u.to(torch.promote_types(v.dtype, torch.float32)) for v, u in zip(own, updates, strict=True)]
-        moments = averaged(own, torch._foreach_mul(wide, wide), 1 - group["beta2"])
-        for p, state, before, moment in zip(params, states, held, pieces.join(moments), strict=True):
-            if state["second_momentum_buffer"] is not before or not pieces.plain:
-                state["second_momentum_buffer"].copy_(placed_as(p, moment))
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
+        wide = [update.to(dtypes[k]) for k, update in zip(pieces.owners, updates, strict=True)]
+        moments = pieces.averaged(held, torch._foreach_mul(wide, wide), 1 - group["beta2"])
+        for p, state, whole in zip(params, states, held, strict=True):
+            if state["second_momentum_buffer"] is not whole:
+                state["second_momentum_buffer"].copy_(placed_as(p, whole))
         even = torch._foreach_div(wide, torch._foreach_add(torch._foreach_sqrt(moments), TINY))
         lengths = torch._foreach_clamp_min(torch._foreach_norm(even), TINY)
         sizes = [0.2 * (rows * columns) ** 0.5 for rows, columns in pieces.shapes]

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
@@ -188,7 +189,10 @@ class Muon(RuleOptimizer):
         mu = group["momentum"]
         buffers = [state["momentum_buffer"] for state in states]
         gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-        torch._foreach_lerp_(buffers, gradients, 1 - mu)
+        if torch.is_grad_enabled():  # the graph of a step must not see what the next one writes
+            buffers = list(averaged(buffers, gradients, 1 - mu))
+        else:
+            torch._foreach_lerp_(buffers, gradients, 1 - mu)
         nesterov, signed = group["nesterov"], self.signed
         pieces = Pieces(group, params)
 

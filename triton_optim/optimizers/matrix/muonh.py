@@ -36,7 +36,7 @@ class MuonH(Muon):
     ``"splits"`` say of which matrices the parameters of others consist, each with its own norm, as of :class:`Muon`.
     :class:`AdamH` fits the head of a model.
 
-    State of a parameter: ``momentum_buffer`` :math:`b`, like it, and ``initial_norm`` :math:`R`, a number a matrix in
+    State of a parameter: ``momentum_buffer`` :math:`b`, like it, and ``initial_norms`` :math:`R`, a number a matrix in
     float32 or wider; in a group of AdamW ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
@@ -69,7 +69,7 @@ class MuonH(Muon):
     option_names = RuleOptimizer.option_names
     kept_states = (
         *Muon.kept_states,
-        State("initial_norm", lambda p, group: wide_zeros(p, (len(rows_of(p.shape, group)),))),
+        State("initial_norms", lambda p, group: wide_zeros(p, (len(rows_of(p.shape, group)),))),
     )
 
     def __init__(
@@ -121,7 +121,7 @@ class MuonH(Muon):
     ) -> list[Tensor]:
         whole = [gathered(p).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
         matrices = pieces.cut(whole)
-        held = [state["initial_norm"] for state in states]
+        held = [state["initial_norms"] for state in states]
         found = iter(torch._foreach_norm(matrices))
         now = [torch.stack([next(found) for _ in known]) if len(known) else known for known in held]
         radii = [torch.where(known > 0, known, norms) for known, norms in zip(held, now, strict=True)]

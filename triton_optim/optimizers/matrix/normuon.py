@@ -10,11 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
-from ...core.factored import averaged, means, wide_zeros
+from ...core.factored import means, wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...spec import State
-from ...util.in_place import write_each
 from .muon import Muon, uses_muon
 from .pieces import Pieces
 
@@ -121,11 +120,8 @@ class NorMuon(Muon):
         states: list[dict[str, Any]],
     ) -> list[Tensor]:
         held = [state["second_momentum_buffer"] for state in states]
-        rows = pieces.cut(held)
-        wide = [update.to(r.dtype) for update, r in zip(updates, rows, strict=True)]
-        sizes = averaged(rows, means(torch._foreach_mul(wide, wide), -1), 1 - group["beta2"])
-        if not pieces.plain:
-            write_each(held, pieces.join(sizes, held))
+        wide = [update.to(held[k].dtype) for k, update in zip(pieces.owners, updates, strict=True)]
+        sizes = pieces.averaged(held, means(torch._foreach_mul(wide, wide), -1), 1 - group["beta2"])
         even = torch._foreach_div(wide, torch._foreach_add(torch._foreach_sqrt(sizes), TINY))
         lengths = torch._foreach_clamp_min(torch._foreach_norm(even), TINY)
         factors = torch._foreach_mul(torch._foreach_norm(wide), super().scales(group, pieces))

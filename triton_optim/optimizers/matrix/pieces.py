@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.factored import lerped
+from ...util.in_place import write_each
+
 EXTRA_DIMS = (None, "batch", "flatten")
 
 
@@ -78,6 +81,12 @@ class Pieces:
             else:
                 whole.append(torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
         return whole
+
+    def averaged(self, held: list[Tensor], news: Sequence[Tensor], weight: Any) -> tuple[Tensor, ...]:
+        """:func:`core.factored.averaged` of states, one a parameter, and of what is new of each piece: by pieces."""
+        averages = lerped(self.cut(held), list(news), weight)
+        write_each(held, self.join(averages, held))
+        return averages
 
     def like(self, tensors: Sequence[Tensor]) -> Sequence[Any]:
         """What the pieces of tensors of the parameters' shapes are like."""

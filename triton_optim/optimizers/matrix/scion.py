@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
@@ -147,9 +149,14 @@ class Scion(RuleOptimizer):
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         super().check_parameter(index, p, group)
-        norm = norm_of(p, group)
-        if norm == "rms":
+        if group["norm"] == "rms" or (group["norm"] == "auto" and (is_lazy(p) or p.dim() < 2)):
             return
+        if is_lazy(p):
+            raise ValueError(
+                f"Scion: norm={group['norm']!r} is of matrices; parameter {index} is uninitialized and has no shape "
+                "yet. Run the model once on an example before you make the optimizer."
+            )
+        norm = norm_of(p, group)
         if p.dim() < 2:
             raise ValueError(
                 f"Scion: norm={norm!r} is of matrices; parameter {index} has shape {tuple(p.shape)}. Put it in a group "
@@ -165,7 +172,10 @@ class Scion(RuleOptimizer):
     ) -> list[Tensor]:
         buffers = [state["momentum_buffer"] for state in states]
         news = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-        torch._foreach_lerp_(buffers, news, group["momentum"])
+        if torch.is_grad_enabled():  # the graph of a step must not see what the next one writes
+            buffers = list(averaged(buffers, news, group["momentum"]))
+        else:
+            torch._foreach_lerp_(buffers, news, group["momentum"])
         whole, updates = [gathered(b) for b in buffers], list(buffers)
         alike: dict[str, list[int]] = {}
         for i, p in enumerate(params):
