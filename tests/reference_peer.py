@@ -15,8 +15,8 @@ from torch import Tensor
 # The states that are numbers, in torch's names; all others are tensors that belong to elements.
 NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq", "weight_sum", "lr_max"}
 OF_MODEL = {"d", "d_max", "d_numerator", "numerator_weighted", "g0_norm"}  # numbers of the whole model
-NUMBERS |= OF_MODEL
-EXACT = {"weight_sum", *OF_MODEL}  # of those the float64 ones
+NUMBERS |= OF_MODEL | {"initial_norm"}
+EXACT = {"weight_sum", "initial_norm", *OF_MODEL}  # of those the float64 ones
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 

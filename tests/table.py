@@ -20,6 +20,14 @@ import torch
 from conftest import BACKENDS
 from reference_peer import NUMBERS as NUMBERS
 from reference_peer import peer_of
+from references_constrained import (
+    ADAMH_BY_HAND,
+    MUONH_BY_HAND,
+    SCION_BY_HAND,
+    adamh,
+    muonh,
+    scion,
+)
 from references_matrix import (
     ADAMUON_BY_HAND,
     CAME_BY_HAND,
@@ -96,7 +104,8 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ()
     # float32 against torch's float32 after a few steps on values of order 1: each side rounds, in its own order.
     close: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-5, "atol": 1e-6})
-    # Options, tuned once, with which 1,000 steps lead to the minimum of a parabola and of Rosenbrock's function.
+    # Options, tuned once, with which 1,000 steps lead to the minimum of a parabola and of Rosenbrock's function. None
+    # of one whose parameters keep their norm: test_constrained.py has a minimum for these.
     minimizes: dict[str, Any] = field(default_factory=lambda: {"lr": 0.1, "betas": (0.9, 0.99)})
     # A representative: tests that are not about backends run it on each, and the other rows eagerly.
     on_every_backend: bool = False
@@ -718,6 +727,49 @@ CASES = [
         complex=False,
         elementwise=False,
         minimizes={"lr": 0.1, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.MuonH,
+        muonh,
+        {
+            "default": {},
+            "plain": {"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in MUONH_BY_HAND),
+        still={"lr": 0.0},
+        settings={"lr": 1e-2},
+        matrices=True,
+        complex=False,
+        elementwise=False,
+        minimizes={},
+    ),
+    Case(
+        triton_optim.AdamH,
+        adamh,
+        {
+            "default": {},
+            "far": {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in ADAMH_BY_HAND),
+        still={"lr": 0.0},
+        settings={"lr": 1e-2},
+        elementwise=False,
+        minimizes={},
+    ),
+    Case(
+        triton_optim.Scion,
+        scion,
+        {
+            "default": {},
+            "unconstrained": {"lr": 1e-2, "momentum": 0.5, "unconstrained": True, "scale": 3.0, "maximize": True},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in SCION_BY_HAND),
+        still={"lr": 0.0},
+        settings={"lr": 1e-2, "scale": 2.0},
+        complex=False,
+        elementwise=False,
+        shapes=((4, 3), (5,), (2, 3, 4), ()),
+        minimizes={"lr": 0.03, "unconstrained": True},
     ),
     Case(
         triton_optim.LAMB,

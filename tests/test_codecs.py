@@ -346,7 +346,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ({"optimizer": "adamm"}, "Choose from .*adamw"),
         ({"params": -1.0}, "Try 7e9"),
         ({"dtype": "float32", "precision": "split32"}, "parameter 0 is torch.float32"),
-        ({"optimizer": "muon", "state": "int8"}, "momentum_buffer"),
+        ({"optimizer": "adafactor", "state": "int8"}, "row_var"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,7 +394,7 @@ def refused(cls: Any, p: Tensor, says: str, **options: Any) -> None:
         (triton_optim.AdamW, torch.complex64, {"state_dtype": "int8"}, "complex"),
         (triton_optim.AdamW, torch.complex64, {"state_dtype": BF16}, "complex"),
         (triton_optim.AdamW, BF16, {"param_precision": "kahan", "differentiable": True}, "derivative"),
-        (triton_optim.Muon, BF16, {"state_dtype": "int8"}, "momentum_buffer"),
+        (triton_optim.Adafactor, BF16, {"state_dtype": "int8"}, "row_var"),
         (triton_optim.SparseAdam, BF16, {"param_precision": "stochastic"}, "rows"),
         (triton_optim.RMSprop, torch.float32, {"state_dtype": "int8", "centered": True}, "centered=False"),
     ],

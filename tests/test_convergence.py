@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from table import Case, each_case
+from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -48,7 +48,7 @@ def test_the_derivatives_are_right(function: Function) -> None:
     assert function.value(*function.start) > 100 * function.near
 
 
-@each_case
+@rows(*(case for case in CASES if case.minimizes))
 def test_every_optimizer_comes_to_the_minimum(case: Case) -> None:
     """Of both functions at once, each of a parameter of its own. The rate falls to 0 meanwhile: some take steps as long
     as the rate, however near the minimum is.

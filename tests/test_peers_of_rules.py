@@ -19,13 +19,14 @@ import triton_optim as to
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages' own
 STEPS = 300
 KOZ, TIMM, FREE = "pytorch_optimizer", "timm.optim", "schedulefree"
-PRODIGY, DADAPT = "prodigyopt", "dadaptation"
+PRODIGY, DADAPT, HEAVY = "prodigyopt", "dadaptation", "heavyball"
 HOW = {
     KOZ: 'pip install -e ".[peers]"',
     TIMM: "pip install timm",
     FREE: "pip install schedulefree",
     PRODIGY: "pip install prodigyopt",
     DADAPT: "pip install dadaptation",
+    HEAVY: "pip install heavyball",
 }
 DECOUPLED = {"weight_decouple": True}
 # Ours, the package and its class, options of ours, options of theirs.
@@ -120,3 +121,75 @@ def test_of_300_steps_the_results_are_the_same(
             torch.testing.assert_close(ours, others, rtol=0, atol=1e-13)
     for p, q in zip(ours, others, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
+
+
+def walk(optimizers: list[Any], ours: list[Parameter], others: list[Parameter], random: torch.Generator) -> None:
+    """300 steps of both under a schedule."""
+    for step in range(STEPS):
+        for p, q in zip(ours, others, strict=True):
+            p.grad = 0.3 * p.detach() + torch.randn(p.shape, generator=random)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.01 * min((step + 1) / 50, 1) * (1 - step / 400)
+            optimizer.step()
+
+
+def twins(shapes: list[tuple[int, ...]], random: torch.Generator) -> tuple[list[Parameter], list[Parameter]]:
+    """Parameters, and others of the same values."""
+    ours = [Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    return ours, [Parameter(p.detach().clone()) for p in ours]
+
+
+# Ours, theirs and what these are told, and the shapes that both take.
+SCIONS: dict[str, tuple[str, dict[str, Any], list[tuple[int, ...]]]] = {
+    "auto": ("AUTO", {}, [(4, 3), (3, 7), (5,), (6, 3, 2, 2), (4, 2, 3)]),
+    "spectral": ("SPECTRAL", {}, [(4, 3), (3, 7)]),
+    "spectral_max": ("SPECTRAL", {"max_scale": True}, [(4, 3), (3, 7)]),
+    "sign": ("SIGN", {}, [(4, 3), (3, 7)]),
+    "rows": ("ROW", {}, [(4, 3), (3, 7)]),
+    "columns": ("COL", {}, [(4, 3), (3, 7)]),
+    "embedding": ("COL", {"transpose": True}, [(4, 3), (3, 7)]),
+    "rms": ("BIAS", {}, [(5,)]),
+}
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("norm", SCIONS)
+def test_scion_takes_the_same_steps(norm: str, constrained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose iteration is told to be of float64, as ours is."""
+    module = pytest.importorskip("pytorch_optimizer.optimizer.scion", reason=f"not installed: {HOW[KOZ]}")
+    iteration = module.zero_power_via_newton_schulz_5
+    monkeypatch.setattr(
+        module, "zero_power_via_newton_schulz_5", lambda g, steps: iteration(g, steps, dtype=torch.float64)
+    )
+    theirs, keywords, shapes = SCIONS[norm]
+    random = torch.Generator().manual_seed(0)
+    ours, others = twins(shapes, random)
+    optimizers = [
+        to.Scion(ours, norm=norm, scale=3.0, unconstrained=not constrained, backend="eager"),
+        module.SCION(
+            others,
+            norm_type=getattr(module.LMONorm, theirs),
+            norm_kwargs=keywords,
+            scale=3.0,
+            constraint=constrained,
+        ),
+    ]
+    walk(optimizers, ours, others, random)
+    for p, q in zip(ours, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_adamh_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """heavyball's has no first moment, in version 3.2, and its rate in float32."""
+    heavyball = pytest.importorskip(HEAVY, reason=f"not installed: {HOW[HEAVY]}")
+    monkeypatch.setattr(heavyball.utils, "compile_mode", None)
+    random = torch.Generator().manual_seed(0)
+    ours, others = twins([(4, 3), (3, 7)], random)
+    optimizers = [
+        to.AdamH(ours, betas=(0.0, 0.99), backend="eager"),
+        heavyball.HyperBallAdamW(others, betas=(0.9, 0.99), storage_dtype="float64"),
+    ]
+    walk(optimizers, ours, others, random)
+    for p, q in zip(ours, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-8)

@@ -33,14 +33,17 @@ def model_and_optimizer(case: Case, backend: str, device: torch.device, **option
     torch.manual_seed(0)
     first, second = (torch.nn.Linear(*sizes, bias=not case.matrices) for sizes in ((6, 5), (5, 1)))
     model = torch.nn.Sequential(first, torch.nn.Tanh(), second).to(device)
-    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.1}]
+    groups: list[dict[str, Any]] = [{"params": [*layer.parameters()]} for layer in (model[0], model[2])]
+    if "weight_decay" in case.settings:
+        groups[1]["weight_decay"] = 0.1
     return model, case.ours(groups, lr=0.01, backend=backend, **options)
 
 
 def change_hyperparameters(optimizer: torch.optim.Optimizer, i: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.01 / (i + 1)
-        group["weight_decay"] = 0.01 * i
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.01 * i
         if "betas" in group:
             group["betas"] = (0.9 - 0.01 * i, *group["betas"][1:])
         else:

@@ -15,6 +15,7 @@ from .optimizers.adam import Adam, AdamW
 from .optimizers.adam_atan2 import AdamAtan2
 from .optimizers.adamax import Adamax
 from .optimizers.adamc import AdamC
+from .optimizers.adamh import AdamH
 from .optimizers.adan import Adan
 from .optimizers.ademamix import AdEMAMix, SimplifiedAdEMAMix
 from .optimizers.adopt import ADOPT
@@ -33,7 +34,9 @@ from .optimizers.lion import Lion
 from .optimizers.mars import MARSAdamW, MARSLion
 from .optimizers.matrix.adamuon import AdaMuon
 from .optimizers.matrix.muon import Muon, muon_param_groups
+from .optimizers.matrix.muonh import MuonH
 from .optimizers.matrix.normuon import NorMuon
+from .optimizers.matrix.scion import Scion
 from .optimizers.nadam import NAdam
 from .optimizers.nadamw import NAdamW
 from .optimizers.novograd import NovoGrad
@@ -84,6 +87,7 @@ __all__ = [
     "Adam",
     "AdamAtan2",
     "AdamC",
+    "AdamH",
     "AdamW",
     "Adamax",
     "Adan",
@@ -99,6 +103,7 @@ __all__ = [
     "MARSLion",
     "MemoryReport",
     "Muon",
+    "MuonH",
     "NAdam",
     "NAdamW",
     "NonlinearCG",
@@ -113,6 +118,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "ScheduleFreeRAdam",
     "ScheduleFreeSGD",
+    "Scion",
     "Signum",
     "SimplifiedAdEMAMix",
     "SophiaG",

@@ -140,7 +140,10 @@ def check_group_keys(optimizer: Any, group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one is an option of the whole optimizer, which has another value there.
     """
-    known, title = {"params", "param_names", *optimizer.defaults, *OPTIONS}, type(optimizer).__name__
+    known, title = (
+        {"params", "param_names", *optimizer.defaults, *optimizer.group_names, *OPTIONS},
+        type(optimizer).__name__,
+    )
     for name, value in group.items():
         if name in OF_ALL and value != getattr(optimizer, name):
             raise ValueError(

@@ -97,6 +97,7 @@ class Update:
         exact_scalar_states: names of the scalar states that are float64, such as sums of thousands of steps: what is
             added to one in float32 is rounded to a share of the sum.
         option_names: the options that every parameter group carries, whatever their value.
+        group_names: what a group may say of its parameters, and keeps where a state dict that is loaded does not.
     """
 
     rule: ClassVar[Any] = None
@@ -109,10 +110,14 @@ class Update:
     step_is_tensor: ClassVar[bool] = True
     exact_scalar_states: ClassVar[tuple[str, ...]] = ()
     option_names: ClassVar[tuple[str, ...]] = ("maximize", "foreach", "capturable", "differentiable", "fused")
+    group_names: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[tuple[Variant, ...]] = ()
-    # Of those above: the states of all variants' rules by name, and the names of kept_states.
+    # Of those above: the states of all variants' rules by name, with those of `coded_names`, and the names of
+    # kept_states.
     declared: ClassVar[dict[str, State]] = {}
     kept_names: ClassVar[tuple[str, ...]] = ()
+    # Of these the ones of a prologue that are like their parameter: declared, too, and kept as `state_dtype` says.
+    coded_names: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
         param_groups: list[dict[str, Any]]
@@ -187,7 +192,7 @@ class Update:
             params: the parameters, outside autograd (unless ``differentiable``); sharded ones are DTensors.
             gradients: theirs, negated where the group maximizes. Neither is to be written.
             states: a parameter's states by name; those of ``kept_states`` are written in place, the rule's are the
-                rule's.
+                rule's. What ``state_dtype`` keeps in codes or in bfloat16 is there in float32, and rounded afterwards.
 
         Returns:
             A tensor of its shape for each parameter, sharded where it is; kept in the gradient's dtype.

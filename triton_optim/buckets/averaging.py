@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..precision.averaging import average_of, value_of, weight
 from ..precision.codecs import read, write
-from ..precision.random_bits import bits_of_elements, first_index, row_key, tensor_keys
+from ..precision.random_bits import bits_of_parameter
 from ..spec import AVERAGE, COUNT, Update
 from ..util.hyperparameters import exact_number, plain_group
-from ..util.layout import local, numbers_in_memory
+from ..util.layout import local
 from .key import Key
 from .slots import ParamSlot, StepGroup
 
@@ -38,8 +38,4 @@ def bits_of_average(m: ParamSlot, group: dict[str, Any], count: Any, average: Te
     """The random bits of an average of what stays. Its step is not counted, so that they are of the average's own
     count, and of a role that no rule has.
     """
-    device = average.device
-    key = row_key(int(group.get("seed", 0)), count if isinstance(count, Tensor) else int(count), device)
-    number = torch.full((1,), m.index, dtype=torch.int32, device=device)
-    first = torch.full((1,), first_index(m.p), device=device)
-    return bits_of_elements(tensor_keys(key.view(1), number, first)[0], numbers_in_memory(average))
+    return bits_of_parameter(m.p, m.index, int(group.get("seed", 0)), count, average)

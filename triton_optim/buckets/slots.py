@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..precision.averaging import initial_average, value_of
 from ..precision.codecs import Codec, new_parts, part_names, state_codec
-from ..precision.kept import convert_parameter, convert_state, current_parameter_codec
+from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT, Update, first_value
 from ..util.layout import with_local
 from .key import Key
@@ -92,6 +92,9 @@ class ParamSlot:
                 self.state |= new_state(optimizer, name, self.p, group, codec)
             else:
                 convert_state(optimizer, self.state, name, self.p, codec)
+        if key.variant.prologue:
+            for name in optimizer.coded_names:
+                start_coded(optimizer, self.state, name, self.p, group)
         if key.variant.staged:
             self.state |= {n: v for n, v in optimizer.first_kept(self.p, group).items() if n not in self.state}
 
@@ -275,6 +278,15 @@ def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], co
     return dict(zip((name, *part_names(codec, name)), new_parts(codec, first), strict=True))
 
 
+def start_coded(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, group: dict[str, Any]) -> None:
+    """Make a state that a prologue keeps as its group says, or convert it."""
+    codec = state_codec(optimizer, group, name, p, current_codec(optimizer, state, name, p))
+    if state.get(name) is None:
+        state |= new_state(optimizer, name, p, group, codec)
+    else:
+        convert_state(optimizer, state, name, p, codec)
+
+
 def make_states(optimizer: Update, group: dict[str, Any]) -> None:
     """Give the parameters of a group their states before their first step."""
     counted = {"step": 0} if "step" in optimizer.scalar_state_names(group) else {}
@@ -288,4 +300,8 @@ def make_states(optimizer: Update, group: dict[str, Any]) -> None:
             optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
         for name in optimizer.running_variant(group).state_names:
             optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))
-        optimizer.state[p] |= optimizer.first_kept(p, group)
+        state = optimizer.state[p]
+        if optimizer.running_variant(group).prologue:
+            for name in optimizer.coded_names:
+                start_coded(optimizer, state, name, p, group)
+        state |= {name: value for name, value in optimizer.first_kept(p, group).items() if name not in state}

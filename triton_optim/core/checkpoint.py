@@ -52,8 +52,9 @@ def loaded_groups(optimizer: Update, state_dict: Any) -> list[dict[str, Any]]:
     """The groups of a state dict. How values are kept is this optimizer's own: the next step brings what is loaded
     into it.
     """
+    stay = ("seed", "ema_decay", "ema_warmup", *optimizer.group_names)
     return [
-        {name: own[name] for name in ("seed", "ema_decay", "ema_warmup") if name in own}
+        {name: own[name] for name in stay if name in own}
         | {name: value for name, value in saved.items() if name not in PRECISION}
         | {name: own[name] for name in PRECISION if name in own}
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)

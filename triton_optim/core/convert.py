@@ -73,7 +73,8 @@ def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) 
     """
     optimizer.load_state_dict(state_dict)
     for group in optimizer.param_groups:
-        names = optimizer.running_variant(group).state_names
+        variant = optimizer.running_variant(group)
+        names = (*variant.state_names, *(optimizer.coded_names if variant.prologue else ()))
         for p in group["params"]:
             state = optimizer.state.get(p)
             if state is None:
@@ -86,7 +87,7 @@ def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) 
 
 def kept_states(optimizer: RuleOptimizer, state: dict[str, Any], p: Tensor) -> Iterator[tuple[str, Codec]]:
     """The states of a parameter that are there, of any variant of the optimizer, and how each is kept."""
-    for name in dict.fromkeys(name for variant in optimizer.variants for name in variant.state_names):
+    for name in optimizer.declared:
         codec = current_codec(optimizer, state, name, p)
         if codec is not None:
             yield name, codec

@@ -35,14 +35,17 @@ def averaged(states: list[Tensor], news: Tensors, weight: Any) -> tuple[Tensor, 
     Args:
         weight: of the new ones; a number, or a 0-dim tensor.
     """
-    pairs = zip(states, news, strict=True)
-    held = [state.to(new.dtype) for state, new in pairs]
-    if isinstance(weight, Tensor):
-        averages = tuple(x.lerp(new, weight.to(new)) for x, new in zip(held, news, strict=True))
-    else:
-        averages = torch._foreach_lerp(held, news, weight)
+    averages = lerped(states, news, weight)
     write_each(states, averages)
     return averages
+
+
+def lerped(states: list[Tensor], news: Tensors, weight: Any) -> tuple[Tensor, ...]:
+    """What :func:`averaged` keeps and returns; nothing is written."""
+    held = [state.to(new.dtype) for state, new in zip(states, news, strict=True)]
+    if isinstance(weight, Tensor):
+        return tuple(x.lerp(new, weight.to(new)) for x, new in zip(held, news, strict=True))
+    return torch._foreach_lerp(held, news, weight)
 
 
 def means(tensors: Tensors, dim: int) -> tuple[Tensor, ...]:

@@ -111,7 +111,11 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
             if variant.staged:
                 like = torch.empty(own.shape, dtype=p.dtype, device="meta")
                 for name, value in optimizer.first_kept(like, group).items():
-                    add(name, value.nbytes, value.nbytes)
+                    ours = value.nbytes
+                    if name in optimizer.coded_names and variant.prologue:
+                        wanted = state_codec(optimizer, group, name, p)
+                        ours = nbytes(wanted.dtypes, wanted.elements_per_item, numel)
+                    add(name, ours, value.nbytes)
     return MemoryReport(**sums, states=states, torch_states=torch_states)
 
 

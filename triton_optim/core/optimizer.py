@@ -31,7 +31,7 @@ from ..options import (
     hold_dtypes,
 )
 from ..precision.averaging import check_averaging, largest_count
-from ..precision.codecs import check_declared, check_precision
+from ..precision.codecs import check_declared, check_precision, coded_states
 from ..spec import Variant
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
@@ -78,6 +78,9 @@ class RuleOptimizer(SavedOptimizer):
         check_declared(cls)
         cls.declared = {state.name: state for variant in cls.variants for state in variant.states}
         cls.kept_names = tuple(state.name for state in cls.kept_states)
+        coded = coded_states(cls)
+        cls.coded_names = tuple(state.name for state in coded)
+        cls.declared |= {state.name: state for state in coded}
         describe_options(cls)
 
     @_disable_dynamo

@@ -25,7 +25,7 @@ AGAIN = "Load the state dict as it was saved."
 
 def elementwise_names(optimizer: Update) -> list[str]:
     """The states of all variants that have an item for each element of the parameter."""
-    return list(dict.fromkeys([*chain.from_iterable(v.state_names for v in optimizer.variants), AVERAGE]))
+    return list(dict.fromkeys([*optimizer.declared, AVERAGE]))
 
 
 class Names(NamedTuple):

@@ -205,6 +205,9 @@ def entries_of(
             continue
         if variant.staged:
             check_states(optimizer, own, index, p, state)
+        for name in optimizer.coded_names if variant.prologue else ():
+            if state.get(name) is not None:
+                check_state(optimizer, index, p, name, state)
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,19 @@ from torch import Tensor
 from ..buckets.bucket import Bucket
 from ..buckets.slots import ParamSlot
 from ..buckets.step_scalars import StepScalars, step_scalars_for
+from ..precision.codecs import Codec, part_names, read, state_codec, write
+from ..precision.random_bits import bits_of_parameter, first_index
 from ..spec import Update
 from ..util.hyperparameters import plain_group
-from ..util.layout import is_sharded, with_local
+from ..util.layout import is_sharded, local, with_local
 
 
 def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]) -> None:
     """Raise RuntimeError where a state of the prologue has another shape than the optimizer would make it."""
     like = optimizer.first_kept(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
     for name in optimizer.kept_names:
+        if name in optimizer.coded_names:  # which have a check of their own
+            continue
         value = state.get(name)
         shape = like[name].shape if name in like else p.shape
         if isinstance(value, Tensor) and value.shape != shape:
@@ -81,13 +85,63 @@ def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, StepScala
         g = bucket.gradients[i]
         assert g is not None
         gradients.append(with_local(m.p, row.factor * g if isinstance(row.factor, Tensor) or row.factor != 1 else g))
+    group = optimizer.param_groups[slots[0].group]
+    coded = coded_of(optimizer, group, slots)
+    states = [m.state for m in slots]
+    for i, own in coded.items():
+        states[i] = {**states[i], **{c.name: c.value for c in own}}
     updates = optimizer.prologue(
-        plain_group(optimizer.param_groups[slots[0].group], keep=kept),
+        plain_group(group, keep=kept),
         row.h,
         # Autograd may keep what it is shown, and the rule will write the parameter.
         [m.p.clone() if kept else m.p.detach() for m in slots],
         gradients,
-        [m.state for m in slots],
+        states,
     )
+    for i, own in coded.items():
+        for c in own:
+            c.keep(slots[i], group, row.step)
     for (_, bucket, i, _), update in zip(turn, updates, strict=True):
         bucket.take_update(i, update)
+
+
+class Coded(NamedTuple):
+    """A state that a prologue gets in float32.
+
+    Attributes:
+        name: of the state.
+        codec, parts: how it is kept, on this process.
+        value: in float32, as the parameter is placed.
+        role: by which its random bits differ from those of others.
+    """
+
+    name: str
+    codec: Codec
+    parts: list[Tensor]
+    value: Tensor
+    role: int
+
+    def keep(self, m: ParamSlot, group: dict[str, Any], step: Any) -> None:
+        """Keep what the prologue made of it."""
+        bits = None
+        if self.codec.random:
+            bits = bits_of_parameter(m.p, m.index, int(group.get("seed", 0)), step, local(m.p))
+        write(self.codec, self.parts, local(self.value), self.role, bits)
+
+
+def coded_of(optimizer: Update, group: dict[str, Any], slots: list[ParamSlot]) -> dict[int, list[Coded]]:
+    """The states that are not kept as they are, by the position of their parameter."""
+    if not optimizer.coded_names or group.get("state_dtype") in (None, torch.float32):
+        return {}
+    found: dict[int, list[Coded]] = {}
+    for i, m in enumerate(slots):
+        for role, name in enumerate(optimizer.coded_names, len(optimizer.declared) + 1):
+            codec = state_codec(optimizer, group, name, m.p)
+            if codec.name == "plain":
+                continue
+            if codec.random:
+                first_index(m.p)  # raises before anything changes
+            parts = [local(m.state[part]) for part in (name, *part_names(codec, name))]
+            value = with_local(m.p, read(codec, parts, local(m.p)))
+            found.setdefault(i, []).append(Coded(name, codec, parts, value, role))
+    return found

@@ -167,11 +167,18 @@ def check_declared(cls: type[Update]) -> None:
                 "alike in all variants, or rename one."
             )
     kept = [state.name for state in cls.kept_states]
-    taken = {"step", AVERAGE, COUNT, *RESIDUALS, *(f"{name}_{SCALE}" for name in declared)}
+    taken = {"step", AVERAGE, COUNT, *RESIDUALS, *(f"{name}_{SCALE}" for name in (*declared, *kept))}
     if both := sorted(taken & {*declared, *kept}):
         raise TypeError(f"{cls.__name__} has states {both}, names of what every optimizer may keep. Rename them.")
     if both := sorted({name for name in kept if name in declared or kept.count(name) > 1}):
         raise TypeError(f"{cls.__name__} declares its states {both} twice. Rename one of each.")
+
+
+def coded_states(cls: type[Update]) -> list[State]:
+    """Those of an optimizer's ``kept_states`` that are like their parameter, where a prologue keeps them."""
+    if not any(variant.prologue for variant in cls.variants) or cls.first_kept is not Update.first_kept:
+        return []
+    return [state for state in cls.kept_states if state.quantized and not callable(state.start)]
 
 
 @cache
@@ -267,11 +274,12 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
             f"Invalid param_precision: {precision!r}. Use one of {', '.join(map(_quoted, PARAM_PRECISIONS))}."
         )
     asked = f"state_dtype={_quoted(state_dtype)}"
-    if state_dtype is not None and optimizer.running_variant(group).prologue and optimizer.kept_states:
+    prologue = optimizer.running_variant(group).prologue
+    if state_dtype is not None and prologue and optimizer.kept_states and not optimizer.coded_names:
         kept = ", ".join(state.name for state in optimizer.kept_states)
         raise RuntimeError(
-            f"{name}: {asked} is for the states of a rule; {kept} are what comes before it keeps, "
-            "in the parameter's dtype. Leave state_dtype out."
+            f"{name}: {asked} is for states like their parameter; {kept} are none, or kept in its dtype. "
+            "Leave state_dtype out."
         )
     if state_dtype is not None and any(dtype.is_complex for dtype in set(map(_DTYPE, params))):
         raise RuntimeError(f"{name}: states of complex parameters are complex, not {asked}. Leave state_dtype out.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels import codecs
 from ..kernels.language import torch_form
-from ..util.layout import is_sharded
+from ..util.layout import is_sharded, numbers_in_memory
 
 _hashed, _row_key, _tensor_key = map(torch_form, (codecs.hashed, codecs.row_key, codecs.tensor_key))
 
@@ -96,6 +96,21 @@ def bits_of_elements(key: Tensor, index: Tensor) -> Tensor:
     else:
         bits = _hashed(index + low, high, first, second)
     return bits
+
+
+def bits_of_parameter(p: Tensor, index: int, seed: int, count: Any, like: Tensor) -> Tensor:
+    """32 random bits an element of a tensor that lies as a parameter does.
+
+    Args:
+        index: of the parameter among the optimizer's.
+        count: number of the update; a number, or a tensor on any device.
+        like: that tensor, on this process.
+    """
+    device = like.device
+    key = row_key(seed, count if isinstance(count, Tensor) else int(count), device)
+    number = torch.full((1,), index, dtype=torch.int32, device=device)
+    first = torch.full((1,), first_index(p), device=device)
+    return bits_of_elements(tensor_keys(key.view(1), number, first)[0], numbers_in_memory(like))
 
 
 def _low(x: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
-from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...spec import State
 from ...util.layout import gathered, placed_as
 from .muon import Muon, uses_muon
+from .pieces import Pieces
 
 TINY = 1e-8  # the authors'
 
@@ -24,7 +24,7 @@ class AdaMuon(Muon):
     r"""AdaMuon: Muon of the signs of its momentum, each element divided by the root of a second moment, and all made as
     long as AdamW's steps are.
 
-    With :math:`m_t` and NS of :class:`Muon`, and the Frobenius norm, for a parameter of :math:`A \times B`:
+    With :math:`m_t` and NS of :class:`Muon`, and the Frobenius norm, for a matrix of :math:`A \times B`:
 
     .. math::
         O_t &= \operatorname{NS}(\operatorname{sign}(m_t)), \qquad
@@ -32,13 +32,14 @@ class AdaMuon(Muon):
         \hat O_t = O_t / (\sqrt{v_t} + 10^{-8}) \\
         p_t &= (1 - \gamma\lambda) p_{t-1} - \gamma \frac{0.2 \sqrt{A B}}{\lVert \hat O_t \rVert} \hat O_t
 
-    A parameter group with ``"use_muon": False`` is AdamW's, as of :class:`Muon`.
+    A parameter group with ``"use_muon": False`` is AdamW's, and ``"extra_dims"`` and ``"splits"`` say of which matrices
+    the parameters of others consist, as of :class:`Muon`.
 
     State of a parameter: ``momentum_buffer`` :math:`b` and ``second_momentum_buffer`` :math:`v`, like it; in a group of
     AdamW ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
-        params: parameters, named parameters or groups; real, and of two dimensions but in groups of AdamW.
+        params: parameters, named parameters or groups; real, and of two dimensions but where their group says else.
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor. AdamW's rates fit.
         weight_decay: :math:`\lambda \ge 0`.
         momentum: :math:`\mu \ge 0`.
@@ -50,7 +51,7 @@ class AdaMuon(Muon):
         options: see :class:`Options`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions.
+        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions or rows that are not cut.
         RuntimeError: a parameter is complex (in :meth:`step`).
 
     Example:
@@ -67,7 +68,7 @@ class AdaMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
-    kept_states = (*Muon.kept_states, State("second_momentum_buffer"))
+    kept_states = (*Muon.kept_states, State("second_momentum_buffer", nonnegative=True))
     signed = True
 
     def __init__(
@@ -101,19 +102,26 @@ class AdaMuon(Muon):
             check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
-    def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
-        return [1.0] * len(params)
+    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
+        return [1.0] * len(pieces.shapes)
 
     def adapted(
-        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], states: list[dict[str, Any]]
+        self,
+        group: dict[str, Any],
+        h: Any,
+        params: list[Tensor],
+        pieces: Pieces,
+        updates: list[Tensor],
+        states: list[dict[str, Any]],
     ) -> list[Tensor]:
-        wide = [u.to(torch.promote_types(p.dtype, torch.float32)) for p, u in zip(params, updates, strict=True)]
         held = [gathered(state["second_momentum_buffer"]) for state in states]
-        moments = averaged(held, torch._foreach_mul(wide, wide), 1 - group["beta2"])
-        for p, state, own, moment in zip(params, states, held, moments, strict=True):
-            if state["second_momentum_buffer"] is not own:
-                state["second_momentum_buffer"].copy_(placed_as(p, moment))
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
+        wide = [update.to(dtypes[k]) for k, update in zip(pieces.owners, updates, strict=True)]
+        moments = pieces.averaged(held, torch._foreach_mul(wide, wide), 1 - group["beta2"])
+        for p, state, whole in zip(params, states, held, strict=True):
+            if state["second_momentum_buffer"] is not whole:
+                state["second_momentum_buffer"].copy_(placed_as(p, whole))
         even = torch._foreach_div(wide, torch._foreach_add(torch._foreach_sqrt(moments), TINY))
         lengths = torch._foreach_clamp_min(torch._foreach_norm(even), TINY)
-        factors = torch._foreach_mul(torch._foreach_reciprocal(lengths), [0.2 * p.numel() ** 0.5 for p in params])
-        return list(torch._foreach_mul(even, factors))
+        sizes = [0.2 * (rows * columns) ** 0.5 for rows, columns in pieces.shapes]
+        return list(torch._foreach_mul(even, torch._foreach_mul(torch._foreach_reciprocal(lengths), sizes)))

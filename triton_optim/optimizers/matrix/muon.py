@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
+from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
@@ -19,6 +20,7 @@ from ...spec import State, Variant
 from ...util.layout import gathered, placed_as
 from ..adam import AdamW, adam_scalars
 from .newton_schulz import newton_schulz, triples
+from .pieces import Pieces, check_pieces, check_shape
 
 # The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
 ADJUST: dict[str | None, Callable[[int, int], float]] = {
@@ -52,13 +54,22 @@ class Muon(RuleOptimizer):
     bfloat16 everywhere, so the two agree to its precision.
 
     A parameter group with ``"use_muon": False`` is updated by AdamW, in the group's ``lr``, ``betas``, ``eps`` and
-    ``weight_decay``, by default torch.optim.AdamW's. :func:`muon_param_groups` sorts a model's parameters so.
+    ``weight_decay``, by default torch.optim.AdamW's. Other groups may say of which matrices their parameters consist,
+    each of which is orthogonalized, and multiplied by the s of its own shape:
+
+    - ``"extra_dims"``, of parameters of more than two dimensions: ``"batch"``, the last two are a matrix each, as of
+      experts ``[E, m, n]``; or ``"flatten"``, the first are the rows and all others the columns, as of convolutions.
+    - ``"splits"``: into how many blocks of rows each matrix is cut, all of one size, or a list of the rows that each
+      has: 3 of a fused weight of queries, keys and values, ``[1024, 256, 256]`` where these are of different sizes,
+      three times the number of heads where each head is to be a matrix.
+
+    :func:`muon_param_groups` sorts a model's parameters so.
 
     State of a parameter: ``momentum_buffer`` :math:`b`, like it; in a group of AdamW ``step``, ``exp_avg`` and
     ``exp_avg_sq``.
 
     Args:
-        params: parameters, named parameters or groups; real, and of two dimensions but in groups of AdamW.
+        params: parameters, named parameters or groups; real, and of two dimensions but where their group says else.
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
         weight_decay: :math:`\lambda \ge 0`.
         momentum: :math:`\mu \ge 0`.
@@ -72,7 +83,7 @@ class Muon(RuleOptimizer):
         options: see :class:`Options`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions.
+        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions or rows that are not cut.
         RuntimeError: a parameter is complex (in :meth:`step`).
 
     Example:
@@ -93,12 +104,13 @@ class Muon(RuleOptimizer):
     https://arxiv.org/abs/2505.16932. The momentum is torch's, an average.
     """
 
-    variants = (
+    variants: ClassVar[tuple[Variant, ...]] = (
         Variant(muon, (), prologue=True),
         Variant(adamw, (State("exp_avg"), State("exp_avg_sq", nonnegative=True))),
     )
     counts_steps = False
     option_names = ()
+    group_names = ("use_muon", "extra_dims", "splits")
     kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
 
@@ -136,6 +148,7 @@ class Muon(RuleOptimizer):
         check_range("momentum value", group["momentum"], 0.0)
         check_range("ns_steps", group["ns_steps"], 0, 100)
         triples(group["ns_coefficients"], group["ns_steps"])
+        check_pieces(group)
         if group["adjust_lr_fn"] not in ADJUST:
             raise ValueError(
                 f"Adjust learning rate function {group['adjust_lr_fn']} is not supported. "
@@ -154,11 +167,8 @@ class Muon(RuleOptimizer):
                 f"Muon only supports 2D parameters; parameter {index} is uninitialized and has no shape yet. Run the "
                 "model once on an example before you make the optimizer."
             )
-        if uses_muon(group) and p.dim() != 2:
-            raise ValueError(
-                f"Muon only supports 2D parameters; parameter {index} has shape {tuple(p.shape)}. Give it to AdamW, in "
-                'a group with "use_muon": False; muon_param_groups(model) sorts a whole model so.'
-            )
+        if uses_muon(group):
+            check_shape("Muon", index, p, group)
         super().check_parameter(index, p, group)
 
     def variant(self, group: dict[str, Any]) -> Variant:
@@ -179,8 +189,12 @@ class Muon(RuleOptimizer):
         mu = group["momentum"]
         buffers = [state["momentum_buffer"] for state in states]
         gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-        torch._foreach_lerp_(buffers, gradients, 1 - mu)
+        if torch.is_grad_enabled():  # the graph of a step must not see what the next one writes
+            buffers = list(averaged(buffers, gradients, 1 - mu))
+        else:
+            torch._foreach_lerp_(buffers, gradients, 1 - mu)
         nesterov, signed = group["nesterov"], self.signed
+        pieces = Pieces(group, params)
 
         def fetch(indices: list[int]) -> list[Tensor]:
             momenta: list[Tensor] | tuple[Tensor, ...] = [buffers[i] for i in indices]
@@ -189,25 +203,33 @@ class Muon(RuleOptimizer):
             return [gathered(m) for m in (torch._foreach_sign(momenta) if signed else momenta)]
 
         updates = newton_schulz(
-            buffers if nesterov or signed else [gathered(b) for b in buffers],
+            pieces.like(buffers) if nesterov or signed else pieces.cut([gathered(b) for b in buffers]),
             group["ns_coefficients"],
             group["ns_steps"],
             group["eps"],
-            self.scales(group, params),
-            fetch if nesterov or signed else None,
+            self.scales(group, pieces),
+            pieces.fetching(fetch) if nesterov or signed else None,
         )
-        updates = self.adapted(group, params, updates, states)
+        if updates:  # of no experts there are none
+            updates = self.adapted(group, h, params, pieces, updates, states)
+        updates = pieces.join(updates)
         return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
 
-    def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
+    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
         """What orthogonalized momenta are multiplied by, before they are adapted."""
         adjusted = ADJUST[group["adjust_lr_fn"]]
-        return [adjusted(*p.shape) for p in params]
+        return [adjusted(*shape) for shape in pieces.shapes]
 
     def adapted(
-        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], states: list[dict[str, Any]]
+        self,
+        group: dict[str, Any],
+        h: Any,
+        params: list[Tensor],
+        pieces: Pieces,
+        updates: list[Tensor],
+        states: list[dict[str, Any]],
     ) -> list[Tensor]:
-        """What is subtracted, made of whole orthogonalized momenta."""
+        """What is subtracted of each piece, made of whole orthogonalized momenta."""
         return updates
 
 
@@ -220,36 +242,91 @@ def muon_param_groups(
     model: torch.nn.Module,
     heads: str | Collection[str] = ("lm_head", "head", "classifier"),
     adamw: dict[str, Any] | None = None,
+    *,
+    convolutions: bool = False,
+    experts: str | Collection[str] = (),
+    splits: Mapping[str, int | Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """A model's parameters as two groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
+    """A model's parameters as groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
 
-    AdamW gets what has not two dimensions, what belongs to an embedding, and the heads.
+    AdamW gets what has not two dimensions, what belongs to an embedding, the heads, and biases, which may have two: a
+    row for each expert.
 
     Args:
         model: whose parameters that require gradients are sorted.
         heads: names of the modules whose weights make the output, such as ``"lm_head"`` or ``"decoder.out"``: a module
             is meant where its full name or the last part of it is among them. A string is one name.
-        adamw: options of the second group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        adamw: options of the last group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        convolutions: whether Muon gets the weights of ``Conv1d``, ``Conv2d`` and ``Conv3d``, too, flattened.
+        experts: names of modules or parameters, as `heads`, whose parameters of more than two dimensions are batches of
+            matrices that Muon gets.
+        splits: by such a name, the ``"splits"`` of the weights of a module, or of a parameter.
 
     Returns:
-        The groups that have any parameter, Muon's first.
+        The groups that have any parameter, AdamW's last; Muon has one for each way in which parameters are cut into
+        matrices, plain ones first.
+
+    Raises:
+        ValueError: nothing in the model has a name among `experts` or `splits`.
 
     Example:
         >>> import torch, triton_optim
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> [len(group["params"]) for group in triton_optim.muon_param_groups(model, heads=["2"])]
         [1, 3]
+        >>> model = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 8, 3), "qkv": torch.nn.Linear(8, 24)})
+        >>> groups = triton_optim.muon_param_groups(model, convolutions=True, splits={"qkv": 3})
+        >>> [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        [{'extra_dims': 'flatten'}, {'splits': 3}, {'use_muon': False}]
     """
-    names = {heads} if isinstance(heads, str) else set(heads)
     # By identity: a head that is tied to the embedding is one parameter.
-    left_out: set[int] = set()
-    for name, module in model.named_modules():
-        embeds = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
-        if embeds or {name, name.rpartition(".")[2]} & names:
+    left_out = named(model, heads)
+    flattened: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
             left_out.update(id(p) for p in module.parameters())
-    params = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in params if p.dim() == 2 and id(p) not in left_out]
-    kept = {id(p) for p in hidden}
-    rest = [p for p in params if id(p) not in kept]
-    groups: list[dict[str, Any]] = [{"params": hidden}, {"params": rest, "use_muon": False, **(adamw or {})}]
+        if convolutions and isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+            flattened.add(id(module.weight))
+    left_out.update(id(p) for name, p in model.named_parameters() if name.endswith("bias"))
+    batched = named(model, experts, "experts")
+    cut = {i: rows for name, rows in (splits or {}).items() for i in named(model, name, "splits")}
+    of_muon: dict[Any, dict[str, Any]] = {"": {"params": []}}
+    rest: list[Tensor] = []
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        extra = {"extra_dims": "flatten"} if id(p) in flattened else {}
+        extra = {"extra_dims": "batch"} if p.dim() > 2 and id(p) in batched else extra
+        if id(p) in left_out or not (p.dim() == 2 or extra):
+            rest.append(p)
+            continue
+        own = extra | ({"splits": cut[id(p)]} if id(p) in cut else {})
+        of_muon.setdefault(str(own) if own else "", {"params": [], **own})["params"].append(p)
+    groups = [*of_muon.values(), {"params": rest, "use_muon": False, **(adamw or {})}]
     return [group for group in groups if group["params"]]
+
+
+def named(model: torch.nn.Module, names: str | Collection[str], argument: str | None = None) -> set[int]:
+    """The identities of the parameters that have one of these names, or belong to a module that has; of each the full
+    name counts, or the last part of it.
+
+    Args:
+        argument: in which the names were given, where each must be one of the model's.
+    """
+    wanted = {names} if isinstance(names, str) else set(names)
+    found: set[int] = set()
+    known: set[str] = set()
+    for name, module in model.named_modules():
+        if own := {name, name.rpartition(".")[2]} & wanted:
+            known |= own
+            found.update(id(p) for p in module.parameters())
+    for name, p in model.named_parameters(remove_duplicate=False) if argument else ():
+        if own := {name, name.rpartition(".")[2]} & wanted:
+            known |= own
+            found.add(id(p))
+    if argument and (unknown := sorted(wanted - known)):
+        raise ValueError(
+            f"muon_param_groups: no module or parameter of the model has the name {unknown[0]!r}, given in {argument}. "
+            "Give its full name, or the last part of it."
+        )
+    return found

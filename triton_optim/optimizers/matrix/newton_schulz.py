@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import GPUS
+from .pieces import MatrixLike
 from .symmetric_product import by_panels, symmetric_product
 
 Triple: TypeAlias = tuple[float, float, float]
@@ -37,7 +38,7 @@ GROWTH_AT_FIRST, GROWTH = 150, 20
 
 
 def newton_schulz(
-    matrices: Sequence[Tensor],
+    matrices: Sequence[Tensor | MatrixLike],
     coefficients: str | Sequence[float] | Sequence[Sequence[float]],
     steps: int,
     eps: float,
@@ -54,7 +55,7 @@ def newton_schulz(
     every few steps :math:`X`: see :func:`advance`.
 
     Args:
-        matrices: of two dimensions, real, on any devices. They are not written.
+        matrices: of two dimensions, real, on any devices. They are not written. With `fetch`, what they are like.
         coefficients: :math:`(a, b, c)`, or one such triple a step, or the name of a preset: see :func:`triples`.
         steps: number of iterations.
         eps: :math:`\epsilon`, the smallest norm that is divided by.
@@ -80,16 +81,16 @@ def newton_schulz(
     alike: dict[Any, list[int]] = {}
     for i, m in enumerate(matrices):
         alike.setdefault((m.device, iterated_in(m), min(m.shape), max(m.shape)), []).append(i)
+    tall = [m.shape[0] > m.shape[1] for m in matrices]
     results: dict[int, Tensor] = {}
     for (device, dtype, rows, columns), indices in alike.items():
         largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
         at_once = max(1, largest // max(rows * columns, 1))
-        tall = [matrices[i].shape[0] > rows for i in range(len(matrices))]
         indices.sort(key=tall.__getitem__)  # those that lie alike use the same buffers
         buffers: list[Tensor | None] = []
         for start in range(0, len(indices), at_once):
             own = indices[start : start + at_once]
-            fetched = fetch(own) if fetch else [matrices[i] for i in own]
+            fetched: Any = fetch(own) if fetch else [matrices[i] for i in own]
             wide = [m.mT if tall[i] else m for i, m in zip(own, fetched, strict=True)]
             x = normalized(wide, eps, dtype, owned=fetch is not None and not recorded)
             scaled = iterate(x, own_triples, buffers).unbind()
@@ -135,7 +136,7 @@ def triples(coefficients: str | Sequence[float] | Sequence[Sequence[float]], ste
     return [tuple(map(float, row)) for row in rows]  # type: ignore[misc]
 
 
-def iterated_in(matrix: Tensor) -> torch.dtype:
+def iterated_in(matrix: Tensor | MatrixLike) -> torch.dtype:
     """bfloat16, which the iteration bears, where the device multiplies it many times faster; without instructions for
     it, a CPU is several times slower.
     """

@@ -10,13 +10,19 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ...core.checks import check_range
-from ...core.factored import averaged, means, wide_zeros
+from ...core.factored import means, wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...spec import State
 from .muon import Muon, uses_muon
+from .pieces import Pieces
 
 TINY = 1e-10  # the authors'
+
+
+def first_sizes(p: Tensor, group: dict[str, Any]) -> Tensor:
+    """A number a row of each matrix of a parameter: a column, or a batch of them."""
+    return wide_zeros(p, (*(p.shape[:1] if group.get("extra_dims") == "flatten" else p.shape[:-1]), 1))
 
 
 class NorMuon(Muon):
@@ -29,13 +35,14 @@ class NorMuon(Muon):
         \hat O_t = O_t / (\sqrt{r_t} + 10^{-10}) \\
         p_t &= (1 - \gamma\lambda) p_{t-1} - \gamma s \frac{\lVert O_t \rVert}{\lVert \hat O_t \rVert} \hat O_t
 
-    A parameter group with ``"use_muon": False`` is AdamW's, as of :class:`Muon`.
+    A parameter group with ``"use_muon": False`` is AdamW's, and ``"extra_dims"`` and ``"splits"`` say of which matrices
+    the parameters of others consist, as of :class:`Muon`.
 
     State of a parameter: ``momentum_buffer`` :math:`b`, like it, and ``second_momentum_buffer`` :math:`r`, a column in
-    float32 or wider; in a group of AdamW ``step``, ``exp_avg`` and ``exp_avg_sq``.
+    float32 or wider, of a batch of matrices one each; in a group of AdamW ``step``, ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
-        params: parameters, named parameters or groups; real, and of two dimensions but in groups of AdamW.
+        params: parameters, named parameters or groups; real, and of two dimensions but where their group says else.
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
         weight_decay: :math:`\lambda \ge 0`.
         momentum: :math:`\mu \ge 0`.
@@ -48,7 +55,7 @@ class NorMuon(Muon):
         options: see :class:`Options`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions.
+        ValueError: a hyperparameter is out of range, or a parameter has not two dimensions or rows that are not cut.
         RuntimeError: a parameter is complex (in :meth:`step`).
 
     Example:
@@ -65,7 +72,7 @@ class NorMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
-    kept_states = (*Muon.kept_states, State("second_momentum_buffer", lambda p, _: wide_zeros(p, (len(p), 1))))
+    kept_states = (*Muon.kept_states, State("second_momentum_buffer", first_sizes))
 
     def __init__(
         self,
@@ -100,16 +107,22 @@ class NorMuon(Muon):
             check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
-    def scales(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
-        return [1.0] * len(params)
+    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
+        return [1.0] * len(pieces.shapes)
 
     def adapted(
-        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], states: list[dict[str, Any]]
+        self,
+        group: dict[str, Any],
+        h: Any,
+        params: list[Tensor],
+        pieces: Pieces,
+        updates: list[Tensor],
+        states: list[dict[str, Any]],
     ) -> list[Tensor]:
-        rows = [state["second_momentum_buffer"] for state in states]
-        wide = [update.to(r.dtype) for update, r in zip(updates, rows, strict=True)]
-        sizes = averaged(rows, means(torch._foreach_mul(wide, wide), -1), 1 - group["beta2"])
+        held = [state["second_momentum_buffer"] for state in states]
+        wide = [update.to(held[k].dtype) for k, update in zip(pieces.owners, updates, strict=True)]
+        sizes = pieces.averaged(held, means(torch._foreach_mul(wide, wide), -1), 1 - group["beta2"])
         even = torch._foreach_div(wide, torch._foreach_add(torch._foreach_sqrt(sizes), TINY))
         lengths = torch._foreach_clamp_min(torch._foreach_norm(even), TINY)
-        factors = torch._foreach_mul(torch._foreach_norm(wide), super().scales(group, params))
+        factors = torch._foreach_mul(torch._foreach_norm(wide), super().scales(group, pieces))
         return list(torch._foreach_mul(even, torch._foreach_div(factors, lengths)))
