@@ -20,6 +20,7 @@ import torch
 from conftest import BACKENDS
 from reference_peer import NUMBERS as NUMBERS
 from reference_peer import peer_of
+from references_eigen import KL_SOAP_BY_HAND, SOAP_BY_HAND, kl_soap, soap
 from references_matrix import (
     ADAMUON_BY_HAND,
     CAME_BY_HAND,
@@ -718,6 +719,46 @@ CASES = [
         complex=False,
         elementwise=False,
         minimizes={"lr": 0.1, "weight_decay": 0.0},
+    ),
+    Case(
+        triton_optim.SOAP,
+        soap,
+        {  # longer sides would have several eigenvalues of 0, whose eigenvectors may be any
+            "default": {"max_precond_dim": 6},
+            "often": {
+                "lr": 1e-2,
+                "betas": (0.8, 0.9),
+                "shampoo_beta": 0.7,
+                "precondition_frequency": 2,
+                "max_precond_dim": 6,
+                "maximize": True,
+            },
+            "one size": {"max_precond_dim": 6, "normalize_grads": True, "correct_bias": False, "weight_decay": 0.1},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in SOAP_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.KLSOAP,
+        kl_soap,
+        {
+            "default": {"max_precond_dim": 6},
+            "often": {
+                "lr": 1e-2,
+                "betas": (0.8, 0.9),
+                "shampoo_beta": 0.7,
+                "precondition_frequency": 2,
+                "max_precond_dim": 6,
+                "maximize": True,
+                "correct_bias": True,
+            },
+        },
+        by_hand=tuple(ByHand(*steps) for steps in KL_SOAP_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.LAMB,

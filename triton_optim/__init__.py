@@ -32,8 +32,10 @@ from .optimizers.lars import LARS
 from .optimizers.lion import Lion
 from .optimizers.mars import MARSAdamW, MARSLion
 from .optimizers.matrix.adamuon import AdaMuon
+from .optimizers.matrix.kl_soap import KLSOAP
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.matrix.normuon import NorMuon
+from .optimizers.matrix.soap import SOAP
 from .optimizers.nadam import NAdam
 from .optimizers.nadamw import NAdamW
 from .optimizers.novograd import NovoGrad
@@ -69,10 +71,12 @@ __all__ = [
     "ADOPT",
     "ASGD",
     "CAME",
+    "KLSOAP",
     "LAMB",
     "LARS",
     "LBFGS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "AdaBelief",
     "AdaMuon",
