@@ -171,6 +171,42 @@ def kl_soap(
     return p
 
 
+@reference
+def shampoo(
+    p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-12, weight_decay=1e-5, precondition_frequency=100,
+    start_preconditioning_step=-1, max_precond_dim=8192, precondition_1d=False, grafting="adam", grafting_eps=1e-8,
+):  # fmt: skip
+    """Gupta et al. 2018, Algorithm 1, with the averages, bias corrections, late start and grafting of Shi et al. 2023,
+    section 3: with a second beta of 1 the averages are sums. k preconditioners take the root of degree 2 k.
+    """
+    b1, b2 = betas
+    shape, taken = sides(p, max_precond_dim, precondition_1d)
+    t = state["step"] = p.dtype.type(state.get("step", 0) + 1)
+    start = precondition_frequency if start_preconditioning_step == -1 else start_preconditioning_step
+    new, correction = (1, 1) if b2 == 1 else (1 - b2, 1 - b2**t)
+    m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + (1 - b1) * g
+    m = grafted = m / (1 - b1**t)
+    if grafting == "adam":
+        v = state["exp_avg_sq"] = b2 * state.get("exp_avg_sq", 0) + new * g**2
+        grafted = m / (np.sqrt(v / correction) + grafting_eps)
+    u = m.reshape(shape)
+    for side in taken:
+        state[side] = b2 * state.get(side, 0) + new * squared(g.reshape(shape), side)
+        state.setdefault(f"root_{side}", np.eye(len(state[side]), dtype=p.dtype))
+        if t == start or (t > start and t % precondition_frequency == 0):
+            values, vectors = eigen(state[side] / correction)
+            values = values - min(values.min(), 0) + eps
+            state[f"root_{side}"] = vectors @ np.diag(values ** (p.dtype.type(-1) / (2 * len(taken)))) @ vectors.T
+        root = state[f"root_{side}"]
+        u = root @ u if side == "L" else u @ root
+    if t < start or not taken:
+        u = grafted
+    elif grafting is not None:
+        u = u * np.sqrt(np.sum(grafted**2)) / (np.sqrt(np.sum(u**2)) + 1e-16)
+    decay = lr * weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
+    return p - lr * u.reshape(p.shape) - decay
+
+
 BASES = {
     "lr": 0.1, "betas": (0.5, 0.75), "shampoo_beta": 0.5, "eps": 1.0, "weight_decay": 0.5, "precondition_frequency": 1,
 }  # fmt: skip
@@ -246,4 +282,38 @@ KL_SOAP_BY_HAND = (
             "eigenvalues_L": [0.75 + 1 / 1.5, 2.25 + 4 / 4.5],
         },
     ),
+)
+
+SHAMPOO = {
+    "lr": 0.1, "betas": (0.5, 1.0), "eps": 0.0, "weight_decay": 0.5, "precondition_frequency": 2, "grafting_eps": 1.0,
+}  # fmt: skip
+# p = 1, and sums. The first step is Adagrad's: of diag(3, 4) the corrected mean is itself, v = diag(9, 16),
+# u = diag(3 / 4, 4 / 5). The second gradient makes L = diag(9 + 7, 16 + 65), whose roots of degree 4 are 2 and 3, and
+# a mean of (3 / 4 + b / 2) / (3 / 4): u is diag(m / 4, m / 9), with the norm of diag(m / (4 + 1), m / (9 + 1)).
+SUMS = [diagonal(3.0, 4.0), diagonal(7**0.5, 65**0.5)]
+MEANS = (1 + 2 / 3 * 7**0.5, 4 / 3 + 2 / 3 * 65**0.5)
+RATIO = ((MEANS[0] / 5) ** 2 + (MEANS[1] / 10) ** 2) ** 0.5 / ((MEANS[0] / 4) ** 2 + (MEANS[1] / 9) ** 2) ** 0.5
+ONCE = (0.95 - 0.075, 0.95 - 0.08)
+SHAMPOO_BY_HAND = (
+    (SHAMPOO, SUMS[:1], {"p": [[ONCE[0], 0.95], [0.95, ONCE[1]]], "L": diagonal(9.0, 16.0), "root_L": np.eye(2)}),
+    (
+        SHAMPOO,
+        SUMS,
+        {
+            "p": [
+                [0.95 * ONCE[0] - 0.1 * RATIO * MEANS[0] / 4, 0.9025],
+                [0.9025, 0.95 * ONCE[1] - 0.1 * RATIO * MEANS[1] / 9],
+            ],
+            "R": diagonal(16.0, 81.0),
+            "root_R": diagonal(1 / 2, 1 / 3),
+            "exp_avg_sq": diagonal(16.0, 81.0),
+        },
+    ),
+    # Without grafting, of which the norm is nothing, and from the first step on: the root of diag(9, 16) twice.
+    (
+        SHAMPOO | {"grafting": None, "precondition_frequency": 1},
+        SUMS[:1],
+        {"p": [[0.95 - 0.1, 0.95], [0.95, 0.95 - 0.1]]},
+    ),
+    (SHAMPOO | {"grafting": "sgd"}, [2.0], {"p": 0.95 - 0.2}),
 )

@@ -20,7 +20,7 @@ import torch
 from conftest import BACKENDS
 from reference_peer import NUMBERS as NUMBERS
 from reference_peer import peer_of
-from references_eigen import KL_SOAP_BY_HAND, SOAP_BY_HAND, kl_soap, soap
+from references_eigen import KL_SOAP_BY_HAND, SHAMPOO_BY_HAND, SOAP_BY_HAND, kl_soap, shampoo, soap
 from references_matrix import (
     ADAMUON_BY_HAND,
     CAME_BY_HAND,
@@ -756,6 +756,34 @@ CASES = [
             },
         },
         by_hand=tuple(ByHand(*steps) for steps in KL_SOAP_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.Shampoo,
+        shampoo,
+        {
+            "default": {"max_precond_dim": 6},
+            "often": {
+                "lr": 1e-2,
+                "betas": (0.8, 0.9),
+                "precondition_frequency": 2,
+                "start_preconditioning_step": 3,
+                "max_precond_dim": 6,
+                "maximize": True,
+                "weight_decay": 0.1,
+            },
+            "sums": {
+                "betas": (0.8, 1.0),
+                "precondition_frequency": 1,
+                "max_precond_dim": 6,
+                "grafting": None,
+                "eps": 1e-3,
+            },
+            "like SGD": {"precondition_frequency": 3, "max_precond_dim": 6, "grafting": "sgd"},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in SHAMPOO_BY_HAND),
         complex=False,
         elementwise=False,
         minimizes={"lr": 0.1, "betas": (0.9, 0.99)},

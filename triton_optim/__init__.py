@@ -35,6 +35,7 @@ from .optimizers.matrix.adamuon import AdaMuon
 from .optimizers.matrix.kl_soap import KLSOAP
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.matrix.normuon import NorMuon
+from .optimizers.matrix.shampoo import Shampoo
 from .optimizers.matrix.soap import SOAP
 from .optimizers.nadam import NAdam
 from .optimizers.nadamw import NAdamW
@@ -116,6 +117,7 @@ __all__ = [
     "ScheduleFreeAdamW",
     "ScheduleFreeRAdam",
     "ScheduleFreeSGD",
+    "Shampoo",
     "Signum",
     "SimplifiedAdEMAMix",
     "SophiaG",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.factored import wide_zeros
-from ...spec import State
+from ...spec import State, Update
 from ...util.in_place import write_each
 from ...util.layout import gathered, is_sharded, placed_as
+from ...util.on_device import capturing
 from .newton_schulz import LARGEST_BATCH, LARGEST_ON_CPU, product
 
 SIDES = ("L", "R")  # of a matrix: what multiplies it from the left is of its rows
@@ -31,11 +32,38 @@ def preconditioned(p: Tensor, group: dict[str, Any]) -> dict[str, int]:
     return {side: n for side, n in lengths if 1 < n <= group["max_precond_dim"]}
 
 
-def square_states(name: str) -> tuple[State, ...]:
-    """A square matrix of each side: zeros, in float32 or wider. `name` has ``{}`` where the side goes."""
+class BasisScalars(NamedTuple):
+    """What Muon's rule takes, and the prologue."""
+
+    lr: float
+    keep: float
+    step: float  # for the prologue
+
+
+def host_step(optimizer: Update, h: BasisScalars, params: list[Tensor]) -> int:
+    """The number of a step, which decides what is done in it. Where the device counts, the host waits for it.
+
+    Raises:
+        RuntimeError: the step is captured.
+    """
+    if capturing(params[0].device):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: a step can't be captured into a CUDA graph, as the host chooses the steps in "
+            "which preconditioners are decomposed. Capture forward and backward, and step outside of the graph."
+        )
+    return int(h.step)
+
+
+def square_states(name: str, unit: bool = False) -> tuple[State, ...]:
+    """A square matrix of each side, in float32 or wider.
+
+    Args:
+        name: with ``{}`` where the side goes.
+        unit: whether it starts as the identity, not as zeros.
+    """
 
     def of(side: str) -> State:
-        return State(name.format(side), lambda p, group: square(p, preconditioned(p, group).get(side)))
+        return State(name.format(side), lambda p, group: square(p, preconditioned(p, group).get(side), unit))
 
     return tuple(map(of, SIDES))
 
@@ -54,9 +82,12 @@ def filled(p: Tensor, n: int | None, value: float) -> Tensor | None:
     return None if n is None else wide_zeros(p, (n,)).fill_(value)
 
 
-def square(p: Tensor, n: int | None) -> Tensor | None:
-    """Zeros beside the parameter, ``(n, n)``."""
-    return None if n is None else wide_zeros(p, (n, n))
+def square(p: Tensor, n: int | None, unit: bool) -> Tensor | None:
+    """Zeros beside the parameter, ``(n, n)``, or the identity."""
+    if n is None:
+        return None
+    zeros = wide_zeros(p, (n, n))
+    return torch.eye(n, dtype=zeros.dtype, device=zeros.device) if unit else zeros
 
 
 def wide_dtype(p: Tensor) -> torch.dtype:
@@ -64,9 +95,20 @@ def wide_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def wide_zeros_like(p: Tensor) -> Tensor:
+    """A state like the parameter, 0, in float32 or wider; of a sharded one sharded."""
+    return torch.zeros_like(p, dtype=wide_dtype(p))
+
+
 def moment(name: str, nonnegative: bool = False) -> State:
-    """A state like the parameter, 0, in float32 or wider."""
-    return State(name, lambda p, _: torch.zeros_like(p, dtype=wide_dtype(p)), nonnegative)
+    """Such a state of every parameter."""
+    return State(name, lambda p, _: wide_zeros_like(p), nonnegative)
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless a value is a whole number that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or value < least:
+        raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")
 
 
 class Batch:
@@ -89,7 +131,7 @@ class Batch:
         self._shape = matrix_shape(params[0])
         self.gradients = self._as_matrices(gradients)
         self.sides = sides_of(states[0])
-        self.bases = {side: self.kept(f"Q_{side}") for side in self.sides}
+        self.bases = {side: self.kept(f"Q_{side}") for side in self.sides if f"Q_{side}" in states[0]}
         self.rotated = self.gradients
 
     def _as_matrices(self, tensors: list[Tensor]) -> Tensor:
@@ -204,6 +246,22 @@ def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | 
         longer = longer.gather(-1, order.unsqueeze(-2).expand_as(longer))
     q, r = torch.linalg.qr(longer)
     return q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2), order
+
+
+def inverse_roots_of(a: Tensor, root: int, eps: float, before: Tensor) -> Tensor:
+    r""":math:`(A + \epsilon I)^{-1/r}` of symmetric matrices without eigenvalues below 0 but by rounding. On CUDA the
+    host waits for it.
+
+    Args:
+        a: A.
+        root: r.
+        eps: :math:`\epsilon`.
+        before: those that stay where a matrix is not finite.
+    """
+    known = finite(a)
+    values, vectors = torch.linalg.eigh(torch.where(known, a, 0.0))
+    values = values - values[..., :1].clamp(max=0.0) + eps
+    return torch.where(known, vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT, before)
 
 
 def finite(x: Tensor) -> Tensor:

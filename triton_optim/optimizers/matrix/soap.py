@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import muon
 from ...options import Options
 from ...util.layout import placed_as
-from ...util.on_device import capturing
 from .eigenbases import (
     SIDES,
+    BasisScalars,
     Batch,
     averaged_squares,
     batches,
+    check_count,
+    host_step,
     iterated,
     moment,
     rows_of,
@@ -27,12 +29,6 @@ from .eigenbases import (
 )
 
 TINY = 1e-30  # the authors'
-
-
-class SoapScalars(NamedTuple):
-    lr: float  # with the bias corrections and the decay, which comes after the update
-    keep: float  # 1 - lr * weight_decay
-    step: float  # for the prologue
 
 
 class SOAP(RuleOptimizer):
@@ -109,7 +105,7 @@ class SOAP(RuleOptimizer):
         moment("exp_avg"),
         moment("exp_avg_sq", nonnegative=True),
         *square_states("{}"),
-        *square_states("Q_{}"),
+        *square_states("Q_{}", unit=True),
     )
     ordered: ClassVar[bool] = True  # whether eigenvectors are sorted when the bases turn
 
@@ -151,24 +147,19 @@ class SOAP(RuleOptimizer):
         check_count("precondition_frequency", group["precondition_frequency"], 1)
         check_count("max_precond_dim", group["max_precond_dim"], 0)
 
-    def scalars(self, group: dict[str, Any], step: Any) -> SoapScalars:
+    def scalars(self, group: dict[str, Any], step: Any) -> BasisScalars:
         later = (step > 1) * 1.0
         size, (beta1, beta2) = group["lr"], group["betas"]
         keep = 1 - later * size * group["weight_decay"]
         if group["correct_bias"]:
             updates = step - later  # the first makes none
             size = size * (1 - beta2**updates) ** 0.5 / (1 - beta1**updates)
-        return SoapScalars(lr=size * keep, keep=keep, step=step)
+        return BasisScalars(lr=size * keep, keep=keep, step=step)  # the decay comes after the update
 
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        if capturing(params[0].device):
-            raise RuntimeError(
-                f"{type(self).__name__}: a step can't be captured into a CUDA graph, as the host chooses which steps "
-                "find new bases. Capture forward and backward, and step outside of the graph."
-            )
-        updates, made = int(h.step) - 1, list(gradients)
+        updates, made = host_step(self, h, params) - 1, list(gradients)
         for own in batches(params, states):
             batch = Batch([params[i] for i in own], [gradients[i] for i in own], [states[i] for i in own])
             if updates == 0:
@@ -226,9 +217,3 @@ def shampoo_beta_of(group: dict[str, Any]) -> float:
     """The beta of the preconditioners."""
     beta: float = group["shampoo_beta"] if group["shampoo_beta"] >= 0 else group["betas"][1]
     return beta
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless a value is a whole number that is large enough."""
-    if isinstance(value, bool) or not value == int(value) or value < least:
-        raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")
