@@ -107,7 +107,11 @@ def moment(name: str, nonnegative: bool = False) -> State:
 
 def check_count(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless a value is a whole number that is large enough."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or value < least:
+    try:
+        right = int(value) == value and value >= least
+    except (TypeError, ValueError, OverflowError):
+        right = False
+    if not right:
         raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")
 
 

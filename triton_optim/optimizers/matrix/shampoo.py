@@ -175,7 +175,7 @@ class Shampoo(RuleOptimizer):
 
 def update_of(batch: Batch, group: dict[str, Any], step: int) -> Tensor:
     """What is subtracted of a batch; its states are updated."""
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     new, correction = (1.0, 1.0) if beta2 == 1 else (1 - beta2, 1 - beta2**step)
     x, frequency = batch.gradients, group["precondition_frequency"]
     moments = torch.lerp(batch.moments("exp_avg"), x, 1 - beta1)

@@ -201,7 +201,7 @@ class SOAP(RuleOptimizer):
 
 def adam_in_bases(batch: Batch, group: dict[str, Any]) -> Tensor:
     """The update of Adam without bias corrections, made in the bases; the moments are updated."""
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = map(float, group["betas"])
     rotated = batch.rotated = batch.into_bases(batch.gradients)
     moments = torch.lerp(batch.moments("exp_avg"), rotated, 1 - beta1)
     squares = torch.lerp(batch.moments("exp_avg_sq"), rotated * rotated, 1 - beta2)
@@ -215,5 +215,5 @@ def adam_in_bases(batch: Batch, group: dict[str, Any]) -> Tensor:
 
 def shampoo_beta_of(group: dict[str, Any]) -> float:
     """The beta of the preconditioners."""
-    beta: float = group["shampoo_beta"] if group["shampoo_beta"] >= 0 else group["betas"][1]
-    return beta
+    beta = group["shampoo_beta"]
+    return float(beta if beta >= 0 else group["betas"][1])
