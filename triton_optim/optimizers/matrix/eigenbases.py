@@ -181,8 +181,8 @@ class Batch:
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """A batch of them."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+    """A batch of them. Autograd, which may keep it, is given a copy: what is in it will be written."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 and not torch.is_grad_enabled() else torch.stack(tensors)
 
 
 def sides_of(state: dict[str, Any]) -> tuple[str, ...]:

@@ -123,6 +123,6 @@ class KLSOAP(SOAP):
             if other in roots:
                 x, rotated = x @ batch.bases[other] * roots[other], rotated * roots[other]
             batch.keep(side, averaged_squares(batch.kept(side), x, beta, (1 - beta) / x.shape[-1]))
-            means = values.lerp(rotated.square().mean(-1), 1 - beta)
+            means = beta * values + (1 - beta) * rotated.square().mean(-1)
             bound = max(LEAST, min(values.shape[-1], MOST))
             batch.keep(f"eigenvalues_{side}", means.clamp(min=bound**-2))

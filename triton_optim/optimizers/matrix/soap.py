@@ -204,7 +204,7 @@ def adam_in_bases(batch: Batch, group: dict[str, Any]) -> Tensor:
     beta1, beta2 = map(float, group["betas"])
     rotated = batch.rotated = batch.into_bases(batch.gradients)
     moments = torch.lerp(batch.moments("exp_avg"), rotated, 1 - beta1)
-    squares = torch.lerp(batch.moments("exp_avg_sq"), rotated * rotated, 1 - beta2)
+    squares = torch.addcmul(beta2 * batch.moments("exp_avg_sq"), rotated, rotated, value=1 - beta2)
     batch.keep("exp_avg", moments)
     batch.keep("exp_avg_sq", squares)
     update = batch.out_of_bases(moments / (squares.sqrt() + group["eps"]))
