@@ -43,7 +43,10 @@ class Unchanged:
         params = [p for group in self.opt.param_groups for p in group["params"]]
         grads = [None if p.grad is None else p.grad.detach().to_dense() for p in params]
         states = self.opt.state_dict()["state"]
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.opt.param_groups]
+        groups = [
+            {k: list(v.encode()) if isinstance(v, str) else v for k, v in group.items() if k != "params"}
+            for group in self.opt.param_groups
+        ]
         ids = [[id(p) for p in group["params"]] for group in self.opt.param_groups]
         return copy.deepcopy((values(params), grads, states, groups, ids))
 

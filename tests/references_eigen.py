@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 from references_runner import reference
 
-SWEEPS = 12
+SWEEPS = 8
 
 
 def eigen(a):
@@ -105,14 +105,14 @@ def turned(state, shape, taken, bases):
 
 @reference
 def soap(
-    p, g, state, lr=3e-3, betas=(0.95, 0.95), shampoo_beta=-1.0, eps=1e-8, weight_decay=0.01,
+    p, g, state, lr=3e-3, betas=(0.95, 0.95), shampoo_beta=None, eps=1e-8, weight_decay=0.01,
     precondition_frequency=10, max_precond_dim=10000, precondition_1d=False, normalize_grads=False, correct_bias=True,
 ):  # fmt: skip
     """Vyas et al. 2024, Algorithms 3 and 4, with the authors' first step and order: eigenvectors sorted by their
     estimated eigenvalues, and the second moment with them.
     """
     shape, taken = sides(p, max_precond_dim, precondition_1d)
-    t, beta, x = begun(p, state), shampoo_beta if shampoo_beta >= 0 else betas[1], g.reshape(shape)
+    t, beta, x = begun(p, state), betas[1] if shampoo_beta is None else shampoo_beta, g.reshape(shape)
     if t > 0:
         u = adam_in_the_basis(x, state, shape, taken, betas, eps, normalize_grads)
         p = moved(p, u, t, lr, betas, weight_decay, correct_bias)
@@ -134,7 +134,7 @@ def soap(
 
 @reference
 def kl_soap(
-    p, g, state, lr=1e-4, betas=(0.9, 0.98), shampoo_beta=-1.0, eps=1e-8, weight_decay=0.01,
+    p, g, state, lr=1e-4, betas=(0.9, 0.98), shampoo_beta=None, eps=1e-8, weight_decay=0.01,
     precondition_frequency=10, max_precond_dim=10000, precondition_1d=False, normalize_grads=False, correct_bias=False,
     init_factor=0.1,
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def kl_soap(
     of their own. As in the authors' code these start at 0.1, and no 1 / sqrt of one exceeds max(10, min(n, 4000)).
     """
     shape, taken = sides(p, max_precond_dim, precondition_1d)
-    t, beta, x = begun(p, state), shampoo_beta if shampoo_beta >= 0 else betas[1], g.reshape(shape)
+    t, beta, x = begun(p, state), betas[1] if shampoo_beta is None else shampoo_beta, g.reshape(shape)
     other, count = {"L": "R", "R": "L"}, {"L": shape[1], "R": shape[0]}
     if t == 0:
         for side in taken:
@@ -174,7 +174,7 @@ def kl_soap(
 @reference
 def shampoo(
     p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-12, weight_decay=1e-5, precondition_frequency=100,
-    start_preconditioning_step=-1, max_precond_dim=8192, precondition_1d=False, grafting="adam", grafting_eps=1e-8,
+    start_preconditioning_step=None, max_precond_dim=8192, precondition_1d=False, grafting="adam", grafting_eps=1e-8,
 ):  # fmt: skip
     """Gupta et al. 2018, Algorithm 1, with the averages, bias corrections, late start and grafting of Shi et al. 2023,
     section 3: with a second beta of 1 the averages are sums. k preconditioners take the root of degree 2 k.
@@ -182,7 +182,7 @@ def shampoo(
     b1, b2 = betas
     shape, taken = sides(p, max_precond_dim, precondition_1d)
     t = state["step"] = p.dtype.type(state.get("step", 0) + 1)
-    start = precondition_frequency if start_preconditioning_step == -1 else start_preconditioning_step
+    start = precondition_frequency if start_preconditioning_step is None else start_preconditioning_step
     new, correction = (1, 1) if b2 == 1 else (1 - b2, 1 - b2**t)
     m = state["exp_avg"] = b1 * state.get("exp_avg", 0) + (1 - b1) * g
     m = grafted = m / (1 - b1**t)

@@ -226,8 +226,8 @@ def eigenvectors(a: Tensor) -> Tensor:
     """The eigenvectors of symmetric matrices, those of the largest eigenvalues first, as columns whose sum is not
     negative. On CUDA the host waits for them. Of a matrix that is not finite they are unit vectors.
     """
-    _, vectors = torch.linalg.eigh(torch.where(finite(a), a, 0.0))
-    vectors = vectors.flip(-1)
+    values, vectors = torch.linalg.eigh(torch.where(finite(a), a, 0.0))
+    vectors = in_order(vectors, torch.argsort(values, descending=True, stable=True))
     return vectors * signs(vectors.sum(-2, keepdim=True))
 
 
@@ -247,7 +247,7 @@ def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | 
     order = None
     if ordered:
         order = torch.argsort((basis * longer).sum(-2), descending=True, stable=True)
-        longer = longer.gather(-1, order.unsqueeze(-2).expand_as(longer))
+        longer = in_order(longer, order)
     q, r = torch.linalg.qr(longer)
     return q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2), order
 
@@ -266,6 +266,11 @@ def inverse_roots_of(a: Tensor, root: int, eps: float, before: Tensor) -> Tensor
     values, vectors = torch.linalg.eigh(torch.where(known, a, 0.0))
     values = values - values[..., :1].clamp(max=0.0) + eps
     return torch.where(known, vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT, before)
+
+
+def in_order(x: Tensor, order: Tensor, dim: int = -1) -> Tensor:
+    """The columns of matrices, with another `dim` the rows, in this order, ``(B, n)``."""
+    return x.gather(dim, order.unsqueeze(-3 - dim).expand_as(x))
 
 
 def finite(x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class KLSOAP(SOAP):
         params: parameters, named parameters or groups; real ones.
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
-        shampoo_beta: :math:`\beta_s` below 1; where it is negative it is :math:`\beta_2`.
+        shampoo_beta: :math:`\beta_s` in [0, 1); None for :math:`\beta_2`.
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0` of SOAP.
         precondition_frequency: after so many updates there are new bases; an int of 1 or more.
@@ -78,7 +78,7 @@ class KLSOAP(SOAP):
         params: Iterable[Any],
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.98),
-        shampoo_beta: float = -1.0,
+        shampoo_beta: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,

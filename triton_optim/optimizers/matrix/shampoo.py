@@ -73,7 +73,7 @@ class Shampoo(RuleOptimizer):
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`.
         precondition_frequency: after so many steps there are new roots; an int of 1 or more.
-        start_preconditioning_step: the step from which on there are roots; -1 for ``precondition_frequency``.
+        start_preconditioning_step: the step from which on there are roots; None for ``precondition_frequency``.
         max_precond_dim: the longest side that has a preconditioner; an int of 0 or more.
         precondition_1d: whether vectors have one.
         grafting: ``"adam"``, ``"sgd"`` or None.
@@ -115,7 +115,7 @@ class Shampoo(RuleOptimizer):
         eps: float = 1e-12,
         weight_decay: float = 1e-5,
         precondition_frequency: int = 100,
-        start_preconditioning_step: int = -1,
+        start_preconditioning_step: int | None = None,
         max_precond_dim: int = 8192,
         precondition_1d: bool = False,
         grafting: str | None = "adam",
@@ -138,8 +138,8 @@ class Shampoo(RuleOptimizer):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
-        beta1, beta2 = group["betas"]
-        check_range("beta parameter at index 0", beta1, 0.0, 1.0)
+        check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
+        beta2 = group["betas"][1]
         if not 0 <= beta2 <= 1:
             raise ValueError(
                 f"Invalid beta parameter at index 1: {beta2}. It must be at least 0 and at most 1, which makes sums of "
@@ -149,7 +149,7 @@ class Shampoo(RuleOptimizer):
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_range("grafting_eps value", group["grafting_eps"], 0.0)
         check_count("precondition_frequency", group["precondition_frequency"], 1)
-        if group["start_preconditioning_step"] != -1:
+        if group["start_preconditioning_step"] is not None:
             check_count("start_preconditioning_step", group["start_preconditioning_step"], 1)
         check_count("max_precond_dim", group["max_precond_dim"], 0)
         if group["grafting"] not in GRAFTING:
@@ -186,7 +186,7 @@ def update_of(batch: Batch, group: dict[str, Any], step: int) -> Tensor:
         batch.keep("exp_avg_sq", squares)
         other = update / ((squares / correction).sqrt() + group["grafting_eps"])
     start = group["start_preconditioning_step"]
-    start = frequency if start == -1 else start
+    start = frequency if start is None else start
     for side in batch.sides:
         held = averaged_squares(batch.kept(side), rows_of(x, side), beta2, new)
         batch.keep(side, held)

@@ -22,6 +22,7 @@ from .eigenbases import (
     batches,
     check_count,
     host_step,
+    in_order,
     iterated,
     moment,
     rows_of,
@@ -69,7 +70,7 @@ class SOAP(RuleOptimizer):
         params: parameters, named parameters or groups; real ones.
         lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
-        shampoo_beta: :math:`\beta_s` below 1; where it is negative it is :math:`\beta_2`.
+        shampoo_beta: :math:`\beta_s` in [0, 1); None, which the authors write as -1, for :math:`\beta_2`.
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`.
         precondition_frequency: after so many updates there are new bases; an int of 1 or more.
@@ -114,7 +115,7 @@ class SOAP(RuleOptimizer):
         params: Iterable[Any],
         lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.95, 0.95),
-        shampoo_beta: float = -1.0,
+        shampoo_beta: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
@@ -141,7 +142,8 @@ class SOAP(RuleOptimizer):
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
         check_betas(group["betas"])
-        check_range("shampoo_beta value", max(group["shampoo_beta"], 0.0), 0.0, 1.0)
+        if group["shampoo_beta"] is not None:
+            check_range("shampoo_beta value", group["shampoo_beta"], 0.0, 1.0)
         check_range("epsilon value", group["eps"], 0.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_count("precondition_frequency", group["precondition_frequency"], 1)
@@ -192,8 +194,7 @@ class SOAP(RuleOptimizer):
         for side in batch.sides:
             bases[side], order = iterated(batch.kept(side), batch.bases[side], self.ordered)
             if order is not None:
-                dim = SIDES.index(side) - 2
-                squares = squares.gather(dim, order.unsqueeze(-3 - dim).expand_as(squares))
+                squares = in_order(squares, order, SIDES.index(side) - 2)
         batch.turn(bases)
         batch.keep("exp_avg", batch.into_bases(moments))
         batch.keep("exp_avg_sq", squares)
@@ -215,5 +216,4 @@ def adam_in_bases(batch: Batch, group: dict[str, Any]) -> Tensor:
 
 def shampoo_beta_of(group: dict[str, Any]) -> float:
     """The beta of the preconditioners."""
-    beta = group["shampoo_beta"]
-    return float(beta if beta >= 0 else group["betas"][1])
+    return float(group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"])
