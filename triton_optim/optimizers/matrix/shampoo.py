@@ -205,4 +205,5 @@ def update_of(batch: Batch, group: dict[str, Any], step: int) -> Tensor:
 
 def norms(x: Tensor) -> Tensor:
     """Of each matrix of a batch, ``(B, 1, 1)``."""
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return lengths
