@@ -28,6 +28,7 @@ from references_constrained import (
     muonh,
     scion,
 )
+from references_eigen import KL_SOAP_BY_HAND, SHAMPOO_BY_HAND, SOAP_BY_HAND, kl_soap, shampoo, soap
 from references_matrix import (
     ADAMUON_BY_HAND,
     CAME_BY_HAND,
@@ -770,6 +771,74 @@ CASES = [
         elementwise=False,
         shapes=((4, 3), (5,), (2, 3, 4), ()),
         minimizes={"lr": 0.03, "unconstrained": True},
+    ),
+    Case(
+        triton_optim.SOAP,
+        soap,
+        {  # longer sides would have several eigenvalues of 0, whose eigenvectors may be any
+            "default": {"max_precond_dim": 6},
+            "often": {
+                "lr": 1e-2,
+                "betas": (0.8, 0.9),
+                "shampoo_beta": 0.7,
+                "precondition_frequency": 2,
+                "max_precond_dim": 6,
+                "maximize": True,
+            },
+            "one size": {"max_precond_dim": 6, "normalize_grads": True, "correct_bias": False, "weight_decay": 0.1},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in SOAP_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.KLSOAP,
+        kl_soap,
+        {
+            "default": {"max_precond_dim": 6},
+            "often": {
+                "lr": 1e-2,
+                "betas": (0.8, 0.9),
+                "shampoo_beta": 0.7,
+                "precondition_frequency": 2,
+                "max_precond_dim": 6,
+                "maximize": True,
+                "correct_bias": True,
+            },
+        },
+        by_hand=tuple(ByHand(*steps) for steps in KL_SOAP_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+    ),
+    Case(
+        triton_optim.Shampoo,
+        shampoo,
+        {
+            "default": {"max_precond_dim": 6},
+            "often": {
+                "lr": 1e-2,
+                "betas": (0.8, 0.9),
+                "precondition_frequency": 2,
+                "start_preconditioning_step": 3,
+                "max_precond_dim": 6,
+                "maximize": True,
+                "weight_decay": 0.1,
+            },
+            "sums": {
+                "betas": (0.8, 1.0),
+                "precondition_frequency": 1,
+                "max_precond_dim": 6,
+                "grafting": None,
+                "eps": 1e-3,
+            },
+            "like SGD": {"precondition_frequency": 3, "max_precond_dim": 6, "grafting": "sgd"},
+        },
+        by_hand=tuple(ByHand(*steps) for steps in SHAMPOO_BY_HAND),
+        complex=False,
+        elementwise=False,
+        minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
     ),
     Case(
         triton_optim.LAMB,

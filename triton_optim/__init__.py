@@ -33,10 +33,13 @@ from .optimizers.lars import LARS
 from .optimizers.lion import Lion
 from .optimizers.mars import MARSAdamW, MARSLion
 from .optimizers.matrix.adamuon import AdaMuon
+from .optimizers.matrix.kl_soap import KLSOAP
 from .optimizers.matrix.muon import Muon, muon_param_groups
 from .optimizers.matrix.muonh import MuonH
 from .optimizers.matrix.normuon import NorMuon
 from .optimizers.matrix.scion import Scion
+from .optimizers.matrix.shampoo import Shampoo
+from .optimizers.matrix.soap import SOAP
 from .optimizers.nadam import NAdam
 from .optimizers.nadamw import NAdamW
 from .optimizers.novograd import NovoGrad
@@ -73,10 +76,12 @@ __all__ = [
     "ADOPT",
     "ASGD",
     "CAME",
+    "KLSOAP",
     "LAMB",
     "LARS",
     "LBFGS",
     "SGD",
+    "SOAP",
     "AdEMAMix",
     "AdaBelief",
     "AdaMuon",
@@ -119,6 +124,7 @@ __all__ = [
     "ScheduleFreeRAdam",
     "ScheduleFreeSGD",
     "Scion",
+    "Shampoo",
     "Signum",
     "SimplifiedAdEMAMix",
     "SophiaG",

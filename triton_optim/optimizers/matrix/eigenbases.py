@@ -1,0 +1,283 @@
+"""Parameters as batches of matrices that are updated in bases of their own: what SOAP and those like it share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.factored import wide_zeros
+from ...spec import State, Update
+from ...util.in_place import write_each
+from ...util.layout import gathered, is_sharded, placed_as
+from ...util.on_device import capturing
+from .newton_schulz import LARGEST_BATCH, LARGEST_ON_CPU, product
+
+SIDES = ("L", "R")  # of a matrix: what multiplies it from the left is of its rows
+
+
+def matrix_shape(p: Tensor) -> tuple[int, int]:
+    """The rows and columns of a parameter as a matrix: its first dimension, and all others."""
+    rows = len(p) if p.dim() else 1
+    return rows, p.numel() // max(rows, 1)
+
+
+def preconditioned(p: Tensor, group: dict[str, Any]) -> dict[str, int]:
+    """The sides of a parameter that have a preconditioner, and how long they are. One of 1 needs none."""
+    if p.numel() == 0 or p.dim() < (1 if group["precondition_1d"] else 2):
+        return {}
+    lengths = zip(SIDES, matrix_shape(p), strict=True)
+    return {side: n for side, n in lengths if 1 < n <= group["max_precond_dim"]}
+
+
+class BasisScalars(NamedTuple):
+    """What Muon's rule takes, and the prologue."""
+
+    lr: float
+    keep: float
+    step: float  # for the prologue
+
+
+def host_step(optimizer: Update, h: BasisScalars, params: list[Tensor]) -> int:
+    """The number of a step, which decides what is done in it. Where the device counts, the host waits for it.
+
+    Raises:
+        RuntimeError: the step is captured.
+    """
+    if capturing(params[0].device):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: a step can't be captured into a CUDA graph, as the host chooses the steps in "
+            "which preconditioners are decomposed. Capture forward and backward, and step outside of the graph."
+        )
+    return int(h.step)
+
+
+def square_states(name: str, unit: bool = False) -> tuple[State, ...]:
+    """A square matrix of each side, in float32 or wider.
+
+    Args:
+        name: with ``{}`` where the side goes.
+        unit: whether it starts as the identity, not as zeros.
+    """
+
+    def of(side: str) -> State:
+        return State(name.format(side), lambda p, group: square(p, preconditioned(p, group).get(side), unit))
+
+    return tuple(map(of, SIDES))
+
+
+def vector_states(name: str, start: str) -> tuple[State, ...]:
+    """A vector of each side, filled with a number of the group, in float32 or wider."""
+
+    def of(side: str) -> State:
+        return State(name.format(side), lambda p, group: filled(p, preconditioned(p, group).get(side), group[start]))
+
+    return tuple(map(of, SIDES))
+
+
+def filled(p: Tensor, n: int | None, value: float) -> Tensor | None:
+    """A vector beside the parameter."""
+    return None if n is None else wide_zeros(p, (n,)).fill_(value)
+
+
+def square(p: Tensor, n: int | None, unit: bool) -> Tensor | None:
+    """Zeros beside the parameter, ``(n, n)``, or the identity."""
+    if n is None:
+        return None
+    zeros = wide_zeros(p, (n, n))
+    return torch.eye(n, dtype=zeros.dtype, device=zeros.device) if unit else zeros
+
+
+def wide_dtype(p: Tensor) -> torch.dtype:
+    """In which a parameter's update is computed."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def wide_zeros_like(p: Tensor) -> Tensor:
+    """A state like the parameter, 0, in float32 or wider; of a sharded one sharded."""
+    return torch.zeros_like(p, dtype=wide_dtype(p))
+
+
+def moment(name: str, nonnegative: bool = False) -> State:
+    """Such a state of every parameter."""
+    return State(name, lambda p, _: wide_zeros_like(p), nonnegative)
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless a value is a whole number that is large enough."""
+    try:
+        right = int(value) == value and value >= least
+    except (TypeError, ValueError, OverflowError):
+        right = False
+    if not right:
+        raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")
+
+
+class Batch:
+    """Parameters of one shape, as a batch of matrices; and what is kept of them.
+
+    Args:
+        params: these; sharded ones are DTensors.
+        gradients: theirs.
+        states: theirs by name.
+
+    Attributes:
+        gradients: ``(B, rows, columns)``, in float32 or wider.
+        sides: those that have a preconditioner.
+        bases: of these, orthogonal matrices by side, ``(B, n, n)``.
+        rotated: the gradients in the bases, once they were brought there.
+    """
+
+    def __init__(self, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]) -> None:
+        self._states, self._dtype = states, wide_dtype(params[0])
+        self._shape = matrix_shape(params[0])
+        self.gradients = self._as_matrices(gradients)
+        self.sides = sides_of(states[0])
+        self.bases = {side: self.kept(f"Q_{side}") for side in self.sides if f"Q_{side}" in states[0]}
+        self.rotated = self.gradients
+
+    def _as_matrices(self, tensors: list[Tensor]) -> Tensor:
+        return stacked([gathered(t).to(self._dtype).reshape(self._shape) for t in tensors])
+
+    def moments(self, name: str) -> Tensor:
+        """A state of each that is like the parameter, ``(B, rows, columns)``."""
+        return self._as_matrices([state[name] for state in self._states])
+
+    def kept(self, name: str) -> Tensor:
+        """A state of each that is of another shape, as a batch."""
+        return stacked([state[name].to(self._dtype) for state in self._states])
+
+    def keep(self, name: str, values: Tensor) -> None:
+        """Write a state of each."""
+        held = [state[name] for state in self._states]
+        own = [value.view(h.shape) for h, value in zip(held, values.unbind(), strict=True)]
+        if any(map(is_sharded, held)):
+            for h, value in zip(held, own, strict=True):
+                h.copy_(placed_as(h, value))
+        else:
+            write_each(held, own)
+
+    def into_bases(self, x: Tensor) -> Tensor:
+        r""":math:`Q_L^\top x Q_R`; where there is no basis it is the identity."""
+        x = self.bases["L"].mT @ x if "L" in self.bases else x
+        return x @ self.bases["R"] if "R" in self.bases else x
+
+    def out_of_bases(self, x: Tensor) -> Tensor:
+        r""":math:`Q_L x Q_R^\top`."""
+        x = self.bases["L"] @ x if "L" in self.bases else x
+        return x @ self.bases["R"].mT if "R" in self.bases else x
+
+    def begin(self) -> None:
+        """Take the eigenvectors of the preconditioners for bases."""
+        self.turn({side: eigenvectors(self.kept(side)) for side in self.sides})
+
+    def turn(self, bases: dict[str, Tensor]) -> None:
+        """Take other bases."""
+        for side, basis in bases.items():
+            self.keep(f"Q_{side}", basis)
+        self.bases = bases
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """A batch of them. Autograd, which may keep it, is given a copy: what is in it will be written."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 and not torch.is_grad_enabled() else torch.stack(tensors)
+
+
+def sides_of(state: dict[str, Any]) -> tuple[str, ...]:
+    """The sides of which a parameter keeps a preconditioner."""
+    return tuple(side for side in SIDES if state.get(side) is not None)
+
+
+def batches(params: list[Tensor], states: list[dict[str, Any]]) -> Iterator[list[int]]:
+    """The indices of the parameters, by what is one batch: of one shape, and no larger than the memory of few."""
+    alike: dict[Any, list[int]] = {}
+    for i, (p, state) in enumerate(zip(params, states, strict=True)):
+        alike.setdefault((p.device, p.dtype, p.shape, sides_of(state)), []).append(i)
+    for (device, _, _, sides), indices in alike.items():
+        rows, columns = matrix_shape(params[indices[0]])
+        largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
+        size = max(rows * columns, rows**2 * ("L" in sides), columns**2 * ("R" in sides), 1)
+        at_once = max(1, largest // size)
+        yield from (indices[start : start + at_once] for start in range(0, len(indices), at_once))
+
+
+def averaged_squares(held: Tensor, x: Tensor, share: float, weight: float) -> Tensor:
+    r""":math:`s\, A + w\, x x^\top` of a batch; of columns pass the transpose.
+
+    Args:
+        held: A, symmetric.
+        x: ``(B, n, m)``.
+        share: s.
+        weight: w.
+    """
+    if torch.is_grad_enabled():  # autograd records torch's products
+        return torch.baddbmm(held, x, x.mT, beta=share, alpha=weight)
+    return product(x, x, weight, share, held)
+
+
+def rows_of(x: Tensor, side: str) -> Tensor:
+    """The matrices whose rows are what a side preconditions."""
+    return x if side == "L" else x.mT
+
+
+def eigenvectors(a: Tensor) -> Tensor:
+    """The eigenvectors of symmetric matrices, those of the largest eigenvalues first, as columns whose sum is not
+    negative. On CUDA the host waits for them. Of a matrix that is not finite they are unit vectors.
+    """
+    values, vectors = torch.linalg.eigh(torch.where(finite(a), a, 0.0))
+    vectors = in_order(vectors, torch.argsort(values, descending=True, stable=True))
+    return vectors * signs(vectors.sum(-2, keepdim=True))
+
+
+def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | None]:
+    """The eigenvectors of symmetric matrices that have changed, from those of before: a power iteration, and QR.
+
+    Args:
+        a: the matrices.
+        basis: their eigenvectors so far. They stay where a matrix is not finite.
+        ordered: whether the columns are sorted anew first, by estimates of the eigenvalues, the largest first.
+
+    Returns:
+        The new ones, and the numbers that the columns had before they were sorted.
+    """
+    longer = a @ basis
+    longer = torch.where(finite(longer), longer, basis)
+    order = None
+    if ordered:
+        order = torch.argsort((basis * longer).sum(-2), descending=True, stable=True)
+        longer = in_order(longer, order)
+    q, r = torch.linalg.qr(longer)
+    return q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2), order
+
+
+def inverse_roots_of(a: Tensor, root: int, eps: float, before: Tensor) -> Tensor:
+    r""":math:`(A + \epsilon I)^{-1/r}` of symmetric matrices without eigenvalues below 0 but by rounding. On CUDA the
+    host waits for it.
+
+    Args:
+        a: A.
+        root: r.
+        eps: :math:`\epsilon`.
+        before: those that stay where a matrix is not finite.
+    """
+    known = finite(a)
+    values, vectors = torch.linalg.eigh(torch.where(known, a, 0.0))
+    values = values - values[..., :1].clamp(max=0.0) + eps
+    return torch.where(known, vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT, before)
+
+
+def in_order(x: Tensor, order: Tensor, dim: int = -1) -> Tensor:
+    """The columns of matrices, with another `dim` the rows, in this order, ``(B, n)``."""
+    return x.gather(dim, order.unsqueeze(-3 - dim).expand_as(x))
+
+
+def finite(x: Tensor) -> Tensor:
+    """Whether all elements of a matrix are, ``(B, 1, 1)``."""
+    return x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
+def signs(x: Tensor) -> Tensor:
+    """-1 where a number is negative, else 1."""
+    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
