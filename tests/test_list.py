@@ -141,6 +141,8 @@ def test_one_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "exp_avg_sq (4, never negative), s (4), p0 (4,\n           never quantized), d (a number)" in out
     assert "arguments  params, lr=1.0, betas=(0.9, 0.999)" in out
     assert "state_dtype" in out.partition("options")[2]
+    assert "tuned      lr=1.0, use_bias_correction=True, weight_decay=0.1: tuned for language models" in out
+    assert "tuned  " not in said(capsys, "radam")
     assert "up to the model" in said(capsys, "LBFGS")
     assert "a wrapper, here around AdamW" in said(capsys, "lookahead")
     (muon,) = json.loads(said(capsys, "muon", "--json"))

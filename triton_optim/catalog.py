@@ -43,7 +43,8 @@ state: bytes kept of each element of a float32 matrix of {SIDE:,} x {SIDE:,}, wi
 step: bytes that a Triton step of that matrix reads and writes, beside AdamW's. It is computed (backends/costs.py), not
 measured. A kernel reads the gradient, the parameter and every state, and writes all but the gradient; sums over
 parameters read all of it once more; what rows or matrices need before the kernel is counted operation by operation.
-Products of matrices take most of the time where there are any: so many multiplications and additions an element.
+Products of matrices, counted in float32, take most of the time where there are any: so many multiplications and
+additions an element.
 A step of sparse gradients is counted for the elements that they hold. What a closure costs is up to the model.
 A wrapper is shown around AdamW: the state that it adds, and the step of both."""
 

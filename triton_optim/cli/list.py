@@ -16,6 +16,7 @@ from ..catalog import ABOUT, KINDS, SIDE, Entry, entries
 from ..core.optimizer import RuleOptimizer
 from ..optimizers.adam import AdamW
 from ..options import OPTIONS
+from ..race.settings import SETTINGS
 from ..registry import optimizers, wrappers
 from ..util.table import table
 
@@ -88,6 +89,7 @@ def details(e: Entry) -> str:
         "products": f"{e.products:,.0f} multiplications and additions an element" if e.products else "",
         "launches": "up to the model" if e.launches is None else f"{e.launches} a step",
         "arguments": ", ".join(map(str, own_arguments(thing))),
+        "tuned": tuned(e.name),
     }
     if takes_options(thing):
         rows["options"] = f"{', '.join(OPTIONS)}; help(triton_optim.Options) says more"
@@ -95,6 +97,15 @@ def details(e: Entry) -> str:
     example = (inspect.getdoc(thing) or "").partition("Example:\n")[2].partition("\n\n")[0]
     parts = (e.name, *lines, *(("", example, "") if example else ("",)), f"help(triton_optim.{e.name}) has the maths.")
     return "\n".join(parts)
+
+
+def tuned(name: str) -> str:
+    """The settings that a benchmark or paper published."""
+    found = SETTINGS.get(name.lower())
+    if found is None:
+        return ""
+    words = ", ".join(f"{key}={value}" for key, value in {"lr": found.lr, **found.options}.items())
+    return f"{words}: {found.source}"
 
 
 def fill(text: str, indent: str, width: int = 110) -> str:
