@@ -42,6 +42,7 @@ def test_all_are_there() -> None:
         ("Lion", ("elementwise",), 4, 20),
         ("Adan", ("elementwise",), 16, 44),
         ("LAMB", ("parameter",), 8, 44),  # 16 more: what it measures
+        ("LARS", ("parameter",), 4, 32),
         ("Prodigy", ("model",), 16, 68),
         ("CAME", ("rows",), 4, None),
         ("Muon", ("matrices",), 4, None),
@@ -68,7 +69,10 @@ def test_kinds_and_bytes(name: str, kinds: tuple[str, ...], state: float, moved:
 def test_a_step_moves_what_the_audit_found_compiled() -> None:
     compared = 0
     for cls in rule_optimizers().values():
-        e, case = ALL[cls.__name__], KERNELS.get(f"{cls.variants[0].rule.__name__}, fp32, sm_90")
+        make: Any = cls
+        optimizer = make([torch.nn.Parameter(torch.empty(2, 2, device="meta"))])
+        rule = optimizer.variant(optimizer.param_groups[0]).rule
+        e, case = ALL[cls.__name__], KERNELS.get(f"{rule.__name__}, fp32, sm_90")
         if case is not None and e.kinds[0] == "elementwise":
             assert e.moved == case["loaded"] + case["stored"], cls
             compared += 1
@@ -80,13 +84,13 @@ def test_states_are_those_of_a_step() -> None:
         if name == "sparseadam":
             continue
         make: Any = cls
-        p = torch.nn.Parameter(torch.randn(256, 256))
+        p = torch.nn.Parameter(torch.randn(64, 64))
         optimizer = make([p], backend="eager")
         p.grad = torch.randn_like(p)
         optimizer.step()
         found = state_bytes(optimizer) / p.numel()
-        rows = 4 * (1 / 256 - 1 / 1024) * 4  # at most four rows or columns, which weigh more in a smaller matrix
-        assert sum(ALL[cls.__name__].states.values()) == pytest.approx(found, abs=rows + 1e-3), name
+        # Rows and columns, of which none keeps more than four, weigh more in a smaller matrix.
+        assert sum(ALL[cls.__name__].states.values()) == pytest.approx(found, abs=4 * 4 / 64 + 0.02), name
 
 
 def test_papers_are_read_from_docstrings() -> None:
@@ -120,7 +124,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert [name for name in ALL if not any(line.startswith(f"{name} ") for line in lines)] == []
     assert max(map(len, lines)) <= 120
     assert "Loshchilov & Hutter 2019\n    Transformers and most other networks" in out
-    assert "computed (backends/costs.py), not\nmeasured" in out
+    assert "It is computed (backends/costs.py), not\nmeasured." in out
     few = said(capsys, "--kind", "eval")
     assert "ScheduleFreeAdamW" in few
     assert "AdamW " not in few.replace("ScheduleFreeAdamW ", "").partition("state:")[0]
@@ -138,7 +142,7 @@ def test_one_of_it(capsys: pytest.CaptureFixture[str]) -> None:
         "help(triton_optim.Prodigy) has the maths.",
     ):
         assert f"{line}\n" in out, line
-    assert "exp_avg_sq (4, never negative), s (4), p0 (4,\n           never quantized), d (a number)" in out
+    assert "exp_avg_sq (4, never negative), s (4), p0 (4, never quantized), d\n           (a number)" in out
     assert "arguments  params, lr=1.0, betas=(0.9, 0.999)" in out
     assert "state_dtype" in out.partition("options")[2]
     assert "tuned      lr=1.0, use_bias_correction=True, weight_decay=0.1: tuned for language models" in out
@@ -157,7 +161,7 @@ def test_each_can_be_asked_for(name: str, capsys: pytest.CaptureFixture[str]) ->
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "adanw"]) == 1
     assert capsys.readouterr().err.startswith(
-        "adanw: there is no optimizer or wrapper of that name. Did you mean AdamW or "
+        "adanw: there is no optimizer or wrapper of that name. Did you mean Adan or AdamW or NAdamW?"
     )
     assert cli.main(["list", "qqqq"]) == 1
     assert capsys.readouterr().err.endswith("of that name. `triton-optim list` has their names.\n")

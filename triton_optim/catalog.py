@@ -25,6 +25,7 @@ from .dispatch import Choice
 from .engine.entries import entries_of, sort_params
 from .optimizers.adam import AdamW
 from .registry import optimizers, wrappers
+from .spec import Variant
 
 # What an optimizer may be, and how it is said.
 KINDS = {
@@ -42,10 +43,9 @@ ABOUT = f"""\
 state: bytes kept of each element of a float32 matrix of {SIDE:,} x {SIDE:,}, with the defaults of the class.
 step: bytes that a Triton step of that matrix reads and writes, beside AdamW's. It is computed (backends/costs.py), not
 measured. A kernel reads the gradient, the parameter and every state, and writes all but the gradient; sums over
-parameters read all of it once more; what rows or matrices need before the kernel is counted operation by operation.
-Products of matrices, counted in float32, take most of the time where there are any: so many multiplications and
-additions an element.
-A step of sparse gradients is counted for the elements that they hold. What a closure costs is up to the model.
+parameters read all of it once more; what rows or matrices need before the kernel is counted operation by operation, in
+float32. Products of matrices take most of the time where there are any: so many multiplications and additions an
+element. A step of sparse gradients is counted for the elements that they hold. What a closure costs is up to the model.
 A wrapper is shown around AdamW: the state that it adds, and the step of both."""
 
 
@@ -106,8 +106,9 @@ class Entry:
 
 def entries(classes: Iterable[type[Optimizer]] | None = None) -> list[Entry]:
     """Optimizers by their names, all that the package exports unless others are given, and then its wrappers."""
-    found = sorted(optimizers().values() if classes is None else classes, key=lambda cls: cls.__name__.lower())
-    return [*map(entry, found), *(wrapper_entry(name, wrapper) for name, wrapper in wrappers().items())]
+    chosen = optimizers().values() if classes is None else classes
+    found: list[Any] = sorted(chosen, key=lambda cls: cls.__name__.lower())
+    return [*(entry(cls) for cls in found), *(wrapper_entry(name, wrapper) for name, wrapper in wrappers().items())]
 
 
 @cache
@@ -116,10 +117,18 @@ def entry(cls: type[Optimizer]) -> Entry:
     said = (*source_of(cls), paragraph(cls, "For"))
     if not issubclass(cls, RuleOptimizer):
         return Entry(cls.__name__, ("closure",), False, states_with_closure(cls), None, None, 0.0, *said)
-    launches, moved, products = step_of(cls)
     own: Any = cls
-    states = {name: nbytes / SIDE**2 for name, nbytes in memory_report(own([sample()])).states.items()}
-    return Entry(cls.__name__, kinds_of(cls, products), False, states, launches, moved, products, *said)
+    p = nn.Parameter(torch.empty(SIDE, SIDE, device="meta"))
+    optimizer = own([p])
+    ((key, slots),) = sort_params(optimizer, entries_of(optimizer, [p], [None], every=True)).items()
+    if not key.sparse:
+        key = key._replace(choice=Choice("triton", "to be computed"))
+    with FlopCounterMode(display=False) as counter:
+        launches, moved = cost(optimizer, key, slots)
+    products = counter.get_total_flops() / p.numel()
+    kinds = kinds_of(cls, key.variant, products)
+    states = {name: nbytes / p.numel() for name, nbytes in memory_report(optimizer).states.items()}
+    return Entry(cls.__name__, kinds, False, states, launches, moved, products, *said)
 
 
 @cache
@@ -132,35 +141,18 @@ def wrapper_entry(name: str, wrapper: Callable[[Any], Any]) -> Entry:
     return replace(within, name=name, wrapper=True, states=states, paper=paper, url=url, use=use)
 
 
-def sample() -> Tensor:
-    """A parameter without memory, of which everything is computed."""
-    return nn.Parameter(torch.empty(SIDE, SIDE, device="meta"))
-
-
-def kinds_of(cls: type[RuleOptimizer], products: float) -> tuple[str, ...]:
-    """Which of ``KINDS`` a class is, whose step multiplies matrices or not."""
-    variant = cls.variants[0]
+def kinds_of(cls: type[RuleOptimizer], variant: Variant, products: float) -> tuple[str, ...]:
+    """Which of ``KINDS`` a class is, in the way in which it runs by default, whose step multiplies matrices or not."""
+    whole = cls.total is not RuleOptimizer.total
     found = {
         "matrices": products > 0,
         "rows": variant.prologue and not products,
-        "model": variant.measure is not None and cls.total is not RuleOptimizer.total,
-        "parameter": variant.measure is not None and cls.total is RuleOptimizer.total,
+        "model": variant.measure is not None and whole,
+        "parameter": variant.measure is not None and not whole,
         "sparse": not cls.takes_dense_gradients,
     }
     kinds = [kind for kind, is_one in found.items() if is_one] or ["elementwise"]
     return tuple(kinds + ["eval"] * issubclass(cls, TwoPlaces))
-
-
-def step_of(cls: type[RuleOptimizer]) -> tuple[int, float, float]:
-    """Of a Triton step of the sample: launches; bytes, and operations of products of matrices, an element."""
-    p, own = sample(), cast(Any, cls)
-    optimizer = own([p])
-    ((key, slots),) = sort_params(optimizer, entries_of(optimizer, [p], [None], every=True)).items()
-    if not key.sparse:
-        key = key._replace(choice=Choice("triton", "to be computed"))
-    with FlopCounterMode(display=False) as counter:
-        launches, moved = cost(optimizer, key, slots)
-    return launches, moved, counter.get_total_flops() / p.numel()
 
 
 def bytes_of_adamw() -> float:

@@ -79,7 +79,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 def sampled_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """The same with characters that are drawn from what the model says of the text."""
     logits: Tensor = model(batch[:, :-1]).flatten(0, 1)
-    drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+    drawn = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
     return cross_entropy(logits, drawn)
 
 

@@ -45,7 +45,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def sampled_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The same with digits that are drawn from what the model says of the images."""
     logits: Tensor = model(batch[0])
-    drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+    drawn = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
     return nn.functional.cross_entropy(logits, drawn)
 
 

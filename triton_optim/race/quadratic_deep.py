@@ -70,7 +70,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 def batches(points: Tensor) -> Sequence[Tensor]:
     """Full batches; the rest is left out."""
-    return points[: POINTS // BATCH * BATCH].split(BATCH)
+    return list(points[: POINTS // BATCH * BATCH].view(-1, BATCH, DIMENSIONS))
 
 
 @cache
