@@ -650,14 +650,15 @@ def test_quadratic_deep_is_deepobs() -> None:
     # What the generator of 2006 draws first from these seeds.
     for points, number in ((learned, 0.4967141530112327), (judging, 0.25739992534469336)):
         assert points[0, 0].item() == np.float32(0.6 * number)
-    results = race("quadratic_deep", seeds=2)
+    eager = {"backend": "eager"}
+    results = race("quadratic_deep", seeds=2, options=eager)
     # Published, of all runs: 353.44676426478793.
     assert {round(record.validation[0], 4) for record in results.records} == {353.4468}
     assert [record.steps for record in results.records] == [700] * 6
     assert len(results.beside) == 3
     for ours in results.beside:
-        # The mean of 2 seeds beside that of 10: within two standard deviations of their difference.
-        tolerance = 2 * ours.published.spread * (1 / 2 + 1 / 10) ** 0.5
+        # The mean of 2 seeds beside that of 10: within three standard deviations of their difference.
+        tolerance = 3 * ours.published.spread * (1 / 2 + 1 / 10) ** 0.5
         assert ours.final == pytest.approx(ours.published.final, abs=tolerance), ours
     text = repr(results)
     assert "last loss" in text
@@ -665,4 +666,4 @@ def test_quadratic_deep_is_deepobs() -> None:
     assert f"published: {BASELINES}" in text
     assert [row["ours"] for row in results.as_dict()["published"]] == [b.final for b in results.beside]
     assert [p.optimizer for p in PUBLISHED] == [b.published.optimizer for b in results.beside]
-    assert race("quadratic_deep", steps=3, seeds=1).beside == []  # no comparison of runs of other lengths
+    assert race("quadratic_deep", steps=3, seeds=1, options=eager).beside == []  # no comparison of runs of other lengths

@@ -39,7 +39,7 @@ def quadratic_deep(seed: int) -> Task:
         threads=1,
         optimizers=[f"sgd(lr={SGD})", f"sgd(momentum=0.99,lr={MOMENTUM})", f"adam(lr={ADAM})"],
         schedules=["constant"],
-        seeds=10,
+        seeds=5,
         lrs={"sgd": SGD, "adam": ADAM, "adamw": ADAM},
         published=PUBLISHED,
     )
