@@ -47,13 +47,15 @@ def train(run: Run, task: Task, schedule: Schedule, steps: int, device: torch.de
             warmup()
         turn = Turn(model, optimizer, task, device)
         batches = forever(task.batches)
+        # torch.manual_seed walks the stack for devices that are not in use, which takes as long as a small step.
+        reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
         every = max(1, steps // JUDGEMENTS)
         losses: list[float] = []
         lrs: list[float] = []
         seconds, validation = [0.0], [turn.validation_loss()]
         judged_at, status = [0], FINISHED
         for step in range(steps):
-            torch.manual_seed(1_000_003 * run.seed + step)
+            reseed(1_000_003 * run.seed + step)
             lrs.append(float(optimizer.param_groups[0]["lr"]))
             loss = turn.step(batches)
             if not math.isfinite(loss):
