@@ -80,7 +80,7 @@ def table() -> str:
         paper = f"[{e.paper}]({e.url})" if e.url else e.paper
         rows.append([f"`{e.name}`", e.kind, e.state, e.step, paper, e.use.replace("``", "`")])
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    about = re.sub(r"^(\w+): ", r"\n`\1`: ", ABOUT, flags=re.M).strip()
+    about = re.sub(r"^(state|step): ", r"\n`\1`: ", ABOUT, flags=re.M).strip()
     return f"# Which optimizer\n\n{INTRODUCTION}\n\n{lines}\n\n{about}\n"
 
 

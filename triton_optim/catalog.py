@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -39,14 +40,16 @@ KINDS = {
     "eval": "train() and eval()",
 }
 SIDE = 1024
+LATER = 101  # the step of which costs are told
 ABOUT = f"""\
 state: bytes kept of each element of a float32 matrix of {SIDE:,} x {SIDE:,}, with the defaults of the class.
 step: bytes that a Triton step of that matrix reads and writes, beside AdamW's. It is computed (backends/costs.py), not
 measured. A kernel reads the gradient, the parameter and every state, and writes all but the gradient; sums over
-parameters read all of it once more; what rows or matrices need before the kernel is counted operation by operation, in
-float32. Products of matrices take most of the time where there are any: so many multiplications and additions an
-element. A step of sparse gradients is counted for the elements that they hold. What a closure costs is up to the model.
-A wrapper is shown around AdamW: the state that it adds, and the step of both."""
+parameters read what they need of it once more; what rows or matrices need before the kernel is counted operation by
+operation, in float32. Products of matrices take most of the time where there are any: so many multiplications and
+additions an element, decompositions not counted. What is not done in every step counts by its share. A step of sparse
+gradients is counted for the elements that they hold. What a closure costs is up to the model. A wrapper is shown around
+AdamW: the state that it adds, and the step of both."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,12 @@ def entry(cls: type[Optimizer]) -> Entry:
     ((key, slots),) = sort_params(optimizer, entries_of(optimizer, [p], [None], every=True)).items()
     if not key.sparse:
         key = key._replace(choice=Choice("triton", "to be computed"))
+    # Not of the first steps, and of one in which bases or roots are found only its share.
+    cycle = range(LATER, LATER + optimizer.param_groups[0].get("precondition_frequency", 1))
     with FlopCounterMode(display=False) as counter:
-        launches, moved = cost(optimizer, key, slots)
-    products = counter.get_total_flops() / p.numel()
+        costs = [cost(optimizer, key, slots, step) for step in cycle]
+    launches, moved = round(fmean(n for n, _ in costs)), fmean(nbytes for _, nbytes in costs)
+    products = counter.get_total_flops() / p.numel() / len(costs)
     kinds = kinds_of(cls, key.variant, products)
     states = {name: nbytes / p.numel() for name, nbytes in memory_report(optimizer).states.items()}
     return Entry(cls.__name__, kinds, False, states, launches, moved, products, *said)
