@@ -57,7 +57,7 @@ def traffic(optimizer: Update, key: Key) -> tuple[int, float]:
 
 
 def prologue_traffic(optimizer: Update, key: Key, slots: list[ParamSlot], step: int = 1) -> tuple[int, int]:
-    """Operations of a prologue in step number `step`, and bytes they read and write: counted on tensors without memory."""
+    """Operations of a prologue, and bytes they read and write, in a step: counted on tensors without memory."""
     counter = _TrafficCounter()
     for number in sorted({m.group for m in slots}):
         group = optimizer.param_groups[number]
