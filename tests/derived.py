@@ -1,7 +1,7 @@
 """Write what is derived from the optimizers' files: ``python tests/derived.py``.
 
-These are the exports in `triton_optim/__init__.py` and README's list; with ``--costs`` the tables in `tests/costs/`,
-too. Tests fail where they differ.
+These are the exports in `triton_optim/__init__.py`, README's list and the table in `triton_optim/optimizers/README.md`;
+with ``--costs`` the tables in `tests/costs/`, too. Tests fail where they differ.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from pathlib import Path
 from costs import REWRITE
 
 from triton_optim import RuleOptimizer, optimizers
+from triton_optim.catalog import ABOUT, entries
 from triton_optim.optimizers.closure.closure_driven import ClosureOptimizer
 
 ROOT = Path(optimizers.__file__ or "").parents[2]
 EXPORTS, README = ROOT / "triton_optim" / "__init__.py", ROOT / "README.md"
+TABLE = ROOT / "triton_optim" / "optimizers" / "README.md"
 START, END = "<!-- optimizers: written by tests/derived.py -->", "<!-- end of optimizers -->"
+INTRODUCTION = """\
+The optimizers and, last, the wrappers, as `triton-optim list` has them; `triton-optim list adamw` says more of one, and
+`--kind eval` chooses. Written by `python tests/derived.py`, from the classes and their docstrings."""
 BASES = (RuleOptimizer, ClosureOptimizer)
 
 
@@ -66,10 +71,23 @@ def readme(text: str) -> str:
     return "\n".join((before + START, *lines, END)) + rest.split(END)[1]
 
 
+def table() -> str:
+    """The page that one chooses an optimizer from: what `triton-optim list` says."""
+    found = {(module, name) for module, names in defined().items() for name in names}
+    classes = [getattr(import_module(f"triton_optim{module}"), name) for module, name in found]
+    rows = [["optimizer", "kind", "state", "step", "paper", "when to use it"], ["---"] * 6]
+    for e in entries(classes):
+        paper = f"[{e.paper}]({e.url})" if e.url else e.paper
+        rows.append([f"`{e.name}`", e.kind, e.state, e.step, paper, e.use.replace("``", "`")])
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    about = re.sub(r"^(state|step): ", r"\n`\1`: ", ABOUT, flags=re.M).strip()
+    return f"# Which optimizer\n\n{INTRODUCTION}\n\n{lines}\n\n{about}\n"
+
+
 def out_of_step() -> dict[Path, str]:
     """The files that are not what they should be, with that."""
-    wanted = {EXPORTS: exports(EXPORTS.read_text()), README: readme(README.read_text())}
-    return {path: text for path, text in wanted.items() if path.read_text() != text}
+    wanted = {EXPORTS: exports(EXPORTS.read_text()), README: readme(README.read_text()), TABLE: table()}
+    return {path: text for path, text in wanted.items() if not path.exists() or path.read_text() != text}
 
 
 def main() -> None:
@@ -77,7 +95,7 @@ def main() -> None:
     stale = out_of_step()
     for path, text in stale.items():
         path.write_text(text)
-    print(f"written: {', '.join(path.name for path in stale) or 'nothing, all was in step'}")
+    print(f"written: {', '.join(str(path.relative_to(ROOT)) for path in stale) or 'nothing, all was in step'}")
     if "--costs" in sys.argv[1:]:
         sys.exit(subprocess.run([sys.executable, "-m", *REWRITE.split()], cwd=ROOT).returncode)
 

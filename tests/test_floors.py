@@ -26,6 +26,7 @@ FLOORS = (
     "training",
     "",  # the package itself: what users import
     "registry",
+    "catalog",
     "bench",
     "audit",
     "race",

@@ -96,7 +96,9 @@ def run(root: Path, *arguments: str) -> str:
 
 
 def test_a_rule_a_class_and_a_row_are_enough(copy: Path) -> None:
-    assert run(copy, "tests/derived.py") == "written: __init__.py, README.md\n"
+    written = run(copy, "tests/derived.py")
+    assert written == "written: triton_optim/__init__.py, README.md, triton_optim/optimizers/README.md\n"
+    assert run(copy, "-m", "triton_optim", "list", "yogi").startswith("Yogi\nfor        ")
     assert run(copy, "-c", USE).split() == [
         f"{copy}/triton_optim/__init__.py",
         f"{copy}/triton_optim/kernels/rules/yogi.py",

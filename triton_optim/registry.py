@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch.optim import Optimizer
 
 import triton_optim
@@ -19,3 +22,9 @@ def optimizers() -> dict[str, type[Optimizer]]:
 def rule_optimizers() -> dict[str, type[RuleOptimizer]]:
     """Those of them that run a rule: all but the closure-driven ones."""
     return {name: cls for name, cls in optimizers().items() if issubclass(cls, RuleOptimizer)}
+
+
+def wrappers() -> dict[str, Callable[[Any], Any]]:
+    """The functions on optimizers that the package exports, by their names."""
+    exported = {name: getattr(triton_optim.wrappers, name) for name in triton_optim.wrappers.__all__}
+    return {name: value for name, value in exported.items() if not isinstance(value, type)}

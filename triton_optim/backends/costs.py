@@ -19,13 +19,13 @@ from .update import update
 MEASURE = {"triton": 2, "cpp": 1}  # calls; of others one a parameter
 
 
-def cost(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, float]:
+def cost(optimizer: Update, key: Key, slots: list[ParamSlot], step: int = 1) -> tuple[int, float]:
     """Kernels, compiled calls or torch operations that a step starts, and bytes that it reads and writes a parameter.
 
     A kernel is taken at its best: every role is read, and all but the gradient are written.
     """
     numels = [local(m.p).numel() for m in slots]
-    operations, nbytes = prologue_traffic(optimizer, key, slots) if key.variant.prologue else (0, 0)
+    operations, nbytes = prologue_traffic(optimizer, key, slots, step) if key.variant.prologue else (0, 0)
     before = nbytes / max(sum(numels), 1)
     if key.variant.measure is not None:  # reads every role but the average
         before += sum(codec.nbytes for codec in key.codecs[: len(key.codecs) - key.variant.averaged])
@@ -56,12 +56,12 @@ def traffic(optimizer: Update, key: Key) -> tuple[int, float]:
     return counter.operations, counter.bytes / n
 
 
-def prologue_traffic(optimizer: Update, key: Key, slots: list[ParamSlot]) -> tuple[int, int]:
-    """Operations of a prologue, and bytes they read and write: counted on tensors without memory."""
+def prologue_traffic(optimizer: Update, key: Key, slots: list[ParamSlot], step: int = 1) -> tuple[int, int]:
+    """Operations of a prologue, and bytes they read and write, in a step: counted on tensors without memory."""
     counter = _TrafficCounter()
     for number in sorted({m.group for m in slots}):
         group = optimizer.param_groups[number]
-        h = step_scalars_for(optimizer, group, 1).h
+        h = step_scalars_for(optimizer, group, step).h
         params = [torch.empty_like(local(m.p), device="meta") for m in slots if m.group == number]
         gradients = [torch.empty_like(p, dtype=key.gradient) for p in params]
         states = [optimizer.first_kept(p, group) for p in params]

@@ -10,6 +10,7 @@ COMMANDS = {
     "doctor": "what is installed, whether a Triton launch works, and which backend each device and dtype gets, and why",
     "demo": "train a small network on real data with torch's AdamW and with ours, and compare",
     "race": "let optimizers and schedules race on a task, from the same weights, and see which does best how fast",
+    "list": "the optimizers and wrappers: what each keeps and moves, its paper, and when to use it",
     "memory": "what a model of a size would keep in memory, with which optimizer and options",
     "bench": "how long a step takes on a model, beside torch's and others' optimizers, once their results agree",
     "audit": "compile every rule for GPUs that need not be here, and check registers, traffic and access width",

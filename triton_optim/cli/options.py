@@ -37,6 +37,6 @@ def command_line(command: str, args: argparse.Namespace) -> str:
     words = ["triton-optim", command]
     for option, value in vars(args).items():
         for one in value if isinstance(value, list) else [value]:
-            if option not in ("command", "run") and one not in (None, ""):
-                words += [f"--{option}", str(one)]
+            if option not in ("command", "run") and one not in (None, "") and one is not False:
+                words += [f"--{option}"] if one is True else [f"--{option}", str(one)]
     return shlex.join(words)

@@ -12,6 +12,7 @@ import torch
 
 from ..race import RaceError, Results, race
 from ..race.contestants import checked_lrs, read_options, split_names
+from ..race.event import DEFAULT_SCHEDULES, OPTIMIZERS
 from ..race.names import as_race_error, require
 from ..race.schedules import SCHEDULES
 from ..race.tasks import TASKS
@@ -27,20 +28,23 @@ INTERRUPTED = 130  # what shells give for SIGINT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     own, add = "or your own, as mymodule:name", parser.add_argument
-    known = f"{', '.join(sorted(optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))'"
+    known = f"{', '.join(sorted(optimizers()))}, {own}; with options as in 'sgd(momentum=0.9,lr=(0.1,0.3))'; or all"
+    defaults = f"the task's, else {','.join(OPTIMIZERS)}"
     rates = "such as 1e-4,3e-4,1e-3; with --tune the ends of the search (default: around the usual)"
     storage = "of the trials, such as sqlite:///race.db: all who race with it share them"
     out = "of the records: the same command goes on from them (default: %(default)s)"
     add("--task", default="digits", help=f"{', '.join(TASKS)}, {own} (default: %(default)s)")
-    add("--optimizers", default="adamw,lion,muon", metavar="NAMES", help=f"{known} (default: %(default)s)")
-    schedules = f"{', '.join(SCHEDULES)}, {own} (default: %(default)s)"
-    add("--schedules", default="constant,cosine", metavar="NAMES", help=schedules)
+    add("--optimizers", metavar="NAMES", help=f"{known} (default: {defaults})")
+    schedules = f"{', '.join(SCHEDULES)}, {own} (default: the task's, else {','.join(DEFAULT_SCHEDULES)})"
+    add("--schedules", metavar="NAMES", help=schedules)
     add("--lrs", default="", metavar="NUMBERS", help=f"learning rates, {rates}")
     tune = "search lr with N trials of Optuna an optimizer and schedule"
     add("--tune", type=int, default=0, metavar="N", help=tune)
     add("--storage", metavar="URL", help=storage)
-    add("--seeds", type=int, default=3, metavar="N", help="how many (default: %(default)s)")
+    add("--seeds", type=int, metavar="N", help="how many (default: the task's, else 3)")
     add("--steps", type=int, metavar="N", help="of each run (default: the task's)")
+    settings = "begin with settings of published benchmarks, options and learning rate"
+    add("--published", action="store_true", help=settings)
     option = "an option of all optimizers, weight_decay=0.1"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=option)
     add("--target", type=float, metavar="LOSS", help="tell the time to this loss (default: what all who learn reach)")
@@ -92,14 +96,15 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
         raise RaceError(f"--lrs {args.lrs}: not all of it are numbers. Write it as 1e-4,3e-4,1e-3.") from None
     return {
         "task": args.task,
-        "optimizers": split_names(args.optimizers),
-        "schedules": split_names(args.schedules),
+        "optimizers": None if args.optimizers is None else split_names(args.optimizers),
+        "schedules": None if args.schedules is None else split_names(args.schedules),
         "lrs": checked_lrs(f"--lrs {args.lrs}", lrs),
         "tune": args.tune,
         "storage": args.storage,
         "seeds": args.seeds,
         "steps": args.steps,
         "options": read_options(f"--set {' --set '.join(args.set)}", f"({','.join(args.set)})"),
+        "published": args.published,
         "target": args.target,
         "device": args.device,
         "out": args.out,

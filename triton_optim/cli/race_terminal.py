@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..race import Record, Results, Watcher
 from ..race.records import FINISHED, Run
-from ..race.results import HEADER, cells
+from ..race.results import HEADER, beside_published, cells
 from .terminal import PIPED_WIDTH, say
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def print_results(console: Console, results: Results) -> None:
     for standing in results.standings:
         for note in standing.notes:
             say(console, f"{standing.optimizer}: {note}")
+    for line in beside_published(results):
+        say(console, line)
     if results.uneven_starts:
         seeds = ", ".join(map(str, results.uneven_starts))
         say(

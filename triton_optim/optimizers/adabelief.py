@@ -50,6 +50,8 @@ class AdaBelief(RuleOptimizer):
         >>> p.data
         tensor([0.5000, 0.5000])
 
+    For: Images and GANs on which Adam generalizes worse than SGD or is unstable; Adam's settings fit.
+
     Source: Zhuang et al. 2020, Algorithm 2, https://arxiv.org/abs/2010.07468; decoupled decay is the default of the
     authors' code, whose rectification (RAdam's) is not in the paper's algorithm and not here.
     """

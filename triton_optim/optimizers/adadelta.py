@@ -47,6 +47,8 @@ class Adadelta(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['acc_delta', 'square_avg', 'step']
 
+    For: Results that were published with it; new work has no reason to begin here.
+
     Source: Zeiler 2012, Algorithm 1, https://arxiv.org/abs/1212.5701, with torch's learning rate.
     """
 

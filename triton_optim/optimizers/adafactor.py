@@ -67,6 +67,9 @@ class Adafactor(RuleOptimizer):
         >>> {name: tuple(value.shape) for name, value in optimizer.state[model.weight].items()}
         {'step': (), 'row_var': (2, 1), 'col_var': (1, 4)}
 
+    For: Models whose second moment does not fit: it keeps one number a row and a column. It is torch's form, with a
+    learning rate and without momentum.
+
     Source: Shazeer & Stern 2018, Algorithms 4 and 5, https://arxiv.org/abs/1804.04235. As torch's: :math:`\gamma` for
     the paper's 0.01, means for sums, :math:`\epsilon_1` as bounds from below, a decoupled decay. Unlike torch's, an
     :math:`\epsilon_1` of None is each parameter's own dtype's, not the first one's.

@@ -69,6 +69,8 @@ class AdafactorRelative(RuleOptimizer):
         >>> p.data
         tensor([0.9900, 0.9900])
 
+    For: T5 and other recipes of transformers' Adafactor, whose step size goes with the size of the weights.
+
     Source: Shazeer & Stern 2018, Algorithms 4 to 6, https://arxiv.org/abs/1804.04235, with means for sums. As
     transformers', the decay is decoupled and multiplied by the step size.
     """

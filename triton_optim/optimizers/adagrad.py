@@ -48,6 +48,8 @@ class Adagrad(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['step', 'sum']
 
+    For: Sparse features and convex losses, for which rates may only fall.
+
     Source: Duchi et al. 2011, https://jmlr.org/papers/v12/duchi11a.html; the decay of the rate is torch's.
     """
 

@@ -54,6 +54,8 @@ class Adam(RuleOptimizer):
         >>> p.data
         tensor([0.9000, 0.9000, 0.9000])
 
+    For: Models without weight decay, such as GANs and reinforcement learning; with decay take AdamW.
+
     Source: Kingma & Ba 2015, Algorithm 1, https://arxiv.org/abs/1412.6980; Reddi et al. 2018,
     https://arxiv.org/abs/1904.09237. As torch's, ``amsgrad`` takes the maximum before the bias correction.
     """
@@ -142,6 +144,8 @@ class AdamW(Adam):
         >>> optimizer.step()
         >>> sorted(optimizer.state[model.weight])
         ['exp_avg', 'exp_avg_sq', 'step']
+
+    For: Transformers and most other networks: the first choice, with which others are compared.
 
     Source: Loshchilov & Hutter 2019, Algorithm 2, https://arxiv.org/abs/1711.05101. As torch's, the decay is scaled by
     the learning rate.

@@ -47,6 +47,8 @@ class AdamAtan2(RuleOptimizer):
         >>> p.data
         tensor([0.6073, 0.6073])
 
+    For: AdamW's place where gradients get as small as its epsilon, as in low precision and very large models.
+
     Source: Everett et al. 2024, https://arxiv.org/abs/2407.05872.
     """
 

@@ -46,6 +46,8 @@ class Adamax(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['exp_avg', 'exp_inf', 'step']
 
+    For: Embeddings and others whose gradients are rarely large: the largest one counts, and is forgotten slowly.
+
     Source: Kingma & Ba 2015, Algorithm 2, https://arxiv.org/abs/1412.6980; :math:`\epsilon` is torch's.
     """
 

@@ -50,6 +50,8 @@ class AdamC(RuleOptimizer):
         >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["max_lr"]
         (0.25, 0.5)
 
+    For: Long runs with weight decay and a falling schedule, where the norm of the gradients rises at the end.
+
     Source: Defazio 2025, Algorithm 1, https://arxiv.org/abs/2506.02285.
     """
 

@@ -52,6 +52,8 @@ class Adan(RuleOptimizer):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: Vision and diffusion models at large learning rates, if there is memory for two states more than Adam's.
+
     Source: Xie et al. 2022, Algorithm 1, https://arxiv.org/abs/2208.06677; the bias corrections and ``no_prox`` are of
     the authors' code, which starts from zeros.
     """

@@ -55,6 +55,9 @@ class AdEMAMix(RuleOptimizer):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: Long runs with memory for a third state. Of eleven optimizers tuned for language models
+    (https://arxiv.org/abs/2509.01440) it and MARS led.
+
     Source: Pagliardini et al. 2024, Algorithm 1, https://arxiv.org/abs/2409.03137.
     """
 
@@ -151,6 +154,8 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         >>> optimizer.step()
         >>> p.data
         tensor([0.7500, 0.7500])
+
+    For: Small batches, where one long momentum does what AdEMAMix's two do, in AdamW's memory.
 
     Source: Morwani et al. 2025, Algorithm 1, https://arxiv.org/abs/2502.02431; the warm-up and the choice of bias
     corrections are of the authors' code.

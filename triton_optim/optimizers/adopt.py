@@ -53,6 +53,8 @@ class ADOPT(RuleOptimizer):
         >>> p.data
         tensor([0.8750, 0.8750])
 
+    For: Adam's place where it is unstable, or its second beta would have to be tuned.
+
     Source: Taniguchi et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.02853; the clipping and both decays are of
     the authors' code.
     """

@@ -48,6 +48,9 @@ class ASGD(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['ax', 'eta', 'mu', 'step']
 
+    For: Convex or nearly convex losses, where the mean of the weights is better than the last; the state ``ax`` is that
+    mean.
+
     Source: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046, in torch's form.
     """
 

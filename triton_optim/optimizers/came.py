@@ -59,6 +59,8 @@ class CAME(RuleOptimizer):
         >>> {name: tuple(value.shape) for name, value in optimizer.state[model.weight].items() if "row" in name}
         {'exp_avg_sq_row': (2,), 'exp_avg_res_row': (2,)}
 
+    For: Adafactor's place, with one momentum more, where it is unstable or slower than Adam.
+
     Source: Luo et al. 2023, Algorithm 2, https://arxiv.org/abs/2307.02047, with means for sums, and vectors as in the
     authors' code.
     """

@@ -67,6 +67,8 @@ class DAdaptAdam(DAdapts, RuleOptimizer):
         >>> bool(p < 3.0), bool(optimizer.d > 1e-6)
         (True, True)
 
+    For: Recipes that name it, without a learning rate to tune. Prodigy came after it and finds the step size sooner.
+
     Source: Defazio and Mishchenko 2023, Algorithm 5, https://arxiv.org/abs/2301.07733; the decoupled decay, the bias
     corrections, the bound of the growth and the scale of a group are the authors' code's.
     """

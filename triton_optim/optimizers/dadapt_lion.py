@@ -57,6 +57,8 @@ class DAdaptLion(DAdapts, RuleOptimizer):
         >>> p.data
         tensor([2.7500])
 
+    For: Lion's place, without a learning rate to tune.
+
     Source: the authors' code, https://github.com/facebookresearch/dadaptation, of Defazio and Mishchenko 2023,
     https://arxiv.org/abs/2301.07733.
     """

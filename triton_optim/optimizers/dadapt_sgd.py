@@ -57,6 +57,8 @@ class DAdaptSGD(EstimatesDistance, RuleOptimizer):
         >>> p.data
         tensor([2.7000, 3.6000])
 
+    For: SGD's place, without a learning rate to tune.
+
     Source: Defazio and Mishchenko 2023, Algorithm 4, https://arxiv.org/abs/2301.07733; the averaging, the decay and the
     factor of the estimate are the authors' code's.
     """

@@ -47,6 +47,8 @@ class Grams(RuleOptimizer):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: A try beside cautious AdamW, to which it is close; no independent comparison has it yet.
+
     Source: Cao et al. 2024, Algorithm 1, https://arxiv.org/abs/2412.17107.
     """
 

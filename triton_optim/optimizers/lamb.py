@@ -54,6 +54,8 @@ class LAMB(RuleOptimizer):
         >>> print(f"{(p.detach() - torch.tensor([3.0, 4.0])).norm():.4f}")
         0.5000
 
+    For: Batches of many thousands, in AdamW's place, as BERT was trained.
+
     Source: You et al. 2020, Algorithm 2, https://arxiv.org/abs/1904.00962, whose :math:`\phi` is left out, as in its
     experiments.
     """

@@ -49,6 +49,8 @@ class LaProp(RuleOptimizer):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: Noisy gradients or a small second beta, with which Adam gets unstable.
+
     Source: Ziyin et al. 2020, Algorithm 1, https://arxiv.org/abs/2002.04839; the learning rate within the mean and the
     decay are of the authors' code.
     """

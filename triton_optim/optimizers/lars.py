@@ -58,6 +58,8 @@ class LARS(RuleOptimizer):
         >>> print(f"{(p.detach() - torch.tensor([3.0, 4.0])).norm():.4f}")
         0.5000
 
+    For: Batches of many thousands for convolutional networks, in SGD's place, and self-supervised recipes.
+
     Source: You et al. 2017, Algorithm 1, https://arxiv.org/abs/1708.03888. The learning rate multiplies the buffer, as
     in torch's SGD, and not what is added to it: the two differ while it changes.
     """

@@ -44,6 +44,8 @@ class Lion(RuleOptimizer):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: Large batches, in half of AdamW's state; of small ones the sign is mostly noise.
+
     Source: Chen et al. 2023, Algorithm 2, https://arxiv.org/abs/2302.06675.
     """
 

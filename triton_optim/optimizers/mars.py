@@ -66,6 +66,9 @@ class MARSAdamW(RuleOptimizer):
         tensor([[0.9000, 0.9000],
                 [0.9000, 0.9000]])
 
+    For: Language models, with memory for a third state. Of eleven optimizers tuned for them
+    (https://arxiv.org/abs/2509.01440) it and AdEMAMix led.
+
     Source: Yuan et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.10438, as its experiments approximate it: with the
     gradient of the last step and its batch in place of the last weights' of this batch.
     """
@@ -181,6 +184,8 @@ class MARSLion(RuleOptimizer):
         >>> p.data
         tensor([[0.7500, 0.7500],
                 [0.7500, 0.7500]])
+
+    For: Lion's place on noisy gradients, for one state more.
 
     Source: Yuan et al. 2024, Algorithm 4, https://arxiv.org/abs/2411.10438, as its experiments approximate it: with the
     gradient of the last step and its batch in place of the last weights' of this batch. The authors' code updates

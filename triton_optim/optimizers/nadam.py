@@ -54,6 +54,8 @@ class NAdam(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['exp_avg', 'exp_avg_sq', 'mu_product', 'step']
 
+    For: Results that were published with torch's or Keras's Nadam; for new work NAdamW is simpler.
+
     Source: Dozat 2016, Algorithm 2, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ, in torch's form.
     """
 

@@ -47,6 +47,8 @@ class NAdamW(RuleOptimizer):
         >>> p.data
         tensor([0.6250, 0.6250])
 
+    For: AdamW's place, with its settings; it is the baseline of both rulesets of AlgoPerf.
+
     Source: Dahl et al. 2023, the NAdamW baseline, https://arxiv.org/abs/2306.07179; after Dozat 2016, Algorithm 2,
     https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
     """

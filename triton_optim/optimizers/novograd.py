@@ -54,6 +54,8 @@ class NovoGrad(RuleOptimizer):
         >>> p.data
         tensor([-0.2500, -0.2500, -0.2500, -0.2500])
 
+    For: Speech recipes that name it; one state, as the second moment is one number a parameter.
+
     Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286.
     """
 

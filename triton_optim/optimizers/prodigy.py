@@ -72,6 +72,9 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         >>> bool(p.abs() < 0.1), bool(optimizer.d > 0.01)
         (True, True)
 
+    For: Fine-tuning, of diffusion models above all, without a learning rate to tune, if there is memory for twice
+    AdamW's state. Leave lr at 1.
+
     Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101; the bias corrections, the
     warm-up's safeguard and the bound of the growth are the authors' code's.
     """

@@ -53,6 +53,8 @@ class RAdam(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['exp_avg', 'exp_avg_sq', 'step']
 
+    For: Adam's place where it diverges in its first steps and a warm-up is not to be tuned.
+
     Source: Liu et al. 2020, Algorithm 2, https://arxiv.org/abs/1908.03265; torch rectifies from 5 on, the paper from 4.
     """
 

@@ -61,6 +61,8 @@ class RMSprop(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['square_avg', 'step']
 
+    For: Reinforcement learning and recurrent networks whose published settings are for it; one state.
+
     Source: Tieleman & Hinton 2012, lecture 6.5; Graves 2013, https://arxiv.org/abs/1308.0850, where
     :math:`\epsilon` is in the root; here as torch's it is outside.
     """

@@ -56,6 +56,8 @@ class Rprop(RuleOptimizer):
         >>> sorted(optimizer.state[p])
         ['prev', 'step', 'step_size']
 
+    For: Full batches alone: it reads the signs of gradients, which noise turns.
+
     Source: Riedmiller & Braun 1993, https://doi.org/10.1109/ICNN.1993.298623, without its backtracking, as torch's.
     """
 

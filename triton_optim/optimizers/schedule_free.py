@@ -99,6 +99,9 @@ class ScheduleFreeAdamW(_ScheduleFree):
         tensor([0.6250, 0.6250])
         >>> optimizer.train()
 
+    For: Training whose end is not known, or that wants no schedule; it won AlgoPerf's self-tuning ruleset in 2024.
+    Rates of 1 to 10 times AdamW's fit.
+
     Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682; the decay at :math:`y` and the weights
     are of the authors' code.
     """
@@ -191,6 +194,8 @@ class ScheduleFreeRAdam(_ScheduleFree):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: Where ScheduleFreeAdamW would need a warm-up to be tuned.
+
     Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682, with Liu et al. 2020, Algorithm 2,
     https://arxiv.org/abs/1908.03265, as the authors' code has them.
     """
@@ -282,6 +287,8 @@ class ScheduleFreeSGD(_ScheduleFree):
         >>> optimizer.step()
         >>> p.data
         tensor([0.7500, 0.7500])
+
+    For: What SGD trains, without a schedule; rates of 10 to 50 times SGD's fit.
 
     Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682; the weights are of the authors' code.
     """

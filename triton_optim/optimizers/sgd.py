@@ -47,8 +47,11 @@ class SGD(RuleOptimizer):
         >>> p.data
         tensor([0.5000, 0.5000])
 
-    Source: torch.optim.SGD's documentation; Sutskever et al. 2013,
-    https://proceedings.mlr.press/v28/sutskever13.html, whose form differs in where the learning rate stands.
+    For: Convolutional networks with a tuned schedule, or little memory: with momentum it keeps one state, without it
+    none.
+
+    Source: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html, in the form of torch.optim.SGD's
+    documentation, which differs in where the learning rate stands.
     """
 
     counts_steps = False

@@ -43,6 +43,8 @@ class Signum(RuleOptimizer):
         >>> p.data
         tensor([0.7500, 0.7500])
 
+    For: Large batches in one state, or to see what the sign alone does; Lion takes two betas for the same.
+
     Source: Bernstein et al. 2018, Algorithms 1 and 2, https://arxiv.org/abs/1802.04434.
     """
 
@@ -100,6 +102,8 @@ class Tiger(RuleOptimizer):
         >>> optimizer.step()
         >>> p.data
         tensor([0.7500, 0.7500])
+
+    For: Signum's place, with the settings of its author's language models.
 
     Source: Su 2023, https://github.com/bojone/tiger, whose factors of the learning rate by the name of a parameter are
     for groups to give.

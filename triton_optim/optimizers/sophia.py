@@ -56,6 +56,9 @@ class SophiaG(RuleOptimizer):
         ...     optimizer.step()
         ...     optimizer.zero_grad()
 
+    For: Language models from which labels can be sampled for the Hessian. A comparison
+    (https://arxiv.org/abs/2509.01440) saw it diverge in long runs.
+
     Source: Liu et al. 2023, Algorithms 2 and 3, https://arxiv.org/abs/2305.14342, in the form of the authors' code.
     """
 

@@ -49,6 +49,8 @@ class SparseAdam(RuleOptimizer):
         >>> (embedding.weight != before).any(dim=1).nonzero().flatten()
         tensor([3, 5])
 
+    For: Embeddings with ``sparse=True`` of which a batch reads few rows.
+
     Source: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, section 2's efficient form, in which :math:`\epsilon` is
     not corrected; which elements move is torch's.
     """

@@ -50,6 +50,8 @@ class StableAdamW(RuleOptimizer):
         >>> p.data
         tensor([0.9000, 0.9000, 0.9000])
 
+    For: Loss spikes of large models, in the place of AdamW with a clipped norm of the gradients.
+
     Source: Wortsman et al. 2023, Algorithm 2, https://arxiv.org/abs/2304.13013.
     """
 

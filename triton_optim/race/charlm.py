@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from .settings import SMALL
 from .task import Task
 
 CHARACTERS, CONTEXT, WIDTH, HEADS = 128, 32, 48, 4
@@ -59,12 +60,27 @@ def charlm(seed: int) -> Task:
     """A GPT of 2 blocks, 48 wide; windows of 32 characters, 16 in a batch; a module that it never reads judges."""
     read, unread = text_of(*READ), text_of(UNREAD)
     judged_at = torch.linspace(0, len(unread) - CONTEXT - 1, VALIDATION).long()
-    return Task(GPT(), batches(read, seed), loss, [windows(unread, judged_at)], steps=300, heads=["head"], threads=1)
+    return Task(
+        *(GPT(), batches(read, seed), loss, [windows(unread, judged_at)]),
+        steps=300,
+        heads=["head"],
+        threads=1,
+        lrs=SMALL,
+        sampled_loss=sampled_loss,
+        samples=BATCH * CONTEXT,
+    )
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Cross entropy of each character given those before it, in nats."""
     return cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+def sampled_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """The same with characters that are drawn from what the model says of the text."""
+    logits: Tensor = model(batch[:, :-1]).flatten(0, 1)
+    drawn = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
+    return cross_entropy(logits, drawn)
 
 
 @cache

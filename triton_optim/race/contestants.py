@@ -6,7 +6,7 @@ import ast
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,21 +14,13 @@ from torch.optim import Optimizer
 
 import triton_optim
 
-from ..registry import optimizers
+from ..registry import optimizers, rule_optimizers
 from .names import RaceError, resolve
+from .settings import SETTINGS, Setting
 from .task import Task
 
-# Where a search for the learning rate begins: between the best ones on digits and charlm. Others, and users' own, begin
-# at the default of their class.
-USUAL_LR = {
-    "lion": 5e-3,
-    "muon": 1e-2,
-    **dict.fromkeys(("adam", "adamw", "nadam", "rmsprop"), 1.5e-2),
-    "adamax": 3e-2,
-    **dict.fromkeys(("adafactor", "adagrad", "radam"), 0.1),
-    **dict.fromkeys(("sgd", "asgd"), 0.3),
-}
 GRID = (1 / 3, 1.0, 3.0)  # of the usual learning rate, where none is given
+ALL = "all"  # the name that stands for every optimizer here that any task can be given to
 OwnOptimizer = Callable[..., Optimizer]
 
 
@@ -41,6 +33,11 @@ def muon_groups(task: Task, lr: float, options: Mapping[str, Any]) -> list[dict[
 def is_for_matrices(build: OwnOptimizer) -> bool:
     """Whether it takes matrices in one group and all else in another, as Muon and what is made of it."""
     return isinstance(build, type) and issubclass(build, triton_optim.Muon)
+
+
+def estimates_hessian(build: OwnOptimizer) -> bool:
+    """Whether it is SophiaG, or made of it."""
+    return isinstance(build, type) and issubclass(build, triton_optim.SophiaG)
 
 
 # Options that optimizers have in a race unless told otherwise.
@@ -58,16 +55,61 @@ class Contestant:
         build: its class, or what takes parameters and ``lr`` and gives an optimizer.
         options: its other keywords.
         lrs: the learning rates to try; empty leaves them to the race.
+        start: where it begins, see `starting`.
     """
 
     label: str
     build: OwnOptimizer
     options: Mapping[str, Any] = field(default_factory=dict)
     lrs: tuple[float, ...] = ()
+    start: Setting | None = None
+
+    def starting(self, task: Task, published: bool) -> Contestant:
+        """The same contestant, with where it begins: at the learning rate that is usual on the task, else at one that
+        was published, else at the default of its class.
+
+        Args:
+            task: on which it races.
+            published: with the options that were published, too, and at their learning rate.
+        """
+        found = SETTINGS.get(self.name)
+        if published and found is not None:
+            start = found
+        elif self.name in task.lrs and not published:
+            start = Setting(task.lrs[self.name], {}, "usual on this task")
+        elif found is not None:
+            start = found._replace(options={})
+        else:
+            start = Setting(self.default_lr, {}, "the default of its class, as no published setting is known")
+        return replace(self, start=start)
+
+    @property
+    def name(self) -> str:
+        """Its name among the optimizers of this package and torch; empty of others."""
+        ours = getattr(self.build, "__module__", "").startswith(("triton_optim.", "torch.optim."))
+        return getattr(self.build, "__name__", "").lower() if ours else ""
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """Its options, those of its start among them."""
+        return {**OPTIONS.get(self.build, {}), **(self.start.options if self.start else {}), **self.options}
+
+    def remarks(self, task: Task, lrs: Iterable[float]) -> list[str]:
+        """What is to be known of its settings."""
+        start, said = self.start, []
+        if start is not None:
+            words = [] if self.lrs or tuple(lrs) else [f"lr around {start.lr:g}"]
+            words += [f"{key}={value}" for key, value in start.options.items() if key not in self.options]
+            said += [f"{', '.join(words)}: {start.source}"] if words else []
+        if estimates_hessian(self.build) and task.sampled_loss is None:
+            said.append("no Hessian is estimated, as the task has no sampled_loss: it takes the momentum's signs")
+        return said
 
     def optimizer(self, task: Task, lr: float) -> Optimizer:
         """The optimizer of the task's model."""
-        options = {**OPTIONS.get(self.build, {}), **self.options}
+        options = self.all_options
+        if estimates_hessian(self.build) and task.samples is not None:
+            options = {"bs": task.samples, **options}
         if is_for_matrices(self.build):
             return self.build(muon_groups(task, lr, options), lr=lr, **options)
         return self.build([p for p in task.model.parameters() if p.requires_grad], lr=lr, **options)
@@ -75,10 +117,11 @@ class Contestant:
     @property
     def usual_lr(self) -> float:
         """The learning rate from which a search goes both ways."""
-        module = getattr(self.build, "__module__", "")
-        name = getattr(self.build, "__name__", "").lower()
-        if module.startswith(("triton_optim.", "torch.optim.")) and name in USUAL_LR:
-            return USUAL_LR[name]
+        return self.default_lr if self.start is None else self.start.lr
+
+    @property
+    def default_lr(self) -> float:
+        """The learning rate that its class has, or 1e-3."""
         default = inspect.signature(self.build).parameters.get("lr")
         usual = default.default if default else None
         return float(usual) if isinstance(usual, (int, float)) and usual > 0 else 1e-3
@@ -112,6 +155,13 @@ def contestant(given: str | OwnOptimizer | Contestant, shared: Mapping[str, Any]
     said = ", ".join(f"{key}={value}" for key, value in options.items())
     label = name + (f"({said})" if said else "")
     return Contestant(label, build, {**(shared or {}), **options}, lrs)
+
+
+def everyone() -> list[str]:
+    """The names that `ALL` stands for: all but those for sparse gradients, and those that call the closure and take the
+    loss of a batch for that of all.
+    """
+    return [name for name, cls in rule_optimizers().items() if cls.takes_dense_gradients]
 
 
 def read_options(given: str, arguments: str) -> dict[str, Any]:

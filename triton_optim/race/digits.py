@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import require
+from .settings import SMALL
 from .task import Task
 
 BATCH = 64
@@ -24,13 +25,28 @@ def digits(seed: int) -> Task:
     )
     validation = [(x[:VALIDATION], y[:VALIDATION])]
     batches = shuffled(x[VALIDATION:], y[VALIDATION:], seed)
-    return Task(model, batches, loss, validation, steps=300, heads=["5"], threads=1)
+    return Task(
+        *(model, batches, loss, validation),
+        steps=300,
+        heads=["5"],
+        threads=1,
+        lrs=SMALL,
+        sampled_loss=sampled_loss,
+        samples=BATCH,
+    )
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross entropy."""
     images, labels = batch
     return nn.functional.cross_entropy(model(images), labels)
+
+
+def sampled_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The same with digits that are drawn from what the model says of the images."""
+    logits: Tensor = model(batch[0])
+    drawn = torch.multinomial(logits.detach().softmax(1), 1).squeeze(1)
+    return nn.functional.cross_entropy(logits, drawn)
 
 
 @cache

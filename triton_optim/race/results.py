@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..util.pictures import new_figure, open_frame
 from ..util.table import readable_bytes, readable_seconds, table
 from .names import require
 from .records import DIVERGED, FINISHED, PRUNED, Record
+from .task import Published
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +37,7 @@ class Standing:
         state_bytes: bytes of all the optimizer keeps in the end.
         runs, diverged, pruned: of all the optimizer's runs, under any setting.
         edge: ``"smallest"`` or ``"largest"`` if the best learning rate is at that end of those tried: try beyond it.
+        remarks: what is to be known of its settings, such as where they are from.
     """
 
     optimizer: str
@@ -53,6 +55,7 @@ class Standing:
     diverged: int = 0
     pruned: int = 0
     edge: str | None = None
+    remarks: Sequence[str] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -66,7 +69,15 @@ class Standing:
             notes.append("no setting was finished by all seeds: try a smaller lr")
         if self.edge:
             notes.append(f"its best lr is the {self.edge} tried: try beyond it")
-        return notes
+        return [*notes, *self.remarks]
+
+
+class Beside(NamedTuple):
+    """A published result; of the same runs here the mean of the last validation losses and their standard deviation."""
+
+    published: Published
+    final: float
+    spread: float | None
 
 
 class Configuration:
@@ -89,13 +100,22 @@ class Results:
         records: of all runs.
         target: the validation loss to which the time is told. Where none was given, the worst of the optimizers' lowest
             mean losses, of those that came at least half of the way from the start to the best: all of these reach it.
+        published: results that others published for the task.
     """
 
     def __init__(
-        self, task: str, steps: int, seeds: int, device: str, records: Sequence[Record], target: float | None = None
+        self,
+        task: str,
+        steps: int,
+        seeds: int,
+        device: str,
+        records: Sequence[Record],
+        target: float | None = None,
+        remarks: Mapping[str, Sequence[str]] | None = None,
+        published: Sequence[Published] = (),
     ) -> None:
         self.task, self.steps, self.seeds, self.device, self.records = task, steps, seeds, device, list(records)
-        self.given_target = target
+        self.given_target, self.remarks, self.published = target, remarks or {}, published
 
     @cached_property
     def configurations(self) -> list[Configuration]:
@@ -133,9 +153,9 @@ class Results:
         """Where an optimizer stands."""
         own = [r for r in self.records if r.optimizer == optimizer]
         diverged, pruned = (sum(r.status == status for r in own) for status in (DIVERGED, PRUNED))
-        winner = self.winners.get(optimizer)
+        winner, remarks = self.winners.get(optimizer), self.remarks.get(optimizer, ())
         if winner is None:
-            return Standing(optimizer, runs=len(own), diverged=diverged, pruned=pruned)
+            return Standing(optimizer, runs=len(own), diverged=diverged, pruned=pruned, remarks=remarks)
         bests = [record.best for record in winner.records]
         reached = next(
             (i for i, loss in enumerate(winner.curve) if self.target is not None and loss <= self.target), None
@@ -155,10 +175,23 @@ class Results:
             whole_seconds=statistics.median(s for r in winner.records for s in r.whole_seconds),
             state_bytes=winner.records[0].state_bytes,
             edge=ends.get(winner.lr),
+            remarks=remarks,
             runs=len(own),
             diverged=diverged,
             pruned=pruned,
         )
+
+    @cached_property
+    def beside(self) -> list[Beside]:
+        """The published results whose runs were made here, too, by all seeds."""
+        made = {(c.optimizer, c.schedule, c.lr): c for c in self.configurations}
+        found = []
+        for p in self.published:
+            ours = made.get((p.optimizer, p.schedule, p.lr))
+            if ours is not None:
+                last = [record.validation[-1] for record in ours.records]
+                found.append(Beside(p, statistics.fmean(last), statistics.stdev(last) if len(last) > 1 else None))
+        return found
 
     @property
     def uneven_starts(self) -> list[int]:
@@ -181,12 +214,30 @@ class Results:
             "device": self.device,
             "target": self.target,
             "standings": [asdict(standing) for standing in self.standings],
+            "published": [{**b.published._asdict(), "ours": b.final, "our spread": b.spread} for b in self.beside],
             "runs": [asdict(record) for record in self.records],
         }
 
     def __repr__(self) -> str:
         notes = [f"{s.optimizer}: {note}" for s in self.standings for note in s.notes]
-        return "\n".join([table(HEADER, [cells(s) for s in self.standings]), *notes])
+        return "\n".join([table(HEADER, [cells(s) for s in self.standings]), *notes, *beside_published(self)])
+
+
+def beside_published(results: Results) -> list[str]:
+    """Ours beside what was published, as a table with a heading; nothing where nothing was."""
+    if not results.beside:
+        return []
+    rows = []
+    for p, final, spread in results.beside:
+        rows.append([p.optimizer, f"{p.lr:g}", with_spread(final, spread, 5), with_spread(p.final, p.spread, 5)])
+    sources = dict.fromkeys(b.published.source for b in results.beside)
+    header = ["last loss", "lr", "ours", "published"]
+    return ["", table(header, rows), *(f"published: {source}" for source in sources)]
+
+
+def with_spread(mean: float, spread: float | None, digits: int = 4) -> str:
+    """A mean, and its standard deviation if there is one."""
+    return f"{mean:.{digits}g}" + ("" if spread is None else f" ± {spread:.{digits - 3}g}")
 
 
 def cells(s: Standing) -> list[str]:
@@ -195,7 +246,7 @@ def cells(s: Standing) -> list[str]:
         s.optimizer,
         s.schedule or "-",
         "-" if s.lr is None else f"{s.lr:g}",
-        "-" if s.best is None else f"{s.best:.4g}" + ("" if s.spread is None else f" ± {s.spread:.1g}"),
+        "-" if s.best is None else with_spread(s.best, s.spread),
         "-" if s.final is None else f"{s.final:.4g}",
         "-" if s.steps_to_target is None else f"{s.steps_to_target}",
         readable_seconds(s.seconds_to_target),

@@ -120,7 +120,7 @@ class Race:
                 f"{c.build.__module__}.{getattr(c.build, '__qualname__', '')}",
                 digest(source_of(c.build)),
             ],
-            "options": dict(c.options),
+            "options": c.all_options,
             "schedule": [schedule, digest(source_of(self.schedules[schedule]))],
             "steps": self.steps,
             "device": self.device.type,

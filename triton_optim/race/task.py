@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .names import RaceError
+
+
+class Published(NamedTuple):
+    """A result that was published for a task, which ours is shown beside.
+
+    Attributes:
+        optimizer: the label of the contestant that it is to be compared with, such as ``"sgd(momentum=0.9)"``.
+        schedule, lr: under which, and from which learning rate.
+        final, spread: mean and standard deviation, over seeds, of the last validation loss.
+        source: where it stands.
+    """
+
+    optimizer: str
+    schedule: str
+    lr: float
+    final: float
+    spread: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,12 @@ class Task:
         steps: how many optimizer steps a run has, unless the race says otherwise.
         heads: names of the modules that make the output: Muon leaves them to AdamW, see ``muon_param_groups``.
         threads: CPU threads to train with; None leaves torch's number. For small models 1 is fastest by far.
+        optimizers, schedules, seeds: what races unless the race says otherwise; seeds are a number.
+        lrs: by the names of optimizers, learning rates that do well here, where a search for better ones begins.
+        sampled_loss: ``sampled_loss(model, batch)``, the loss with labels that were drawn from what the model says of
+            the batch: SophiaG estimates the Hessian by it. Without one its steps are those of the momentum's sign.
+        samples: of how many samples, of a language model tokens, a loss is the mean; SophiaG's ``bs``.
+        published: results that ours are shown beside, of runs of so many steps.
 
     Example:
         >>> import torch
@@ -49,6 +73,13 @@ class Task:
     steps: int = 300
     heads: Collection[str] = ()
     threads: int | None = None
+    optimizers: Sequence[str] = ()
+    schedules: Sequence[str] = ()
+    seeds: int = 3
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    sampled_loss: Callable[[nn.Module, Any], Tensor] | None = None
+    samples: int | None = None
+    published: Sequence[Published] = ()
 
 
 MakeTask = Callable[[int], Task]

@@ -10,9 +10,10 @@ from ..util.named import cause_of
 from .charlm import charlm
 from .digits import digits
 from .names import RaceError, resolve
+from .quadratic_deep import quadratic_deep
 from .task import MakeTask, Task
 
-TASKS: dict[str, MakeTask] = {"digits": digits, "charlm": charlm}
+TASKS: dict[str, MakeTask] = {"digits": digits, "charlm": charlm, "quadratic_deep": quadratic_deep}
 
 
 def task_named(task: str | MakeTask) -> tuple[str, MakeTask]:

@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 from ..core.memory import state_bytes
 from ..optimizers.closure.closure_driven import ClosureOptimizer
 from ..util.devices import moved
+from .contestants import estimates_hessian
 from .records import DIVERGED, FINISHED, PRUNED, Record, Run
 from .schedules import Schedule
 from .task import Task, forever
 
+HESSIAN_EVERY = 10  # steps of SophiaG, as in its paper
 JUDGEMENTS = 30  # validations in a run, beside the one before the first step
 Judged = Callable[[int, float], bool]  # after a validation: (steps, loss) -> whether to end the run
 
@@ -45,13 +47,15 @@ def train(run: Run, task: Task, schedule: Schedule, steps: int, device: torch.de
             warmup()
         turn = Turn(model, optimizer, task, device)
         batches = forever(task.batches)
+        # torch.manual_seed walks the stack for devices that are not in use, which takes as long as a small step.
+        reseed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
         every = max(1, steps // JUDGEMENTS)
         losses: list[float] = []
         lrs: list[float] = []
         seconds, validation = [0.0], [turn.validation_loss()]
         judged_at, status = [0], FINISHED
         for step in range(steps):
-            torch.manual_seed(1_000_003 * run.seed + step)
+            reseed(1_000_003 * run.seed + step)
             lrs.append(float(optimizer.param_groups[0]["lr"]))
             loss = turn.step(batches)
             if not math.isfinite(loss):
@@ -95,6 +99,7 @@ class Turn:
     def __init__(self, model: torch.nn.Module, optimizer: Optimizer, task: Task, device: torch.device) -> None:
         self.model, self.optimizer, self.task, self.device = model, optimizer, task, device
         self.needs_closure = needs_closure(optimizer)
+        self.estimates = estimates_hessian(type(optimizer)) and task.sampled_loss is not None
         self.step_seconds: list[float] = []
         self.whole_seconds: list[float] = []
 
@@ -103,6 +108,8 @@ class Turn:
         start = self.now()
         batch = moved(next(batches), self.device)
         evaluating = 0.0
+        if self.estimates and len(self.step_seconds) % HESSIAN_EVERY == 0:
+            self.estimate(batch)
 
         def closure() -> torch.Tensor:
             nonlocal evaluating
@@ -125,6 +132,15 @@ class Turn:
         self.step_seconds.append(end - stepping - evaluating)
         self.whole_seconds.append(end - start)
         return float(torch.as_tensor(loss).detach())
+
+    def estimate(self, batch: Any) -> None:
+        """Give the optimizer a gradient of sampled labels. Random layers then do what they do under the others."""
+        optimizer: Any = self.optimizer
+        assert self.task.sampled_loss is not None
+        optimizer.zero_grad()
+        with torch.random.fork_rng():
+            self.task.sampled_loss(self.model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.update_hessian()
 
     def now(self) -> float:
         """The time at which the device has done all it was told."""

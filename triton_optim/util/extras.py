@@ -6,7 +6,13 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-DISTRIBUTIONS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "optuna": "optuna"}
+DISTRIBUTIONS = {
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "optuna": "optuna",
+    "numpy": "numpy",
+}
 
 
 def require(modules: Iterable[str], what: str, extra: str) -> None:

@@ -84,6 +84,8 @@ def cautious_decay(base: Base) -> Base:
         >>> p.tolist()
         [0.25, -1.5]
 
+    For: Long runs whose decay is tuned; records of modded-nanogpt are set with it.
+
     Source: Chen et al. 2025, https://arxiv.org/abs/2510.12402.
     """
     return _CAUTIOUS_DECAY(base)
@@ -113,6 +115,8 @@ def decoupled_decay(base: Base) -> Base:
         >>> optimizer.step()
         >>> p.tolist()
         [0.25]
+
+    For: Optimizers that add their decay to the gradient, or decay that is not to follow the learning rate.
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101, whose decay is independent of the learning rate;
     Defazio 2025, https://arxiv.org/abs/2506.02285.

@@ -35,6 +35,8 @@ def centralized(base: Base) -> Base:
         >>> p.tolist()
         [[2.0, 1.0, -3.0]]
 
+    For: Convolutional and dense layers that overfit; it keeps nothing.
+
     Source: Yong et al. 2020, section 3, https://arxiv.org/abs/2004.01461.
     """
     return _CENTRALIZED(base)

@@ -82,6 +82,8 @@ def lookahead(base: Base) -> Base:
         -2.0
         -2.0
 
+    For: Noisy training whose weights swing, for one copy of the weights.
+
     Source: Zhang et al. 2019, Algorithm 1, https://arxiv.org/abs/1907.08610.
     """
     return _LOOKAHEAD(base)
@@ -112,6 +114,8 @@ def nesterov(base: Base) -> Base:
         >>> optimizer.step()
         >>> p.item()
         -1.5
+
+    For: Optimizers without momentum, or that are to look ahead along the one they have.
 
     Source: Sutskever et al. 2013, section 2, https://proceedings.mlr.press/v28/sutskever13.html.
     """

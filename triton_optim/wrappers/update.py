@@ -96,6 +96,8 @@ def cautious(base: Base) -> Base:
         [-2.0, -2.0]
         [-6.0, -2.0]
 
+    For: AdamW, Lion and their like, as they are set already: it has nothing to tune.
+
     Source: Liang et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.16085.
     """
     return _CAUTIOUS(base)
@@ -127,6 +129,8 @@ def clip_update(base: Base) -> Base:
         >>> optimizer.step()
         >>> p.tolist()
         [-1.0, -1.0, -1.0, -1.0]
+
+    For: Loss spikes of an optimizer that does not clip its updates itself.
 
     Source: Shazeer & Stern 2018, section 6, https://arxiv.org/abs/1804.04235.
     """

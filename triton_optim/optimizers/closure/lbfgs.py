@@ -68,6 +68,8 @@ class LBFGS(ClosureOptimizer):
         >>> p.data
         tensor([1.0000, 1.0000], dtype=torch.float64)
 
+    For: Small smooth problems with full batches, such as fits and physics-informed networks.
+
     Source: Byrd, Nocedal & Schnabel 1994, Theorem 2.2, https://doi.org/10.1007/BF01582063; Nocedal & Wright,
     Numerical Optimization, 2nd ed., section 7.2.
     """

@@ -83,6 +83,8 @@ class NonlinearCG(ClosureOptimizer):
         >>> p.data
         tensor([1.0000, 1.0000], dtype=torch.float64)
 
+    For: LBFGS's place, where its history does not fit into memory.
+
     Source: Nocedal & Wright, Numerical Optimization, 2nd ed., section 5.2, equations 5.44 to 5.46, 5.52 and 3.60;
     Powell 1977, https://doi.org/10.1007/BF01593790. The first trial, and slopes in place of losses: Hager & Zhang 2006,
     https://doi.org/10.1145/1132973.1132979.

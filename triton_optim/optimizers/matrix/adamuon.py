@@ -64,6 +64,8 @@ class AdaMuon(Muon):
         tensor([[-0.1000, -0.1000],
                 [-0.1000, -0.1000]])
 
+    For: Muon's place, with AdamW's learning rates and AdamW's memory.
+
     Source: Si et al. 2025, Algorithm 1, https://arxiv.org/abs/2507.11005; Nesterov's momentum as in the authors' code.
     """
 

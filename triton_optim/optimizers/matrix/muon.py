@@ -98,6 +98,9 @@ class Muon(RuleOptimizer):
         >>> [sorted(optimizer.state[group["params"][0]]) for group in optimizer.param_groups]
         [['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step']]
 
+    For: Hidden matrices of transformers, in half of AdamW's state. A comparison (https://arxiv.org/abs/2509.02046) saw
+    1.4 times fewer steps than a tuned AdamW's at 0.1B parameters, and 1.1 at 1.2B.
+
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; ``"match_rms_adamw"``: Liu et al. 2025,
     section 2.2, https://arxiv.org/abs/2502.16982; ``"spectral_unclamped"``: Bernstein 2025,
     https://jeremybernste.in/writing/deriving-muon; ``"polar_express"``: Amsel et al. 2025,

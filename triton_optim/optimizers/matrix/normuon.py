@@ -67,6 +67,8 @@ class NorMuon(Muon):
         >>> sorted(optimizer.state[model.weight])
         ['momentum_buffer', 'second_momentum_buffer']
 
+    For: Muon's place, with rows that move alike; records of modded-nanogpt are set with it.
+
     Source: Li et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.05491. As in the authors' code, an update keeps the
     norm that :math:`O_t` has, where the paper gives it an RMS of 0.2.
     """
