@@ -58,6 +58,9 @@ class AdamH(RuleOptimizer):
         >>> print(f"{p.detach().norm():.4f}")
         5.0000
 
+    For: Hyperball's rest of the network beside MuonH: matrices, the head among them, whose learning rate is to mean the
+    same at any width and depth; nothing is decayed.
+
     Source: Wen et al. 2026, https://arxiv.org/abs/2606.16899; the norms are those of whole parameters.
     """
 

@@ -66,6 +66,8 @@ class KLSOAP(SOAP):
         >>> optimizer.state[model.weight]["eigenvalues_L"]
         tensor([0.1000, 0.1000, 0.1000])
 
+    For: SOAP's place, where its preconditioners are to fit the gradients better, at SOAP's cost.
+
     Source: Lin et al. 2025, https://arxiv.org/abs/2509.03378; what the eigenvalues start as and their bound as in the
     authors' code, which computes in bfloat16.
     """

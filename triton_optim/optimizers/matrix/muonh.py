@@ -62,6 +62,9 @@ class MuonH(Muon):
         >>> print(f"{p.detach().norm() ** 2:.4f}")
         2.0000
 
+    For: Muon without a weight decay to tune: steps of a set length on a sphere, for hidden layers of any width and
+    depth.
+
     Source: Wen et al. 2026, https://arxiv.org/abs/2606.16899.
     """
 

@@ -97,6 +97,9 @@ class Scion(RuleOptimizer):
         >>> model(torch.ones(1, 4)).square().sum().backward()
         >>> optimizer.step()
 
+    For: Whole networks by one rule with one learning rate, each layer in its own norm; settings carry over to wider
+    models.
+
     Source: Pethick et al. 2025, Algorithms 1 and 2, https://arxiv.org/abs/2502.07529; the defaults are of the authors'
     code, which divides by norms plus 1e-8.
     """

@@ -94,6 +94,9 @@ class Shampoo(RuleOptimizer):
         tensor([[-0.1000,  0.0000],
                 [ 0.0000, -0.1000]])
 
+    For: Networks whose matrices are small enough for two preconditioners each, with settings that fit Adam: the winner
+    of AlgoPerf.
+
     Source: Gupta et al. 2018, Algorithm 1, https://arxiv.org/abs/1802.09568; averages, bias corrections, start and
     grafting: Shi et al. 2023, section 3, https://arxiv.org/abs/2309.06497. The defaults are those that its authors
     recommend in place of Adam. Matrices are not cut into blocks.

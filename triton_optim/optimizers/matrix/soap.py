@@ -97,6 +97,9 @@ class SOAP(RuleOptimizer):
         >>> sorted(optimizer.state[model.bias])
         ['exp_avg', 'exp_avg_sq', 'step']
 
+    For: Language models at sizes where Shampoo's memory fits: fewer steps than AdamW's to the same loss, each of them
+    longer.
+
     Source: Vyas et al. 2024, Algorithms 3 and 4, https://arxiv.org/abs/2409.11321; the first step, the order of the
     eigenvectors and the place of the decay as in the authors' code.
     """
