@@ -80,9 +80,10 @@ DTYPES = {
 }
 # What every rule is compiled as, and for which targets: two or one stand for all where more would say the same again.
 OF_EVERY_RULE = {"fp32": tuple(TARGETS), "bf16": ("sm_90",), "bf16 stochastic": ("sm_90", "gfx942")}
-# And where less is to do: for a GPU of either maker, and where most registers are in flight. Of the rules with as many
-# states one is compiled as above, that with the most divisions and roots.
-QUICKLY = {"fp32": ("sm_90", "gfx942"), "bf16 stochastic": ("sm_90",)}
+# And where less is to do: for a GPU of either maker, and where most registers are in flight if states are many. Of the
+# rules with as many states one is compiled as above, that with the most divisions and roots.
+QUICKLY, QUICKLY_OF_MANY = {"fp32": ("sm_90", "gfx942")}, {"bf16 stochastic": ("sm_90",)}
+MANY = 3  # states
 # How values are kept is made beside the rule, in the same way for every one, and so are misaligned addresses: two rules
 # stand for all, each with signed and unsigned states, the second with the most, and one sum for all sums.
 IN_EVERY_WAY = {"adamw": tuple(TARGETS), "adamw_amsgrad": ("sm_90", "gfx942"), "lamb_norms": ("sm_90",)}
@@ -242,13 +243,17 @@ def every_case(rules: Sequence[str] | None = None, quick: bool = False) -> list[
         quick: whether fewer do.
     """
     known = every_rule()
-    hardest = {(len(rule.states), rule.sums): rule.name for rule in sorted(known, key=lambda rule: rule.effort)}
+    of_rules = [rule for rule in known if not rule.sums]
+    hardest = {len(rule.states): rule.name for rule in sorted(of_rules, key=lambda rule: rule.effort)}.values()
 
     def targets_of(rule: AuditedRule, dtypes: str | None) -> list[str]:
-        of_every = QUICKLY if quick and rule.name not in hardest.values() else OF_EVERY_RULE
-        every = rules is not None
+        if rules is not None:
+            return [*TARGETS]
+        of_every = OF_EVERY_RULE
+        if quick and rule.name not in hardest:
+            of_every = QUICKLY | (QUICKLY_OF_MANY if len(rule.states) >= MANY and not rule.sums else {})
         chosen = (*IN_EVERY_WAY.get(rule.name, ()), *of_every.get(dtypes or "", ()))
-        return [arch for arch in TARGETS if every or arch in chosen]
+        return [arch for arch in TARGETS if arch in chosen]
 
     named = {*(rules or ()), *(rule.measure for rule in known if rules is not None and rule.name in rules)}
     cases = []
