@@ -500,9 +500,16 @@ MUTANTS = (
     Mutant(
         "sums over a parameter count what lies past its end",
         "trust ratios of tensors whose size is no multiple of 1,024 are wrong on a GPU",
-        "own = tl.where(there[FIRST[1]], found[i], 0.0)",
+        "own = found[i] if FULL else tl.where(there[FIRST[1]], found[i], 0.0)",
         "own = found[i]",
         "tests/test_measure.py::test_sums_are_those_of_float64[triton-torch.float32]",
+    ),
+    Mutant(
+        "explain counts states that are not summed",
+        "a step of NovoGrad seems to move a third more than it does",
+        "before += sum(roles[i] for i in roles_read(key.variant.measure))",
+        "before += sum(roles)",
+        "tests/test_measure.py::test_explain_and_memory",
     ),
     Mutant(
         "sums over a parameter count what fills its last block",

@@ -17,6 +17,37 @@ TOGETHER = 512  # chunks that it takes at a time
 
 
 @triton.jit
+def sum_chunk(
+    into,
+    addresses,
+    start,
+    numel,
+    factor,
+    h,
+    FULL: tl.constexpr,
+    RULE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    SUMS: tl.constexpr,
+    CODECS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    PER_ITEM: tl.constexpr,
+    FIRST: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Write the sums of a chunk of a tensor: of all of it, or with a mask."""
+    values, _pointers, there = read_chunk(
+        addresses, start, numel, FULL, CODECS, DTYPES, PER_ITEM, FIRST, COMPUTE, BLOCK, BLOCK_SIZE, ALIGNED
+    )
+    found = RULE(values[0], values[1] * factor, *values[2:], SCALARS(*h))
+    for i in tl.static_range(SUMS):
+        own = found[i] if FULL else tl.where(there[FIRST[1]], found[i], 0.0)
+        tl.store(into + i, tl.sum(own).to(tl.float64))
+
+
+@triton.jit
 def measure(
     chunks,
     tensors,
@@ -55,24 +86,24 @@ def measure(
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
     gradient = tl.load(gradients + tensor)
     into = chunk_sums + program.to(tl.int64) * SUMS
-    if gradient != 0:
-        entry = tensors + tensor.to(tl.int64) * COLUMNS
-        numel = tl.load(entry + _NUMEL)
-        row = rows + tl.load(entry + _ROW) * WIDTH
-        h = ()
-        for i in tl.static_range(len(FIELDS)):
-            h = h + (tl.load(row + 1 + i),)
-        addresses = addresses_of(entry, gradient, FIRST[1], len(DTYPES))
-        values, _pointers, there = read_chunk(
-            addresses, start, numel, False, CODECS, DTYPES, PER_ITEM, FIRST, COMPUTE, BLOCK, BLOCK_SIZE, ALIGNED
-        )
-        found = RULE(values[0], values[1] * tl.load(row), *values[2:], SCALARS(*h))
-        for i in tl.static_range(SUMS):
-            own = tl.where(there[FIRST[1]], found[i], 0.0)
-            tl.store(into + i, tl.sum(own).to(tl.float64))
+    entry = tensors + tensor.to(tl.int64) * COLUMNS
+    numel = tl.where(gradient != 0, tl.load(entry + _NUMEL), 0)  # nothing is read of one without
+    row = rows + tl.load(entry + _ROW) * WIDTH
+    factor = tl.load(row)
+    h = ()
+    for i in tl.static_range(len(FIELDS)):
+        h = h + (tl.load(row + 1 + i),)
+    addresses = addresses_of(entry, gradient, FIRST[1], len(DTYPES))
+    if start + BLOCK <= numel:
+        sum_chunk(
+            into, addresses, start, numel, factor, h, True, RULE, SCALARS, SUMS, CODECS, DTYPES, PER_ITEM, FIRST,
+            COMPUTE, BLOCK, BLOCK_SIZE, ALIGNED,
+        )  # fmt: skip
     else:
-        for i in tl.static_range(SUMS):
-            tl.store(into + i, tl.full((), 0.0, tl.float64))
+        sum_chunk(
+            into, addresses, start, numel, factor, h, False, RULE, SCALARS, SUMS, CODECS, DTYPES, PER_ITEM, FIRST,
+            COMPUTE, BLOCK, BLOCK_SIZE, ALIGNED,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -102,6 +102,38 @@ def check_fields(rule: Any, h: Any) -> None:
             )
 
 
+def roles_read(rule: Any) -> tuple[int, ...]:
+    """Which of p, g and the states the results of a rule of :func:`straight` depend on, by number. No compiler reads
+    the others.
+
+    Example:
+        >>> from triton_optim.kernels.language import jit
+        >>> @jit
+        ... def rule(p, g, momentum, h):
+        ...     p = p - h.lr * momentum
+        ...     return (g * g,)
+        >>> roles_read(straight(rule))
+        (1,)
+    """
+    function = python_function(rule)
+    if lines_of(function) is None:  # only compiled code is installed: any may be
+        return tuple(range(function.__code__.co_argcount - 1))
+    tree = source_of(function)[0]
+    needed: set[str] = set()
+    for line in reversed(tree.body):
+        if isinstance(line, ast.Return) or (isinstance(line, ast.Assign) and _names(line.targets[0]) & needed):
+            needed |= _names(line)
+    return tuple(i for i, argument in enumerate(tree.args.args[:-1]) if argument.arg in needed)
+
+
+def _names(node: ast.AST) -> set[str]:
+    """Those of an expression; of what a number is made like, only the shape is read."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "like":
+        node = node.args[0]
+    own = {node.id} if isinstance(node, ast.Name) else set()
+    return own.union(*map(_names, ast.iter_child_nodes(node)))
+
+
 def composed(wrapper: Any, base: Any, states: Sequence[str], own: Sequence[str] = (), prefix: str = "") -> Any:
     """A rule around another as one rule of straight lines.
 

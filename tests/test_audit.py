@@ -25,7 +25,7 @@ if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing else to audit", allow_module_level=True)
 
 import triton
-from triton_optim.kernels import multi_tensor
+from triton_optim.kernels import measure, multi_tensor
 
 from triton_optim.audit import bounds as audit_bounds
 from triton_optim.audit import measure as audit
@@ -47,9 +47,9 @@ def compiling() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """All that the command measures."""
+    """All that the command measures where it is to be quick."""
     path = tmp_path_factory.mktemp("audit") / "audit.json"
-    words = [sys.executable, "-m", "triton_optim", "audit", "--json", str(path)]
+    words = [sys.executable, "-m", "triton_optim", "audit", "--quick", "--json", str(path)]
     finished = subprocess.run(words, env=compiling(), capture_output=True, text=True, timeout=1500, check=False)
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-6000:]
     assert max(map(len, finished.stdout.replace(str(path), "").splitlines())) <= 120
@@ -73,16 +73,31 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
     assert rules >= {"adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "sgd", "sgd_momentum", "sgd_nesterov", "lion"}
     optimizers = {cls.__name__ for cls in rule_optimizers().values()}
     assert {name for row in rows for name in row["optimizers"]} == optimizers
-    # What is made beside a rule is so for every one alike: two stand for all.
+    # What is made beside a rule is so for every one alike: two stand for all, and one sum for all sums.
     nvidia, two = {"sm_80", "sm_90", "sm_100"}, {"sm_90", "gfx942"}
-    expected = {(rule, "fp32", arch) for rule in rules for arch in nvidia | two}
-    expected |= {(rule, "bf16", "sm_90") for rule in rules}
-    expected |= {(rule, "bf16 stochastic", arch) for rule in rules for arch in two}
+    expected = {(rule, "fp32", arch) for rule in rules for arch in two}
     expected |= {("adamw", dtypes, arch) for dtypes in ALL for arch in nvidia | two}
     expected |= {("adamw_amsgrad", dtypes, arch) for dtypes in ALL for arch in two}
-    assert {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]} == expected
-    misaligned = {(row["rule"], row["arch"]) for row in rows if not row["aligned"]}
-    assert misaligned == {(rule, arch) for rule, dtypes, arch in expected if dtypes == "fp64"}
+    expected |= {("lamb_norms", dtypes, "sm_90") for dtypes in ALL - {"fp32 whole"}}
+    in_every_way = {(rule, arch) for rule, dtypes, arch in expected if dtypes == "fp64"}
+    found = {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]}
+    # Of those with as many states, one more closely.
+    closely = {rule for rule, _, arch in found if arch == "sm_80"} - {"adamw"}
+    states = {rule.name: len(rule.states) for rule in audit.every_rule() if not rule.sums}
+    assert sorted(states[rule] for rule in closely) == sorted(set(states.values()))
+    expected |= {(rule, "bf16 stochastic", "sm_90") for rule, count in states.items() if count > 2 or rule in closely}
+    expected |= {(rule, "fp32", arch) for rule in closely for arch in nvidia}
+    expected |= {(rule, *more) for rule in closely for more in (("bf16", "sm_90"), ("bf16 stochastic", "gfx942"))}
+    assert found == expected
+    assert {(row["rule"], row["arch"]) for row in rows if not row["aligned"]} == in_every_way
+
+
+def test_the_command_compiles_more_than_the_tests() -> None:
+    quick, every = set(audit.every_case(quick=True)), set(audit.every_case())
+    assert quick < every
+    rules = [rule.name for rule in audit.every_rule()]
+    more = {(rule, dtypes, arch) for rule in rules for dtypes, archs in audit.OF_EVERY_RULE.items() for arch in archs}
+    assert {case[:3] for case in every} >= more
 
 
 def test_a_rule_that_is_named_is_compiled_in_every_way() -> None:
@@ -118,7 +133,7 @@ def test_registers(rows: list[Row]) -> None:
 
     def shares(row: Row) -> float:
         """A rule of more than three states has their values in flight, too."""
-        return max(len(row["roles"]) - 2 - (row["dtypes"] == "fp32 whole"), 3) / 3
+        return max(len(row["roles"]) - 2 - (row["dtypes"] == "fp32 whole" and not row["sums"]), 3) / 3
 
     assert not failing(rows, lambda row: row["registers"] <= bound(row) * shares(row), "registers")
     assert not failing(rows, lambda row: row["registers"] <= row["bounds"]["registers"], "registers")
@@ -134,9 +149,12 @@ def test_accesses_of_full_chunks_are_128_bits(aligned: list[Row]) -> None:
 
 
 def test_nothing_goes_through_shared_memory(rows: list[Row]) -> None:
-    """But what lies otherwise in the threads than in memory: codes, and parts of different widths."""
+    """But sums of warps, and what lies otherwise in the threads than in memory: codes, parts of different widths."""
     others = CODED - {"bf16 kahan"}
-    assert not failing(rows, lambda row: row["shared_bytes"] == 0 or row["dtypes"] in others, "shared_bytes")
+    most = {True: 128, False: 0}
+    assert not failing(
+        rows, lambda row: row["shared_bytes"] <= most[row["sums"]] or row["dtypes"] in others, "shared_bytes"
+    )
     coded = [row for row in rows if row["dtypes"] in ("bf16 int8", "bf16 int4")]
     assert not failing(coded, lambda row: row["shared_bytes"] <= 32, "shared_bytes")  # the maxima of warps
 
@@ -152,16 +170,26 @@ PARTS = {  # bytes an element beside the parameter, of what a state is kept in, 
 }
 
 
+# Bytes an element that are read to be summed, of float32.
+READ_FOR_SUMS = {"lamb_norms": 16, "novograd_norm": 4, "stable_adamw_ratio": 8, "prodigy_sums": 16}
+
+
 def test_bytes_an_element_are_the_floor(rows: list[Row]) -> None:
     def floor(row: Row) -> tuple[float, float]:
+        roles = row["roles"]
         if row["dtypes"] in PARTS:
             beside, state, read = PARTS[row["dtypes"]]
-            own, states = ELEMENT_BITS[row["dtypes"][:4]] // 8, len(row["roles"]) - 2
-            return own * (1 + read) + beside + state * states, own + beside + state * states
-        sizes = {role: ELEMENT_BITS[dtype] // 8 for role, dtype in row["roles"].items()}
-        return sum(sizes.values()), sum(size for role, size in sizes.items() if role != "g")
+            own = ELEMENT_BITS[row["dtypes"][:4]] // 8
+            sizes = dict.fromkeys(roles, (state, state)) | {"p": (own * read + beside, own + beside), "g": (own, 0)}
+        else:
+            sizes = {role: (ELEMENT_BITS[dtype] // 8,) * 2 for role, dtype in roles.items()}
+            sizes |= {"g": (sizes["g"][0], 0)}
+        loaded, stored = (sum(sizes[role][i] for role in roles) for i in range(2))
+        return loaded, 0 if row["sums"] else stored
 
     assert not failing(rows, lambda row: (row["loaded"], row["stored"]) == floor(row), "loaded", "stored")
+    summed = {row["rule"]: row["loaded"] for row in rows if row["sums"] and row["dtypes"] == "fp32"}
+    assert summed.items() >= READ_FOR_SUMS.items()
     adamw = [row for row in rows if row["rule"] == "adamw" and row["aligned"]]
     expected = {"fp32": 28, "bf16": 14, "bf16 split32": 18, "bf16 int8": 10.0625, "bf16 int4": 8.125}
     for dtypes, moved in expected.items():
@@ -214,6 +242,8 @@ def test_the_backend_launches_what_is_audited(monkeypatch: pytest.MonkeyPatch, d
     expected = multi_tensor.launch_options([4] * 4, 0, triton_launch.warp_size(device))
     assert launched[0].items() >= expected.items()
     assert expected["enable_fp_fusion"] is True
+    triton_optim.LAMB([p], backend="triton").step()
+    assert launched[1].items() >= expected.items()
 
 
 # Of other releases than that of the bounds, only what is spilled is known.
@@ -251,19 +281,31 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     for name, (old, new, _) in MUTATIONS.items():
         assert source.count(old) == 1, f"the kernel no longer has what the mutation {name!r} changes"
         (folder / f"{name}.py").write_text(source.replace(old, new))
+    # What is summed is read by the same function.
+    of_sums = Path(inspect.getsourcefile(measure) or "").read_text().replace("from .multi_tensor", "from .masked")
+    (folder / "sums").mkdir()
+    (folder / "sums" / "mutated.py").write_text(of_sums)
     script = """
         import dataclasses, json, pathlib, sys
         from importlib.util import module_from_spec, spec_from_file_location
         from triton_optim.audit import bounds, measure as audit
 
+        def module(path):
+            spec = spec_from_file_location("triton_optim.kernels.mutated", path)
+            made = module_from_spec(spec)
+            spec.loader.exec_module(made)
+            return made
+
         adam = next(rule for rule in audit.every_rule() if rule.name == "adam")
         built = {}
-        for path in pathlib.Path(sys.argv[1]).glob("*.py"):
-            spec = spec_from_file_location("triton_optim.kernels.mutated", path)
-            kernel = module_from_spec(spec)
-            spec.loader.exec_module(kernel)
-            built[path.stem] = audit.build(adam, "fp32", "sm_90", kernel=kernel)
+        folder = pathlib.Path(sys.argv[1])
+        for path in folder.glob("*.py"):
+            built[path.stem] = audit.build(adam, "fp32", "sm_90", kernel=module(path))
         built["misaligned"] = audit.build(adam, "fp32", "sm_90", aligned=False)
+        sys.modules["triton_optim.kernels.masked"] = module(folder / "full chunks read under a mask.py")
+        audit.measure = module(folder / "sums" / "mutated.py")
+        sums = next(rule for rule in audit.every_rule() if rule.sums)
+        built["sums under a mask"] = audit.build(sums, "fp32", "sm_90")
         measured = dict(zip(built, audit.read(list(built.values()))))
         measured["misaligned for aligned"] = dataclasses.replace(measured["misaligned"], aligned=True)
         found = {name: bounds.problems(m) for name, m in measured.items()}
@@ -285,6 +327,13 @@ def test_the_audit_catches_a_mutation(findings: dict[str, list[str]], mutation: 
 def test_the_audit_catches_a_lost_alignment(findings: dict[str, list[str]]) -> None:
     assert findings["misaligned"] == []
     assert findings["misaligned for aligned"] == ["accesses of 32 bits, under 128"]
+
+
+def test_the_audit_catches_sums_of_full_chunks_under_a_mask(findings: dict[str, list[str]]) -> None:
+    assert [problem.partition(" ")[2] for problem in findings["sums under a mask"]] == [
+        "of 32 bits, under 128",
+        "masked accesses in the full-chunk branch",
+    ]
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -312,6 +361,19 @@ def test_under_the_interpreter_it_says_so(capsys: pytest.CaptureFixture[str]) ->
     message = capsys.readouterr().err
     assert message.startswith("TRITON_INTERPRET=1 puts an interpreter in the place of Triton's compiler")
     assert "env -u TRITON_INTERPRET" in message
+
+
+def test_what_is_summed_is_audited_with_its_rule() -> None:
+    rules = {rule.name: rule for rule in audit.every_rule()}
+    summed = {rule.measure: rule for rule in rules.values() if rule.measure}
+    assert summed.keys() == {name for name, rule in rules.items() if rule.sums} > {"lamb_norms", "lars_norms"}
+    assert {case.rule for case in audit.every_case(["lamb"])} == {"lamb", "lamb_norms"}
+    lines = {line.partition(":")[0]: " ".join(line.split()) for line in command.passes(summed)}
+    assert lines.keys() == {name for name, rule in rules.items() if rule.measure}
+    assert lines["lamb"].endswith(
+        "2 passes, 44 bytes for 28 of one; over each parameter: Squares of the parameter and of the update to come."
+    )
+    assert all(line.endswith(".") for line in lines.values()), "a measure says in its docstring what it sums"
 
 
 def test_stateless_rules_have_no_states_in_their_dtypes() -> None:

@@ -117,11 +117,14 @@ def test_the_full_chunk_branch_in_amdgcn() -> None:
 
 
 def test_a_kernel_without_a_masked_side_is_refused() -> None:
-    one_side = SASS.replace("STG.E desc", "NOP desc")
-    with pytest.raises(ValueError, match="stores lie on 0 sides of a test"):
-        full_chunk_branch(sass_blocks(one_side.replace("STG.E.U16", "NOP")))
-    with pytest.raises(ValueError, match="stores lie on 1 sides of a test"):
-        full_chunk_branch(sass_blocks(one_side))
+    with pytest.raises(ValueError, match="reads chunks on 0 sides of a test"):
+        full_chunk_branch(sass_blocks(SASS.replace("LDG.E.128", "NOP")))
+
+
+def test_what_both_sides_store_may_be_stored_after_them() -> None:
+    text = SASS.replace("@P5 EXIT", "BRA 0x120").replace("LDG.E R26", "LDG.E.U8 R26")
+    branch = full_chunk_branch(sass_blocks(text))
+    assert [(x.opcode, x.loaded) for x in branch.accesses] == [("LDG.E.128", 16)]
 
 
 @pytest.mark.parametrize(

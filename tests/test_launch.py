@@ -103,14 +103,26 @@ def test_warmup_leaves_nothing_to_compile(name: str, gpu: Recorder) -> None:
     assert gpu.compiled == []
 
 
+def passes(launched: list[Seen], optimizer: RuleOptimizer) -> float:
+    """How often programs go over the chunks of all parameters."""
+    chunks = sum(ceil(p.numel() / BLOCK) for group in optimizer.param_groups for p in group["params"])
+    taken = {"multi_tensor": lambda seen: seen.launch.grid[0], "measure": lambda seen: seen.launch.grid[0],
+             "partial_norms": lambda seen: seen.values["count"]}  # fmt: skip
+    return sum(taken[seen.launch.name](seen) for seen in launched if seen.launch.name in taken) / chunks
+
+
 def test_launches_are_costs_as_committed(gpu: Recorder, write_costs: bool) -> None:
     found = {}
     for name, step in STEPS.items():
         forget_kernels()
         gpu.compiled.clear()
-        for _ in two_steps("triton", step, CPU):
-            launches = len(gpu.taken())
-        found[name] = {"launches": launches, "kernels": len(set(gpu.compiled))}
+        for optimizer in two_steps("triton", step, CPU):  # what is found of the second
+            launched = gpu.taken()
+            found[name] = {
+                "launches": len(launched),
+                "kernels": len(set(gpu.compiled)),
+                "passes": passes(launched, optimizer),
+            }
     costs.compare("launches", found, write_costs)
 
 

@@ -343,3 +343,5 @@ def test_explain_and_memory() -> None:
     (own,) = triton_optim.explain(triton_optim.LAMB(params, backend="cpp"))
     assert (own.launches, plain.launches) == (2, 1)
     assert own.bytes_per_parameter == plain.bytes_per_parameter + 16  # p, g and two states are read once more
+    (own,) = triton_optim.explain(triton_optim.NovoGrad(params, backend="cpp"))
+    assert own.bytes_per_parameter == 5 * 4 + 4  # the gradient alone is

@@ -2,6 +2,9 @@
 
 Each walks 300 steps in float64 under a schedule. What other packages have wrong is not here: of ADOPT and Simplified
 AdEMAMix there is none in pytorch_optimizer to compare with, and no package has the authors' KL-SOAP.
+
+The extra `test` has the packages of Python alone. timm asks for torchvision, which is of one torch alone, and brings
+megabytes: those of its rows run where it is installed.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ STEPS = 300
 KOZ, TIMM, FREE = "pytorch_optimizer", "timm.optim", "schedulefree"
 PRODIGY, DADAPT, HEAVY = "prodigyopt", "dadaptation", "heavyball"
 HOW = {
-    KOZ: 'pip install -e ".[peers]"',
+    KOZ: 'pip install -e ".[test]"',
     TIMM: "pip install timm",
-    FREE: "pip install schedulefree",
-    PRODIGY: "pip install prodigyopt",
-    DADAPT: "pip install dadaptation",
+    FREE: 'pip install -e ".[test]"',
+    PRODIGY: 'pip install -e ".[test]"',
+    DADAPT: 'pip install -e ".[test]"',
     HEAVY: "pip install heavyball",
 }
 DECOUPLED = {"weight_decouple": True}

@@ -89,14 +89,24 @@ def test_launches_tails_and_the_norm() -> None:
 
 
 def measurement(dtypes: str) -> Any:
-    return SimpleNamespace(dtypes=dtypes, **KERNEL._asdict())
+    return SimpleNamespace(dtypes=dtypes, sums=False, **KERNEL._asdict())
 
 
 def test_what_is_too_small_for_codes_has_a_launch_of_its_own() -> None:
     for numels, launches in (([4096, 10], 2), ([4096], 1), ([10], 1)):
-        assert predict.predict(GPU, measurement("bf16 int8"), numels).launches == launches
-        assert predict.predict(GPU, measurement("bf16"), numels).launches == 1
-    assert predict.predict(GPU, measurement("fp32 whole"), [10]).launches == 3
+        assert predict.predict(GPU, [measurement("bf16 int8")], numels).launches == launches
+        assert predict.predict(GPU, [measurement("bf16")], numels).launches == 1
+    assert predict.predict(GPU, [measurement("fp32 whole")], [10]).launches == 3
+
+
+def test_what_is_summed_before_is_a_pass_of_its_own() -> None:
+    first = measurement("fp32")
+    first.sums, first.stored = True, 0
+    second = measurement("fp32")
+    alone, both = predict.predict(GPU, [second], LONG), predict.predict(GPU, [first, second], LONG)
+    assert both.at_peak == pytest.approx(alone.at_peak * (28 + 16) / 28)
+    assert (both.launches, both.programs) == (3, 2 * alone.programs)
+    assert both.total == pytest.approx(alone.total + estimate(GPU, KERNEL._replace(stored=0), LONG, launches=2).total)
 
 
 def rule(name: str) -> audit.AuditedRule:

@@ -24,7 +24,7 @@ def lars_norms(p, g, h):
 
 @jit
 def lars_norms_momentum(p, g, momentum_buffer, h):
-    """The same, beside a buffer."""
+    """Squares of the parameter and of the gradient, beside a buffer."""
     return p * p, g * g
 
 

@@ -42,31 +42,38 @@ class Branch(NamedTuple):
 
 
 def full_chunk_branch(blocks: list[Block]) -> Branch:
-    """The code that updates a full chunk, without masks, found from the control flow alone.
+    """The code that takes a full chunk, without masks, found from the control flow alone.
 
-    The kernel stores nothing but what it updates, and decides by one test whether a chunk is full. So the block with
-    the test is the last one that every way to every store passes (their nearest common dominator), and two of the
-    blocks that it is the immediate dominator of lead on to stores: the sides of the test. Each side is its blocks from
-    the first access of global memory to the last: those that lie between two accesses. What comes before the test, the
-    reading of tables, belongs to neither, nor do subroutines such as the slow path of a division.
+    The kernel decides by one test whether a chunk is full, and either side reads the chunk. So the block with the test
+    is the first one, from the entry on, of which two of the blocks that it is the immediate dominator of lead on to
+    reads: the sides of the test. Each side is its blocks from the first access of global memory to the last: those
+    that lie between two accesses. What comes before the test, the reading of tables, belongs to neither, nor do
+    subroutines such as the slow path of a division.
 
     Both sides do the same work and one also computes masks: the full chunk's is the one of fewer instructions. Were
     the masked one taken for it, its guarded and narrow accesses would fail the audit, not pass it.
 
     Raises:
-        ValueError: the stores do not lie on two sides of a test.
+        ValueError: there is no such test.
     """
     edges = [block.successors for block in blocks]
     reachable = _reached({0}, edges)
     # What a block dominates besides itself: no way leads there that avoids it.
     below = [reachable - _reached({0}, edges, avoided=i) - {i} for i in range(len(blocks))]
-    storing = {i for i in reachable if any(x.stored for x in blocks[i].instructions)}
-    test = min((own for own in below if storing and storing <= own), key=len, default=set())
-    branches = [below[i] | {i} for i in sorted(test) if not any(i in below[j] for j in test)]
-    sides = [_from_first_access_to_last(blocks, side) for side in branches if storing & side]
+    reading = {i for i in reachable if any(x.loaded for x in blocks[i].instructions)}
+
+    def sides_of(test: int) -> list[set[int]]:
+        own = below[test]
+        branches = [below[i] | {i} for i in sorted(own) if not any(i in below[j] for j in own)]
+        return [side for side in branches if reading & side]
+
+    sides = [{0} | below[0]]
+    while len(sides) == 1:
+        (test,) = (i for i in sides[0] if sides[0] - {i} == below[i])
+        sides = sides_of(test)
     if len(sides) != 2:
-        raise ValueError(f"the kernel's stores lie on {len(sides)} sides of a test, and the audit can read 2 of them")
-    return min(sides, key=lambda side: len(side.instructions))
+        raise ValueError(f"the kernel reads chunks on {len(sides)} sides of a test, and the audit can read 2 of them")
+    return min((_from_first_access_to_last(blocks, side) for side in sides), key=lambda side: len(side.instructions))
 
 
 def _from_first_access_to_last(blocks: list[Block], side: set[int]) -> Branch:

@@ -61,7 +61,7 @@ def bound_of(m: Measurement) -> Bound:
     """What `m` may come to. Misaligned accesses are as narrow as an element."""
     bound = BOUNDS.get((TARGETS[m.arch].backend, m.dtypes), Bound())
     # The bounds are of rules with three states at most, beside p and g. Of more, those of each are in flight, too.
-    states = len(m.roles) - 2 - DTYPES[m.dtypes].whole
+    states = len(m.roles) - 2 - (DTYPES[m.dtypes].whole and not m.sums)
     bound = bound._replace(registers=bound.registers * max(states, 3) // 3)
     if not triton.__version__.startswith(f"{RELEASE}."):
         bound = bound._replace(registers=MOST)

@@ -1,4 +1,4 @@
-"""Compiles the multi-tensor kernel for GPUs that need not be there, and reads what Triton and its tools say of it."""
+"""Compiles kernels for GPUs that need not be there, and reads what Triton and its tools say of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Resources(NamedTuple):
     shared_bytes: int
 
 
-def compile_kernel(
+def compile_update(
     kernel: ModuleType,
     rule: Any,
     scalars: Any,
@@ -39,7 +39,7 @@ def compile_kernel(
     target: GPUTarget,
     aligned: bool,
 ) -> Any:
-    """Triton's compiled kernel, specialised as the Triton backend does.
+    """Triton's compiled kernel of an update, specialised as the Triton backend does.
 
     Args:
         kernel: the module of the multi-tensor kernel.
@@ -50,12 +50,11 @@ def compile_kernel(
     """
     compute = TRITON_DTYPES[torch.float64 if parameter == torch.float64 else torch.float32]
     by_value = parameter != torch.float64  # as in most steps
-    launched = ("num_warps", "enable_fp_fusion")
     constants = {
         "RULE": rule,
         "SCALARS": scalars,
         "FIELDS": scalars._fields,
-        **{name: value for name, value in kept.items() if name not in launched},
+        **kept,
         "BY_VALUE": by_value,
         "COMPUTE": compute,
         "CONVERT": kernel.convert,
@@ -63,7 +62,6 @@ def compile_kernel(
         "ALIGNED": aligned,
         "SOURCE": "",
     }
-    constants = {name: constants[name] for name in kernel.multi_tensor.arg_names if name in constants}
     row = ("fp32",) * (1 + len(scalars._fields) + kept["AVERAGED"])
     tables = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "rows": row if by_value else f"*{compute}"}
     tables |= {
@@ -71,15 +69,35 @@ def compile_kernel(
         "keys": "i32" if by_value and kept["RANDOM"] else "*i32",
         "stats": "*fp64" if kept["STATS"] else "*i32",
     }
+    return compile_kernel(kernel.multi_tensor, tables, constants, target, {"rows", "keys"})
+
+
+def compile_kernel(
+    function: Any,
+    tables: dict[str, Any],
+    constants: dict[str, Any],
+    target: GPUTarget,
+    others: Collection[str] = (),
+) -> Any:
+    """Triton's compiled kernel.
+
+    Args:
+        function: the ``@triton.jit`` function.
+        tables: the types of the arguments that are not constants. They are tensors that torch allocates, at multiples
+            of 64 or more.
+        constants: the others, and the launch options; what the function does not take is left out.
+        others: of `tables`, what is no such tensor.
+    """
+    options = {name: constants[name] for name in ("num_warps", "enable_fp_fusion") if name in constants}
+    constants = {name: constants[name] for name in function.arg_names if name in constants}
     order = [*tables, *constants]
     source = ASTSource(
-        fn=kernel.multi_tensor,
+        fn=function,
         signature=tables | dict.fromkeys(constants, "constexpr"),
         constexprs={(order.index(name),): value for name, value in constants.items()},
-        # The tables are tensors that torch allocates, at multiples of 64 or more.
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(tables) if name not in ("rows", "keys")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(tables) if name not in others},
     )
-    return triton.compile(source, target=target, options={name: kept[name] for name in launched if name in kept})
+    return triton.compile(source, target=target, options=options)
 
 
 def listings(kernels: Sequence[Any]) -> list[str]:

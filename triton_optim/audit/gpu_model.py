@@ -8,7 +8,7 @@ The multi-tensor kernel moves each byte once and does a little arithmetic in bet
   law: with n resident, each for t seconds, n / t end in a second;
 
 and, added to it, the *ends* of each launch: until it starts, and until the first program has ended where the last ones
-leave units idle.
+leave units idle. A step that sums over parameters before its rule runs is two such passes.
 
 What it leaves out: caches (what fits into L2 is faster than memory, in a benchmark's loop above all), units that are
 narrower than the issue rate (square roots, divisions, float64, conversions), bank and channel conflicts, lower clocks
@@ -60,8 +60,9 @@ class Estimate(NamedTuple):
     Attributes:
         at_peak: bytes over the datasheet's bandwidth.
         memory, issue, latency, ends: see the top of the file.
+        total: of the step.
         launches: a step.
-        programs: of the updates, all launches together.
+        programs: of all launches together.
         waves: times that all resident programs end.
         tail: share of the last wave that is empty.
         warps, most_warps: resident on a unit, and how many could be.
@@ -73,6 +74,7 @@ class Estimate(NamedTuple):
     issue: float
     latency: float
     ends: float
+    total: float
     launches: int
     programs: int
     waves: float
@@ -81,11 +83,6 @@ class Estimate(NamedTuple):
     most_warps: int
     in_flight: float
     needed: float
-
-    @property
-    def total(self) -> float:
-        """Seconds of the step."""
-        return max(self.memory, self.issue, self.latency) + self.ends
 
     @property
     def limit(self) -> str:
@@ -142,12 +139,15 @@ def estimate(gpu: Gpu, kernel: Kernel, numels: Sequence[int], launches: int = 1,
     launches += 2 * (norm_bytes > 0)
     alive = lifetime(gpu, kernel)
     reads = kernel.loaded / (kernel.loaded + kernel.stored)
+    memory, latency, ends = moved / achieved, alive * max(0.0, waves - 1), launches * (LAUNCH + alive)
+    issue = issue_seconds(gpu, kernel, programs, SCHEDULERS * gpu.units)
     return Estimate(
         at_peak=moved / gpu.bandwidth,
-        memory=moved / achieved,
-        issue=issue_seconds(gpu, kernel, programs, SCHEDULERS * gpu.units),
-        latency=alive * max(0.0, waves - 1),
-        ends=launches * (LAUNCH + alive),
+        memory=memory,
+        issue=issue,
+        latency=latency,
+        ends=ends,
+        total=max(memory, issue, latency) + ends,
         launches=launches,
         programs=programs,
         waves=waves,
@@ -157,3 +157,9 @@ def estimate(gpu: Gpu, kernel: Kernel, numels: Sequence[int], launches: int = 1,
         in_flight=resident * kernel.block * kernel.loaded,
         needed=achieved * reads * MEMORY_LATENCY / gpu.units,
     )
+
+
+def one_after_the_other(first: Estimate, second: Estimate) -> Estimate:
+    """Of two passes: times, launches and programs of both; what is resident is the second's."""
+    added = ("at_peak", "memory", "issue", "latency", "ends", "total", "launches", "programs")
+    return second._replace(**{name: getattr(first, name) + getattr(second, name) for name in added})

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import reduce
+from itertools import chain, product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from ..bench.models import shapes
 from ..precision.codecs import MIN_QUANTIZED_NUMEL, STATE_CODES
 from ..util.table import short
-from .gpu_model import Estimate, Kernel, estimate
+from .gpu_model import Estimate, Kernel, estimate, one_after_the_other
 from .gpus import GPUS, Gpu
 from .measure import DTYPES, AuditedRule, Case, Measurement, audit, every_rule, role_codecs
 
@@ -56,27 +57,33 @@ def predictions(
     gpus: Sequence[str], models: Sequence[str], rules: Sequence[str], dtypes: Sequence[str], results: Sequence[Measured]
 ) -> Iterator[Prediction]:
     """For all of `gpus` (of `GPUS`), named models, rules and sets of dtypes (of the audit)."""
-    cases = [Case(rule, kept, GPUS[gpu].arch, True) for gpu, rule, kept in product(gpus, rules, dtypes)]
-    cases = list(dict.fromkeys(cases))
-    compiled = dict(zip(cases, audit(cases), strict=True))
     known = {rule.name: rule for rule in every_rule()}
+    # What is summed before a rule is another pass.
+    names = {rule: [name for name in (known[rule].measure, rule) if name] for rule in rules}
+    every = product(gpus, chain(*names.values()), dtypes)
+    cases = list(dict.fromkeys(Case(name, kept, GPUS[gpu].arch, True) for gpu, name, kept in every))
+    compiled = dict(zip(cases, audit(cases), strict=True))
     for model, rule, kept, name in product(models, rules, dtypes, gpus):
         gpu, numels = GPUS[name], [prod(shape) for shape in shapes(model)]
-        m = compiled[Case(rule, kept, gpu.arch, True)]
-        own = predict(gpu, m, numels)
+        own = predict(gpu, [compiled[Case(each, kept, gpu.arch, True)] for each in names[rule]], numels)
         took = [r for r in results if re.search(gpu.device, r.device) and is_this(r, known[rule], kept, model)]
         yield Prediction(name, model, rule, kept, own, bytes_kept(known[rule], kept, numels), gpu.memory, took)
 
 
-def predict(gpu: Gpu, m: Measurement, numels: Sequence[int]) -> Estimate:
+def predict(gpu: Gpu, passes: Sequence[Measurement], numels: Sequence[int]) -> Estimate:
     """The time of a step whose tensors have so many elements.
 
-    What is too small for codes keeps float32 states, in a launch of its own that is taken to be like the other.
+    What is too small for codes keeps float32 states, in a launch of its own that is taken to be like the other. After
+    a pass that sums, a launch adds up what its programs found.
     """
-    kept = DTYPES[m.dtypes]
+    kept = DTYPES[passes[0].dtypes]
     launches = len({numel >= MIN_QUANTIZED_NUMEL for numel in numels}) if kept.state_dtype in STATE_CODES else 1
-    kernel = Kernel(m.registers, m.num_warps, m.block, m.shared_bytes, m.loaded, m.stored, m.instructions)
-    return estimate(gpu, kernel, numels, launches, kept.gradient.itemsize * kept.whole)
+    each = []
+    for m in passes:
+        kernel = Kernel(m.registers, m.num_warps, m.block, m.shared_bytes, m.loaded, m.stored, m.instructions)
+        norm = 0 if m.sums else kept.gradient.itemsize * kept.whole
+        each.append(estimate(gpu, kernel, numels, launches * (1 + m.sums), norm))
+    return reduce(one_after_the_other, each)
 
 
 def bytes_kept(rule: AuditedRule, dtypes: str, numels: Sequence[int]) -> float:

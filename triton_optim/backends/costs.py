@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..buckets.key import Key
 from ..buckets.slots import ParamSlot
 from ..buckets.step_scalars import first_scalars, step_scalars_for
+from ..kernels.straight import roles_read
 from ..spec import Update
 from ..util.hyperparameters import plain_group
 from ..util.layout import local
@@ -27,9 +28,9 @@ def cost(optimizer: Update, key: Key, slots: list[ParamSlot], step: int = 1) -> 
     numels = [local(m.p).numel() for m in slots]
     operations, nbytes = prologue_traffic(optimizer, key, slots, step) if key.variant.prologue else (0, 0)
     before = nbytes / max(sum(numels), 1)
-    if key.variant.measure is not None:  # reads every role but the average
-        before += sum(codec.nbytes for codec in key.codecs[: len(key.codecs) - key.variant.averaged])
-        before += key.gradient.itemsize
+    if key.variant.measure is not None:
+        roles = [key.codecs[0].nbytes_read, key.gradient.itemsize, *(codec.nbytes_read for codec in key.codecs[1:])]
+        before += sum(roles[i] for i in roles_read(key.variant.measure))
         operations += MEASURE.get(key.choice.backend, sum(map(bool, numels)))
     if key.choice.backend == "eager":
         each, moved = traffic(optimizer, key)

@@ -20,7 +20,15 @@ from ..util.table import short
 from .agreement import Contender, Difference, differences
 from .measure import Measurement, Side, measure
 from .models import Shapes, elements, parameters
-from .peers import CODES_OF_4_BITS, CODES_OF_8_BITS, Unavailable, allowed_share, first_line, peer_optimizer
+from .peers import (
+    CODES_OF_4_BITS,
+    CODES_OF_8_BITS,
+    Unavailable,
+    allowed_share,
+    first_line,
+    peer_optimizer,
+    start_training,
+)
 from .records import Record
 
 # What differs from the defaults of a class, so that all parts of the update are at work. A step is as large as a tenth
@@ -29,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Adadelta": {"lr": 100.0, "weight_decay": 0.1},
     **{name: {"lr": 0.1, "weight_decay": 0.1} for name in ("AdamW", "Lion")},
     "SGD": {"lr": 0.1, "momentum": 0.9},
+    # They find the rate, from one that is no less.
+    **{name: {"d0": 0.1} for name in ("Prodigy", "DAdaptAdam", "DAdaptLion", "DAdaptSGD")},
 }
 OTHERS = {"lr": 0.1}
 
@@ -218,6 +228,7 @@ def entrants(case: Case, peers: Sequence[str], backends: Sequence[str]) -> tuple
         try:
             settings: dict[str, Any] = {**case.hyperparameters, **case.options, "backend": backend}
             own = case.optimizer(params, **settings)
+            start_training(own)
             explain(own)  # says what the first step would
         except Exception as error:  # a user's optimizer may raise anything
             reasons[name] = first_line(error)

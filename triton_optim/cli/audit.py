@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import textwrap
+from collections.abc import Collection
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,10 @@ loaded, stored, bits, instr
         of the branch for full chunks: bytes an element beside the fewest possible, width of the
         narrowest access, instructions an element
 code    bytes of the whole kernel"""
+TWO_PASSES = """\
+Of these, an element can be written when sums over all others are known, which no cache holds: two passes over the
+model are the fewest. The first writes a few numbers a chunk, and reads no state that is not summed. Bytes are those
+of float32, an element."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", metavar="NAMES", help="architectures, such as sm_90,gfx942 (default: all)")
     parser.add_argument("--rule", metavar="NAMES", help="rules, such as adam,lion (default: all; with --predict adamw)")
     add = parser.add_argument
+    add("--quick", action="store_true", help="compile less of rules that are alike, as the tests do")
     models = "with --predict: such as gpt2,1000x1k (default: %(default)s)"
     add("--predict", metavar="GPUS", help=f"how long a step would take on {','.join(GPUS)} (names, or all)")
     add("--model", default="llama3_8b", metavar="NAMES", help=models)
@@ -66,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     found = [audit_bounds.problems(m) for m in measured]
     print(table(HEADER, [row(m) for m in measured]))
     print(f"\n{LEGEND}\n")
+    if any(m.sums for m in measured):
+        print(f"{TWO_PASSES}\n")
+        print(*passes({m.rule for m in measured}), "", sep="\n")
     if args.json is not None:
         write_json(args.json, record(measured, found))
         print(f"Everything measured: {args.json}")
@@ -99,7 +109,7 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
     rules = chosen("--rule", args.rule, (rule.name for rule in measure.every_rule())) if args.rule is not None else None
     archs = chosen("--arch", args.arch, measure.TARGETS) if args.arch is not None else measure.TARGETS
-    return [case for case in measure.every_case(rules) if case.arch in archs]
+    return [case for case in measure.every_case(rules, args.quick) if case.arch in archs]
 
 
 def show_progress(done: int, of: int) -> None:
@@ -118,6 +128,24 @@ def row(m: Measurement) -> list[str]:
     moved = (f"{m.loaded:.4g}/{m.floor_loaded:.4g}", f"{m.stored:.4g}/{m.floor_stored:.4g}")
     counts = (str(m.registers), str(m.spills), *moved, str(m.narrowest_bits))
     return [m.rule, stored_as(m), m.arch, *counts, f"{m.instructions:.1f}", str(m.code_bytes)]
+
+
+def passes(rules: Collection[str]) -> list[str]:
+    """How often a step of those that sum before their rule runs passes over the model, and why; a line for each rule.
+
+    Args:
+        rules: what was compiled.
+    """
+    from ..audit.measure import every_rule, floor
+
+    known = {rule.name: rule for rule in every_rule()}
+    lines = []
+    for rule in known.values():
+        if rule.measure in rules:
+            first, once = known[rule.measure], sum(floor(rule, "fp32"))
+            moved = f"2 passes, {once + sum(floor(first, 'fp32')):g} bytes for {once:g} of one"
+            lines.append(f"{rule.name}: {moved}; {first.words}")
+    return [textwrap.fill(line, 118, subsequent_indent="    ") for line in lines]
 
 
 def record(measured: list[Measurement], found: list[list[str]]) -> dict[str, object]:

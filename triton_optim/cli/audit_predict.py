@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.results is not None and not args.results.is_dir():
         raise ValueError(f"--results {args.results}: there is no such folder. Leave it out for this checkout's.")
     gpus = list(GPUS) if args.predict == "all" else chosen("--predict", args.predict, GPUS)
-    rules = chosen("--rule", args.rule or RULES, (rule.name for rule in every_rule()))
+    rules = chosen("--rule", args.rule or RULES, (rule.name for rule in every_rule() if not rule.sums))
     kept = chosen("--kept", args.kept, DTYPES)
     models = [name.strip() for name in args.model.split(",")]
     for name in models:

@@ -13,6 +13,7 @@ from ...buckets.key import Key
 from ...kernels import measure as kernels
 from ...kernels import multi_tensor
 from ...kernels.language import python_function
+from ...precision.codecs import Codec
 from .launch import Launcher, warp_size
 from .tables import TRITON_DTYPES, kept_as
 
@@ -56,28 +57,43 @@ def measure_launchers(key: Key, scalars: Any) -> list[Launcher]:
     Args:
         scalars: the NamedTuple type of the scalars.
     """
-    variant, codecs = key.variant, key.codecs
-    parts = sum(len(codec.dtypes) for codec in codecs)
-    read = codecs[: len(codecs) - variant.averaged]
-    sums = python_function(variant.measure).returned
-    kept = kept_as(read, key.gradient, warp_size(key.device))
-    constants = {
-        "RULE": variant.measure,
-        "SCALARS": tl.constexpr(scalars),
-        "FIELDS": scalars._fields,
-        "SUMS": sums,
-        "COLUMNS": multi_tensor.FIRST_ADDRESS + parts,
-        "WIDTH": 1 + len(scalars._fields) + variant.averaged,
-        "COMPUTE": TRITON_DTYPES[key.compute],
-        "BLOCK": multi_tensor.BLOCK,
-        "ALIGNED": key.aligned,
-        "SOURCE": getattr(variant.measure, "cache_key", ""),
-        **{name: value for name, value in kept.items() if name not in ("AVERAGED", "RANDOM")},
-    }
+    variant, threads = key.variant, warp_size(key.device)
+    read = key.codecs[: len(key.codecs) - variant.averaged]
+    constants = measure_constants(variant.measure, scalars, read, key.gradient, key.compute, threads)
+    # The tables are those of the update, which have the average, too.
+    constants["COLUMNS"] += sum(len(codec.dtypes) for codec in key.codecs[len(read) :])
+    constants["WIDTH"] += variant.averaged
+    constants |= {"ALIGNED": key.aligned, "SOURCE": getattr(variant.measure, "cache_key", "")}
     types = (torch.int32, torch.int64, torch.int64, key.compute, torch.float64)
-    options = {"num_warps": kernels.THREADS // warp_size(key.device), "enable_fp_fusion": True}
-    add_up = {"SUMS": sums, "BLOCK": kernels.TOGETHER, **options}
+    options = {"num_warps": kernels.THREADS // threads, "enable_fp_fusion": True}
+    add_up = {"SUMS": constants["SUMS"], "BLOCK": kernels.TOGETHER, **options}
     return [
         Launcher(kernels.measure, types, constants, key.device),
         Launcher(kernels.sum_chunks, (torch.float64, torch.int64, torch.float64), add_up, key.device),
     ]
+
+
+def measure_constants(
+    measure: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, compute: torch.dtype, threads: int
+) -> dict[str, Any]:
+    """What the first kernel is compiled for, and its launch options, where nothing else is in the tables.
+
+    Args:
+        measure: of a variant.
+        scalars: the NamedTuple type of the scalars.
+        codecs: of the parameter and the states.
+        gradient, compute: the dtypes of the gradient and of the arithmetic.
+        threads: of a warp.
+    """
+    kept = kept_as(codecs, gradient, threads)
+    return {
+        "RULE": measure,
+        "SCALARS": tl.constexpr(scalars),
+        "FIELDS": scalars._fields,
+        "SUMS": python_function(measure).returned,
+        "COLUMNS": multi_tensor.FIRST_ADDRESS + sum(len(codec.dtypes) for codec in codecs),
+        "WIDTH": 1 + len(scalars._fields),
+        "COMPUTE": TRITON_DTYPES[compute],
+        "BLOCK": multi_tensor.BLOCK,
+        **{name: value for name, value in kept.items() if name not in ("AVERAGED", "RANDOM")},
+    }
