@@ -249,7 +249,7 @@ def every_case(rules: Sequence[str] | None = None, quick: bool = False) -> list[
     def targets_of(rule: AuditedRule, dtypes: str | None) -> list[str]:
         if rules is not None:
             return [*TARGETS]
-        of_every = OF_EVERY_RULE
+        of_every: dict[str, tuple[str, ...]] = OF_EVERY_RULE
         if quick and rule.name not in hardest:
             of_every = QUICKLY | (QUICKLY_OF_MANY if len(rule.states) >= MANY and not rule.sums else {})
         chosen = (*IN_EVERY_WAY.get(rule.name, ()), *of_every.get(dtypes or "", ()))

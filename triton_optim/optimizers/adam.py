@@ -14,7 +14,7 @@ from ..kernels.rules.adam import AdamScalars, adam, adam_amsgrad, adamw, adamw_a
 from ..options import Options
 from ..spec import State, Variant
 
-MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
+MOMENTS: tuple[State, ...] = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
 
 class Adam(RuleOptimizer):

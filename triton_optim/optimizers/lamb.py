@@ -15,7 +15,7 @@ from ..options import Options
 from ..spec import Measured, State, Variant
 from ..util.trust import trust_ratio
 
-MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
+MOMENTS: tuple[State, ...] = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 
 
 class LAMB(RuleOptimizer):
