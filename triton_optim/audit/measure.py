@@ -79,10 +79,15 @@ DTYPES = {
     "fp32 whole": Kept(torch.float32, torch.float32, torch.float32, whole=True),
 }
 # What every rule is compiled as, and for which targets: two or one stand for all where more would say the same again.
-OF_EVERY_RULE = {"fp32": tuple(TARGETS), "bf16": ("sm_90",), "bf16 stochastic": ("sm_90", "gfx942")}
+OF_EVERY_RULE: dict[str, tuple[str, ...]] = {
+    "fp32": tuple(TARGETS),
+    "bf16": ("sm_90",),
+    "bf16 stochastic": ("sm_90", "gfx942"),
+}
 # And where less is to do: for a GPU of either maker, and where most registers are in flight if states are many. Of the
 # rules with as many states one is compiled as above, that with the most divisions and roots.
-QUICKLY, QUICKLY_OF_MANY = {"fp32": ("sm_90", "gfx942")}, {"bf16 stochastic": ("sm_90",)}
+QUICKLY: dict[str, tuple[str, ...]] = {"fp32": ("sm_90", "gfx942")}
+QUICKLY_OF_MANY: dict[str, tuple[str, ...]] = {"bf16 stochastic": ("sm_90",)}
 MANY = 3  # states
 # How values are kept is made beside the rule, in the same way for every one, and so are misaligned addresses: two rules
 # stand for all, each with signed and unsigned states, the second with the most, and one sum for all sums.
