@@ -76,7 +76,7 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
     # What is made beside a rule is so for every one alike: two stand for all, and one sum for all sums.
     nvidia, two = {"sm_80", "sm_90", "sm_100"}, {"sm_90", "gfx942"}
     expected = {(rule, "fp32", arch) for rule in rules for arch in two}
-    expected |= {("adamw", dtypes, arch) for dtypes in ALL for arch in nvidia | two}
+    expected |= {("adamw", dtypes, arch) for dtypes in ALL for arch in nvidia - two}
     expected |= {("adamw_amsgrad", dtypes, arch) for dtypes in ALL for arch in two}
     expected |= {("lamb_norms", dtypes, "sm_90") for dtypes in ALL - {"fp32 whole"}}
     in_every_way = {(rule, arch) for rule, dtypes, arch in expected if dtypes == "fp64"}
@@ -193,7 +193,7 @@ def test_bytes_an_element_are_the_floor(rows: list[Row]) -> None:
     adamw = [row for row in rows if row["rule"] == "adamw" and row["aligned"]]
     expected = {"fp32": 28, "bf16": 14, "bf16 split32": 18, "bf16 int8": 10.0625, "bf16 int4": 8.125}
     for dtypes, moved in expected.items():
-        assert [row["loaded"] + row["stored"] for row in adamw if row["dtypes"] == dtypes] == [moved] * 4
+        assert {row["loaded"] + row["stored"] for row in adamw if row["dtypes"] == dtypes} == {moved}
 
 
 def test_offsets_are_int64(rows: list[Row]) -> None:

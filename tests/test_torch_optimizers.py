@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,17 +11,27 @@ from side_by_side import assert_same, backward, train
 from table import CASES, NUMBERS, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
-from torch.testing._internal.common_optimizers import optim_db
 
 import triton_optim
 
 PEERS = {case.name: case for case in CASES if case.torchs is not None}
-INFO = {info.optim_cls.__name__: info for info in optim_db}
 CLOSURE_DRIVEN = {"LBFGS"}
-OURS = {name: getattr(triton_optim, name) for name in INFO if hasattr(triton_optim, name)}
+OURS = {name: getattr(triton_optim, name) for name in torch.optim.__all__ if hasattr(triton_optim, name)}
 
 each_name = pytest.mark.parametrize("name", sorted(OURS))
 each_peer = rows(*PEERS.values())
+
+
+@cache
+def info() -> dict[str, Any]:
+    """PyTorch's table, whose import takes seconds: not where tests are only collected."""
+    from torch.testing._internal.common_optimizers import optim_db
+
+    return {info.optim_cls.__name__: info for info in optim_db}
+
+
+def test_every_optimizer_of_pytorchs_table_is_tried() -> None:
+    assert OURS.keys() == {name for name in info() if hasattr(triton_optim, name)}
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[Parameter, Parameter, Tensor]:
@@ -62,7 +73,7 @@ def trained(cls: type, kwargs: dict[str, Any], steps: int = 6, **more: Any) -> l
 @each_name
 def test_inputs_of_pytorchs_own_tests(name: str) -> None:
     """Every configuration that PyTorch tests, eagerly and as it would be chosen."""
-    for given in INFO[name].optim_inputs_func(device="cpu"):
+    for given in info()[name].optim_inputs_func(device="cpu"):
         # capturable is for devices: torch refuses it on a CPU.
         theirs = trained(getattr(torch.optim, name), without(given.kwargs, "capturable"))
         alone = name in CLOSURE_DRIVEN or PEERS[name].sparse
@@ -77,7 +88,7 @@ def test_inputs_of_pytorchs_own_tests(name: str) -> None:
 @each_name
 def test_error_inputs_of_pytorchs_own_tests(name: str) -> None:
     found = 0
-    for error in INFO[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
+    for error in info()[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
         given = error.optimizer_error_input
         if "CONSTRUCTION" in str(error.error_on):
             with pytest.raises(error.error_type, match=error.error_regex):

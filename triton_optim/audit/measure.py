@@ -79,7 +79,11 @@ DTYPES = {
     "fp32 whole": Kept(torch.float32, torch.float32, torch.float32, whole=True),
 }
 # What every rule is compiled as, and for which targets: two or one stand for all where more would say the same again.
-OF_EVERY_RULE = {"fp32": tuple(TARGETS), "bf16": ("sm_90",), "bf16 stochastic": ("sm_90", "gfx942")}
+OF_EVERY_RULE: dict[str, tuple[str, ...]] = {
+    "fp32": tuple(TARGETS),
+    "bf16": ("sm_90",),
+    "bf16 stochastic": ("sm_90", "gfx942"),
+}
 # And where less is to do: for a GPU of either maker, and where most registers are in flight if states are many. Of the
 # rules with as many states one is compiled as above, that with the most divisions and roots.
 QUICKLY: dict[str, tuple[str, ...]] = {"fp32": ("sm_90", "gfx942")}
@@ -87,7 +91,14 @@ QUICKLY_OF_MANY: dict[str, tuple[str, ...]] = {"bf16 stochastic": ("sm_90",)}
 MANY = 3  # states
 # How values are kept is made beside the rule, in the same way for every one, and so are misaligned addresses: two rules
 # stand for all, each with signed and unsigned states, the second with the most, and one sum for all sums.
-IN_EVERY_WAY = {"adamw": tuple(TARGETS), "adamw_amsgrad": ("sm_90", "gfx942"), "lamb_norms": ("sm_90",)}
+IN_EVERY_WAY: dict[str, tuple[str, ...]] = {
+    "adamw": tuple(TARGETS),
+    "adamw_amsgrad": ("sm_90", "gfx942"),
+    "lamb_norms": ("sm_90",),
+}
+IN_EVERY_WAY_QUICKLY = IN_EVERY_WAY | {
+    "adamw": ("sm_80", "sm_100")
+}  # where the other says no more, which has more states
 # Cases that a process reads together, at most: the tool takes as long to start as to read fifty. And as few of them
 # take less long than a process to start.
 BATCH, FEW = 64, 24
@@ -253,7 +264,8 @@ def every_case(rules: Sequence[str] | None = None, quick: bool = False) -> list[
         of_every: dict[str, tuple[str, ...]] = OF_EVERY_RULE
         if quick and rule.name not in hardest:
             of_every = QUICKLY | (QUICKLY_OF_MANY if len(rule.states) >= MANY and not rule.sums else {})
-        chosen = (*IN_EVERY_WAY.get(rule.name, ()), *of_every.get(dtypes or "", ()))
+        in_every_way = IN_EVERY_WAY_QUICKLY if quick else IN_EVERY_WAY
+        chosen = (*in_every_way.get(rule.name, ()), *of_every.get(dtypes or "", ()))
         return [arch for arch in TARGETS if arch in chosen]
 
     named = {*(rules or ()), *(rule.measure for rule in known if rules is not None and rule.name in rules)}

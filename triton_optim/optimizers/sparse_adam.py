@@ -12,7 +12,7 @@ from ..core.checks import check_betas, check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adam
 from ..options import OwnOptions
-from .adam import MOMENTS
+from ..spec import State
 
 
 class SparseAdam(RuleOptimizer):
@@ -56,7 +56,7 @@ class SparseAdam(RuleOptimizer):
     """
 
     rule = adam
-    states = MOMENTS
+    states = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
     option_names = ("maximize",)
     takes_dense_gradients = False
     step_is_tensor = False
