@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from sharding import playing, sharded
 from torch import Tensor
+from torch.distributed.tensor import Replicate
 from torch.nn import Parameter
 
 import triton_optim
@@ -211,3 +213,26 @@ def test_a_training_loses_nothing() -> None:
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert losses[1] < 0.05 * (x @ truth.T).square().mean()
+
+
+def test_sharded_parameters_have_bfloat16_and_no_codes(device: torch.device) -> None:
+    start, *given = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    ends = []
+    with playing(0, device) as mesh:
+        for place in (torch.clone, lambda x: sharded(x, mesh, [Replicate()])):
+            p = Parameter(place(start))
+            optimizer = triton_optim.AdaMuon([p], lr=0.1, state_dtype=BF16, backend="eager")
+            for g in given:
+                p.grad = place(g)
+                optimizer.step()
+            ends.append(p.detach())
+            assert optimizer.state[p]["momentum_buffer"].dtype == BF16
+        assert torch.equal(ends[0], ends[1].to_local())
+        with pytest.raises(RuntimeError, match="blocks in the order of memory"):
+            triton_optim.AdaMuon([p], state_dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["AdafactorRelative", "Adafactor"])
+def test_refused_where_nothing_is_like_the_parameter(name: str) -> None:
+    with pytest.raises(RuntimeError, match='state_dtype="int8" is for states like their parameter'):
+        getattr(triton_optim, name)([parameter()], state_dtype="int8")

@@ -87,7 +87,8 @@ class Update:
         measure: what is summed over each parameter before the rule runs: a ``@jit`` function of the rule's arguments
             that returns a tuple of values. :meth:`factors` makes scalars of the sums. It writes nothing.
         states: the rule's, each a :class:`State`, in its order; tensors like their parameter.
-        kept_states: those that :meth:`prologue` or :meth:`factors` keeps.
+        kept_states: those that :meth:`prologue` or :meth:`factors` keeps. Where a prologue does, those whose start is
+            no function are like their parameter, and ``state_dtype`` is for them, too.
         counts_steps: whether the state holds ``step``, a 0-dim float32 tensor (on the parameter's device when
             ``capturable``, else on the CPU); float64 where something has stochastic rounding, as float32 counts to
             2^24.

@@ -178,7 +178,7 @@ def coded_states(cls: type[Update]) -> list[State]:
     """Those of an optimizer's ``kept_states`` that are like their parameter, where a prologue keeps them."""
     if not any(variant.prologue for variant in cls.variants) or cls.first_kept is not Update.first_kept:
         return []
-    return [state for state in cls.kept_states if state.quantized and not callable(state.start)]
+    return [state for state in cls.kept_states if not callable(state.start)]
 
 
 @cache
