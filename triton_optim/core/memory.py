@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..precision.codecs import parameter_codec, plain, state_codec
-from ..util.layout import local
+from ..util.layout import local, with_local
 from ..util.table import table
 from .optimizer import RuleOptimizer
 
@@ -107,9 +107,9 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
                     nbytes(plain(p.dtype).dtypes, (1,), numel),
                 )
             if variant.staged:
-                like = torch.empty(own.shape, dtype=p.dtype, device="meta")
+                like = with_local(p, torch.empty(own.shape, dtype=p.dtype, device="meta"))
                 for name, value in optimizer.first_kept(like, group).items():
-                    add(name, value.nbytes, value.nbytes)
+                    add(name, local(value).nbytes, local(value).nbytes)
     return MemoryReport(**sums, states=states, torch_states=torch_states)
 
 
