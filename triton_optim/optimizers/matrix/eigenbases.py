@@ -272,7 +272,7 @@ def decomposed(a: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues of symmetric matrices, rising, and eigenvectors; in float64 where it fails in float32."""
     try:
         values, vectors = torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # which it does not list
         values, vectors = (x.to(a.dtype) for x in torch.linalg.eigh(a.double()))
     return values, vectors
 
