@@ -86,6 +86,24 @@ def test_eigenvectors_come_in_order() -> None:
     torch.testing.assert_close(bad @ bad.mT, torch.eye(2))
 
 
+@each
+def test_what_fails_in_float32_is_decomposed_in_float64(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ends = torch.linalg.eigh, []
+
+    def failing(a: Tensor) -> Any:
+        if a.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return real(a)
+
+    for eigh in (real, failing):
+        monkeypatch.setattr(torch.linalg, "eigh", eigh)
+        p = normal(3, 3, dtype=torch.float32)
+        walked(case.ours([p], **OFTEN, backend="eager"), 3)
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+    assert ends[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("case", BASES, ids=lambda case: case.name)
 def test_moments_are_carried_over_when_the_bases_turn(case: Any) -> None:
     """The first moment is the mean of the gradients, in whatever bases it is kept; of the second, which has no such

@@ -173,6 +173,24 @@ def test_whole_matrices_of_fully_sharded_parameters(case, ranks):
     agree(ranks.run(fsdp, case.name, "eager"))
 
 
+def bytes_of_states(mesh, name):
+    """As reported before the first step, and of the states after it."""
+    net = fully_sharded(mesh)
+    opt = getattr(to, name)(net.parameters(), backend="eager")
+    reported = sum(to.memory_report(opt).states.values())
+    train(net, opt, range(1), mesh.get_local_rank())
+    states = [t for state in opt.state.values() for key, t in state.items() if key != "step"]
+    return reported, sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in states)
+
+
+@pytest.mark.parametrize("name", ["SOAP", "CAME"])
+def test_memory_of_states_that_every_rank_has_whole(name, ranks):
+    runs = ranks.run(bytes_of_states, name)
+    for reported, there in runs:
+        assert reported == there
+    assert runs[0] != runs[1]
+
+
 def agree(runs):
     first, second = runs
     assert first[0] == second[0]

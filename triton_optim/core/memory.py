@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..precision.codecs import parameter_codec, plain, state_codec
-from ..util.layout import local
+from ..util.layout import local, with_local
 from ..util.table import table
 from .optimizer import RuleOptimizer
 
@@ -109,13 +109,13 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
                     nbytes(plain(p.dtype).dtypes, (1,), numel),
                 )
             if variant.staged:
-                like = torch.empty(own.shape, dtype=p.dtype, device="meta")
+                like = with_local(p, torch.empty(own.shape, dtype=p.dtype, device="meta"))
                 for name, value in optimizer.first_kept(like, group).items():
-                    ours = value.nbytes
+                    ours = theirs = local(value).nbytes
                     if name in optimizer.coded_names and variant.prologue:
                         wanted = state_codec(optimizer, group, name, p)
                         ours = nbytes(wanted.dtypes, wanted.elements_per_item, numel)
-                    add(name, ours, value.nbytes)
+                    add(name, ours, theirs)
     return MemoryReport(**sums, states=states, torch_states=torch_states)
 
 

@@ -226,7 +226,7 @@ def eigenvectors(a: Tensor) -> Tensor:
     """The eigenvectors of symmetric matrices, those of the largest eigenvalues first, as columns whose sum is not
     negative. On CUDA the host waits for them. Of a matrix that is not finite they are unit vectors.
     """
-    values, vectors = torch.linalg.eigh(torch.where(finite(a), a, 0.0))
+    values, vectors = decomposed(torch.where(finite(a), a, 0.0))
     vectors = in_order(vectors, torch.argsort(values, descending=True, stable=True))
     return vectors * signs(vectors.sum(-2, keepdim=True))
 
@@ -263,9 +263,18 @@ def inverse_roots_of(a: Tensor, root: int, eps: float, before: Tensor) -> Tensor
         before: those that stay where a matrix is not finite.
     """
     known = finite(a)
-    values, vectors = torch.linalg.eigh(torch.where(known, a, 0.0))
+    values, vectors = decomposed(torch.where(known, a, 0.0))
     values = values - values[..., :1].clamp(max=0.0) + eps
     return torch.where(known, vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT, before)
+
+
+def decomposed(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of symmetric matrices, rising, and eigenvectors; in float64 where it fails in float32."""
+    try:
+        values, vectors = torch.linalg.eigh(a)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # which it does not list
+        values, vectors = (x.to(a.dtype) for x in torch.linalg.eigh(a.double()))
+    return values, vectors
 
 
 def in_order(x: Tensor, order: Tensor, dim: int = -1) -> Tensor:

@@ -59,8 +59,9 @@ class Shampoo(RuleOptimizer):
     with ``precondition_1d`` vectors have L.
 
     Matrices of one shape are updated together, in float32 (float64 parameters: float64), whatever the dtype of the
-    parameter. On CUDA the host waits in steps in which roots are computed, and in no others but with ``capturable``:
-    which these are is chosen there. For the same reason a step can't be captured into a CUDA graph.
+    parameter. On CUDA the host waits in steps in which roots are computed, which take many times as long; in others
+    only with ``capturable``, or where betas are tensors on the device: which steps these are is chosen on the host. For
+    the same reason a step can't be captured into a CUDA graph.
 
     State of a parameter: ``step`` (0-dim float32); ``exp_avg`` :math:`m`, and with ``grafting="adam"`` ``exp_avg_sq``,
     of its shape; of each side that has a preconditioner ``L`` and its root ``root_L``, ``R`` and ``root_R``. All are

@@ -58,9 +58,10 @@ class SOAP(RuleOptimizer):
     out; with ``precondition_1d`` vectors have :math:`Q_L`.
 
     Matrices of one shape are updated together, in float32 (float64 parameters: float64), whatever the dtype of the
-    parameter. On CUDA the host waits for the first step of a parameter, in which eigenvectors are found, and for no
-    other but with ``capturable``: which steps find new bases is chosen there. For the same reason a step can't be
-    captured into a CUDA graph.
+    parameter. A step takes somewhat longer than one of :class:`Muon` in float32, one with new bases several times as
+    long. On CUDA the host waits in the first step of a parameter, for its eigenvectors; in others only with
+    ``capturable``, or where betas are tensors on the device: which steps find new bases is chosen on the host. For the
+    same reason a step can't be captured into a CUDA graph.
 
     State of a parameter: ``step`` (0-dim float32), one more than its updates; ``exp_avg`` :math:`m` and ``exp_avg_sq``
     :math:`v`, of its shape; of each side that has a preconditioner ``L`` and ``Q_L``, ``R`` and ``Q_R``. All are
