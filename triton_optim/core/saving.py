@@ -116,5 +116,5 @@ class SavedOptimizer(Optimizer, Update):
             self.engine.reset()
         else:
             self.engine = Engine(self, self._check_edited)
-        self.engine.take_params(check=False)  # the next step reads the groups
+        self.engine.take_params()
         fill_in(self)

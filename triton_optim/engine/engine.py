@@ -150,20 +150,15 @@ class Engine:
                 check_fits(plan, gradients)
             plan.step()
 
-    def take_params(self, check: bool = True) -> None:
+    def take_params(self) -> None:
         """Take note of the parameters that there are. Where they are others than before, or those of other groups, all
         that was made for them is dropped.
-
-        Args:
-            check: whether others may be of a kind that the optimizer cannot have.
         """
         lists = list(map(itemgetter("params"), self._optimizer.param_groups))
         params, sizes = list(chain.from_iterable(lists)), list(map(len, lists))
         if sizes == self._sizes and all(map(is_, params, self.params)):
             return
-        for group in (
-            self._optimizer.param_groups if check else ()
-        ):  # FSDP puts others in the place of those it is given
+        for group in self._optimizer.param_groups:  # FSDP and others put parameters of another kind in place of ours
             self._check(group, None)
         repeats = len(set(map(id, params))) < len(params)
         if self.release is not None:
