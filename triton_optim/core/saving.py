@@ -116,5 +116,4 @@ class SavedOptimizer(Optimizer, Update):
             self.engine.reset()
         else:
             self.engine = Engine(self, self._check_edited)
-        self.engine.take_params()
         fill_in(self)
