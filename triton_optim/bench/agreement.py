@@ -64,7 +64,7 @@ class Difference:
         """Why it may not be compared."""
         if self.error:
             return f"its step failed: {self.error}"
-        found = f"they differ by {self.share:.2%} of the update after {STEPS} steps"
+        found = f"they differ by {100 * self.share:.3g}% of the update after {STEPS} steps"
         return f"results disagree: {found} ({100 * self.allowed:g}% is allowed)"
 
 

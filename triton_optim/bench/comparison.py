@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
     # They find the rate, from one that is no less.
     **{name: {"d0": 0.1} for name in ("Prodigy", "DAdaptAdam", "DAdaptLion", "DAdaptSGD")},
+    "ScheduleFreeRAdam": {"lr": 0.1, "silent_sgd_phase": False},  # else it stands still in its first steps
 }
 OTHERS = {"lr": 0.1}
 

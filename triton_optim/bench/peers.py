@@ -53,7 +53,7 @@ _KOZ: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Adan": ("Adan", {"weight_decouple": False}),  # which is the proximal one
     "AdEMAMix": ("AdEMAMix", {"weight_decouple": True}),
     "MARSAdamW": ("MARS", {"lr_1d": _RATE, "weight_decay_1d": 0.0}),
-    "RAdam": ("RAdam", {"weight_decouple": False}),
+    "RAdam": ("RAdam", {"weight_decouple": False, "degenerated_to_sgd": True}),
     "Signum": ("SignSGD", {}),
     "StableAdamW": ("StableAdamW", {"kahan_sum": False}),
 }
@@ -128,6 +128,8 @@ def peer_optimizer(
     if not isinstance(made, Optimizer):
         raise Unavailable(f"{name} made a {type(made).__name__}, which is no torch.optim.Optimizer")
     start_training(made)
+    if hasattr(made, "consume_grad"):  # heavyball's, which takes the gradients away
+        made.consume_grad = False
     if peer is None or not peer.compiled:
         return made, made.step
     # All of torch's optimizers compile one function: after eight of them it would be run as it is.
