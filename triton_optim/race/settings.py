@@ -43,6 +43,7 @@ SETTINGS: dict[str, Setting] = {
     "schedulefreeadamw": Setting(1e-3, {"betas": (0.9, 0.9999), **DECAY}, LLM),
     "sgd": Setting(0.1, {"momentum": 0.9, "weight_decay": 1e-4}, RESNET),
     "signum": Setting(1e-3, {"momentum": 0.9, **DECAY}, LLM),
+    "soap": Setting(1e-3, {"betas": (0.9, 0.999), **DECAY}, LLM),
     "sophiag": Setting(1e-3, {"betas": (0.9, 0.999), "rho": 0.04, **DECAY}, LLM),
 }
 # Learning rates between the best ones on digits and charlm, where a search begins on these.
