@@ -35,7 +35,7 @@ def adabelief(p, g, exp_avg, exp_avg_var, h):
 
 class AdaBelief(optim.RuleOptimizer):
     rule = adabelief
-    state_names = ("exp_avg", "exp_avg_var")
+    states = (optim.State("exp_avg"), optim.State("exp_avg_var", nonnegative=True))
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-12, **options):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **options)
