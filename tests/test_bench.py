@@ -145,6 +145,21 @@ def test_nan_agrees_with_nothing_and_a_step_that_fails_says_why() -> None:
 # Peers.
 
 
+def test_a_peer_may_have_it_under_another_name_and_train_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.optim.SGD, "train", lambda self: seen.append(self), raising=False)
+    monkeypatch.setattr(torch.optim.SGD, "consume_grad", True, raising=False)
+    classes = {"Signum": ("SGD", {"momentum": 0.5})}
+    monkeypatch.setitem(peers.PEERS, "other", peers.Peer("torch", "torch.optim", classes=classes))
+    optimizer, _ = peers.peer_optimizer("other", "Signum", [torch.zeros(1)], {"lr": 0.1, "momentum": 0.9})
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+    assert seen == [optimizer]
+    assert not optimizer.consume_grad
+    with pytest.raises(peers.Unavailable, match=r"torch.optim has no Lion"):
+        peers.peer_optimizer("other", "Lion", [torch.zeros(1)], {})
+
+
 def test_a_missing_peer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PEERS, "absent", peers.Peer("absent-optim", "absent_optim"))
     with pytest.raises(peers.Unavailable, match="not installed: pip install absent-optim"):
