@@ -15,8 +15,8 @@ from triton.runtime.driver import driver
 from triton_optim.kernels import symmetric_product as kernel
 
 from triton_optim.audit.assembly import amdgcn_blocks, sass_blocks
+from triton_optim.audit.cases import TARGETS
 from triton_optim.audit.compiling import listings, resources
-from triton_optim.audit.measure import TARGETS
 from triton_optim.backends.triton import launch as triton_launch
 from triton_optim.optimizers.matrix import symmetric_product
 

@@ -28,7 +28,7 @@ import triton
 from triton_optim.kernels import measure, multi_tensor
 
 from triton_optim.audit import bounds as audit_bounds
-from triton_optim.audit import measure as audit
+from triton_optim.audit import cases as audited
 from triton_optim.backends.triton import launch as triton_launch
 from triton_optim.cli import audit as command
 from triton_optim.registry import rule_optimizers
@@ -83,7 +83,7 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
     found = {(row["rule"], row["dtypes"], row["arch"]) for row in rows if row["aligned"]}
     # Of those with as many states, one more closely.
     closely = {rule for rule, _, arch in found if arch == "sm_80"} - {"adamw"}
-    states = {rule.name: len(rule.states) for rule in audit.every_rule() if not rule.sums}
+    states = {rule.name: len(rule.states) for rule in audited.every_rule() if not rule.sums}
     assert sorted(states[rule] for rule in closely) == sorted(set(states.values()))
     expected |= {(rule, "bf16 stochastic", "sm_90") for rule, count in states.items() if count > 2 or rule in closely}
     expected |= {(rule, "fp32", arch) for rule in closely for arch in nvidia}
@@ -93,19 +93,19 @@ def test_every_rule_dtype_and_architecture_is_there(rows: list[Row]) -> None:
 
 
 def test_the_command_compiles_more_than_the_tests() -> None:
-    quick, every = set(audit.every_case(quick=True)), set(audit.every_case())
+    quick, every = set(audited.every_case(quick=True)), set(audited.every_case())
     assert quick < every
-    rules = [rule.name for rule in audit.every_rule()]
-    more = {(rule, dtypes, arch) for rule in rules for dtypes, archs in audit.OF_EVERY_RULE.items() for arch in archs}
+    rules = [rule.name for rule in audited.every_rule()]
+    more = {(rule, dtypes, arch) for rule in rules for dtypes, archs in audited.OF_EVERY_RULE.items() for arch in archs}
     assert {case[:3] for case in every} >= more
 
 
 def test_a_rule_that_is_named_is_compiled_in_every_way() -> None:
-    cases = audit.every_case(["sgd"])
+    cases = audited.every_case(["sgd"])
     assert {(case.dtypes, case.arch) for case in cases if case.aligned} == {
-        (dtypes, arch) for dtypes in ALL - OF_STATES - {"bf16+fp32"} for arch in audit.TARGETS
+        (dtypes, arch) for dtypes in ALL - OF_STATES - {"bf16+fp32"} for arch in audited.TARGETS
     }  # without states, some sets are others
-    assert {case.arch for case in cases if not case.aligned} == set(audit.TARGETS)
+    assert {case.arch for case in cases if not case.aligned} == set(audited.TARGETS)
 
 
 def test_nothing_spills(rows: list[Row]) -> None:
@@ -296,7 +296,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
             spec.loader.exec_module(made)
             return made
 
-        adam = next(rule for rule in audit.every_rule() if rule.name == "adam")
+        adam = next(rule for rule in audited.every_rule() if rule.name == "adam")
         built = {}
         folder = pathlib.Path(sys.argv[1])
         for path in folder.glob("*.py"):
@@ -304,7 +304,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         built["misaligned"] = audit.build(adam, "fp32", "sm_90", aligned=False)
         sys.modules["triton_optim.kernels.masked"] = module(folder / "full chunks read under a mask.py")
         audit.measure = module(folder / "sums" / "mutated.py")
-        sums = next(rule for rule in audit.every_rule() if rule.sums)
+        sums = next(rule for rule in audited.every_rule() if rule.sums)
         built["sums under a mask"] = audit.build(sums, "fp32", "sm_90")
         measured = dict(zip(built, audit.read(list(built.values()))))
         measured["misaligned for aligned"] = dataclasses.replace(measured["misaligned"], aligned=True)
@@ -364,10 +364,10 @@ def test_under_the_interpreter_it_says_so(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_what_is_summed_is_audited_with_its_rule() -> None:
-    rules = {rule.name: rule for rule in audit.every_rule()}
+    rules = {rule.name: rule for rule in audited.every_rule()}
     summed = {rule.measure: rule for rule in rules.values() if rule.measure}
     assert summed.keys() == {name for name, rule in rules.items() if rule.sums} > {"lamb_norms", "lars_norms"}
-    assert {case.rule for case in audit.every_case(["lamb"])} == {"lamb", "lamb_norms"}
+    assert {case.rule for case in audited.every_case(["lamb"])} == {"lamb", "lamb_norms"}
     lines = {line.partition(":")[0]: " ".join(line.split()) for line in command.passes(summed)}
     assert lines.keys() == {name for name, rule in rules.items() if rule.measure}
     assert lines["lamb"].endswith(
@@ -377,6 +377,6 @@ def test_what_is_summed_is_audited_with_its_rule() -> None:
 
 
 def test_stateless_rules_have_no_states_in_their_dtypes() -> None:
-    sgd = next(rule for rule in audit.every_rule() if not rule.states)
-    (codec,) = audit.role_codecs(sgd, "bf16+fp32")
+    sgd = next(rule for rule in audited.every_rule() if not rule.states)
+    (codec,) = audited.role_codecs(sgd, "bf16+fp32")
     assert codec.dtypes == (torch.bfloat16,)

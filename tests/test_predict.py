@@ -18,7 +18,6 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing to compile", allow_module_level=True)
 
-from triton_optim.audit import measure as audit
 from triton_optim.audit import predict
 from triton_optim.audit.gpu_model import Kernel, estimate, resident_programs
 from triton_optim.audit.gpus import GPUS, SM_80, Gpu
@@ -109,8 +108,8 @@ def test_what_is_summed_before_is_a_pass_of_its_own() -> None:
     assert both.total == pytest.approx(alone.total + estimate(GPU, KERNEL._replace(stored=0), LONG, launches=2).total)
 
 
-def rule(name: str) -> audit.AuditedRule:
-    return next(rule for rule in audit.every_rule() if rule.name == name)
+def rule(name: str) -> audited.AuditedRule:
+    return next(rule for rule in audited.every_rule() if rule.name == name)
 
 
 def test_what_is_kept_and_what_fits() -> None:
@@ -133,7 +132,7 @@ def test_gpus_know_their_names(gpu: str, device: str) -> None:
     others = ["NVIDIA GB200", "NVIDIA H200 NVL", "NVIDIA A100-PCIE-40GB", "cpu"]
     assert [name for name, g in GPUS.items() if re.search(g.device, device)] == [gpu]
     assert not [name for name in others if re.search(GPUS[gpu].device, name)]
-    assert GPUS[gpu].arch in audit.TARGETS
+    assert GPUS[gpu].arch in audited.TARGETS
 
 
 def measured(case: str) -> predict.Measured:
@@ -155,7 +154,7 @@ def measured(case: str) -> predict.Measured:
     ],
 )
 def test_a_measured_step_is_known_again(case: str, name: str, dtypes: str) -> None:
-    assert [d for d in audit.DTYPES if predict.is_this(measured(case), rule(name), d, "gpt2")] == [dtypes]
+    assert [d for d in audited.DTYPES if predict.is_this(measured(case), rule(name), d, "gpt2")] == [dtypes]
     assert not predict.is_this(measured(case.replace("148", "147")), rule(name), dtypes, "gpt2")
     assert not predict.is_this(measured(case), rule("asgd"), dtypes, "gpt2")
     assert not predict.is_this(measured(case), rule(name), dtypes, "resnet50")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import triton
 
-from .measure import DTYPES, TARGETS, Measurement
+from .cases import DTYPES, TARGETS
+from .measure import Measurement
 
 
 class Bound(NamedTuple):

@@ -17,9 +17,10 @@ import torch
 from ..bench.models import shapes
 from ..precision.codecs import MIN_QUANTIZED_NUMEL, STATE_CODES
 from ..util.table import short
+from .cases import DTYPES, AuditedRule, Case, every_rule, role_codecs
 from .gpu_model import Estimate, Kernel, estimate, one_after_the_other
 from .gpus import GPUS, Gpu
-from .measure import DTYPES, AuditedRule, Case, Measurement, audit, every_rule, role_codecs
+from .measure import Measurement, audit
 
 
 class Measured(NamedTuple):

@@ -20,7 +20,8 @@ from ..util.table import table
 from .options import check_files, chosen
 
 if TYPE_CHECKING:
-    from ..audit.measure import Case, Measurement
+    from ..audit.cases import Case
+    from ..audit.measure import Measurement
 
 KEPT = "fp32,bf16 stochastic,bf16 int8"  # that are predicted by default
 HEADER = ("rule", "dtypes", "arch", "regs", "spills", "loaded/floor", "stored/floor", "bits", "instr", "code")
@@ -105,11 +106,11 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: an option names what is not there.
     """
-    from ..audit import measure
+    from ..audit import cases
 
-    rules = chosen("--rule", args.rule, (rule.name for rule in measure.every_rule())) if args.rule is not None else None
-    archs = chosen("--arch", args.arch, measure.TARGETS) if args.arch is not None else measure.TARGETS
-    return [case for case in measure.every_case(rules, args.quick) if case.arch in archs]
+    rules = chosen("--rule", args.rule, (rule.name for rule in cases.every_rule())) if args.rule is not None else None
+    archs = chosen("--arch", args.arch, cases.TARGETS) if args.arch is not None else cases.TARGETS
+    return [case for case in cases.every_case(rules, args.quick) if case.arch in archs]
 
 
 def show_progress(done: int, of: int) -> None:
@@ -136,7 +137,8 @@ def passes(rules: Collection[str]) -> list[str]:
     Args:
         rules: what was compiled.
     """
-    from ..audit.measure import every_rule, floor
+    from ..audit.cases import every_rule
+    from ..audit.measure import floor
 
     known = {rule.name: rule for rule in every_rule()}
     lines = []

@@ -11,9 +11,9 @@ from typing import Any
 
 import triton
 
+from ..audit.cases import DTYPES, every_rule
 from ..audit.gpu_model import CACHE_LATENCY, LAUNCH, MEMORY_LATENCY, TABLE_READS
 from ..audit.gpus import GPUS
-from ..audit.measure import DTYPES, every_rule
 from ..audit.predict import Prediction, measured_steps, predictions, what_fits
 from ..bench.models import shapes
 from ..core.memory import gibibytes
