@@ -288,7 +288,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     script = """
         import dataclasses, json, pathlib, sys
         from importlib.util import module_from_spec, spec_from_file_location
-        from triton_optim.audit import bounds, measure as audit
+        from triton_optim.audit import bounds, cases as audited, measure as audit
 
         def module(path):
             spec = spec_from_file_location("triton_optim.kernels.mutated", path)

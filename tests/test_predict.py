@@ -18,6 +18,7 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing to compile", allow_module_level=True)
 
+from triton_optim.audit import cases as audited
 from triton_optim.audit import predict
 from triton_optim.audit.gpu_model import Kernel, estimate, resident_programs
 from triton_optim.audit.gpus import GPUS, SM_80, Gpu
