@@ -31,6 +31,13 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.params < 1e15:
         print(f"--params {args.params:g}: a model has at least one and fewer than 1e15. Try 7e9.", file=sys.stderr)
         return 1
+    if args.precision != "storage" and args.dtype == "float32":
+        print(
+            f"--precision {args.precision} is for parameters of 16 bits, and float32 ones stay as they are. Give "
+            "--dtype bfloat16, or leave it out.",
+            file=sys.stderr,
+        )
+        return 1
     parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
     known = rule_optimizers()
