@@ -166,7 +166,8 @@ class StepGroup:
                     column = first.detach().view(1) if shared else first.detach().expand(len(slots)).clone()
                 self.columns[name] = column
                 here = column.device == CPU and not captured  # what is written past torch is in no graph
-                for m, own in zip(slots, () if shared else column.unbind(), strict=not shared):
+                each = apart(column) if here else column.unbind()
+                for m, own in zip(slots, () if shared else each, strict=not shared):
                     if here and name in m.given:
                         m.state[name].data = own
                     else:
@@ -265,6 +266,16 @@ class StepGroup:
             self._numbers |= {COUNT: self._numbers[COUNT] + 1}
         self.columns[COUNT].add_(1 if skip is None else 1 - skip)
         self._versions = [t._version for t in self._torchs]
+
+
+def apart(column: Tensor) -> list[Tensor]:
+    """0-dim tensors in the memory of a column on the CPU, each with a storage of its own: who saves one saves no
+    other's memory.
+    """
+    memory = (ctypes.c_char * column.nbytes).from_address(column.data_ptr())
+    memory.column = column  # type: ignore[attr-defined]  # which they hold so
+    dtype, size = column.dtype, column.itemsize
+    return [torch.frombuffer(memory, dtype=dtype, count=1, offset=i * size).squeeze_() for i in range(len(column))]
 
 
 def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> dict[str, Tensor]:

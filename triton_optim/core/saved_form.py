@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ CODES = ("codes", SCALE, "bits", "signed", "block", "version")
 
 # Of what kinds the values of a state are that is held as it is saved.
 HELD = frozenset((*ORDINARY, int, float))
+
+_IS_CPU, _BASE = attrgetter("is_cpu"), attrgetter("_base")
 
 AGAIN = "Load the state dict as it was saved."
 
@@ -60,7 +63,10 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
     dicts = [state for state in saved if type(state) is dict]
     there: set[str] = set().union(*dicts)
     for name in there.difference(names.elementwise):
-        having = [state for state in dicts if isinstance(value := state.get(name), Tensor) and not value.dim()]
+        values = [state.get(name) for state in dicts]
+        if set(map(type, values)) == {Tensor} and all(map(_IS_CPU, values)) and set(map(_BASE, values)) == {None}:
+            continue  # each has a storage of its own, as numbers have on a CPU
+        having = [state for state, v in zip(dicts, values, strict=True) if isinstance(v, Tensor) and not v.dim()]
         for state, value in zip(having, clones([state[name] for state in having]), strict=True):
             state[name] = value
     if not names.scales.isdisjoint(there):

@@ -158,8 +158,10 @@ class Engine:
         params, sizes = list(chain.from_iterable(lists)), list(map(len, lists))
         if sizes == self._sizes and all(map(is_, params, self.params)):
             return
-        for group in self._optimizer.param_groups:  # FSDP and others put parameters of another kind in place of ours
-            self._check(group, None)
+        # FSDP and others put parameters of another kind there. Those of the first step are looked at with their groups.
+        if self._sizes:
+            for group in self._optimizer.param_groups:
+                self._check(group, None)
         repeats = len(set(map(id, params))) < len(params)
         if self.release is not None:
             self.release.follow(params, repeats)
