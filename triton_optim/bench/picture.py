@@ -112,8 +112,9 @@ def lines(panels: Panels, title: str) -> Figure:
     figure = new_figure(9, 4.2, dpi=150)
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (name, groups) in zip(every, panels.items(), strict=True):
+        labels: list[float] = []
         for label, points in groups.items():
-            pair(axes, label, points)
+            pair(axes, label, points, labels)
         axes.set(xscale="log", yscale="log", xlabel="elements in all")
         axes.set_title(name, fontsize="medium")
         axes.grid(alpha=0.25)
@@ -127,15 +128,21 @@ def lines(panels: Panels, title: str) -> Figure:
     return figure
 
 
-def pair(axes: Axes, label: str, points: Sequence[Point]) -> None:
-    """A line of ours, that of the peer, and the space between them."""
+def pair(axes: Axes, label: str, points: Sequence[Point], labels: list[float]) -> None:
+    """A line of ours, that of the peer, and the space between them.
+
+    Args:
+        labels: the heights of the labels so far, between lines; that of this one is added.
+    """
     elements, ours, peers = zip(*points, strict=True)
     axes.plot(elements, ours, color=OURS, linewidth=1.8, marker=".", label="ours")
     axes.plot(elements, peers, color=PEERS[0], linewidth=1.2, marker=".", label="the fastest of torch's")
     axes.fill_between(elements, ours, peers, color=OURS, alpha=0.08, linewidth=0)
     below, above = sorted((ours[0], peers[0]))
-    between = above > 2 * below  # there is room
-    place, shift, va = ((below * above) ** 0.5, 0, "center") if between else (below, -5, "top")
+    middle = (below * above) ** 0.5
+    between = above > 2 * below and all(not 0.6 < middle / other < 1.6 for other in labels)  # there is room
+    labels += [middle] * between
+    place, shift, va = (middle, 0, "center") if between else (below, -5, "top")
     own: dict[str, Any] = {"textcoords": "offset points", "va": va, "fontsize": "small", "color": "#333333"}
     axes.annotate(label, (elements[0], place), (4, shift), **own)
 
