@@ -100,7 +100,7 @@ def test_what_fails_in_float32_is_decomposed_in_float64(case: Any, monkeypatch: 
         p = normal(3, 3, dtype=torch.float32)
         walked(case.ours([p], **OFTEN, backend="eager"), 3)
         ends.append(p.detach())
-    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
     assert ends[0].dtype == torch.float32
 
 
@@ -311,7 +311,7 @@ def test_products_by_the_kernel_of_a_gpu(case: Any, monkeypatch: pytest.MonkeyPa
         optimizer = case.ours([p], **OFTEN, backend="eager")
         walked(optimizer, 4)
         ends.append(p.detach())
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*ends, rtol=5e-5, atol=1e-5)
 
 
 @each
@@ -348,7 +348,7 @@ def test_a_skipped_step_is_none(case: Any, backend: str) -> None:
             scaler.step(optimizer)
             scaler.update()
         ends.append(p.detach())
-    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
 @each

@@ -140,10 +140,8 @@ def check_group_keys(optimizer: Any, group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one is an option of the whole optimizer, which has another value there.
     """
-    known, title = (
-        {"params", "param_names", *optimizer.defaults, *optimizer.group_names, *OPTIONS},
-        type(optimizer).__name__,
-    )
+    title = type(optimizer).__name__
+    known = {"params", "param_names", *optimizer.defaults, *optimizer.group_names, *OPTIONS}
     for name, value in group.items():
         if name in OF_ALL and value != getattr(optimizer, name):
             raise ValueError(

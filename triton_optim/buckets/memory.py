@@ -85,7 +85,7 @@ class Memory(ABC):
     def counts_match(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""
 
-    # WatchedStates.
+    # States.
 
     def parts_of(self, m: ParamSlot) -> list[list[Tensor]]:
         """What a parameter and each of its states is kept as, in the rule's order: the parts, as they are here."""

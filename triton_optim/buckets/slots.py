@@ -92,11 +92,8 @@ class ParamSlot:
                 self.state |= new_state(optimizer, name, self.p, group, codec)
             else:
                 convert_state(optimizer, self.state, name, self.p, codec)
-        if key.variant.prologue:
-            for name in optimizer.coded_names:
-                start_coded(optimizer, self.state, name, self.p, group)
         if key.variant.staged:
-            self.state |= {n: v for n, v in optimizer.first_kept(self.p, group).items() if n not in self.state}
+            start_kept(optimizer, self.state, self.p, group, coded=key.variant.prologue)
 
 
 class Cells:
@@ -105,10 +102,9 @@ class Cells:
     pass, as glibc then tidies up the many small pieces that were freed.
     """
 
-    __slots__ = ("_address", "_after", "_before", "_bits", "_code", "_column", "_values", "_written")
+    __slots__ = ("_after", "_before", "_bits", "_code", "_values", "_written")
 
     def __init__(self, column: Tensor) -> None:
-        self._column, self._address = column, column.data_ptr()
         memory = memoryview((ctypes.c_char * column.nbytes).from_address(column.data_ptr())).cast("B")
         self._code = _CODES[column.dtype]
         self._values: Any = memory.cast(self._code)  # type: ignore[call-overload]
@@ -117,11 +113,7 @@ class Cells:
         self._written = 0
 
     def untouched(self) -> bool:
-        """Whether all cells are where they were, which is not so once processes share them, and hold what was written
-        last.
-        """
-        if self._column.data_ptr() != self._address:
-            return False
+        """Whether all cells hold what was written last."""
         return bool(self._bits[0] == self._written and self._before == self._after)
 
     def write(self, value: float) -> float:
@@ -284,18 +276,26 @@ def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], co
     if name == AVERAGE:
         first = initial_average(own, p, codec)
     else:
-        exact = current_parameter_codec(own, p).suffixes != ()
-        first = first_value(optimizer.declared[name], p, group, with_local(p, value_of(own, p)) if exact else p)
+        rounded = bool(current_parameter_codec(own, p).suffixes)
+        exact = with_local(p, value_of(own, p)) if rounded else None
+        first = first_value(optimizer.declared[name], p, group, exact)
     return dict(zip((name, *part_names(codec, name)), new_parts(codec, first), strict=True))
 
 
-def start_coded(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, group: dict[str, Any]) -> None:
-    """Make a state that a prologue keeps as its group says, or convert it."""
-    codec = state_codec(optimizer, group, name, p, current_codec(optimizer, state, name, p))
-    if state.get(name) is None:
-        state |= new_state(optimizer, name, p, group, codec)
-    else:
-        convert_state(optimizer, state, name, p, codec)
+def start_kept(optimizer: Update, state: dict[str, Any], p: Tensor, group: dict[str, Any], coded: bool) -> None:
+    """Make what is missing of the states that come before the rule.
+
+    Args:
+        coded: whether a prologue has them: those like the parameter are made, or converted, as the group says.
+    """
+    for name in optimizer.coded_names if coded else ():
+        codec = state_codec(optimizer, group, name, p, current_codec(optimizer, state, name, p))
+        if state.get(name) is None:
+            state |= new_state(optimizer, name, p, group, codec)
+        else:
+            convert_state(optimizer, state, name, p, codec)
+    if not state.keys() >= {*optimizer.kept_names}:  # matrices are not made to be dropped
+        state |= {name: value for name, value in optimizer.first_kept(p, group).items() if name not in state}
 
 
 def make_states(optimizer: Update, group: dict[str, Any]) -> None:
@@ -311,8 +311,4 @@ def make_states(optimizer: Update, group: dict[str, Any]) -> None:
             optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
         for name in optimizer.running_variant(group).state_names:
             optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))
-        state = optimizer.state[p]
-        if optimizer.running_variant(group).prologue:
-            for name in optimizer.coded_names:
-                start_coded(optimizer, state, name, p, group)
-        state |= {name: value for name, value in optimizer.first_kept(p, group).items() if name not in state}
+        start_kept(optimizer, optimizer.state[p], p, group, coded=optimizer.running_variant(group).prologue)

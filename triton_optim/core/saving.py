@@ -102,9 +102,8 @@ class SavedOptimizer(Optimizer, Update):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         states = dict(state["state"])
-        if set(map(type, states.values())) != {
-            WatchedState
-        }:  # else they are as they are held: load_state_dict made them
+        # Else they are as they are held: load_state_dict made them.
+        if set(map(type, states.values())) != {WatchedState}:
             params = chain.from_iterable(group["params"] for group in state["param_groups"])
             states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
         super().__setstate__(state | {"state": defaultdict(dict, states)})
