@@ -16,11 +16,11 @@ SETTINGS = {"lr": 0.1, "weight_decay": 0.1}
 
 
 @contextlib.contextmanager
-def playing(rank, device, shape=(RANKS,)):
+def playing(rank, device, shape=(RANKS,), names=None):
     """The device mesh as `rank` sees it."""
     dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
     try:
-        yield init_device_mesh(device.type, shape)
+        yield init_device_mesh(device.type, shape, mesh_dim_names=names)
     finally:
         dist.destroy_process_group()
 

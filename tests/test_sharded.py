@@ -8,11 +8,14 @@ import torch
 from conftest import CPP, HAS_TRITON
 from launches import replace_launches
 from sharding import RANKS, SETTINGS, Watch, array, assert_is_reference, local, own_part, playing, sharded, step, values
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 
 import triton_optim as to
 from triton_optim.engine.plan import Plan
+from triton_optim.util.layout import parts_of
 
 # Any placement, on any rank.
 
@@ -310,3 +313,27 @@ def test_shards_of_columns_are_not_rounded_stochastically(device):
         opt = to.AdamW([p], **SETTINGS, param_precision="stochastic", backend="eager")
         with pytest.raises(RuntimeError, match="whole rows"):
             step(opt, [p], [sharded(values((2, 8), 1, device).to(torch.bfloat16), mesh, [Shard(1)])])
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_parts_of_parameters_that_tensor_parallel_and_fsdp_cut(rank):
+    layers = [torch.nn.Linear(7, 10, bias=False), torch.nn.Linear(10, 7, bias=False)]
+    wholes = [layer.weight.detach().clone() for layer in layers]
+    with playing(rank, torch.device("cpu"), (2, 2), ("data", "tensor")) as mesh:
+        for layer, whole, dim in zip(layers, wholes, (0, 1), strict=True):
+            layer.weight = Parameter(distribute_tensor(whole, mesh["tensor"], [Shard(dim)], src_data_rank=None))
+            fully_shard(layer, mesh=mesh["data"])
+        placements = [layer.weight.placements for layer in layers]
+        assert placements == [(_StridedShard(0, split_factor=2), Shard(0)), (Shard(0), Shard(1))]
+        for layer, whole in zip(layers, wholes, strict=True):
+            (own,), (shape,) = parts_of(layer.weight, [(rank // 2, rank % 2)])
+            torch.testing.assert_close(whole[own], layer.weight.to_local(), rtol=0, atol=0)
+            assert shape == layer.weight.to_local().shape
+            assert all(isinstance(each, slice) for each in own)
+        # A stride that no later shard fills: rows 0, 1, 4, 5, 8 and 9, or the others.
+        rows = torch.arange(24.0).view(12, 2)
+        placed = [Replicate(), _StridedShard(0, split_factor=3)]
+        p = DTensor.from_local(torch.empty(6, 2), mesh, placed, run_check=False, shape=(12, 2), stride=(2, 1))
+        (own,), (shape,) = parts_of(p, [(rank // 2, rank % 2)])
+        assert shape == (6, 2)
+        assert rows[own][:, 0].tolist() == [8.0 * k + 4 * (rank % 2) + 2 * j for k in range(3) for j in range(2)]

@@ -8,12 +8,13 @@ import os
 import queue
 import time
 import traceback
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sharding import sharded, step
+from sharding import Watch, sharded, step, values
 from table import CASES, KINDS, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -23,8 +24,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
+from triton_optim.kernels.language import jit
 
 import triton_optim as to
+from triton_optim.optimizers.matrix import muon, owners
+from triton_optim.optimizers.matrix.newton_schulz import newton_schulz
 
 
 def serve(rank, path, tasks, results):
@@ -219,6 +223,56 @@ def test_partial_gradients_are_summed(ranks, backend):
         assert results == [[[-33.0] * 2] * 3] * 2
 
 
+class SumScalars(NamedTuple):
+    total: float
+
+
+@jit
+def moved_by_the_sum(p, g, h):
+    return (p - h.total,)
+
+
+@jit
+def the_gradient(p, g, h):
+    return (g,)
+
+
+class MovedByTheSum(to.RuleOptimizer):
+    """Moves all parameters by the sum of all gradients."""
+
+    rule, measure = moved_by_the_sum, the_gradient
+
+    def __init__(self, params, **options):
+        super().__init__(params, {"lr": 1.0}, **options)
+
+    def scalars(self, group, step):
+        return SumScalars(0.0)
+
+    def total(self, measured):
+        return sum(m.sums[0].sum() for m in measured)
+
+    def factors(self, measured):
+        return {"total": measured.total}
+
+
+def total(mesh):
+    """A sum that depends on its order: the second rank has nothing of the second of three parameters."""
+    own = [torch.tensor([each]) for each in (1e16, 1.0, -1e16)]
+    params = []
+    for x, shape in zip(own, (2, 1, 2), strict=True):
+        part = sharded(torch.zeros(shape), mesh, [Shard(0)])
+        params.append(Parameter(part))
+        params[-1].grad = sharded(x.expand(shape).clone() / shape, mesh, [Shard(0)])
+    MovedByTheSum(params, backend="eager").step()
+    return [p.detach().full_tensor().tolist() for p in params]
+
+
+def test_sums_over_the_model_are_the_same_on_every_rank(ranks):
+    first, second = ranks.run(total)
+    assert first == second
+    assert len({x for own in first for x in own}) == 1
+
+
 def infinite_norms(mesh):
     """The largest magnitude, with a NaN on the first rank, on the second, on none."""
     norms = []
@@ -348,3 +402,59 @@ def test_what_others_do_to_gradients_and_parameters_is_refused(ranks):
         assert "ZeroRedundancyOptimizer" in share
         assert all("FullyShardedDataParallel" in limited for limited in flat[::2])
         assert [whole, *flat[1::2]] == ["", "", ""]
+
+
+def matrices(mesh, name, placement, shapes, options):
+    """After 3 steps beside one process's: how far apart, how many elements this rank iterated in the last step, in how
+    many collectives.
+    """
+    iterated = []
+
+    def counted(each, *others):
+        iterated.extend(math.prod(m.shape) for m in each)
+        return newton_schulz(each, *others)
+
+    starts = [values(shape, i, "cpu") for i, shape in enumerate(shapes)]
+    # One is whole on every rank, in a group with the others.
+    placed = [Parameter(sharded(x, mesh, [placement])) for i, x in enumerate(starts)]
+    plain = [Parameter(x.clone()) for x in starts]
+    placed[0] = Parameter(starts[0].clone())
+    opt, twin = (getattr(to, name)([{"params": own, **options}], lr=0.1, backend="eager") for own in (placed, plain))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "newton_schulz", counted)
+        patch.setattr(owners, "LARGEST_ROUND", 64)  # elements: of these matrices three rounds
+        for k in range(3):
+            gradients = [values(p.shape, 10 * k + i, "cpu") for i, p in enumerate(plain)]
+            own = [gradients[0], *(sharded(g, mesh, [placement]) for g in gradients[1:])]
+            step(twin, plain, [g.clone() for g in gradients])
+            iterated.clear()
+            with Watch() as watch:
+                step(opt, placed, own)
+    wholes = [placed[0], *(p.full_tensor() for p in placed[1:])]
+    apart = max((p - q).abs().max().item() for p, q in zip(wholes, plain, strict=True))
+    return apart, sum(iterated) - starts[0].numel(), len(watch.collectives)
+
+
+EXPERTS = {"extra_dims": "batch"}
+
+
+@pytest.mark.parametrize("name", ["Muon", "NorMuon"])
+@pytest.mark.parametrize(
+    ("placement", "shapes", "options", "communicates"),
+    [
+        (Shard(0), [(3, 5), (12, 8), (8, 12), (9, 9), (5, 7), (1, 3)], {}, True),
+        (Shard(1), [(3, 5), (12, 8), (7, 12), (9, 9), (1, 7), (3, 1)], {}, True),
+        (Shard(0), [(2, 3, 5), (3, 4, 6), (1, 4, 6)], EXPERTS, False),
+        (Shard(2), [(2, 3, 5), (3, 4, 6), (1, 4, 6)], EXPERTS, True),
+    ],
+    ids=["rows", "columns", "experts", "within experts"],
+)
+def test_sharded_matrices_are_shared_out(name, placement, shapes, options, communicates, ranks):
+    (apart, own, collectives), (other_apart, others, _) = ranks.run(matrices, name, placement, shapes, options)
+    assert max(apart, other_apart) < 1e-5
+    assert own + others == sum(math.prod(shape) for shape in shapes[1:])  # each once
+    if communicates:
+        assert min(own, others) > 0
+    # Two a round: there and back. Of experts that lie whole on a rank nothing is sent, unless a norm of each is kept.
+    rounds = 3 if options == {} else 1
+    assert collectives == (2 * rounds if communicates or name == "NorMuon" else 0)

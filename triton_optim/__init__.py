@@ -34,9 +34,10 @@ from .optimizers.lion import Lion
 from .optimizers.mars import MARSAdamW, MARSLion
 from .optimizers.matrix.adamuon import AdaMuon
 from .optimizers.matrix.kl_soap import KLSOAP
-from .optimizers.matrix.muon import Muon, muon_param_groups
+from .optimizers.matrix.muon import Muon
 from .optimizers.matrix.muonh import MuonH
 from .optimizers.matrix.normuon import NorMuon
+from .optimizers.matrix.param_groups import muon_param_groups
 from .optimizers.matrix.scion import Scion
 from .optimizers.matrix.shampoo import Shampoo
 from .optimizers.matrix.soap import SOAP

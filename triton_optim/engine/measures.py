@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
     if type(optimizer).kept_scalars is not Update.kept_scalars:
         fill_in(optimizer, own)
     sums = [bucket.measure() for bucket in own]
-    if any(bucket.sharded for bucket in own):
+    sharded = any(bucket.sharded for bucket in own)
+    if sharded:
         sums = over_shards(own, sums)
     turns = [
         (bucket, number, measured_of(optimizer, bucket, number, found))
@@ -33,12 +35,40 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
         for number, row in enumerate(bucket.rows)
         if row is not None
     ]
-    total = optimizer.total([measured for *_, measured in turns])
+    total = optimizer.total(in_order(turns) if sharded else [measured for *_, measured in turns])
     for bucket, number, measured in turns:
         factors = optimizer.factors(measured._replace(total=total))
         check_factors(optimizer, measured, factors)
         bucket.take_factors(number, {name: wide(values, measured.numel) for name, values in factors.items()})
     return bool(optimizer.kept_names)
+
+
+def in_order(turns: Sequence[tuple[Bucket, int, Measured]]) -> list[Measured]:
+    """What was found, the parameters of a group that were counted alike together and in their order, as every rank has
+    it: buckets differ between ranks, and sums of other orders in their last bits.
+    """
+    alike: dict[Any, list[tuple[list[int], Measured]]] = {}
+    for bucket, number, measured in turns:
+        step_group = bucket.step_groups[number]
+        alike.setdefault(step_group.counted, []).append(([m.index for m in step_group.slots], measured))
+    found = []
+    for own in alike.values():
+        indices = [index for each, _ in own for index in each]
+        order = sorted(range(len(indices)), key=indices.__getitem__)
+        first = own[0][1]
+
+        def joined(parts: Iterable[Tensor], order: list[int] = order, like: Tensor = first.numel) -> Tensor:
+            return torch.cat([part.to(like.device) for part in parts])[order]
+
+        params, states = ([x for _, m in own for x in getattr(m, name)] for name in ("params", "states"))
+        every = first._replace(
+            params=[params[i] for i in order],
+            states=[states[i] for i in order],
+            numel=joined(m.numel for _, m in own),
+            sums=tuple(map(joined, zip(*(m.sums for _, m in own), strict=True))),
+        )
+        found.append((indices[order[0]], every))
+    return [every for _, every in sorted(found, key=itemgetter(0))]
 
 
 def fill_in(optimizer: Update, buckets: Sequence[Bucket]) -> None:

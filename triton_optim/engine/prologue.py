@@ -16,7 +16,7 @@ from ..precision.codecs import Codec, part_names, read, state_codec, write
 from ..precision.random_bits import bits_of_parameter, first_index
 from ..spec import Update
 from ..util.hyperparameters import plain_group
-from ..util.layout import is_sharded, local, with_local
+from ..util.layout import is_sharded, local, mesh_of, with_local
 
 
 def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor, state: dict[str, Any]) -> None:
@@ -38,8 +38,9 @@ def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor
 def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
     """Replace the gradients by what the optimizer's prologue makes of them, in every bucket that has one.
 
-    A call gets all parameters of a group that were counted alike, in the order of the parameters, whatever their
-    buckets: where they are sharded it communicates, and buckets differ between ranks.
+    A call gets all parameters of a group that were counted alike and are sharded over one mesh, or over none, in the
+    order of the parameters, whatever their buckets: where they are sharded it communicates, and buckets differ between
+    ranks.
 
     Args:
         optimizer: whose prologue it is.
@@ -51,8 +52,9 @@ def run_prologues(optimizer: Update, buckets: Sequence[Bucket]) -> None:
         if bucket.key.variant.prologue:
             for step_group, row in zip(bucket.step_groups, bucket.rows, strict=True):
                 if row is not None:
-                    own = ((bucket.slots[i].index, bucket, i, row) for i in step_group.positions)
-                    turns.setdefault(step_group.counted, []).extend(own)
+                    for i in step_group.positions:
+                        m = bucket.slots[i]
+                        turns.setdefault((step_group.counted, mesh_of(m.p)), []).append((m.index, bucket, i, row))
     for turn in turns.values():
         turn.sort(key=itemgetter(0))
     for turn in sorted(turns.values(), key=lambda turn: turn[0][0]):

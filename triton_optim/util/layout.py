@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, cast
 
@@ -47,12 +48,46 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def mesh_of(tensor: Tensor) -> Any:
+    """The mesh of a DTensor; None of another."""
+    return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
+
+
 def split_over(tensor: Tensor) -> list[int]:
     """The dimensions of a DTensor's mesh over which its elements are split: of any kind of shard, as the strided ones
     that tensor parallel and FSDP make together say that they are none.
     """
     own: Any = tensor
     return [dim for dim, kind in enumerate(own.placements) if not (kind.is_replicate() or kind.is_partial())]
+
+
+def parts_of(tensor: Tensor, coordinates: Sequence[tuple[int, ...]]) -> tuple[list[tuple[Any, ...]], list[Any]]:
+    """What the whole of a DTensor is indexed with to get the parts at some places of its mesh, and their shapes."""
+    own: Any = tensor
+    sizes = own.device_mesh.shape
+    found = [_part(tuple(own.shape), own.placements, sizes, at) for at in coordinates]
+    return [indices for indices, _ in found], [shape for _, shape in found]
+
+
+@lru_cache(maxsize=1 << 12)
+def _part(
+    shape: tuple[int, ...], placements: tuple[Any, ...], sizes: tuple[int, ...], at: tuple[int, ...]
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Of one part: slices where its elements follow each other, else index tensors."""
+    each = []
+    for dim, size in enumerate(shape):
+        indices = torch.arange(size, device="cpu").view([1] * dim + [-1] + [1] * (len(shape) - dim - 1))
+        for kind, ranks, place in zip(placements, sizes, at, strict=True):
+            if getattr(kind, "dim", None) in (dim, dim - len(shape)):
+                indices = kind._split_tensor(indices, ranks, with_padding=False, contiguous=False)[0][place]
+        each.append(indices)
+    own_shape = tuple(map(torch.numel, each))
+    starts = [int(indices.reshape(-1)[0]) if n else 0 for indices, n in zip(each, own_shape, strict=True)]
+    if all(
+        n == 0 or int(indices.max()) - start == n - 1 for indices, n, start in zip(each, own_shape, starts, strict=True)
+    ):
+        return tuple(slice(start, start + n) for start, n in zip(starts, own_shape, strict=True)), own_shape
+    return tuple(each), own_shape
 
 
 def local(tensor: Tensor) -> Tensor:

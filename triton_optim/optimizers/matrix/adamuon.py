@@ -70,6 +70,7 @@ class AdaMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
+    adapts = True
     kept_states = (*Muon.kept_states, State("second_momentum_buffer", nonnegative=True))
     signed = True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +13,16 @@ from typing_extensions import Unpack
 from ...core.checks import check_range
 from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
+from ...dispatch import GPUS
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import State, Variant
-from ...util.layout import gathered, placed_as
+from ...util.layout import is_sharded, local, placed_as, with_local
 from ..adam import AdamW, adam_scalars
-from .newton_schulz import newton_schulz, triples
-from .pieces import Pieces, check_pieces, check_shape
+from .newton_schulz import iterated_in, newton_schulz, triples
+from .owners import shared_out
+from .pieces import Pieces, check_pieces, check_shape, cut_between_matrices
 
 # The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
 ADJUST: dict[str | None, Callable[[int, int], float]] = {
@@ -64,6 +66,10 @@ class Muon(RuleOptimizer):
       three times the number of heads where each head is to be a matrix.
 
     :func:`muon_param_groups` sorts a model's parameters so.
+
+    Sharded matrices are shared out: each is sent to one of the ranks that have its parts, which iterates it and sends
+    each its part of the update, while the next ones are on their way. Experts that are cut between their matrices are
+    iterated where they lie.
 
     State of a parameter: ``momentum_buffer`` :math:`b`, like it; in a group of AdamW ``step``, ``exp_avg`` and
     ``exp_avg_sq``.
@@ -116,6 +122,7 @@ class Muon(RuleOptimizer):
     group_names = ("use_muon", "extra_dims", "splits")
     kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
+    adapts: ClassVar[bool] = False  # whether `adapted` makes something else of orthogonalized momenta
 
     def __init__(
         self,
@@ -197,26 +204,78 @@ class Muon(RuleOptimizer):
         else:
             torch._foreach_lerp_(buffers, gradients, 1 - mu)
         nesterov, signed = group["nesterov"], self.signed
-        pieces = Pieces(group, params)
 
-        def fetch(indices: list[int]) -> list[Tensor]:
-            momenta: list[Tensor] | tuple[Tensor, ...] = [buffers[i] for i in indices]
+        def momenta(indices: list[int]) -> list[Tensor]:
+            """New tensors, placed as the parameters."""
+            own = [buffers[i] for i in indices]
             if nesterov:
-                momenta = torch._foreach_lerp([gradients[i] for i in indices], momenta, mu)
-            return [gathered(m) for m in (torch._foreach_sign(momenta) if signed else momenta)]
+                own = list(torch._foreach_lerp([gradients[i] for i in indices], own, mu))
+            if signed:
+                return list(torch._foreach_sign(own))
+            return own if nesterov else list(map(torch.clone, own))
 
-        updates = newton_schulz(
-            pieces.like(buffers) if nesterov or signed else pieces.cut([gathered(b) for b in buffers]),
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-            self.scales(group, pieces),
-            pieces.fetching(fetch) if nesterov or signed else None,
-        )
-        if updates:  # of no experts there are none
+        def iterated(like: list[Tensor], fetch: Callable[[list[int]], list[Tensor]]) -> tuple[Pieces, list[Tensor]]:
+            pieces = Pieces(group, like)
+            found = newton_schulz(
+                pieces.like(like),
+                group["ns_coefficients"],
+                group["ns_steps"],
+                group["eps"],
+                self.scales(group, pieces),
+                pieces.fetching(fetch),
+            )
+            return pieces, found
+
+        if is_sharded(params[0]):
+            pieces, updates = Pieces(group, params), self.of_shards(group, params, buffers, momenta, iterated)
+            if not self.adapts:
+                return updates
+            updates = pieces.cut(updates)
+        else:
+            pieces, updates = iterated(buffers, momenta)
+        if self.adapts and updates:  # of no experts there are none
             updates = self.adapted(group, h, params, pieces, updates, states)
-        updates = pieces.join(updates)
-        return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
+        return [placed_as(p, update) for p, update in zip(params, pieces.join(updates), strict=True)]
+
+    def of_shards(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        buffers: list[Tensor],
+        momenta: Callable[[list[int]], list[Tensor]],
+        iterated: Callable[..., tuple[Pieces, list[Tensor]]],
+    ) -> list[Tensor]:
+        """The orthogonalized momentum of each sharded parameter times its scale, a DTensor; the whole where it is to
+        be adapted.
+
+        Args:
+            buffers: what momenta are like.
+            momenta: makes those of some parameters.
+            iterated: orthogonalizes the pieces of whole ones.
+        """
+
+        def joined(like: list[Tensor], fetch: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+            pieces, found = iterated(like, fetch)
+            return pieces.join(found)
+
+        results: dict[int, Tensor] = {}
+        if here := [i for i, p in enumerate(params) if not self.adapts and cut_between_matrices(p, group)]:
+            parts = joined(
+                [local(buffers[i]) for i in here], lambda own: list(map(local, momenta([here[i] for i in own])))
+            )
+            results.update((i, with_local(params[i], part)) for i, part in zip(here, parts, strict=True))
+        if others := [i for i in range(len(params)) if i not in results]:
+            costs = Pieces(group, params).costs()
+            found = shared_out(
+                [params[i] for i in others],
+                [costs[i] for i in others],
+                lambda own: momenta([others[i] for i in own]),
+                lambda whole: joined(whole, lambda own: [whole[i] for i in own]),
+                sent_as,
+                self.adapts,
+            )
+            results.update(zip(others, found, strict=True))
+        return [results[i] for i in range(len(params))]
 
     def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
         """What orthogonalized momenta are multiplied by, before they are adapted."""
@@ -236,100 +295,11 @@ class Muon(RuleOptimizer):
         return updates
 
 
+def sent_as(momentum: Tensor) -> torch.dtype:
+    """The dtype in which ranks send orthogonalized momenta: that of the iteration where all ranks have the same."""
+    return iterated_in(momentum) if momentum.device.type in GPUS else momentum.dtype
+
+
 def uses_muon(group: dict[str, Any]) -> bool:
     """Whether a group is Muon's, not AdamW's."""
     return bool(group.get("use_muon", True))
-
-
-def muon_param_groups(
-    model: torch.nn.Module,
-    heads: str | Collection[str] = ("lm_head", "head", "classifier"),
-    adamw: dict[str, Any] | None = None,
-    *,
-    convolutions: bool = False,
-    experts: str | Collection[str] = (),
-    splits: Mapping[str, int | Sequence[int]] | None = None,
-) -> list[dict[str, Any]]:
-    """A model's parameters as groups for :class:`Muon`: the matrices of its hidden layers, and AdamW's rest.
-
-    AdamW gets what has not two dimensions, what belongs to an embedding, the heads, and biases, which may have two: a
-    row for each expert.
-
-    Args:
-        model: whose parameters that require gradients are sorted.
-        heads: names of the modules whose weights make the output, such as ``"lm_head"`` or ``"decoder.out"``: a module
-            is meant where its full name or the last part of it is among them. A string is one name.
-        adamw: options of the last group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
-        convolutions: whether Muon gets the weights of ``Conv1d``, ``Conv2d`` and ``Conv3d``, too, flattened.
-        experts: names of modules or parameters, as `heads`, whose parameters of more than two dimensions are batches of
-            matrices that Muon gets.
-        splits: by such a name, the ``"splits"`` of the weights of a module, or of a parameter.
-
-    Returns:
-        The groups that have any parameter, AdamW's last; Muon has one for each way in which parameters are cut into
-        matrices, plain ones first.
-
-    Raises:
-        ValueError: nothing in the model has a name among `experts` or `splits`.
-
-    Example:
-        >>> import torch, triton_optim
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> [len(group["params"]) for group in triton_optim.muon_param_groups(model, heads=["2"])]
-        [1, 3]
-        >>> model = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 8, 3), "qkv": torch.nn.Linear(8, 24)})
-        >>> groups = triton_optim.muon_param_groups(model, convolutions=True, splits={"qkv": 3})
-        >>> [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        [{'extra_dims': 'flatten'}, {'splits': 3}, {'use_muon': False}]
-    """
-    # By identity: a head that is tied to the embedding is one parameter.
-    left_out = named(model, heads)
-    flattened: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
-            left_out.update(id(p) for p in module.parameters())
-        if convolutions and isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
-            flattened.add(id(module.weight))
-    left_out.update(id(p) for name, p in model.named_parameters() if name.endswith("bias"))
-    batched = named(model, experts, "experts")
-    cut = {i: rows for name, rows in (splits or {}).items() for i in named(model, name, "splits")}
-    of_muon: dict[Any, dict[str, Any]] = {"": {"params": []}}
-    rest: list[Tensor] = []
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        extra = {"extra_dims": "flatten"} if id(p) in flattened else {}
-        extra = {"extra_dims": "batch"} if p.dim() > 2 and id(p) in batched else extra
-        if id(p) in left_out or not (p.dim() == 2 or extra):
-            rest.append(p)
-            continue
-        own = extra | ({"splits": cut[id(p)]} if id(p) in cut else {})
-        of_muon.setdefault(str(own) if own else "", {"params": [], **own})["params"].append(p)
-    groups = [*of_muon.values(), {"params": rest, "use_muon": False, **(adamw or {})}]
-    return [group for group in groups if group["params"]]
-
-
-def named(model: torch.nn.Module, names: str | Collection[str], argument: str | None = None) -> set[int]:
-    """The identities of the parameters that have one of these names, or belong to a module that has; of each the full
-    name counts, or the last part of it.
-
-    Args:
-        argument: in which the names were given, where each must be one of the model's.
-    """
-    wanted = {names} if isinstance(names, str) else set(names)
-    found: set[int] = set()
-    known: set[str] = set()
-    for name, module in model.named_modules():
-        if own := {name, name.rpartition(".")[2]} & wanted:
-            known |= own
-            found.update(id(p) for p in module.parameters())
-    for name, p in model.named_parameters(remove_duplicate=False) if argument else ():
-        if own := {name, name.rpartition(".")[2]} & wanted:
-            known |= own
-            found.add(id(p))
-    if argument and (unknown := sorted(wanted - known)):
-        raise ValueError(
-            f"muon_param_groups: no module or parameter of the model has the name {unknown[0]!r}, given in {argument}. "
-            "Give its full name, or the last part of it."
-        )
-    return found

@@ -70,6 +70,7 @@ class MuonH(Muon):
 
     variants = (Variant(muonh, (), prologue=True), *Muon.variants[1:])
     option_names = RuleOptimizer.option_names
+    adapts = True
     kept_states = (
         *Muon.kept_states,
         State("initial_norms", lambda p, group: wide_zeros(p, (len(rows_of(p.shape, group)),))),

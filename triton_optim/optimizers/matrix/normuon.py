@@ -74,6 +74,7 @@ class NorMuon(Muon):
     """
 
     option_names = RuleOptimizer.option_names
+    adapts = True
     kept_states = (*Muon.kept_states, State("second_momentum_buffer", first_sizes))
 
     def __init__(

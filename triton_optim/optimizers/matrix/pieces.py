@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.factored import lerped
 from ...util.in_place import write_each
+from ...util.layout import is_sharded, split_over
 
 EXTRA_DIMS = (None, "batch", "flatten")
 
@@ -82,6 +83,13 @@ class Pieces:
                 whole.append(torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
         return whole
 
+    def costs(self) -> list[float]:
+        """About how many operations an iteration of each parameter takes, up to a factor that all have."""
+        found = [0.0] * len(self._params)
+        for owner, shape in zip(self.owners, self.shapes, strict=True):
+            found[owner] += float(min(shape)) ** 2 * max(shape)
+        return found
+
     def averaged(self, held: list[Tensor], news: Sequence[Tensor], weight: Any) -> tuple[Tensor, ...]:
         """:func:`core.factored.averaged` of states, one a parameter, and of what is new of each piece: by pieces."""
         averages = lerped(self.cut(held), list(news), weight)
@@ -119,6 +127,14 @@ def rows_of(shape: Sequence[int], group: dict[str, Any]) -> list[int]:
         splits = 1
     each = [rows // splits] * splits if isinstance(splits, int) else list(splits)
     return each * (prod(shape[:-2]) if batched else 1)
+
+
+def cut_between_matrices(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a parameter is sharded such that each rank has whole matrices of its batch."""
+    if not is_sharded(p) or group.get("extra_dims") != "batch" or p.dim() == 2:
+        return False
+    own: Any = p
+    return all(own.placements[dim].dim % p.dim() < p.dim() - 2 for dim in split_over(p))
 
 
 def check_pieces(group: dict[str, Any]) -> None:

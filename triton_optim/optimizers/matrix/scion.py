@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import State
-from ...util.layout import gathered, placed_as
+from ...util.layout import is_sharded
 from .newton_schulz import newton_schulz, triples
+from .owners import shared_out
 from .pieces import Pieces, check_pieces, check_shape
 
 TINY = 1e-8  # the authors'
@@ -179,15 +181,31 @@ class Scion(RuleOptimizer):
             buffers = list(averaged(buffers, news, group["momentum"]))
         else:
             torch._foreach_lerp_(buffers, news, group["momentum"])
-        whole, updates = [gathered(b) for b in buffers], list(buffers)
-        alike: dict[str, list[int]] = {}
-        for i, p in enumerate(params):
-            alike.setdefault(norm_of(p, group), []).append(i)
-        for norm, own in alike.items():
-            found = farthest([whole[i] for i in own], norm, group)
-            for i, update in zip(own, found, strict=True):
-                updates[i] = placed_as(params[i], update)
-        return updates
+        if not is_sharded(params[0]):
+            return oracle(buffers, group)
+        costs = [
+            Pieces(flattening(group), [p]).costs()[0] if norm_of(p, group) in SPECTRAL else float(p.numel())
+            for p in params
+        ]
+        return shared_out(
+            params,
+            costs,
+            lambda own: [buffers[i] for i in own],
+            lambda whole: oracle(whole, group),
+            sent_as=attrgetter("dtype"),
+        )
+
+
+def oracle(tensors: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """What is farthest along each tensor in the ball of the norm of its group."""
+    updates = list(tensors)
+    alike: dict[str, list[int]] = {}
+    for i, x in enumerate(tensors):
+        alike.setdefault(norm_of(x, group), []).append(i)
+    for norm, own in alike.items():
+        for i, update in zip(own, farthest([tensors[i] for i in own], norm, group), strict=True):
+            updates[i] = update
+    return updates
 
 
 def norm_of(p: Tensor, group: dict[str, Any]) -> str:
