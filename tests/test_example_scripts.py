@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
@@ -128,10 +130,34 @@ def test_command_line_says_where_the_plot_goes(load, monkeypatch, tmp_path):
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
+def test_own_nesterov_is_torchs(run):
+    own, torchs, apart = run("own_nesterov")
+    assert min(own, torchs) > 0.92
+    assert apart < 1e-4
+
+
+def test_tour_runs_from_top_to_bottom(load, monkeypatch, capsys):
+    matplotlib.use("Agg")
+    monkeypatch.delitem(sys.modules, "own_nesterov", raising=False)
+    found = {"__name__": "__main__"}
+    for cell in json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), found)
+    matplotlib.pyplot.close("all")
+    assert found["ours"] == pytest.approx(found["torchs"], abs=1e-5)
+    assert min(found["read"].values()) > 0.8
+    assert min(found["grid"].values()) > 0.85
+    assert len(found["grid"]) == 9
+    assert found["apart"] < 1e-4
+    assert min(found["plain"], found["averaged"]) > 0.85
+    assert found["seconds"] < 300
+    assert "velocity int8" in capsys.readouterr().out
+
+
 def test_every_script_is_tested_and_in_the_table():
     tested_elsewhere = {"own_optimizer", "compiled_step", "race_own"}  # test_examples.py, test_race.py
     tests = Path(__file__).read_text()
     table = (EXAMPLES / "README.md").read_text()
-    for script in EXAMPLES.glob("*.py"):
+    for script in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")):
         assert f"`{script.name}`" in table
-        assert script.stem in tested_elsewhere | {"data"} or f'("{script.stem}"' in tests
+        assert script.stem in tested_elsewhere | {"data", "tour"} or f'("{script.stem}"' in tests

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..precision.codecs import parameter_codec, plain, state_codec
 from ..util.layout import local, with_local
-from ..util.table import table
+from ..util.table import readable_bytes, table
 from .optimizer import RuleOptimizer
 
 
@@ -58,10 +58,10 @@ class MemoryReport:
         rows += [("without gradients", self.kept, self.torch_total - self.gradients)]
         count = max(self.parameters, 1)
         cells = [
-            [what, f"{ours / count:.3f}", f"{theirs / count:.3f}", gibibytes(ours), gibibytes(theirs)]
+            [what, f"{ours / count:.3f}", f"{theirs / count:.3f}", readable_bytes(ours), readable_bytes(theirs)]
             for what, ours, theirs in rows
         ]
-        return table(["", "bytes/parameter", "torch's", "GiB", "torch's"], cells)
+        return table(["", "bytes/parameter", "torch's", "in all", "torch's"], cells)
 
 
 def gibibytes(nbytes: int) -> str:
