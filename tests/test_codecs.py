@@ -2,9 +2,11 @@
 
 import argparse
 import copy
+import functools
 import io
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,7 +326,14 @@ def test_the_report_is_what_is_there(name: str, device: torch.device) -> None:
 
 
 def asked(**options: Any) -> argparse.Namespace:
-    given = {"params": 7e9, "optimizer": "adamw", "dtype": "bfloat16", "state": "none", "precision": "storage"}
+    given = {
+        "params": 7e9,
+        "optimizer": "adamw",
+        "dtype": "bfloat16",
+        "state": "none",
+        "precision": "storage",
+        "plot": None,
+    }
     return argparse.Namespace(**(given | options))
 
 
@@ -340,6 +349,25 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert total[1:3] == ["16.000", "16.000"]
 
 
+def test_the_commands_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert command.run(asked(precision="split24", plot=tmp_path / "memory.svg")) == 0
+    assert str(tmp_path / "memory.svg") in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+
+def test_bars_are_of_every_state_dtype() -> None:
+    p = Parameter(torch.empty(1 << 20, dtype=torch.bfloat16, device="meta"))
+    build = functools.partial(triton_optim.AdamW, [p], param_precision="split24")
+    bars = command.bars(build)
+    assert list(bars) == ["torch.optim", "as it comes", *(f"state_dtype={x}" for x in ("float32", "int8", "int4"))]
+    assert bars["torch.optim"] == {"weights": 2, "gradients": 2, "exp_avg": 2, "exp_avg_sq": 2}
+    assert bars["as it comes"] == bars["torch.optim"] | {"corrections": 1}
+    assert sum(bars["state_dtype=int8"].values()) == pytest.approx(7.03, abs=0.01)
+    refused = command.bars(functools.partial(triton_optim.Adafactor, [p]))  # int8 of row_var
+    assert list(refused) == ["torch.optim", "as it comes"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -347,6 +375,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ({"params": -1.0}, "Try 7e9"),
         ({"dtype": "float32", "precision": "split32"}, "split32 is for parameters of 16 bits.*Give --dtype bfloat16"),
         ({"optimizer": "adafactor", "state": "int8"}, "row_var"),
+        ({"plot": Path("memory.txt")}, "names no image format. Use .png"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,10 @@ from ..race.training import Turn, threads
 from ..util.devices import moved, usable_device
 from ..util.extras import require
 from ..util.files import write_json
-from ..util.pictures import new_figure, open_frame
+from ..util.pictures import new_figure, open_frame, stacked_bars
 from ..util.provenance import device_name, provenance
 from ..util.table import readable_seconds
+from .memory import UNIT, bars
 from .options import check_files, command_line
 from .terminal import new_table, open_console, progress_bar, say
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=DEFAULT_EPOCHS, help="epochs of each training (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and batch order (default: %(default)s)")
     add("--device", help="where to train (default: the GPU if there is one, else the CPU)")
-    add("--plot", type=Path, default=plot, metavar="FILE", help="for the loss curves (default: %(default)s)")
+    add("--plot", type=Path, default=plot, metavar="FILE", help="for loss curves and memory (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
 
 
@@ -84,8 +85,10 @@ def run(args: argparse.Namespace) -> int:
         }
     failures = record["failures"] = failures_of(record)
     title = f"A small CNN on scikit-learn's digits: {args.epochs} epochs, seed {args.seed}, {device.type}"
-    save_plot(args.plot, {name: training["losses"] for name, training in record["trainings"].items()}, title)
-    say(console, f"\nPlot of the loss curves: {args.plot}")
+    curves = {name: training["losses"] for name, training in record["trainings"].items()}
+    network, _ = start("ours", args.seed, device)
+    save_plot(args.plot, curves, bars(partial(triton_optim.AdamW, list(network.parameters()))), title)
+    say(console, f"\nPlot of the loss curves and of memory: {args.plot}")
     if args.json is not None:
         write_json(args.json, record)
         say(console, f"Everything measured: {args.json}")
@@ -232,10 +235,15 @@ def failures_of(record: dict[str, Any]) -> list[str]:
     return failures
 
 
-def save_plot(path: Path, curves: dict[str, list[float]], title: str) -> None:
-    """Draw the loss curves of "torch" and "ours", and how far "ours" and "torch_fused" are from "torch"."""
-    figure = new_figure(8, 6, dpi=150)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+def save_plot(path: Path, curves: dict[str, list[float]], memory: dict[str, dict[str, float]], title: str) -> None:
+    """Draw the loss curves of "torch" and "ours", how far "ours" and "torch_fused" are from "torch", and what torch's
+    optimizer and ours keep in memory.
+    """
+    figure = new_figure(8, 8.5, dpi=150)
+    above, below, bottom = figure.subplots(3, 1, height_ratios=[3, 2, 2])
+    below.sharex(above)
+    stacked_bars(bottom, memory, UNIT)
+    bottom.set_title("memory of this network with AdamW", fontsize="medium")
     steps = range(1, len(curves["torch"]) + 1)
     above.plot(steps, curves["torch"], color=TORCH_COLOUR, linewidth=3.5, alpha=0.55, label=BUILD["torch"][0])
     above.plot(steps, curves["ours"], color=OURS_COLOUR, linewidth=1.0, label=BUILD["ours"][0])

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..core.memory import memory_report, meta_parameter
+from ..core.optimizer import RuleOptimizer
 from ..precision.codecs import PARAM_PRECISIONS, STATE_CODES
 from ..registry import rule_optimizers
-from .options import chosen
+from ..util.extras import require
+from ..util.pictures import new_figure, stacked_bars
+from .options import check_files, chosen
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNIT = "bytes a parameter"
 STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **{code: code for code in STATE_CODES}}
 
 
@@ -24,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the parameters (default: bfloat16)")
     add("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
     add("--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)")
+    add("--plot", type=Path, metavar="FILE", help="draw every state_dtype beside torch's to FILE: .png, .svg or .pdf")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +47,13 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    try:
+        if args.plot is not None:
+            require(["matplotlib"], "triton-optim memory --plot", "demo")
+            check_files(args.plot, None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
     known = rule_optimizers()
@@ -50,4 +66,37 @@ def run(args: argparse.Namespace) -> int:
     asked = f"state_dtype={args.state}, param_precision={args.precision}"
     print(f"{type(optimizer).__name__} of {parameter.numel():,} {args.dtype} parameters, {asked}")
     print(report)
+    if args.plot is not None:
+        what = f"{args.params:,.0f} {args.dtype} parameters, param_precision={args.precision}"
+        build: Any = partial(known[name], [parameter], param_precision=args.precision)
+        save_plot(args.plot, bars(build), f"{type(optimizer).__name__}, {what}")
+        print(f"Picture: {args.plot}")
     return 0
+
+
+def save_plot(path: Path, bars: dict[str, dict[str, float]], title: str) -> None:
+    """Draw what is kept in memory."""
+    figure = new_figure(8, 3.2, dpi=150)
+    axes = figure.subplots()
+    stacked_bars(axes, bars, UNIT)
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path)
+
+
+def bars(build: Callable[..., RuleOptimizer]) -> dict[str, dict[str, float]]:
+    """Bytes a parameter by part: with torch's optimizer, and with every ``state_dtype``.
+
+    Args:
+        build: makes the optimizer, of a ``state_dtype``; where it raises, no bar is drawn.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, state in STATES.items():
+        try:
+            report = memory_report(build(state_dtype=state))
+        except (RuntimeError, ValueError):
+            continue
+        found.setdefault("torch.optim", report.parts(torchs=True))
+        own = report.parts()
+        if own not in found.values() or name == "none":
+            found["as it comes" if name == "none" else f"state_dtype={name}"] = own
+    return found

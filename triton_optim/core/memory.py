@@ -51,6 +51,18 @@ class MemoryReport:
         """Bytes of everything but the gradients, which need not outlive the step."""
         return self.total - self.gradients
 
+    def parts(self, torchs: bool = False) -> dict[str, float]:
+        """Bytes a parameter of each part that there is, in the order of a picture.
+
+        Args:
+            torchs: with torch's own optimizer.
+        """
+        states = self.torch_states if torchs else self.states
+        every = {"weights": self.weights, "gradients": self.gradients, **states}
+        if self.corrections and not torchs:
+            every["corrections"] = self.corrections
+        return {name: nbytes / max(self.parameters, 1) for name, nbytes in every.items()}
+
     def __repr__(self) -> str:
         rows = [("weights", self.weights, self.weights), ("gradients", self.gradients, self.gradients)]
         rows += [(name, nbytes, self.torch_states[name]) for name, nbytes in self.states.items()]
