@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -354,6 +355,31 @@ def test_batches_that_cannot_be_begun_again() -> None:
         race(task, [SGD], ["constant"], [1e-3], seeds=1)
 
 
+class Rows(HTMLParser):
+    """Of the tables of a page the rows, each of cells as (text, what it is sorted by)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[list[tuple[str, str]]]] = []
+        self.kinds: list[str] = []
+        self.elsewhere: list[str] = []
+        self.key: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.kinds.append(tag)
+        self.elsewhere += [x for x in (given.get("src"), given.get("href")) if x and not x.startswith("data:")]
+        if tag == "tbody":
+            self.tables.append([])
+        elif tag == "tr" and "tbody" in self.kinds and self.kinds[-2:-1] != ["thead"]:
+            self.tables[-1].append([])
+        self.key = given.get("data-by") if tag == "td" else None
+
+    def handle_data(self, data: str) -> None:
+        if self.key is not None and data.strip():
+            self.tables[-1][-1].append((data, self.key))
+
+
 def command(folder: Path, *options: str, own: str = "own:bowl") -> list[str]:
     names = ["--task", own, "--optimizers", f"{SGD},own:Half", "--schedules", "constant,cosine"]
     return [*names, "--lrs", "0.1,1.0,30.0", "--seeds", "1", "--out", str(folder / "kept"), *options]
@@ -372,6 +398,16 @@ def test_the_command_leaves_a_table_a_picture_and_valid_json(folder: Path, capsy
     picture = (folder / "kept" / "race.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 30_000
+    page = Rows()
+    page.feed((folder / "kept" / "report.html").read_text(encoding="utf-8"))
+    standings, runs = page.tables
+    assert [row[0] for row in standings] == [(SGD, SGD), ("own:Half", "own:Half")]
+    assert len(runs) == 12
+    lost = [row for row in runs if row[4][0] == "diverged"]
+    assert [row[2] for row in lost] == [("30", "30.0")] * 4
+    assert all(cell for row in standings + runs for cell, _ in row)
+    assert page.kinds.count("img") == 1
+    assert not page.elsewhere  # it needs no other file
     text = (folder / "all.json").read_text()
     everything = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert everything["command"].startswith("triton-optim race --task own:bowl --optimizers torch.optim:SGD,own:Half ")

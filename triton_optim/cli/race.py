@@ -14,6 +14,7 @@ from ..race import RaceError, Results, race
 from ..race.contestants import checked_lrs, read_options, split_names
 from ..race.event import DEFAULT_SCHEDULES, OPTIMIZERS
 from ..race.names import as_race_error, require
+from ..race.page import page
 from ..race.schedules import SCHEDULES
 from ..race.tasks import TASKS
 from ..registry import optimizers
@@ -66,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
             results = race(**options, watcher=board)
         plot = args.plot or args.out / "race.png"
         results.figure().savefig(plot)
+        report = args.out / "report.html"
+        report.write_text(page(results), encoding="utf-8")
         print_results(console, results)
-        say(console, f"\nPicture: {plot}\nRecords of all runs: {args.out / 'runs'}")
+        say(console, f"\nPicture: {plot}\nPage: {report}\nRecords of all runs: {args.out / 'runs'}")
         if args.json is not None:
             write_json(args.json, record(args, results), allow_nan=False)
             say(console, f"Everything measured: {args.json}")
