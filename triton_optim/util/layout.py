@@ -47,6 +47,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flattened(p: Any) -> bool:
+    """Whether FullyShardedDataParallel has made `p` of a parameter, or a part of it: an ordinary tensor of its own."""
+    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
+
+
 def split_over(tensor: Tensor) -> list[int]:
     """The dimensions of a DTensor's mesh over which its elements are split: of any kind of shard, as the strided ones
     that tensor parallel and FSDP make together say that they are none.
