@@ -3,8 +3,9 @@
 Every optimizer is trained with its parameters cut along their rows over 1, 2 and 4 processes (gloo), saved by
 torch.distributed.checkpoint, and loaded on 1, 2 and 4. Where they are as many, parameters, states and two more steps
 must be the same bit for bit. Else what was loaded must be what was saved; of codes, whose blocks are others, within one
-rounding of the codec. Each option is taken by itself, and all together; of AdamW, or with ``--all`` of every optimizer,
-each with each other. Flat optimizer states go from 2 ranks to 4 and 1, and AdamW's are saved asynchronously, too.
+rounding of the codec. AdamW has every ``state_dtype`` with every ``param_precision``, with averages and without; the
+others, without ``--all``, four of these. From 2 ranks to 4 and 1 flat optimizer states go, too, and AdamW's that are
+saved asynchronously.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import argparse
 import datetime
 import os
 import queue
+import shutil
 import sys
 import tempfile
 import time
+import traceback
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -28,7 +32,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
-from resharding import EVERY, RULES, SOME, Kept, Outcome, outcomes
+from resharding import EVERY, RULES, SOME, Job, Kept, Outcome, outcomes
 from torch.distributed.device_mesh import DeviceMesh
 
 from triton_optim.bench.records import Record, write_records
@@ -36,7 +40,7 @@ from triton_optim.bench.records import Record, write_records
 QUESTION = "dcp_matrix"
 RANKS = (1, 2, 4)
 PAIRS = {"nested": list(product(RANKS, RANKS)), "flat": [(2, 4), (2, 1)], "async": [(2, 2), (2, 4)]}
-REFUSED = "param_precision", "state_dtype", "ema_decay", "complex"
+TOGETHER = 40  # optimizers in a checkpoint
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Found:
     roundings: float = 0.0  # the same, in roundings of the codec
     later: float = 0.0  # how far training is apart after two more steps
 
-    def add(self, name: str, pair: tuple[int, int], one: Outcome) -> None:
+    def add(self, name: str, pair: tuple[int, ...], one: Outcome) -> None:
         self.cases += 1
         self.good += one.good
         if not one.good:
@@ -78,73 +82,88 @@ class Found:
         return Record(QUESTION, kept, text, self.__dict__.copy(), len(self.bad), 0)
 
 
-def cases(every: bool, only: str) -> Iterator[tuple[Kept, str, str]]:
-    """How values are kept, the optimizer's name, and how it is saved."""
-    for kept in EVERY:
-        for name in RULES:
-            if kept in SOME or every or name == "AdamW":
-                for how in PAIRS:
-                    if (how != "async" or name == "AdamW") and only in f"{name}, {kept}, {how}":
-                        yield kept, name, how
+def all_jobs(every: bool, only: str) -> list[Job]:
+    """The optimizers, and how each keeps what it keeps."""
+    jobs = [
+        Job(case, kept) for kept in EVERY for case in RULES.values() if kept in SOME or every or case.name == "AdamW"
+    ]
+    return [job for job in jobs if only in f"{job.case.name}, {job.kept}"]
 
 
-def serve(rank: int, folder: str, every: bool, only: str, results: Any) -> None:
-    """What a rank does; the first puts what came of each case."""
+def checkpoints(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Job]]]:
+    """How each is saved, and the optimizers in it by name."""
+    for how in PAIRS:
+        own = [job for job in jobs if how != "async" or job.case.name == "AdamW"]
+        for start in range(0, len(own), TOGETHER):
+            yield how, {f"{job.case.name}, {job.kept}": job for job in own[start : start + TOGETHER]}
+
+
+def serve(rank: int, folder: str, jobs: list[tuple[str, Kept]], results: Any) -> None:
+    """What a rank does; the first puts what came of each checkpoint."""
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=300)
+    limit = datetime.timedelta(seconds=600)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(RANKS), timeout=limit
     )
     meshes = {n: DeviceMesh("cpu", list(range(n))) for n in RANKS}
-    for number, (kept, name, how) in enumerate(cases(every, only)):
-        own: Any
+    made = [Job(RULES[name], kept) for name, kept in jobs]
+    for number, (how, own) in enumerate(checkpoints(made)):
+        path = Path(folder) / str(number)
         try:
-            own = outcomes(RULES[name], kept, meshes, Path(folder) / f"{number}", PAIRS[how], how)
-        except (RuntimeError, ValueError) as error:
-            own = str(error)
-            if not any(option in own for option in REFUSED):  # the ranks may no longer be in step
-                results.put((kept, name, how, f"{type(error).__name__}: {own}"))
-                raise
+            found = outcomes(own, meshes, path, PAIRS[how], how)
+        except Exception:
+            results.put(traceback.format_exc())
+            raise
+        dist.barrier()
         if rank == 0:
-            results.put((kept, name, how, own))
-    dist.barrier()
+            results.put((how, found))
+            shutil.rmtree(path)
     dist.destroy_process_group()
+
+
+def answer(results: Any, ranks: list[Any]) -> tuple[str, dict[tuple[str, int, int], Outcome]]:
+    """What came of the next checkpoint."""
+    while any(rank.is_alive() for rank in ranks):
+        try:
+            found = results.get(timeout=1)
+        except queue.Empty:
+            continue
+        if isinstance(found, str):
+            sys.exit(found)
+        return found  # type: ignore[no-any-return]
+    sys.exit("the ranks died")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, help="a folder for dcp_matrix.json")
-    parser.add_argument("--all", action="store_true", help="each option with each other, of every optimizer")
+    parser.add_argument("--all", action="store_true", help="every option of every optimizer")
     parser.add_argument("--only", default="", help="cases whose names hold this")
     args = parser.parse_args()
     started = time.monotonic()
+    torch.set_num_threads(1)
+    found: dict[str, Found] = defaultdict(Found)
+    jobs = []
+    for job in all_jobs(args.all, args.only):
+        if said := job.refusal():
+            found[str(job.kept)].refused[job.case.name] = said
+        else:
+            jobs.append(job)
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    found: dict[str, Found] = {}
-    wanted = list(cases(args.all, args.only))
     with tempfile.TemporaryDirectory() as folder:
+        told = [(job.case.name, job.kept) for job in jobs]
         ranks = [
-            context.Process(target=serve, args=(rank, folder, args.all, args.only, results), daemon=True)
-            for rank in range(max(RANKS))
+            context.Process(target=serve, args=(rank, folder, told, results), daemon=True) for rank in range(max(RANKS))
         ]
         for rank in ranks:
             rank.start()
-        for number in range(len(wanted)):
-            while True:
-                try:
-                    kept, name, how, own = results.get(timeout=1)
-                    break
-                except queue.Empty:
-                    if not any(rank.is_alive() for rank in ranks):
-                        sys.exit(f"the ranks died in {', '.join(map(str, wanted[number]))}")
-            mine = found.setdefault(str(kept), Found())
-            if isinstance(own, str):
-                if own.startswith(("RuntimeError", "ValueError")):
-                    sys.exit(f"{name}, {kept}, {how}: {own}")
-                mine.refused[name] = own
-                continue
-            for pair, one in own.items():
-                mine.add(f"{name}, {how}", pair, one)
+        for _ in checkpoints(jobs):
+            how, own = answer(results, ranks)
+            for (name, *pair), one in own.items():
+                optimizer, _, kept = name.partition(", ")
+                found[kept].add(f"{optimizer}, {how}", tuple(pair), one)
+            print(f"{how}: {len(own)} in {time.monotonic() - started:.0f} s", flush=True)
         for rank in ranks:
             rank.join()
     records = [own.record(kept) for kept, own in found.items()]
@@ -154,7 +173,7 @@ def main() -> None:
             print(f"    {name}: {apart}")
     if args.results is not None:
         write_records(args.results, records, torch.device("cpu"))
-    print(f"{len(wanted)} cases in {time.monotonic() - started:.0f} s")
+    print(f"{len(jobs)} optimizers in {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

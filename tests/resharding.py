@@ -5,7 +5,6 @@ test_two_ranks.py takes some cases of these, benchmarks/dcp_matrix.py all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,9 @@ BF16, F32 = torch.bfloat16, torch.float32
 # Cut unevenly. On four ranks all shards of the first but the last have the 4,096 elements that codes take, of the
 # second none, on fewer ranks all; of the others, ranks may have nothing at all.
 SHAPES = ((257, 64), (130, 64), (5, 3), (1, 40), (40,))
-# What the codes of an item may be apart from the value, as a share of the largest of its block: half the step between
-# the largest two, and int4's scales are rounded to bfloat16.
-ROUNDING = {"int8": 192 / 16192 / 2, "int4": 12 / 52 / 2}
+# How far a code may be from its value, as a share of the largest of its block: half the step between the largest two,
+# and int4's scales are rounded to bfloat16.
+ROUNDING = {"int8": 192 / 16192 / 2, "int4": 1.01 * 12 / 52 / 2}
 STATES: dict[str, Any] = {"states as parameters": None, "fp32 states": F32, "bf16 states": BF16} | {
     f"{name} states": name for name in ("int8", "int4")
 }
@@ -57,9 +56,13 @@ class Kept(NamedTuple):
 
 
 EVERY = [Kept(*own) for own in product(STATES.values(), ("float32", *PRECISIONS), (False, True))]
-# Each option by itself, and all together.
-SOME = [own for own in EVERY if (own.states is not None) + (own.precision != "float32") + own.averages <= 1]
-SOME += [Kept("int8", "split32", True), Kept("int4", "split24", True), Kept(BF16, "stochastic", True)]
+# Without any option, and with all of them together.
+SOME = [
+    Kept(None, "float32", False),
+    Kept("int8", "split32", True),
+    Kept("int4", "split24", True),
+    Kept(BF16, "stochastic", True),
+]
 
 
 class Sharded(Module):
@@ -85,86 +88,121 @@ class Sharded(Module):
         optimizer.zero_grad()
 
 
-def made(case: Case, kept: Kept, mesh: DeviceMesh | None, seed: int = 0) -> tuple[Sharded, Any]:
-    model = Sharded(case, kept.dtype, mesh, seed)
-    return model, case.ours(model.parameters(), **(case.settings | kept.options()), backend="eager")
+class Job(NamedTuple):
+    """An optimizer, and how it keeps what it keeps."""
+
+    case: Case
+    kept: Kept
+
+    def made(self, mesh: DeviceMesh | None, seed: int = 0) -> tuple[Sharded, Any]:
+        model = Sharded(self.case, self.kept.dtype, mesh, seed)
+        options = self.case.settings | self.kept.options()
+        return model, self.case.ours(model.parameters(), **options, backend="eager")
+
+    def refusal(self) -> str:
+        """What it says where it cannot be had."""
+        try:
+            model, optimizer = self.made(None)
+            model.train_on(optimizer, range(1))
+        except RuntimeError as error:
+            return str(error)
+        return ""
 
 
-def whole(t: Tensor) -> Tensor:
-    return t.detach().full_tensor().clone() if hasattr(t, "full_tensor") else t.detach().clone()
+def contents(made: dict[str, tuple[Sharded, Any]], mesh: DeviceMesh | None) -> dict[str, dict[str, Tensor]]:
+    """Every value that training goes on from, whole, by job."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for job, (model, optimizer) in made.items():
+        own[job] = {name: p.detach() for name, p in model.named_parameters()}
+        for i, state in optimizer.state_dict()["state"].items():
+            own[job] |= {f"{name} of {i}": value for name, value in state.items() if isinstance(value, Tensor)}
+    if mesh is None:
+        return {job: {name: value.clone() for name, value in values.items()} for job, values in own.items()}
+    here = {job: {name: getattr(t, "_local_tensor", t) for name, t in values.items()} for job, values in own.items()}
+    ranks: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(ranks, here, group=mesh.get_group())
+    return {
+        job: {
+            name: joined([rank[job][name] for rank in ranks]) if hasattr(t, "full_tensor") else ranks[0][job][name]
+            for name, t in values.items()
+        }
+        for job, values in own.items()
+    }
 
 
-def contents(model: Sharded, optimizer: Any) -> dict[str, Tensor]:
-    """Every value that training goes on from, whole."""
-    found = {name: whole(p) for name, p in model.named_parameters()}
-    for i, state in optimizer.state_dict()["state"].items():
-        found |= {f"{name} of {i}": whole(value) for name, value in state.items() if isinstance(value, Tensor)}
-    return found
+def joined(shards: list[Tensor]) -> Tensor:
+    assert len({shard.dtype for shard in shards}) == 1, "the ranks keep it in different dtypes"
+    return torch.cat(shards)
 
 
 class Trained(NamedTuple):
-    """What there was at a checkpoint, and what training came to that went on from it."""
+    """What there was at a checkpoint, and what training came to that went on from it; by job."""
 
-    values: dict[str, Tensor]
-    later: dict[str, Tensor]
+    values: dict[str, dict[str, Tensor]]
+    later: dict[str, dict[str, Tensor]]
+
+
+def checkpoint_of(made: dict[str, tuple[Sharded, Any]], how: str) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "flat")
+    return {job: list(get_state_dict(*both, options=options)) for job, both in made.items()}
+
+
+def train_on(made: dict[str, tuple[Sharded, Any]], steps: range) -> None:
+    for model, optimizer in made.values():
+        model.train_on(optimizer, steps)
 
 
 def group_of(mesh: DeviceMesh | None) -> Any:
     return None if mesh is None else mesh.get_group()
 
 
-def saved(case: Case, kept: Kept, mesh: DeviceMesh | None, folder: Path, how: str) -> Trained:
-    """Train two steps, save, and train two more, meanwhile where `how` is "async"."""
-    model, optimizer = made(case, kept, mesh)
-    model.train_on(optimizer, range(2))
-    values = contents(model, optimizer)
-    parts = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=how == "flat"))
-    state = dict(zip(("model", "optimizer"), parts, strict=True))
+def saved(jobs: dict[str, Job], mesh: DeviceMesh | None, folder: Path, how: str) -> Trained:
+    """Train two steps, save all into one checkpoint, and train two more, meanwhile where `how` is "async"."""
+    made = {name: job.made(mesh) for name, job in jobs.items()}
+    train_on(made, range(2))
+    values = contents(made, mesh)
     if how == "async":
-        pending: Any = async_save(state, checkpoint_id=folder, process_group=group_of(mesh))
+        pending: Any = async_save(checkpoint_of(made, how), checkpoint_id=folder, process_group=group_of(mesh))
     else:
-        save(state, checkpoint_id=folder, process_group=group_of(mesh))
-    model.train_on(optimizer, range(2, 4))
+        save(checkpoint_of(made, how), checkpoint_id=folder, process_group=group_of(mesh))
+    train_on(made, range(2, 4))
     if how == "async":
         pending.result()  # now: what follows communicates in the same group
-    return Trained(values, contents(model, optimizer))
+    return Trained(values, contents(made, mesh))
 
 
-def loaded(case: Case, kept: Kept, mesh: DeviceMesh | None, folder: Path, how: str, partial: bool = False) -> Trained:
-    """Load it into another model and a new optimizer, and train these for the last two steps.
+def loaded(jobs: dict[str, Job], mesh: DeviceMesh | None, folder: Path, how: str, partial: bool = False) -> Trained:
+    """Load it into other models and new optimizers, and train these for the last two steps.
 
     Args:
         partial: whether what the checkpoint lacks is left as it is.
     """
-    model, optimizer = made(case, kept, mesh, seed=7)
-    options = StateDictOptions(flatten_optimizer_state_dict=how == "flat")
-    parts = get_state_dict(model, optimizer, options=options)
-    state = dict(zip(("model", "optimizer"), parts, strict=True))
+    made = {name: job.made(mesh, seed=7) for name, job in jobs.items()}
+    state = checkpoint_of(made, how)
     planner = DefaultLoadPlanner(allow_partial_load=partial)
     load(state, checkpoint_id=folder, process_group=group_of(mesh), planner=planner)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-    )
-    values = contents(model, optimizer)
-    model.train_on(optimizer, range(2, 4))
-    return Trained(values, contents(model, optimizer))
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "flat")
+    for name, both in made.items():
+        model, optimizer = state[name]
+        set_state_dict(*both, model_state_dict=model, optim_state_dict=optimizer, options=options)
+    values = contents(made, mesh)
+    train_on(made, range(2, 4))
+    return Trained(values, contents(made, mesh))
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """How far values are apart at most, as a share of the largest of each tensor; inf where they are others."""
+    """How far values are apart at most, as a share of the largest of each tensor; inf where they are others.
+
+    In float32: of what is float64, numbers of the whole model that each rank sums up, ranks differ in the last bit.
+    """
     if one.keys() != other.keys():
         return math.inf
     worst = 0.0
     for name, value in one.items():
-        a, b = value.double(), other[name].double()
+        a, b = value.float(), other[name].float()
         if not torch.equal(a, b):
             worst = max(worst, ((a - b).abs().max() / a.abs().max()).nan_to_num(math.inf).item())
     return worst
-
-
-def rounding(kept: Kept) -> float:
-    """What :func:`apart` may be where the shards are others: of what is no code, nothing."""
-    return ROUNDING.get(kept.states, 0.0) * 1.01
 
 
 class Outcome(NamedTuple):
@@ -173,8 +211,9 @@ class Outcome(NamedTuple):
     Attributes:
         values: how far what was loaded is from what was saved.
         later: how far what training came to is from where it would have come to without.
-        allowed: what `values` may be.
-        as_many: whether the ranks are as many: then `later` may be nothing, too.
+        allowed: what `values` may be: where the shards or codes are others a rounding of these, of what is no code
+            nothing.
+        as_many: whether the ranks are as many, and the options the same: then `later` may be nothing, too.
     """
 
     values: float
@@ -188,9 +227,10 @@ class Outcome(NamedTuple):
 
 
 def outcomes(
-    case: Case, kept: Kept, meshes: dict[int, DeviceMesh], folder: Path, pairs: Iterable[tuple[int, int]], how: str
-) -> dict[tuple[int, int], Outcome]:
-    """What comes of every pair of numbers of ranks. All ranks of the largest mesh call it; the first has all of it.
+    jobs: dict[str, Job], meshes: dict[int, DeviceMesh], folder: Path, pairs: list[tuple[int, int]], how: str
+) -> dict[tuple[str, int, int], Outcome]:
+    """What comes of every job and pair of numbers of ranks. All ranks of the largest mesh call it; the first has all of
+    it.
 
     Args:
         meshes: by how many ranks they have.
@@ -200,30 +240,33 @@ def outcomes(
     for n in meshes:
         own = [k for saving, k in pairs if saving == n]
         checkpoint = folder / f"{n}"
-        before = saved(case, kept, meshes[n], checkpoint, how) if own and meshes[n].get_coordinate() else None
+        before = saved(jobs, meshes[n], checkpoint, how) if own and meshes[n].get_coordinate() else None
         dist.barrier()
         for k in own:
-            if meshes[k].get_coordinate():
-                after = loaded(case, kept, meshes[k], checkpoint, how)
-                if before is not None:
-                    far = [apart(*two) for two in zip(before, after, strict=True)]
-                    found[n, k] = Outcome(far[0], far[1], 0.0 if n == k else rounding(kept), n == k)
+            after = loaded(jobs, meshes[k], checkpoint, how) if meshes[k].get_coordinate() else None
+            for name, job in jobs.items() if before and after else ():
+                far = [apart(x[name], y[name]) for x, y in zip(before, after, strict=True)]
+                allowed = 0.0 if n == k else ROUNDING.get(job.kept.states, 0.0)
+                found[name, n, k] = Outcome(*far, allowed, n == k)
             dist.barrier()
     return found
 
 
 def changed(
-    case: Case, kept: tuple[Kept, Kept], mesh: DeviceMesh | None, folder: Path, how: str, partial: bool
-) -> Outcome:
-    """What comes of a checkpoint that is loaded with other options than it was saved with: of what both have, and
+    jobs: dict[str, tuple[Job, Job]], mesh: DeviceMesh | None, folder: Path, how: str, partial: bool
+) -> dict[str, Outcome]:
+    """What comes of checkpoints that are loaded with other options than they were saved with: of what both have, and
     later of the parameters.
     """
-    before = saved(case, kept[0], mesh, folder, how)
+    before = saved({name: job for name, (job, _) in jobs.items()}, mesh, folder, how)
     dist.barrier()
-    after = loaded(case, kept[1], mesh, folder, how, partial)
+    after = loaded({name: job for name, (_, job) in jobs.items()}, mesh, folder, how, partial)
     dist.barrier()
-    both = before.values.keys() & after.values.keys()
-    params = [name for name in both if " of " not in name]
-    values = apart({name: before.values[name] for name in both}, {name: after.values[name] for name in both})
-    later = apart({name: before.later[name] for name in params}, {name: after.later[name] for name in params})
-    return Outcome(values, later, rounding(kept[1]), False)
+    found = {}
+    for name, (_, job) in jobs.items():
+        both = before.values[name].keys() & after.values[name].keys()
+        params = [part for part in both if " of " not in part]
+        values = apart(*({part: x.values[name][part] for part in both} for x in (before, after)))
+        later = apart(*({part: x.later[name][part] for part in params} for x in (before, after)))
+        found[name] = Outcome(values, later, ROUNDING.get(job.kept.states, 0.0), False)
+    return found

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from resharding import RULES, Kept, changed, outcomes
+from resharding import RULES, Job, Kept, changed, outcomes
 from sharding import sharded, step
 from table import CASES, KINDS, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
@@ -280,64 +280,71 @@ def test_checkpoint_round_trip(full, ranks, backend, tmp_path):
         assert resumed == straight
 
 
-# Each kind of what is kept; of an optimizer that keeps a matrix whole, and one whose states are not like the parameter.
-RESHARDED = [
-    ("AdamW", Kept("int8", "float32", False), "nested"),
-    ("AdamW", Kept("int8", "split32", True), "flat"),
-    ("AdamW", Kept("int4", "split24", True), "async"),
-    ("AdamW", Kept(torch.bfloat16, "stochastic", True), "nested"),
-    ("AdamW", Kept(None, "kahan", False), "nested"),
-    ("AdamW", Kept("int4", "master", False), "flat"),
-    ("Muon", Kept("int8", "float32", False), "nested"),
-    ("SOAP", Kept(None, "float32", False), "flat"),
-    ("Adafactor", Kept(None, "float32", True), "nested"),
-]
+# Each kind of what is kept; and whole matrices.
+RESHARDED = {
+    "nested": [
+        Job(RULES["AdamW"], Kept("int8", "float32", False)),
+        Job(RULES["AdamW"], Kept(torch.bfloat16, "stochastic", True)),
+        Job(RULES["AdamW"], Kept(None, "kahan", False)),
+        Job(RULES["Muon"], Kept("int8", "float32", False)),
+        Job(RULES["Adafactor"], Kept(None, "float32", True)),
+    ],
+    "flat": [
+        Job(RULES["AdamW"], Kept("int8", "split32", True)),
+        Job(RULES["AdamW"], Kept("int4", "master", False)),
+        Job(RULES["SOAP"], Kept(None, "float32", False)),
+    ],
+    "async": [Job(RULES["AdamW"], Kept("int4", "split24", True))],
+}
 
 
 def resharded(mesh, folder):
-    meshes = {1: DeviceMesh("cpu", [0]), 2: mesh}
-    found = {}
-    for number, (name, kept, how) in enumerate(RESHARDED):
-        path = pathlib.Path(folder) / str(number)
-        own = outcomes(RULES[name], kept, meshes, path, [*itertools.product(meshes, meshes)], how)
-        found |= {(name, str(kept), how, *pair): one for pair, one in own.items()}
-    return found
+    meshes, found = {1: DeviceMesh("cpu", [0]), 2: mesh}, []
+    for how, jobs in RESHARDED.items():
+        named = {f"{job.case.name}, {job.kept}, {how}": job for job in jobs}
+        pairs = [*itertools.product(meshes, meshes)]
+        found += outcomes(named, meshes, pathlib.Path(folder) / how, pairs, how).items()
+    return dict(found)
 
 
 def test_checkpoints_on_another_number_of_ranks(ranks, tmp_path):
     """``benchmarks/dcp_matrix.py`` takes all optimizers and options, and four ranks."""
     found = ranks.run(resharded, str(tmp_path))[0]
-    assert len(found) == 4 * len(RESHARDED)
-    assert {case: one for case, one in found.items() if not one.good} == {}
+    assert len(found) == 4 * sum(map(len, RESHARDED.values()))
+    assert {name: one for name, one in found.items() if not one.good} == {}
 
 
-STORED = Kept(None, "storage", False)
+FLOAT32, STORED = Kept(None, "float32", False), Kept(None, "storage", False)
+# What is saved, and what it is loaded into; and where the checkpoint lacks some of that.
 CHANGED = [
-    # What is saved, what is loaded into, whether the checkpoint lacks some of that.
-    (Kept(None, "float32", False), Kept("int8", "float32", False), False),
-    (Kept("int8", "float32", False), Kept(None, "float32", False), False),
-    (Kept("int8", "float32", False), Kept("int4", "float32", False), False),
-    (Kept("int4", "float32", False), Kept(torch.float32, "float32", False), False),
-    (Kept(None, "float32", True), Kept(None, "float32", False), False),
-    (Kept(None, "float32", False), Kept(None, "float32", True), True),
-    (STORED, STORED._replace(precision="master"), True),
-    (STORED._replace(precision="split32"), STORED, False),
+    (FLOAT32, FLOAT32._replace(states="int8")),
+    (FLOAT32._replace(states="int8"), FLOAT32),
+    (FLOAT32._replace(states="int8"), FLOAT32._replace(states="int4")),
+    (FLOAT32._replace(states="int4"), FLOAT32._replace(states=torch.float32)),
+    (FLOAT32._replace(averages=True), FLOAT32),
+    (STORED._replace(precision="split32"), STORED),
+]
+LACKING = [
+    (FLOAT32, FLOAT32._replace(averages=True)),
+    (STORED, STORED._replace(precision="master")),
+    (STORED, STORED._replace(precision="split24", states="int4")),
 ]
 
 
 def with_other_options(mesh, folder):
-    found = {}
-    for number, (before, after, partial) in enumerate(CHANGED):
+    found = []
+    for partial, pairs in ((False, CHANGED), (True, LACKING)):
+        jobs = {f"{a} to {b}": (Job(RULES["AdamW"], a), Job(RULES["AdamW"], b)) for a, b in pairs}
         for how, where in (("nested", mesh), ("flat", mesh), ("nested", None)):
-            path = pathlib.Path(folder) / f"{number} {how} {where is None}"
-            one = changed(RULES["AdamW"], (before, after), where, path, how, partial)
-            found[f"{before} to {after}, {how}{', whole' if where is None else ''}"] = one
-    return found
+            name = f"{how}{', whole' if where is None else ''}{', partial' if partial else ''}"
+            own = changed(jobs, where, pathlib.Path(folder) / name, how, partial)
+            found += [((job, name), one) for job, one in own.items()]
+    return dict(found)
 
 
 def test_a_checkpoint_goes_into_other_options(ranks, tmp_path):
     for found in ranks.run(with_other_options, str(tmp_path)):
-        assert {case: one for case, one in found.items() if not one.good} == {}
+        assert {name: one for name, one in found.items() if not one.good} == {}
         assert max(one.later for one in found.values()) < 0.02
 
 

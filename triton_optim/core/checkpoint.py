@@ -19,6 +19,7 @@ from ..precision.codecs import PRECISION, STATE_CODES, state_codec
 from ..precision.kept import convert_state, current_codec
 from ..spec import Update
 from ..util.devices import moved
+from ..util.layout import local
 from .loadable import Checks
 from .saved_form import AGAIN, names_of, saved_states
 
@@ -67,12 +68,16 @@ def numbered(optimizer: Update, state_dict: dict[str, Any]) -> Iterator[tuple[An
 
 
 def without_left(optimizer: Update, probe: Probe, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without the float32 copies that a probe made of other weights, and no checkpoint has replaced."""
+    """A state dict without the float32 copies that a probe made of other weights, and no checkpoint has replaced.
+
+    Into empty shards nothing is loaded in any case: theirs go with the others, so that all ranks have the same states.
+    """
     states = dict(state_dict["state"])
-    for i, p in numbered(optimizer, state_dict) if probe else ():
-        state = states.get(i)
-        if isinstance(state, Mapping) and probe.left(p, "master", state.get("master")):
-            states[i] = {name: value for name, value in state.items() if name != "master"}
+    pairs = numbered(optimizer, state_dict) if probe else ()
+    masters = {i: (p, states[i].get("master")) for i, p in pairs if isinstance(states.get(i), Mapping)}
+    left = [i for i, (p, master) in masters.items() if probe.left(p, "master", master)]
+    if any(local(masters[i][1]).numel() for i in left):
+        states |= {i: {name: value for name, value in states[i].items() if name != "master"} for i in left}
     return {**state_dict, "state": states}
 
 

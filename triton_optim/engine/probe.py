@@ -47,10 +47,10 @@ class Probe:
         return [p for p, made in self._made.items() if p in states and are_contents(states[p], made)]
 
     def left(self, p: Tensor, name: str, value: Any) -> bool:
-        """Whether a value of a state dict is what the probe made of weights that have been replaced since: the
-        checkpoint that was loaded into the state dict has none. Into an empty shard nothing is written in any case.
+        """Whether a value of a state dict is what the probe made of the weights that there were, and nothing was loaded
+        into it.
         """
-        return holds(self._made.get(p, []), name, value) and local(value).numel() > 0
+        return holds(self._made.get(p, []), name, value)
 
     def gradients(self, optimizer: Update, params: list[Tensor]) -> list[Tensor | None]:
         """Those with which such a step would make the same states."""
