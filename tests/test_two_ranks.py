@@ -381,7 +381,9 @@ def flattened_by_fsdp(mesh, state_dtype, precision):
 
 
 @pytest.mark.parametrize(
-    ("state_dtype", "precision"), [("int8", "storage"), (None, "split32"), ("int8", "split32")], ids=str
+    ("state_dtype", "precision"),
+    [("int8", "storage"), (None, "split32"), ("int8", "split32"), (torch.float32, "master")],
+    ids=str,
 )
 def test_states_of_parameters_that_fsdp_flattened_are_resumed(state_dtype, precision, ranks):
     for same in ranks.run(flattened_by_fsdp, state_dtype, precision):
