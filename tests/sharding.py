@@ -8,6 +8,7 @@ import torch.distributed as dist
 from references import adamw
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,9 +27,11 @@ def playing(rank, device, shape=(RANKS,), names=None):
 
 
 def own_part(full, mesh, placements):
-    """What `placements` put on this rank: as torch.chunk cuts it, with nothing left for the last ranks."""
-    for dim, placement in enumerate(placements):
-        if isinstance(placement, Shard):
+    """What `placements` put on this rank: as torch.chunk cuts it, with nothing left for the last ranks. A strided shard
+    is cut from what the dimensions after it have cut.
+    """
+    for dim, placement in sorted(enumerate(placements), key=lambda pair: isinstance(pair[1], _StridedShard)):
+        if isinstance(placement, (Shard, _StridedShard)):
             parts = full.chunk(mesh.size(dim), placement.dim)
             place = mesh.get_local_rank(dim)
             full = parts[place] if place < len(parts) else full.narrow(placement.dim, 0, 0)

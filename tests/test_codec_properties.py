@@ -18,7 +18,16 @@ from torch.nn import Parameter
 import triton_optim
 from triton_optim.core.convert import master
 from triton_optim.precision import codecs
-from triton_optim.precision.codecs import Codec, new_parts, part_names, read, stochastic, with_residual, write
+from triton_optim.precision.codecs import (
+    Codec,
+    new_parts,
+    part_names,
+    read,
+    restore_scales,
+    stochastic,
+    with_residual,
+    write,
+)
 from triton_optim.precision.random_bits import bits_of_elements, row_key, tensor_keys
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -76,6 +85,24 @@ def values(numel: int, exponent: int, wide: bool, seed: int) -> Tensor:
 def bits(numel: int, seed: int) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=random, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("codec", CODES, ids=lambda codec: codec.name)
+@quickly
+@given(exponent=st.integers(-20, 20), wide=st.booleans(), seed=seeds)
+def test_codes_of_values_that_were_read_of_codes_are_the_same(
+    codec: Codec, exponent: int, wide: bool, seed: int
+) -> None:
+    """With their scales, so that what is saved as values is resumed bit for bit."""
+    x = values(4096 + codec.block_size // 2, exponent, wide, seed)
+    x = x.abs() if codec.name.startswith("u") else x
+    parts = new_parts(codec, x)
+    write(codec, parts, x, random=bits(x.numel(), seed))
+    value = read(codec, parts, x)
+    again = new_parts(codec, value)
+    restore_scales(codec, again, value)
+    assert torch.equal(read(codec, again, x), value)
+    assert torch.equal(again[0], parts[0])
 
 
 def kept(codec: Codec, x: Tensor, random: Tensor | None) -> list[Tensor]:

@@ -2,6 +2,8 @@
 communication: test_two_ranks.py.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.nn import Parameter
 
 import triton_optim as to
 from triton_optim.engine.plan import Plan
+from triton_optim.precision.random_bits import first_index
 from triton_optim.util.layout import parts_of
 
 # Any placement, on any rank.
@@ -58,20 +61,52 @@ def test_local_shards_are_updated_and_the_state_is_placed_as_its_parameter(place
     assert sum(elements) == copies * 30
 
 
-def test_parameters_that_are_sharded_after_the_optimizer_was_made_are_looked_at(device):
-    """As trainers do that set up all and then shard the model."""
-    with playing(0, device, (RANKS,)) as mesh:
-        opt = to.AdamW([Parameter(torch.ones(64, 80))], state_dtype="int8", backend="eager")
-        p = Parameter(sharded(torch.ones(64, 80), mesh, [Shard(0)]))
-        opt.param_groups[0]["params"] = [p]
-        p.grad = sharded(torch.ones(64, 80), mesh, [Shard(0)])
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"int8.* has blocks in the order of memory, which another sharding"):
-                opt.step()
-        assert not opt.state
-        opt.param_groups[0]["state_dtype"] = None
-        opt.step()
-        assert opt.state[p]["step"] == 1
+@pytest.mark.parametrize(("state_dtype", "nbytes"), [("int8", 2 * (1 + 4 / 256)), ("int4", 2 * (0.5 + 2 / 64))])
+@pytest.mark.parametrize("late", [False, True], ids=["sharded first", "sharded later"])
+def test_memory_of_codes_of_shards(state_dtype, nbytes, late, device):
+    """On 1, 2 and 4 ranks; and as trainers do that set up all and then shard the model."""
+    for ranks, placements in ((1, [Replicate(), Replicate()]), (2, [Replicate(), Shard(0)]), (4, [Shard(0), Shard(1)])):
+        with playing(RANKS - 1, device, (2, 2)) as mesh:
+            p = Parameter(sharded(values((128, 256), 0, device), mesh, placements))
+            opt = to.AdamW([Parameter(torch.ones(64, 80)) if late else p], state_dtype=state_dtype, backend="eager")
+            opt.param_groups[0]["params"] = [p]
+            step(opt, [p], [sharded(values((128, 256), 1, device), mesh, placements)])
+            held = sum(t.nbytes for name, t in opt.state[p].items() if name != "step")
+            assert held == nbytes * 128 * 256 / ranks
+            assert held == sum(to.memory_report(opt).states.values())
+
+
+CODED = {**PLACEMENTS, "strided": ((2, 2), [_StridedShard(0, split_factor=2), Shard(0)])}
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("placed", list(CODED))
+def test_shards_have_codes_of_their_own_and_hand_out_their_values(placed, state_dtype, backend, device):
+    """A shard is updated as a tensor of its own would be. What is saved is placed as the parameter, and the codes made
+    of it are the same.
+    """
+    shape, placements = CODED[placed]
+    with playing(0, device, shape) as mesh:
+        make = {"state_dtype": state_dtype, "backend": backend, **SETTINGS}
+        p = Parameter(sharded(values((257, 70), 0, device), mesh, placements))
+        twin = Parameter(local(p.detach()).clone())
+        opt, alone = to.AdamW([p], **make), to.AdamW([twin], **make)
+        for k in range(1, 4):
+            g = sharded(values((257, 70), k, device), mesh, placements)
+            step(opt, [p], [g])
+            step(alone, [twin], [local(g)])
+        for name, value in alone.state[twin].items():
+            assert torch.equal(opt.state[p][name], value), name
+        assert torch.equal(local(p.detach()), twin.detach())
+        saved = opt.state_dict()
+        for name in ("exp_avg", "exp_avg_sq"):
+            value = saved["state"][0][name]
+            assert (value.shape, value.dtype, value.placements) == (p.shape, torch.float32, p.placements)
+        again = to.AdamW([p], **make)
+        again.load_state_dict(saved)
+        assert again.state[p].keys() == opt.state[p].keys()
+        for name, value in again.state[p].items():
+            assert torch.equal(value, opt.state[p][name]), name
 
 
 def test_empty_shard_counts_its_steps_and_launches_nothing(backend, device, monkeypatch):
@@ -307,14 +342,6 @@ def test_shards_are_rounded_with_the_bits_of_the_whole(backend_name, device):
             assert torch.equal(local(p.detach()), own_part(whole.detach(), mesh, [Shard(0)]))
 
 
-def test_shards_of_columns_are_not_rounded_stochastically(device):
-    with playing(0, device) as mesh:
-        p = Parameter(sharded(values((2, 8), 0, device).to(torch.bfloat16), mesh, [Shard(1)]))
-        opt = to.AdamW([p], **SETTINGS, param_precision="stochastic", backend="eager")
-        with pytest.raises(RuntimeError, match="whole rows"):
-            step(opt, [p], [sharded(values((2, 8), 1, device).to(torch.bfloat16), mesh, [Shard(1)])])
-
-
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_parts_of_parameters_that_tensor_parallel_and_fsdp_cut(rank):
     layers = [torch.nn.Linear(7, 10, bias=False), torch.nn.Linear(10, 7, bias=False)]
@@ -337,3 +364,28 @@ def test_parts_of_parameters_that_tensor_parallel_and_fsdp_cut(rank):
         (own,), (shape,) = parts_of(p, [(rank // 2, rank % 2)])
         assert shape == (6, 2)
         assert rows[own][:, 0].tolist() == [8.0 * k + 4 * (rank % 2) + 2 * j for k in range(3) for j in range(2)]
+
+
+@pytest.mark.parametrize("placed", ["columns", "rows and columns", "hybrid columns", "strided", "strided columns"])
+def test_no_element_has_the_random_bits_of_another(placed, device):
+    """Of any placement; replicas have the same."""
+    shape, placements = {
+        **CODED,
+        "hybrid columns": ((2, 2), [Replicate(), Shard(1)]),
+        "strided columns": ((2, 2), [_StridedShard(1, split_factor=2), Shard(1)]),
+    }[placed]
+    taken, start = {}, values((5, 7), 0, device).to(torch.bfloat16)
+    for rank in range(RANKS):
+        with playing(rank, device, shape) as mesh:
+            shard = sharded(start, mesh, placements)
+            place = tuple(mesh.get_coordinate()[i] for i, kind in enumerate(placements) if not kind.is_replicate())
+            first = first_index(shard)
+            taken.setdefault(place, set()).add((first, first + local(shard).numel()))
+            if rank == 0:
+                p = Parameter(shard)
+                opt = to.AdamW([p], **SETTINGS, param_precision="stochastic", backend="eager")
+                step(opt, [p], [sharded(start, mesh, placements)])
+                assert opt.state[p]["step"] == 1
+    assert all(len(own) == 1 for own in taken.values())
+    spans = sorted(span for own in taken.values() for span in own)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

@@ -49,7 +49,7 @@ class Options(OptionsAfterForeach, total=False):
     state_dtype: keep the states in float32, bfloat16, "int8" or "int4"; None for the parameter's dtype.
         ``torch.bfloat16`` has stochastic rounding. ``"int8"`` and ``"int4"`` are codes that share a scale, 256 and 64
         of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of others
-        are float32. A dtype may be given by its name, ``"bfloat16"``. A group option, too:
+        are float32. Of a sharded parameter each shard has codes of its own. A dtype may be given by its name, ``"bfloat16"``. A group option, too:
         ``{"params": ..., "state_dtype": None}`` exempts a group.
     param_precision: how 16-bit parameters are rounded, and whether what rounding leaves is kept.
         ``"storage"`` rounds to the nearest, and loses updates of less than half a step; ``"stochastic"`` rounds up or
@@ -59,7 +59,7 @@ class Options(OptionsAfterForeach, total=False):
         a model that becomes bfloat16 later, or that is so in part, may have it.
     seed: an int that the random bits of stochastic rounding depend on.
         They depend on the number of the update, too, on the index of the parameter among the optimizer's and on that of
-        the element, and on nothing else.
+        the element, and on nothing else; of shards that are not of whole rows, on which shard it is.
     amp: "fused" unscales the gradients of a GradScaler and skips infinite ones, inside the update.
         The host waits for nothing where Triton runs the rule, and nothing else before it. `max_grad_norm` is then of
         the gradients without their factor, and ``unscale_`` is not needed. None leaves both to the scaler.

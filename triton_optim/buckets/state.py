@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..spec import Update
+from ..util.layout import local
 
 
 class WatchedState(dict[str, Any]):
@@ -63,6 +64,11 @@ def contents(state: dict[str, Any]) -> list[tuple[str, Any, int]]:
     return [(name, value, _writes(value)) for name, value in state.items()]
 
 
+def holds(before: list[tuple[str, Any, int]], name: str, value: Any) -> bool:
+    """Whether a value is the one that a state held by this name, and was not written since."""
+    return any(n == name and v is value and w == _writes(v) for n, v, w in before)
+
+
 def are_contents(state: dict[str, Any], before: list[tuple[str, Any, int]]) -> bool:
     """Whether a state holds what it held, and nothing was written since."""
     same = ((n, w) == (name, _writes(v)) and v is value for (n, value, w), (name, v) in zip(before, state.items()))  # noqa: B905
@@ -70,4 +76,7 @@ def are_contents(state: dict[str, Any], before: list[tuple[str, Any, int]]) -> b
 
 
 def _writes(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    if not isinstance(value, Tensor):
+        return 0
+    own = local(value)  # which is written past a DTensor
+    return 0 if own.is_inference() else own._version

@@ -8,21 +8,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..buckets.state import WatchedState
 from ..buckets.step_scalars import scalar_state_dtype
+from ..engine.probe import Probe
+from ..engine.processes import in_process_group
 from ..options import OPTIONS, saved_dtype
-from ..precision.codecs import PRECISION
+from ..precision.codecs import PRECISION, STATE_CODES, state_codec
+from ..precision.kept import convert_state, current_codec
 from ..spec import Update
 from ..util.devices import moved
+from ..util.layout import local
 from .loadable import Checks
 from .saved_form import AGAIN, names_of, saved_states
 
 CPU = torch.device("cpu")
 
 
-def packed(optimizer: Update) -> dict[str, Any]:
-    """The state dict, as torch packs it: parameters are their numbers."""
+def packed(optimizer: Update, begun: bool) -> dict[str, Any]:
+    """The state dict, as torch packs it: parameters are their numbers.
+
+    In a process group it is one that torch.distributed.checkpoint loads into any choice of ``state_dtype``: into the
+    keys and shapes of another optimizer's. Values stand in place of codes, and what a group has of options it says even
+    where it was not asked for, as another may have been.
+
+    Args:
+        begun: whether there are states, other than of a probe. One that is asked for its state dict to load into it
+            asks for no more than it was given, so that a checkpoint of torch.optim will do.
+    """
+    grouped = in_process_group()
+    unsaid = {name: OPTIONS[name] for name in PRECISION} if grouped and begun else {}
     numbers_of: dict[int, int] = {}
     groups, start = [], 0
     for group in optimizer.param_groups:
@@ -34,18 +50,35 @@ def packed(optimizer: Update) -> dict[str, Any]:
         )
         numbers = list(own.values()) if len(numbers_of) == end else [numbers_of[id(p)] for p in params]
         kept = {name: saved_dtype(value) for name, value in group.items() if name != "params"}
-        groups.append(kept | {"params": numbers})
+        groups.append(unsaid | kept | {"params": numbers})
         start = end
     keys: list[Any] = list(map(numbers_of.get, map(id, optimizer.state)))
     if None in keys:
         keys = [numbers_of[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
-    return {"state": dict(zip(keys, saved_states(optimizer, optimizer.state), strict=True)), "param_groups": groups}
+    states = dict(zip(keys, saved_states(optimizer, optimizer.state, decoded=grouped), strict=True))
+    if grouped:  # ranks gather them one after the other, and may have made them in another order
+        states = {i: states[i] for i in range(start) if i in states} | states
+    return {"state": states, "param_groups": groups}
 
 
 def numbered(optimizer: Update, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
     """The parameters, with what the state dict calls each."""
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         yield from zip(saved["params"], group["params"], strict=True)
+
+
+def without_left(optimizer: Update, probe: Probe, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without the float32 copies that a probe made of other weights, and no checkpoint has replaced.
+
+    Into empty shards nothing is loaded in any case: theirs go with the others, so that all ranks have the same states.
+    """
+    states = dict(state_dict["state"])
+    pairs = numbered(optimizer, state_dict) if probe else ()
+    masters = {i: (p, states[i].get("master")) for i, p in pairs if isinstance(states.get(i), Mapping)}
+    left = [i for i, (p, master) in masters.items() if probe.left(p, "master", master)]
+    if any(local(masters[i][1]).numel() for i in left):
+        states |= {i: {name: value for name, value in states[i].items() if name != "master"} for i in left}
+    return {**state_dict, "state": states}
 
 
 def loaded_groups(optimizer: Update, state_dict: Any) -> list[dict[str, Any]]:
@@ -93,6 +126,7 @@ def loaded_states(optimizer: Update, state_dict: Any, groups: list[dict[str, Any
         for i, p in zip(saved["params"], own["params"], strict=True):
             if i in given:
                 states[i] = ready_state(optimizer, group, dtypes, p, states[i])
+                encode_states(optimizer, group, p, states[i])
     return {params.get(i, i): WatchedState(states[i]) if i in states else state for i, state in given.items()}
 
 
@@ -111,6 +145,17 @@ def ready_state(
         else:
             state[name] = moved(value, device)
     return state
+
+
+def encode_states(optimizer: Update, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+    """Make codes of the states that a group keeps so: until the next step all would be there in float32."""
+    if group.get("state_dtype") not in STATE_CODES or is_lazy(p):
+        return
+    variant = optimizer.running_variant(group)
+    for name in (*variant.state_names, *(optimizer.coded_names if variant.prologue else ())):
+        held = current_codec(optimizer, state, name, p)
+        if held is not None and (codec := state_codec(optimizer, group, name, p, held)).block_size:
+            convert_state(optimizer, state, name, p, codec)
 
 
 def own_number(

@@ -13,10 +13,12 @@ from torch import Tensor
 from ..precision.codecs import CODES_VERSION, SCALE, codes, in_blocks, new_parts, part_names, read
 from ..precision.kept import check_state, current_codec
 from ..spec import AVERAGE, COUNT, Update
-from ..util.layout import ORDINARY, local
+from ..util.layout import ORDINARY, is_flattened, is_sharded, local, with_local
 
 # What is saved of a quantized state, under its name: no other reader takes a dict for a tensor, whatever its shape.
 CODES = ("codes", SCALE, "bits", "signed", "block", "version")
+
+BYTES = ("residual", "residual_low")  # states of int8 that are no codes
 
 # Of what kinds the values of a state are that is held as it is saved.
 HELD = frozenset((*ORDINARY, int, float))
@@ -48,7 +50,7 @@ def names_of(optimizer: Update) -> Names:
     return Names(elementwise, scales, frozenset(counted), frozenset(counted | {COUNT}))
 
 
-def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
+def saved_states(optimizer: Update, states: Mapping[Any, Any], decoded: bool = False) -> list[Any]:
     """States as they are saved, in their order: with numbers that share memory with no other's, and codes that say how
     they are read.
 
@@ -57,6 +59,7 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
 
     Args:
         states: by parameter, or by what else there may be states of.
+        decoded: whether values stand in place of codes.
     """
     names = names_of(optimizer)
     saved = [dict(state) if isinstance(state, dict) else state for state in states.values()]
@@ -72,17 +75,35 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any]) -> list[Any]:
     if not names.scales.isdisjoint(there):
         for p, state in zip(states, saved, strict=True):
             if isinstance(p, Tensor) and isinstance(state, dict) and not names.scales.isdisjoint(state):
-                describe_codes(optimizer, names, state, p)
+                describe_codes(optimizer, names, state, p, decoded)
+    for i, (p, state) in enumerate(zip(states, saved, strict=True)) if decoded else ():
+        if isinstance(state, dict) and is_flattened(p):
+            hand_out_in_one_dtype(state)
+        elif isinstance(state, dict) and isinstance(p, Tensor) and is_sharded(p):
+            saved[i] = dict(sorted(state.items()))  # the ranks, which gather them in this order, may have made others
     return saved
 
 
-def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor) -> None:
+def hand_out_in_one_dtype(state: dict[str, Any]) -> None:
+    """Give residuals the dtype of the other states, in which they are exact: FullyShardedDataParallel gathers those of
+    one dtype only.
+    """
+    dtypes = {v.dtype for v in state.values() if isinstance(v, Tensor) and v.dim() and v.is_floating_point()}
+    for name in BYTES if len(dtypes) == 1 else ():
+        if name in state:
+            state[name] = state[name].to(*dtypes)
+
+
+def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor, decoded: bool) -> None:
     """Replace codes and scales by what is saved of quantized states."""
     for name in names.elementwise:
         if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
             continue
         scale = state.pop(f"{name}_{SCALE}")
-        if codec.block_size:  # else a value was put in place of codes, and their scales are left over
+        if codec.block_size and decoded:
+            value = read(codec, [state[name], scale], local(p))
+            state[name] = with_local(p, value.to(torch.promote_types(p.dtype, torch.float32)))
+        elif codec.block_size:  # else a value was put in place of codes, and their scales are left over
             bits, signed = 8 // codec.elements_per_item[0], int(not optimizer.is_nonnegative(name))
             kept = (state[name], scale, bits, signed, codec.block_size, CODES_VERSION)
             state[name] = dict(zip(CODES, kept, strict=True))
@@ -102,6 +123,8 @@ def loaded_state(optimizer: Update, index: Any, p: Tensor, state: Mapping[str, A
         RuntimeError: its codes are not those of so many elements, or of a version that is not known, or hold what the
             optimizer says they never do.
     """
+    if is_flattened(p):  # see hand_out_in_one_dtype
+        state = {name: v.to(torch.int8) if name in BYTES and isinstance(v, Tensor) else v for name, v in state.items()}
     if HELD.issuperset(map(type, state.values())):  # as most are: nothing is quantized
         return dict(state)
     names = elementwise_names(optimizer)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..buckets.state import WatchedState, watch
 from ..engine.engine import Engine
 from ..spec import Update
-from .checkpoint import fill_in, loaded_groups, loaded_states, packed
+from .checkpoint import fill_in, loaded_groups, loaded_states, packed, without_left
 from .loadable import check_groups, check_keys
 from .saved_form import loaded_state, saved_states
 
@@ -44,14 +44,16 @@ class SavedOptimizer(Optimizer, Update):
         """The state as in torch.optim. Steps that share memory are handed out as tensors of their own.
 
         A quantized state is a dict of its codes, their scales and how they are read. torch.optim cannot take it for a
-        tensor: its step raises. It can have :func:`to_torch_state_dict`.
+        tensor: its step raises. It can have :func:`to_torch_state_dict`. Where a torch.distributed process group is
+        initialized it is its values in float32, placed as the parameter, and the codes made of them again are the same:
+        torch.distributed.checkpoint then saves and loads on any number of ranks, into any ``state_dtype``.
         """
         self.engine.check_not_swapped("state_dict()")
         self.engine.probe_again()
         # As torch's own, in one pass: another one over its result would take as long again.
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state_dict = packed(self)
+        state_dict = packed(self, begun=bool(self.state) and not self.engine.probe)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -77,6 +79,7 @@ class SavedOptimizer(Optimizer, Update):
 
         def ready(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             check_groups(self, state_dict)
+            state_dict = without_left(self, self.engine.probe, state_dict)
             groups = loaded_groups(self, state_dict)
             # What is by parameter torch leaves as it is: else it would look for each value's parameter in all groups.
             states = loaded_states(self, state_dict, groups)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buckets.state import are_contents, contents
+from ..buckets.state import are_contents, contents, holds
 from ..spec import Update
 from ..util.layout import local
 
@@ -45,6 +45,12 @@ class Probe:
         """The parameters whose states are as the probe made them."""
         states = optimizer.state
         return [p for p, made in self._made.items() if p in states and are_contents(states[p], made)]
+
+    def left(self, p: Tensor, name: str, value: Any) -> bool:
+        """Whether a value of a state dict is what the probe made of the weights that there were, and nothing was loaded
+        into it.
+        """
+        return holds(self._made.get(p, []), name, value)
 
     def gradients(self, optimizer: Update, params: list[Tensor]) -> list[Tensor | None]:
         """Those with which such a step would make the same states."""

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from ..spec import Update
+from ..util.layout import is_flattened
+
+
+def in_process_group() -> bool:
+    """Whether this process is in a process group, perhaps alone."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def several() -> bool:
     """Whether this process is one of several that train together."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return in_process_group() and torch.distributed.get_world_size() > 1
 
 
 def instances(module: str, name: str) -> Iterator[Any]:
@@ -45,7 +50,7 @@ def check_norm_is_whole(optimizer: Update, params: Iterable[Tensor]) -> None:
     if not several():
         return
     asked = f"{type(optimizer).__name__}: max_grad_norm={optimizer.max_grad_norm} would limit the norm of the gradients"
-    if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in params):
+    if any(map(is_flattened, params)):
         raise RuntimeError(
             f"{asked} that this process keeps of a FullyShardedDataParallel. Leave it None and call the module's "
             "clip_grad_norm_() before the step, or use fully_shard, whose parameters say how they are sharded."

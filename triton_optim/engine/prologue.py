@@ -13,7 +13,7 @@ from ..buckets.bucket import Bucket
 from ..buckets.slots import ParamSlot
 from ..buckets.step_scalars import StepScalars, step_scalars_for
 from ..precision.codecs import Codec, part_names, read, state_codec, write
-from ..precision.random_bits import bits_of_parameter, first_index
+from ..precision.random_bits import bits_of_parameter
 from ..spec import Update
 from ..util.hyperparameters import plain_group
 from ..util.layout import is_sharded, local, mesh_of, with_local
@@ -141,8 +141,6 @@ def coded_of(optimizer: Update, group: dict[str, Any], slots: list[ParamSlot]) -
             codec = state_codec(optimizer, group, name, m.p)
             if codec.name == "plain":
                 continue
-            if codec.random:
-                first_index(m.p)  # raises before anything changes
             parts = [local(m.state[part]) for part in (name, *part_names(codec, name))]
             value = with_local(m.p, read(codec, parts, local(m.p)))
             found.setdefault(i, []).append(Coded(name, codec, parts, value, role))

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.codecs import BLOCKS, decode, encode
+from ..kernels.codecs import BLOCKS, codes_of, decode, encode, value_of_code
 from ..kernels.language import torch_form
 from ..spec import AVERAGE, COUNT, State, Update
-from ..util.layout import is_sharded, is_wrapper, local
+from ..util.layout import is_wrapper, local
 
 # The options of a group that say how something is kept.
 PRECISION = ("state_dtype", "param_precision", "ema_dtype")
@@ -31,6 +31,7 @@ SCALE = "scale"
 CODES_VERSION = 1  # of what codes stand for (kernels/codecs.py); it is saved with them
 _DTYPE = attrgetter("dtype")
 _decode, _encode = torch_form(decode), torch_form(encode)
+_codes_of, _value_of_code = torch_form(codes_of), torch_form(value_of_code)
 
 
 class Codec(NamedTuple):
@@ -258,6 +259,27 @@ def new_parts(codec: Codec, value: Tensor, first: Tensor | None = None) -> list[
     return parts
 
 
+def restore_scales(codec: Codec, parts: Sequence[Tensor], value: Tensor) -> None:
+    """Where the values of a block were read of such codes, make the scale what it was: they are the same, bit for bit.
+
+    `write` takes the scale from the largest value. That was rounded when it was multiplied by its scale; and a code of
+    half a byte may have been rounded down from the largest one.
+    """
+    blocks = _padded(value.to(torch.float32), len(parts[1]) * codec.block_size).view(len(parts[1]), -1)
+    for ulps in (-1, 1) if parts[1].dtype == torch.float32 else (0,):
+        lost = (read(codec, parts, blocks) != blocks).any(1, keepdim=True)
+        if ulps:
+            scale = (parts[1].view(torch.int32) + ulps).view(torch.float32)
+        else:
+            second = torch.full_like(blocks[:, 0], 6.0 if codec.name == "int4" else 14.0)
+            scale = (blocks.abs().amax(1) / _value_of_code(second, codec.name)).to(parts[1].dtype)
+        own = [_codes_of(blocks, wide(scale).view(-1, 1), 0.5, codec.name).to(parts[0].dtype), scale]
+        better = lost & (read(codec, own, blocks) == blocks).all(1, keepdim=True)
+        for part, other in zip(parts, own, strict=True):
+            rows = part.view(len(lost), -1)
+            rows.copy_(torch.where(better, other.view(len(lost), -1), rows))
+
+
 def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
     """Raise ValueError where a group's ``state_dtype`` or ``param_precision`` is none of those there are, RuntimeError
     where its optimizer or its parameters cannot have it.
@@ -283,11 +305,6 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
         )
     if state_dtype is not None and any(dtype.is_complex for dtype in set(map(_DTYPE, params))):
         raise RuntimeError(f"{name}: states of complex parameters are complex, not {asked}. Leave state_dtype out.")
-    if state_dtype in STATE_CODES and any(map(is_sharded, dict(zip(map(type, params), params, strict=True)).values())):
-        raise RuntimeError(
-            f"{name}: {asked} has blocks in the order of memory, which another sharding would cut elsewhere. Use "
-            "state_dtype=torch.bfloat16 for sharded parameters."
-        )
     if not keeps_plainly(group) and group.get("differentiable"):
         raise RuntimeError(
             f"{name}: a step that rounds or codes has no derivative. Leave differentiable out, or {asked} and "

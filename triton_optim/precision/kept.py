@@ -9,7 +9,20 @@ from torch import Tensor
 
 from ..spec import Update
 from ..util.layout import in_layout_of, local, with_local
-from .codecs import HALVES, RESIDUALS, SCALE, Codec, codes, in_blocks, new_parts, part_names, plain, read, with_residual
+from .codecs import (
+    HALVES,
+    RESIDUALS,
+    SCALE,
+    Codec,
+    codes,
+    in_blocks,
+    new_parts,
+    part_names,
+    plain,
+    read,
+    restore_scales,
+    with_residual,
+)
 
 
 def current_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
@@ -37,11 +50,12 @@ def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict
     if codec is not None and codec.block_size:
         scale = state[f"{name}_{SCALE}"]
         current = value.numel() * codec.elements_per_item[0]
-        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= current - p.numel() < codec.block_size
+        numel = local(p).numel()
+        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= current - numel < codec.block_size
         if not fits or current != codec.block_size * scale.numel():
             raise RuntimeError(
                 f"{name} of parameter {index} has {value.numel():,} items of {value.dtype} and {scale.numel():,} "
-                f"scales of {scale.dtype}, which is not how {p.numel():,} elements are kept. Load a state dict of the "
+                f"scales of {scale.dtype}, which is not how {numel:,} elements are kept. Load a state dict of the "
                 "same parameters, or clear opt.state."
             )
         return
@@ -106,6 +120,8 @@ def convert_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor
     for n in names:
         del state[n]
     parts = new_parts(target, value)
+    if target.block_size:
+        restore_scales(target, parts, local(value))
     state |= dict(zip([name, *part_names(target, name)], parts, strict=True))
 
 

@@ -4,6 +4,7 @@ these, so that they are the same on every backend, on every replica and shard, a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import codecs
 from ..kernels.language import torch_form
-from ..util.layout import is_sharded, numbers_in_memory
+from ..util.layout import is_sharded, numbers_in_memory, split_over
 
 _hashed, _row_key, _tensor_key = map(torch_form, (codecs.hashed, codecs.row_key, codecs.tensor_key))
 
@@ -60,25 +61,33 @@ def tensor_numbers(first: Tensor, numbers: Tensor) -> Tensor:
 
 
 def first_index(p: Tensor) -> int:
-    """The index of the first element of this process's shard in the whole parameter, which is cut along its rows."""
+    """The index that random bits give the first element of this process's shard; those of the others follow.
+
+    Where the parameter is cut along its rows it is the index in the whole parameter, so that shards have the bits of
+    the whole. Otherwise the shards are counted, as if each was as large as the largest: no two elements have the same
+    bits, and replicas have those of each other.
+    """
     if not is_sharded(p):
         return 0
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Shard
 
     own: Any = p
-    known = (isinstance(kind, Replicate) or (type(kind) is Shard and kind.dim == 0) for kind in own.placements)
-    if not all(known):
-        raise RuntimeError(
-            f"stochastic rounding of a parameter placed {own.placements}: only shards of whole rows (Shard(0)) have "
-            'the random bits of the whole. Use state_dtype=None and param_precision="storage" for it.'
-        )
-    first, rows = 0, own.shape[0] if own.dim() else 1
-    for dim, placement in enumerate(own.placements):
-        if isinstance(placement, Shard):
-            each = -(-rows // own.device_mesh.size(dim))  # as torch.chunk
-            before = min(each * own.device_mesh.get_local_rank(dim), rows)
+    split = split_over(p)
+    sizes = [own.device_mesh.size(dim) for dim in split]
+    places = [own.device_mesh.get_local_rank(dim) for dim in split]
+    cut = [own.placements[dim].dim for dim in split]
+    if all(type(own.placements[dim]) is Shard and own.placements[dim].dim == 0 for dim in split):
+        first, rows = 0, own.shape[0] if own.dim() else 1
+        for size, place in zip(sizes, places, strict=True):
+            each = -(-rows // size)  # as torch.chunk
+            before = min(each * place, rows)
             first, rows = first + before, min(each, rows - before)
-    return first * (own.numel() // max(own.shape[0], 1) if own.dim() else 1)
+        return first * (own.numel() // max(own.shape[0], 1) if own.dim() else 1)
+    largest, shard = list(own.shape), 0
+    for size, place, dim in zip(sizes, places, cut, strict=True):
+        largest[dim] = -(-largest[dim] // size)
+        shard = shard * size + place
+    return shard * math.prod(largest)
 
 
 def bits_of_elements(key: Tensor, index: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ def mesh_of(tensor: Tensor) -> Any:
     return tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
+def is_flattened(p: Any) -> bool:
+    """Whether FullyShardedDataParallel has made `p` of a parameter, or a part of it: an ordinary tensor of its own."""
+    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
+
+
 def split_over(tensor: Tensor) -> list[int]:
     """The dimensions of a DTensor's mesh over which its elements are split: of any kind of shard, as the strided ones
     that tensor parallel and FSDP make together say that they are none.
