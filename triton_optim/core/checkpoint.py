@@ -13,7 +13,7 @@ from ..buckets.state import WatchedState
 from ..buckets.step_scalars import scalar_state_dtype
 from ..options import OPTIONS, saved_dtype
 from ..precision.codecs import PRECISION
-from ..spec import Update
+from ..spec import Update, states_device
 from ..util.devices import moved
 from .loadable import Checks
 from .saved_form import AGAIN, names_of, saved_states
@@ -55,8 +55,8 @@ def loaded_groups(optimizer: Update, state_dict: Any) -> list[dict[str, Any]]:
     stay = ("seed", "ema_decay", "ema_warmup", *optimizer.group_names)
     return [
         {name: own[name] for name in stay if name in own}
-        | {name: value for name, value in saved.items() if name not in PRECISION}
-        | {name: own[name] for name in PRECISION if name in own}
+        | {name: value for name, value in saved.items() if name not in (*PRECISION, "offload")}
+        | {name: own[name] for name in (*PRECISION, "offload") if name in own}
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
 
@@ -100,7 +100,7 @@ def ready_state(
     optimizer: Update, group: dict[str, Any], dtypes: dict[str, torch.dtype], p: Tensor, state: dict[str, Any]
 ) -> dict[str, Any]:
     """A state that fits, where it belongs: its numbers copied, the rest in the dtypes in which it was saved."""
-    device, dtype = p.device, p.dtype
+    device, dtype = states_device(group, p), p.dtype
     for name, value in state.items():
         if name in dtypes:
             state[name] = own_number(optimizer, group, p, name, value, dtypes[name])
