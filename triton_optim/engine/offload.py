@@ -124,8 +124,11 @@ class Offload:
             for link in self._links.values():
                 link.end()
             self._arrivals = {}
-            for twin in self._twins.values():
-                twin.given = None
+
+    def let_go(self) -> None:
+        """Hold no gradients until the next are bound."""
+        for twin in self._twins.values():
+            twin.given = None
 
     def wait(self) -> None:
         """Wait until all is here."""

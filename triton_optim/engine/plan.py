@@ -194,6 +194,9 @@ class Plan:
             self.buckets = [failed.get(bucket, bucket) for bucket in self.buckets]
             self._pieces = [[failed.get(bucket, bucket) for bucket in piece] for piece in self._pieces]
             return step(scaling)
+        finally:
+            if self._offload is not None:
+                self._offload.let_go()
 
     def _step_offloaded(self, scaling: Scaling | None) -> GradientStats | None:
         assert self._offload is not None
