@@ -3,8 +3,8 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -45,14 +45,30 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
                                              KEY, dtype.value_or(at::ScalarType::Float));
 }
 
+// The same memory as the CPU's.
 at::Tensor on_host(const at::Tensor &t) {
-    return t.is_cpu() ? t
-                      : at::from_blob(t.mutable_data_ptr(), t.sizes(), t.strides(), t.options().device(at::kCPU));
+    if (t.is_cpu()) return t;
+    const auto &own = t.storage();
+    c10::Storage storage(c10::Storage::use_byte_size_t(), own.nbytes(), {own.mutable_data(), at::kCPU}, nullptr, false);
+    auto seen = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                         t.dtype());
+    seen.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
+    return seen;
 }
 
 at::Tensor copy_from(const at::Tensor &from, const at::Tensor &to, bool) {
     on_host(to).copy_(on_host(from));
     return to;
+}
+
+const at::Tensor &resize(const at::Tensor &t, c10::SymIntArrayRef size, std::optional<at::MemoryFormat>) {
+    const auto sizes = C10_AS_INTARRAYREF_SLOW(size);
+    if (t.sizes() != sizes) {
+        const auto own = at::detail::empty_generic(sizes, &memory, KEY, t.scalar_type(), std::nullopt);
+        t.unsafeGetTensorImpl()->set_storage_keep_dtype(own.storage());
+        t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    }
+    return t;
 }
 
 at::Tensor copy_from_and_resize(const at::Tensor &from, const at::Tensor &to) {
@@ -71,6 +87,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("_copy_from_and_resize", copy_from_and_resize);
     m.impl("as_strided", at::native::as_strided_tensorimpl);
     m.impl("view", at::native::view);
+    m.impl("_reshape_alias", at::native::_reshape_alias);
+    m.impl("resize_", resize);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {

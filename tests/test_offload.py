@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import pytest
 import torch
 from complaints import Unchanged, explains
 from conftest import CPP
-from elsewhere import elsewhere
+from offloading import BF16, F32, each, everything, give, made, resumed, train, trained
 from sharding import playing
 from side_by_side import assert_equal
 from torch import Tensor
@@ -25,13 +24,10 @@ from triton_optim.backends.cpp import chunks
 from triton_optim.backends.cpp.bucket import CppBucket
 from triton_optim.dispatch import LaunchError
 from triton_optim.engine import offload
-from triton_optim.util.layout import local, with_local
+from triton_optim.util.layout import with_local
 from triton_optim.util.link import Link
 
 pytestmark = CPP
-BF16, F32 = torch.bfloat16, torch.float32
-SHAPES = [(160, 160), (64, 64), (7,), (4, 3, 5, 5)]
-STEPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -70,67 +66,6 @@ class Late:
             to_device.copy_(source)
 
 
-def made(dtype: torch.dtype = F32, device: Any = "cpu") -> list[Parameter]:
-    random = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=random).to(dtype) for shape in SHAPES]
-    values[3] = values[3].contiguous(memory_format=torch.channels_last)
-    return [Parameter(value.to(device)) for value in values]
-
-
-def give(params: list[Parameter], step: int, missing: tuple[int, ...] = ()) -> None:
-    random = torch.Generator().manual_seed(1000 + step)
-    for i, p in enumerate(params):
-        g = torch.randn(p.shape, generator=random).to(p.dtype)
-        p.grad = None if i in missing else g.to(p.device)
-
-
-def params_of(opt: Any) -> list[Any]:
-    return [p for group in opt.param_groups for p in group["params"]]
-
-
-def everything(opt: Any) -> list[Tensor]:
-    """Parameters and all that is kept of them, on the CPU."""
-    kept = [opt.state.get(p, {}) for p in params_of(opt)]
-    states = [state[name] for state in kept for name in sorted(state) if isinstance(state[name], Tensor)]
-    return [value.detach().cpu() for value in (*params_of(opt), *states)]
-
-
-def train(opt: Any, steps: range) -> Any:
-    for k in steps:
-        give(params_of(opt), k, missing=(1,) if k == 2 else ())
-        opt.step()
-    return opt
-
-
-def trained(cls: Any, params: list[Parameter], steps: int = STEPS, **options: Any) -> Any:
-    return train(cls(params, **options), range(steps))
-
-
-EVERYTHING = {"param_precision": "split24", "state_dtype": BF16, "ema_decay": 0.9, "ema_dtype": BF16}
-CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
-    "AdamW": (to.AdamW, F32, {}),
-    "SGD": (to.SGD, F32, {"lr": 0.1, "momentum": 0.9}),
-    "Lion": (to.Lion, F32, {}),
-    "float64": (to.AdamW, torch.float64, {}),
-    "complex": (to.AdamW, torch.complex64, {"backend": "auto"}),
-    "states float32": (to.AdamW, BF16, {"state_dtype": F32, "lr": 0.1}),
-    "int8": (to.AdamW, F32, {"state_dtype": "int8"}),
-    "int4": (to.AdamW, BF16, {"state_dtype": "int4", "param_precision": "stochastic"}),
-    "master": (to.AdamW, BF16, {"param_precision": "master", "state_dtype": F32, "ema_decay": 0.9}),
-    "kahan": (to.Lion, BF16, {"param_precision": "kahan"}),
-    "averages": (to.AdamW, F32, {"ema_decay": 0.9}),
-    "clipped": (to.AdamW, F32, {"max_grad_norm": 1.0}),
-    "everything": (to.AdamW, BF16, EVERYTHING | {"max_grad_norm": 1.0}),
-    "maximize": (to.SGD, F32, {"lr": 0.1, "maximize": True}),
-    "measured": (to.LAMB, BF16, {"lr": 0.1, "max_grad_norm": 1.0}),
-    "of the whole model": (to.Prodigy, F32, {}),
-    "before the rule": (to.Adafactor, F32, {"lr": 0.1}),
-    "made before": (to.Adagrad, F32, {"lr": 0.1}),
-    "eager": (to.AdamW, F32, {"backend": "eager"}),
-}
-each = pytest.mark.parametrize(("cls", "dtype", "options"), CASES.values(), ids=CASES)
-
-
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "link_to", Late)
@@ -145,20 +80,6 @@ def test_steps_are_those_of_the_cpp_backend(cls: Any, dtype: torch.dtype, option
     reports = [list(to.explain(opt)) for opt in (here, there)]
     assert [r.backend for r in reports[1]] == [r.backend for r in reports[0]]
     assert all(r.reason.startswith('offload="cpu" of parameters on cpu: ') for r in reports[1])
-
-
-@each
-def test_steps_of_another_device_are_those_of_the_cpu(cls: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """All that is computed is computed on the host, but for the norm."""
-    options = {"backend": "cpp"} | options
-    here = trained(cls, made(dtype), **options)
-    there = trained(cls, made(dtype, elsewhere()), offload="cpu", **options)
-    assert {p.device for p in params_of(there)} == {elsewhere()}
-    states = [value for state in there.state.values() for value in state.values() if isinstance(value, Tensor)]
-    assert {value.device.type for value in states} == {"cpu"}
-    # The norm of the device is another sum of the same squares: its last bits may differ, and one rounding with them.
-    close = {"rtol": 1e-2, "atol": 1e-2} if "max_grad_norm" in options else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(everything(there), everything(here), **close)
 
 
 @pytest.mark.usefixtures("late")
@@ -187,41 +108,8 @@ def test_a_scalers_step_is_unscaled_and_skipped(fault: float) -> None:
 
 
 @pytest.mark.parametrize("saved_where", [None, "cpu"])
-@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
-def test_training_resumes_with_and_without(saved_where: str | None, device: str) -> None:
-    where = elsewhere() if device == "elsewhere" else torch.device("cpu")
-    options = {"param_precision": "master", "state_dtype": F32, "ema_decay": 0.9}
-    if device == "elsewhere" and saved_where is None:
-        options["backend"] = "eager"
-    first = trained(to.AdamW, made(BF16, where), offload=saved_where, **options)
-    saved = pickle.loads(pickle.dumps(first.state_dict()))
-    options["backend"] = "auto"
-    resumed = []
-    for then in (None, "cpu"):
-        opt = to.AdamW([Parameter(p.detach().cpu().to(where)) for p in params_of(first)], offload=then, **options)
-        opt.load_state_dict(copy.deepcopy(saved))
-        assert opt.param_groups[0].get("offload") == then
-        assert opt.state[params_of(opt)[0]]["exp_avg"].device.type == ("cpu" if then else where.type)
-        resumed.append(everything(train(opt, range(STEPS, 2 * STEPS))))
-    # On another device what is not offloaded is eager, whose root may be rounded otherwise.
-    close = {"rtol": 0, "atol": 0} if device == "cpu" else {}
-    torch.testing.assert_close(*resumed, **close)
-
-
-def test_a_group_may_be_offloaded_later_or_no_more() -> None:
-    where = elsewhere()
-    plain = trained(to.SGD, made(F32, where), lr=0.1, momentum=0.9, steps=8)
-    params = made(F32, where)
-    opt = to.SGD([{"params": params[:2]}, {"params": params[2:], "offload": "cpu"}], lr=0.1, momentum=0.9)
-    train(opt, range(2))
-    opt.param_groups[0]["offload"] = "cpu"
-    train(opt, range(2, 5))
-    assert opt.state[params[0]]["momentum_buffer"].device.type == "cpu"
-    for group in opt.param_groups:
-        group["offload"] = None
-    train(opt, range(5, 8))
-    assert opt.state[params[3]]["momentum_buffer"].device == where
-    torch.testing.assert_close(everything(opt), everything(plain))
+def test_training_resumes_with_and_without(saved_where: str | None) -> None:
+    assert_equal(*resumed(torch.device("cpu"), saved_where))
 
 
 @pytest.mark.usefixtures("late")
@@ -289,66 +177,7 @@ def test_gradients_that_are_released_in_backward() -> None:
     assert_equal(released("cpu"), released(None))
 
 
-def test_averages_evaluation_and_float32_weights_of_another_device() -> None:
-    def used(device: Any, where: str | None) -> list[Tensor]:
-        params, free = made(BF16, device), made(F32, device)
-        opt = to.AdamW(params, lr=0.1, offload=where, ema_decay=0.5, param_precision="split32", backend="cpp")
-        train(opt, range(3))
-        with opt.averaged_parameters():
-            found = [p.detach().cpu() for p in params]
-        two = to.ScheduleFreeAdamW(free, lr=0.1, offload=where, backend="cpp")
-        train(two, range(3))
-        two.eval()
-        found += [p.detach().cpu() for p in free]
-        two.train()
-        model = torch.nn.ParameterList(params)
-        weights = to.master_state_dict(model, opt)
-        found += [w.cpu() for w in weights.values()]
-        to.load_master_state_dict(model, opt, {name: w * 2 for name, w in weights.items()})
-        own = to.to_torch_state_dict(opt)["state"]
-        found += [state["exp_avg"].cpu() for state in own.values()]
-        return [*found, *everything(train(opt, range(3, 5))), *everything(train(two, range(3, 5)))]
-
-    assert_equal(used(elsewhere(), "cpu"), used("cpu", None))
-
-
 # Between phases
-
-
-def test_states_move_to_the_host_and_back() -> None:
-    where = elsewhere()
-    opts = [to.AdamW(made(F32, where), lr=0.1, backend="eager", ema_decay=0.5) for _ in range(2)]
-    for opt in opts:
-        train(opt, range(2))
-    still, opt = opts
-    saved = opt.state_dict()["state"]
-    opt.offload_states()
-    tensors = [t for state in opt.state.values() for name, t in state.items() if t.dim()]
-    assert {t.device.type for t in tensors} == {"cpu"}
-    assert opt.engine.plan is None  # which held them
-    torch.testing.assert_close(opt.state_dict()["state"], saved, rtol=0, atol=0, check_device=False)
-    copied = copy.deepcopy(opt)
-    opt.load_states()
-    assert {t.device for state in opt.state.values() for t in state.values() if t.dim()} == {where}
-    opt.offload_states()
-    for each_one in (still, opt, copied):  # a step brings them back
-        train(each_one, range(2, 4))
-        assert each_one.state[params_of(each_one)[0]]["ema"].device == where
-        assert_equal(everything(each_one), everything(still))
-    opt.offload_states()
-    opt.load_state_dict(saved_whole := still.state_dict())
-    assert opt.state[params_of(opt)[0]]["exp_avg"].device == where
-    assert saved_whole["state"][0]["exp_avg"].device == where
-
-
-def test_states_that_parameters_share_move_once() -> None:
-    params = made(F32, elsewhere())
-    opt = trained(to.SGD, params, lr=0.1, momentum=0.9)
-    for state in opt.state.values():
-        state["momentum_buffer"] = opt.state[params[0]]["momentum_buffer"]
-    for move in (opt.offload_states, opt.load_states):
-        move()
-        assert len({id(state["momentum_buffer"]) for state in opt.state.values()}) == 1
 
 
 def test_states_where_steps_are_captured_stay() -> None:
@@ -554,34 +383,6 @@ def test_streams_and_the_host_wait_for_each_other(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TypeError):
         opt.step()
     assert recorder.calls[-2:] == [("current", "waits for", "over"), ("current", "waits for", "back")]
-
-
-def placed(mesh: Any, value: Tensor) -> Any:
-    """A rank's part of a tensor, on another device than the mesh is said to be of."""
-    own = torch.empty_like(DTensor.from_local(value.to("meta"), mesh, [Shard(0)], run_check=False), device=value.device)
-    own._local_tensor.copy_(value)
-    return own
-
-
-def test_sharded_parameters_of_another_device() -> None:
-    options = {"lr": 0.1, "ema_decay": 0.5, "param_precision": "split32"}
-    params = made(BF16)[:2]
-    plain = to.AdamW(params, backend="cpp", **options)
-    with playing(1, torch.device("cuda")) as mesh:
-        away = [Parameter(placed(mesh, p.detach().to(elsewhere()))) for p in params]
-        opt = to.AdamW(away, offload="cpu", **options)
-        for k in range(3):
-            give(params, k)
-            for p, q in zip(params, away, strict=True):
-                q.grad = placed(mesh, p.grad.to(elsewhere()))
-            plain.step()
-            opt.step()
-        for p, q in zip(params, away, strict=True):
-            assert_equal([q._local_tensor.cpu()], [p.detach()])
-            state = opt.state[q]
-            assert {local(value).device.type for value in state.values()} == {"cpu"}
-            for name, value in plain.state[p].items():
-                assert_equal([local(state[name])], [value])
 
 
 def test_host_memory_may_stand_for_what_is_sharded_over_gpus() -> None:

@@ -89,9 +89,10 @@ class Offload:
                 twin = self._twins[m.index]
                 twin.value.copy_(twin.host)
 
-    def bind(self, gradients: Gradients) -> Mapping[int, Tensor | None] | list[Tensor | None] | None:
+    def bind(self, gradients: Gradients) -> Gradients | None:
         """The gradients with host memory in the place of those to come over; None where one does not fit."""
-        found: Any = list(gradients) if isinstance(gradients, list) else dict(gradients)  # type: ignore[arg-type]
+        found: list[Tensor | None] | dict[int, Tensor | None]
+        found = dict(gradients) if isinstance(gradients, Mapping) else list(gradients)
         for index, twin in self._twins.items():
             g = gradients[index]
             if not twin.fits(g):
