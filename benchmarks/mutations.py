@@ -581,4 +581,25 @@ MUTANTS = (
         "return group",
         "tests/test_wrappers.py::test_around_one_that_measures[eager]",
     ),
+    Mutant(
+        "a stretch is stepped before its gradients are on the host",
+        "offloaded parameters are updated by what was in the memory before",
+        "before=lambda number: arrivals[number](),",
+        "before=int,",
+        "tests/test_offload.py::test_steps_are_those_of_the_cpp_backend[AdamW]",
+    ),
+    Mutant(
+        "what a device does next does not wait for offloaded parameters",
+        "the next forward pass reads weights of which some are old",
+        "current.wait_stream(self._back)",
+        "pass",
+        "tests/test_offload.py::test_streams_and_the_host_wait_for_each_other",
+    ),
+    Mutant(
+        "offloaded parameters do not come over",
+        "what a user writes into them is undone by the next step",
+        "if twin.read and (averaged or twin.given is not None):",
+        "if False:",
+        "tests/test_offload.py::test_what_users_do_to_parameters_is_seen",
+    ),
 )

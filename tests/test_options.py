@@ -81,6 +81,7 @@ def test_types_have_the_values_that_there_are() -> None:
         "state_dtype": {*STATE_CODES, *DTYPES},
         "ema_dtype": {*DTYPES},
         "amp": {"fused"},
+        "offload": {"cpu"},
     }
 
 
@@ -131,6 +132,7 @@ CHOSEN: dict[str, Any] = {
     "ema_decay": 0.5,
     "ema_dtype": torch.float32,
     "ema_warmup": True,
+    "offload": "cpu",
     "amp": "fused",
     "max_grad_norm": 2.0,
     "backend": "eager",

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from resharding import RULES, Job, Kept, changed, outcomes
-from sharding import Watch, sharded, step, values
+from sharding import Watch, local, sharded, step, values
 from table import CASES, KINDS, rows, rows_and_backends
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -571,3 +571,62 @@ def test_sharded_matrices_are_shared_out(name, placement, shapes, options, commu
     # Two a round: there and back. Of experts that lie whole on a rank nothing is sent, unless a norm of each is kept.
     rounds = 3 if options == {} else 1
     assert collectives == (2 * rounds if communicates or name == "NorMuon" else 0)
+
+
+def offloaded(mesh, name):
+    """Fully sharded, after 3 steps: where the parameters are, and on the host."""
+    found = []
+    for where in (None, "cpu"):
+        net = fully_sharded(mesh)
+        opt = getattr(to, name)(net.parameters(), lr=0.05, max_grad_norm=0.1, ema_decay=0.5, offload=where)
+        train(net, opt, range(3), mesh.get_local_rank())
+        opt.offload_states()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        train(net, opt, range(3, 5), mesh.get_local_rank())
+        found.append(whole(opt, net))
+    return found
+
+
+@pytest.mark.parametrize("name", ["AdamW", "LAMB", "Adafactor"])
+def test_sharded_parameters_are_stepped_on_the_host(name, ranks):
+    for here, there in ranks.run(offloaded, name):
+        assert there == here
+
+
+def disagreeing(mesh):
+    """What is said where two ranks would step the same parameters differently, in the first step and when resumed."""
+    rank = mesh.get_local_rank()
+
+    def stepped(apart=False, missing=(), **options):
+        params = [Parameter(sharded(torch.ones(4, 2), mesh, [Shard(0)])) for _ in range(3)]
+        cut = 1 + (apart and rank)
+        groups = [{"params": params[:cut]}, {"params": params[cut:], "weight_decay": 0.5}]
+        opt = to.AdamW(groups, **options)
+        for i, p in enumerate(params):
+            p.grad = None if i in missing else sharded(torch.ones(4, 2), mesh, [Shard(0)])
+        said = message_of(opt.step)
+        assert bool(said) == all(torch.equal(local(p), torch.ones(2, 2)) for p in params)
+        return said
+
+    said = [
+        stepped(lr=0.1 + rank),
+        stepped(max_grad_norm=None if rank else 1.0),
+        stepped(state_dtype=torch.float32 if rank else None),
+        stepped(missing=[2] * rank, max_grad_norm=1.0),
+        stepped(apart=True),
+    ]
+    return said, [stepped(), stepped(missing=[1], max_grad_norm=1.0), stepped(lr=torch.tensor(0.1))]
+
+
+def test_ranks_that_disagree_are_told_in_what(ranks):
+    for said, agreeing in ranks.run(disagreeing):
+        differences = [
+            "lr of the group of parameter 0 is 0.1 on rank 0 and 1.1 on rank 1",
+            "max_grad_norm is 1.0 on rank 0 and None on rank 1",
+            "state_dtype of the group of parameter 0 is not there on rank 0 and torch.float32 on rank 1",
+            "the gradient of parameter 2 is there on rank 0 and missing on rank 1",
+            "the group of parameter 1 is 1 on rank 0 and 0 on rank 1",
+        ]
+        for message, difference in zip(said, differences, strict=True):
+            assert f"AdamW: the ranks that share its parameters disagree: {difference}. Give all" in message
+        assert agreeing == [""] * 3

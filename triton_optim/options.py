@@ -26,6 +26,7 @@ class OwnOptions(TypedDict, total=False):
     ema_decay: float | None
     ema_dtype: torch.dtype | Literal["float32", "bfloat16"] | None
     ema_warmup: bool
+    offload: Literal["cpu"] | None
     backend: Literal["auto", Backend]
 
 
@@ -71,6 +72,12 @@ class Options(OptionsAfterForeach, total=False):
     ema_dtype: keep the average in float32 or bfloat16; None for float32, or the parameter's dtype where that is wider.
         ``torch.bfloat16`` has stochastic rounding.
     ema_warmup: let the decay of the average rise to ema_decay: (1 + n) / (10 + n) after n steps.
+    offload: "cpu" keeps what the optimizer keeps in host memory, and steps it there: states, master copies, averages.
+        Gradients are copied to the host and parameters back, in pieces, beside the arithmetic, by the C++ loop. A
+        parameter goes over with its gradient, unless ``param_precision="master"`` keeps a copy of it. It excludes
+        `capturable`, `differentiable`, sparse gradients and ``backend="triton"``. A group option, too. Of
+        parameters on a CPU it saves nothing; the step is the same. :meth:`RuleOptimizer.offload_states` moves
+        states for a while.
     backend: "auto", or the one that must run: "triton", "cpp", "compiled" or "eager".
     """
 
@@ -91,6 +98,7 @@ OPTIONS: dict[str, Any] = {
     "ema_decay": None,
     "ema_dtype": None,
     "ema_warmup": False,
+    "offload": None,
     "backend": "auto",
 }
 DTYPE_OPTIONS = ("state_dtype", "ema_dtype")
@@ -173,3 +181,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
     if options.get("fused") and options.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together: leave one of them out.")
+    offload = options.get("offload")
+    if offload not in (None, "cpu"):
+        raise ValueError(f'Invalid offload: {offload!r}. Use "cpu", or None to keep the states beside the parameters.')
+    for name in ("capturable", "differentiable"):
+        if offload and options.get(name):
+            raise RuntimeError(f"a step on the host can't be {name}: leave offload or {name} out.")

@@ -306,6 +306,16 @@ def averages(group: dict[str, Any]) -> bool:
     return group.get("ema_decay") is not None
 
 
+def offloads(group: dict[str, Any]) -> bool:
+    """Whether a group's parameters are stepped on the host, where their states are."""
+    return group.get("offload") is not None
+
+
+def states_device(group: dict[str, Any], p: Tensor) -> torch.device:
+    """Where the states of a parameter are, and its step is made."""
+    return torch.device("cpu") if offloads(group) else p.device
+
+
 def rounds(group: dict[str, Any]) -> bool:
     """Whether anything of a group may have stochastic rounding: then its steps are counted."""
     return (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -79,6 +81,21 @@ class Bucket(Memory):
     @abstractmethod
     def run(self, rows: list[StepScalars | None]) -> None:
         """Update every parameter i whose ``gradients[i]`` is not None by the scalars ``rows[self.row_of[i]]``."""
+
+    @cached_property
+    def stretches(self) -> list[list[tuple[int, int, int]]]:
+        """What can be updated one after the other: of each stretch the positions of its parameters, and which of their
+        elements, as they lie in memory, are in it. Here all is one.
+        """
+        return [[(position, 0, numel) for position, numel in enumerate(self.numels)]]
+
+    def run_stretches(
+        self, rows: list[StepScalars | None], before: Callable[[int], object], after: Callable[[int], object]
+    ) -> None:
+        """:meth:`run` a stretch at a time, calling `before` and `after` with the number of each."""
+        before(0)
+        self.run(rows)
+        after(0)
 
     def norms(self) -> Tensor | None:
         """Sums of the squares of this step's gradients, by the tables that the bucket holds of them: see

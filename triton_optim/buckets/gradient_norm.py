@@ -80,7 +80,8 @@ def on_one_device(partials: Sequence[Tensor], device: torch.device) -> Tensor:
     """All rows on `device`; one of zeros where there are none."""
     if len(partials) == 1 and partials[0].device == device:
         return partials[0]
-    rows = [part.to(device, exact_dtype(device), non_blocking=True) for part in partials]
+    beside = device.type != "cpu"  # what comes to the host is read there at once
+    rows = [part.to(device, exact_dtype(device), non_blocking=beside) for part in partials]
     return torch.cat(rows) if rows else torch.zeros(1, 2, dtype=exact_dtype(device), device=device)
 
 
@@ -117,8 +118,9 @@ class GradientStats:
     not_finite = property(lambda self: self.tensor[3], doc="Not 0 where one of their elements is not finite.")
 
     def on(self, device: torch.device) -> GradientStats:
-        """The same on another device; the host does not wait."""
-        return self if self._tensor.device == device else GradientStats(self.tensor.to(device, non_blocking=True))
+        """The same on another device; the host does not wait, but for its own."""
+        beside = device.type != "cpu"
+        return self if self._tensor.device == device else GradientStats(self.tensor.to(device, non_blocking=beside))
 
 
 def gradient_stats_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:

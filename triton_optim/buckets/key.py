@@ -25,6 +25,7 @@ class Key(NamedTuple):
     differentiable: bool
     sparse: bool = False  # the gradients are, and only the elements that they hold are updated
     piece: int = 0  # of a step that is taken in pieces
+    home: torch.device | None = None  # where the parameters are that are stepped on the host; None where they are
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:

@@ -153,7 +153,7 @@ class Memory(ABC):
         return [
             m.index
             for m, address in zip(self.slots, self.addresses, strict=True)
-            if local(m.p).data_ptr() != address or (m.state and states.get(m.p) is not m.state)
+            if local(m.p).data_ptr() != address or (m.state and states.get(m.param) is not m.state)
         ]
 
     # Gradients.

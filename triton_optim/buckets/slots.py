@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..precision.averaging import initial_average, value_of
 from ..precision.codecs import Codec, new_parts, part_names, state_codec
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
-from ..spec import AVERAGE, COUNT, Update, first_value
+from ..spec import AVERAGE, COUNT, Update, first_value, states_device
 from ..util.layout import with_local
 from .key import Key
 from .state import WatchedState
@@ -25,12 +25,17 @@ _CODES = {torch.float32: "f", torch.float64: "d"}
 
 
 class ParamSlot:
-    """A parameter in a plan."""
+    """A parameter in a plan.
 
-    __slots__ = ("alone", "begins", "given", "group", "index", "numbers", "p", "state")
+    Attributes:
+        param: the parameter.
+        p: what a step reads and writes: the parameter, or host memory in its place.
+    """
+
+    __slots__ = ("alone", "begins", "given", "group", "index", "numbers", "p", "param", "state")
 
     def __init__(self, optimizer: Update, index: int, group: int, p: Tensor) -> None:
-        self.index, self.group, self.p = index, group, p
+        self.index, self.group, self.param, self.p = index, group, p, p
         self.given: set[str] = set()  # the numbers that were tensors before: a user who holds one sees it updated
         self.alone = 0  # not 0 where its numbers are in memory that processes share: they stay there, with no others
         self.state: dict[str, Any] = optimizer.state.get(p, WatchedState())
@@ -63,7 +68,8 @@ class ParamSlot:
         param, *kept = key.codecs
         if not (key.variant.state_names or counted or key.variant.staged or param.suffixes or self.state):
             return
-        self.state = optimizer.state[self.p]
+        self.state = optimizer.state[self.param]
+        self._bring_states(counted)
         device = self.p.device if key.capturable or optimizer.counts_on_device else CPU
         for name in counted:
             if requires_grad(self.numbers.get(name)):
@@ -89,11 +95,17 @@ class ParamSlot:
         convert_parameter(self.state, self.p, param)
         for name, codec in zip(key.variant.state_names, kept, strict=True):
             if self.state.get(name) is None:
-                self.state |= new_state(optimizer, name, self.p, group, codec)
+                self.state |= new_state(optimizer, self.state, name, self.p, group, codec)
             else:
                 convert_state(optimizer, self.state, name, self.p, codec)
         if key.variant.staged:
             start_kept(optimizer, self.state, self.p, group, coded=key.variant.prologue)
+
+    def _bring_states(self, counted: list[str]) -> None:
+        """Move states that are elsewhere to where the step is made."""
+        for name, value in list(self.state.items()):
+            if isinstance(value, Tensor) and name not in counted and value.device != self.p.device:
+                self.state[name] = value.to(self.p.device)
 
 
 class Cells:
@@ -270,9 +282,14 @@ def apart(column: Tensor) -> list[Tensor]:
     return [torch.frombuffer(memory, dtype=dtype, count=1, offset=i * size).squeeze_() for i in range(len(column))]
 
 
-def new_state(optimizer: Update, name: str, p: Tensor, group: dict[str, Any], codec: Codec) -> dict[str, Tensor]:
-    """A state or average before the first step as `codec` keeps it: its parts by name."""
-    own = optimizer.state[p]
+def new_state(
+    optimizer: Update, own: dict[str, Any], name: str, p: Tensor, group: dict[str, Any], codec: Codec
+) -> dict[str, Tensor]:
+    """A state or average before the first step as `codec` keeps it: its parts by name.
+
+    Args:
+        own: what else is kept of the parameter.
+    """
     if name == AVERAGE:
         first = initial_average(own, p, codec)
     else:
@@ -291,7 +308,7 @@ def start_kept(optimizer: Update, state: dict[str, Any], p: Tensor, group: dict[
     for name in optimizer.coded_names if coded else ():
         codec = state_codec(optimizer, group, name, p, current_codec(optimizer, state, name, p))
         if state.get(name) is None:
-            state |= new_state(optimizer, name, p, group, codec)
+            state |= new_state(optimizer, state, name, p, group, codec)
         else:
             convert_state(optimizer, state, name, p, codec)
     if not state.keys() >= {*optimizer.kept_names}:  # matrices are not made to be dropped
@@ -305,10 +322,12 @@ def make_states(optimizer: Update, group: dict[str, Any]) -> None:
         if is_lazy(p):  # the first step makes them
             continue
         started = counted | optimizer.first_scalar_states(group)
-        device = p.device if group.get("capturable") or optimizer.counts_on_device else CPU
+        own, value_of_p = optimizer.state[p], p.to(states_device(group, p))
+        device = value_of_p.device if group.get("capturable") or optimizer.counts_on_device else CPU
         for name, value in started.items():
             dtype = scalar_state_dtype(optimizer, group, name)
-            optimizer.state[p][name] = torch.tensor(float(value), dtype=dtype, device=device)
+            own[name] = torch.tensor(float(value), dtype=dtype, device=device)
         for name in optimizer.running_variant(group).state_names:
-            optimizer.state[p] |= new_state(optimizer, name, p, group, state_codec(optimizer, group, name, p))
-        start_kept(optimizer, optimizer.state[p], p, group, coded=optimizer.running_variant(group).prologue)
+            codec = state_codec(optimizer, group, name, p)
+            own |= new_state(optimizer, own, name, value_of_p, group, codec)
+        start_kept(optimizer, own, value_of_p, group, coded=optimizer.running_variant(group).prologue)

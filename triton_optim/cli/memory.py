@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
     add("--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)")
     add("--plot", type=Path, metavar="FILE", help="draw every state_dtype beside torch's to FILE: .png, .svg or .pdf")
+    add("--offload", action="store_true", help='the states in host memory (offload="cpu")')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
+    options |= {"offload": "cpu"} if args.offload else {}
     known = rule_optimizers()
     try:
         (name,) = chosen("--optimizer", args.optimizer, known)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    asked = f"state_dtype={args.state}, param_precision={args.precision}"
+    asked = f"state_dtype={args.state}, param_precision={args.precision}" + ', offload="cpu"' * args.offload
     print(f"{type(optimizer).__name__} of {parameter.numel():,} {args.dtype} parameters, {asked}")
     print(report)
     if args.plot is not None:

@@ -17,7 +17,7 @@ from ..engine.processes import in_process_group
 from ..options import OPTIONS, saved_dtype
 from ..precision.codecs import PRECISION, STATE_CODES, state_codec
 from ..precision.kept import convert_state, current_codec
-from ..spec import Update
+from ..spec import Update, states_device
 from ..util.devices import moved
 from ..util.layout import local
 from .loadable import Checks
@@ -88,8 +88,8 @@ def loaded_groups(optimizer: Update, state_dict: Any) -> list[dict[str, Any]]:
     stay = ("seed", "ema_decay", "ema_warmup", *optimizer.group_names)
     return [
         {name: own[name] for name in stay if name in own}
-        | {name: value for name, value in saved.items() if name not in PRECISION}
-        | {name: own[name] for name in PRECISION if name in own}
+        | {name: value for name, value in saved.items() if name not in (*PRECISION, "offload")}
+        | {name: own[name] for name in (*PRECISION, "offload") if name in own}
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
 
@@ -134,7 +134,7 @@ def ready_state(
     optimizer: Update, group: dict[str, Any], dtypes: dict[str, torch.dtype], p: Tensor, state: dict[str, Any]
 ) -> dict[str, Any]:
     """A state that fits, where it belongs: its numbers copied, the rest in the dtypes in which it was saved."""
-    device, dtype = p.device, p.dtype
+    device, dtype = states_device(group, p), p.dtype
     for name, value in state.items():
         if name in dtypes:
             state[name] = own_number(optimizer, group, p, name, value, dtypes[name])

@@ -119,7 +119,7 @@ def master(value: Any, optimizer: RuleOptimizer) -> Any:
     state = optimizer.state.get(value, {})
     codec = current_parameter_codec(state, value)
     if codec.suffixes:
-        parts = [local(own), *(local(state[name]) for name in part_names(codec, None))]
+        parts = [local(own), *(local(state[name]).to(own.device) for name in part_names(codec, None))]
         return with_local(own, read(codec, parts, local(own)).clone())
     half = isinstance(value, torch.nn.Parameter) and value.dtype in (torch.bfloat16, torch.float16)
     return own.float() if half else own.clone()

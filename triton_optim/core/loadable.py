@@ -19,7 +19,7 @@ from .foreign import origin, refusal
 from .saved_form import AGAIN, Names, loaded_state
 
 # What a group has only where it was asked for.
-OPTIONAL = (*PRECISION, "seed", "ema_decay", "ema_warmup")
+OPTIONAL = (*PRECISION, "seed", "ema_decay", "ema_warmup", "offload")
 
 
 def check_keys(state_dict: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..precision.codecs import parameter_codec, plain, state_codec
+from ..spec import offloads
 from ..util.layout import local, with_local
 from ..util.table import readable_bytes, table
 from .optimizer import RuleOptimizer
@@ -27,6 +28,8 @@ class MemoryReport:
         states: bytes of each state, by name.
         corrections: bytes of what ``param_precision`` keeps beside the parameters.
         torch_states: bytes of the states of torch's own, which keeps them in the parameter's dtype.
+        staging: bytes of host memory through which offloaded parameters and gradients go.
+        host: bytes of all this that ``offload`` keeps in host memory: states, corrections and staging.
     """
 
     parameters: int
@@ -35,11 +38,18 @@ class MemoryReport:
     states: dict[str, int]
     corrections: int
     torch_states: dict[str, int]
+    staging: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of everything."""
-        return self.weights + self.gradients + sum(self.states.values()) + self.corrections
+        return self.weights + self.gradients + sum(self.states.values()) + self.corrections + self.staging
+
+    @property
+    def device(self) -> int:
+        """Bytes beside the parameters: of everything but what is in host memory."""
+        return self.total - self.host
 
     @property
     def torch_total(self) -> int:
@@ -66,7 +76,10 @@ class MemoryReport:
     def __repr__(self) -> str:
         rows = [("weights", self.weights, self.weights), ("gradients", self.gradients, self.gradients)]
         rows += [(name, nbytes, self.torch_states[name]) for name, nbytes in self.states.items()]
-        rows += [("corrections", self.corrections, 0), ("total", self.total, self.torch_total)]
+        rows += [("corrections", self.corrections, 0)]
+        rows += [("staging", self.staging, 0)] * bool(self.host)
+        rows += [("total", self.total, self.torch_total)]
+        rows += [("in host memory", self.host, 0), ("on the device", self.device, self.torch_total)] * bool(self.host)
         rows += [("without gradients", self.kept, self.torch_total - self.gradients)]
         count = max(self.parameters, 1)
         cells = [
@@ -96,7 +109,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
         >>> round(report.total / report.parameters, 2), round(report.torch_total / report.parameters, 2)
         (6.03, 8.0)
     """
-    sums = {"parameters": 0, "weights": 0, "gradients": 0, "corrections": 0}
+    sums = {"parameters": 0, "weights": 0, "gradients": 0, "corrections": 0, "staging": 0, "host": 0}
     states: dict[str, int] = {}
     torch_states: dict[str, int] = {}
 
@@ -104,14 +117,19 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
         states[name] = states.get(name, 0) + ours
         torch_states[name] = torch_states.get(name, 0) + theirs
 
+    def kept() -> int:
+        return sum(states.values()) + sums["corrections"] + sums["staging"]
+
     for group in optimizer.param_groups:
-        variant = optimizer.running_variant(group)
+        variant, before = optimizer.running_variant(group), kept()
         for p in filter(attrgetter("requires_grad"), group["params"]):
             own = local(p)
             numel, codec = own.numel(), parameter_codec(group, p.dtype)
             sums["parameters"] += numel
             sums["weights"] += own.nbytes
-            sums["gradients"] += numel * (p.dtype if p.grad is None else p.grad.dtype).itemsize
+            gradient = numel * (p.dtype if p.grad is None else p.grad.dtype).itemsize
+            sums["gradients"] += gradient
+            sums["staging"] += (own.nbytes + gradient) * offloads(group)
             sums["corrections"] += nbytes(codec.dtypes[1:], codec.elements_per_item[1:], numel)
             for name in variant.state_names:
                 wanted = state_codec(optimizer, group, name, p)
@@ -128,6 +146,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
                         wanted = state_codec(optimizer, group, name, p)
                         ours = nbytes(wanted.dtypes, wanted.elements_per_item, numel)
                     add(name, ours, theirs)
+        sums["host"] += (kept() - before) * offloads(group)
     return MemoryReport(**sums, states=states, torch_states=torch_states)
 
 

@@ -32,7 +32,7 @@ from ..options import (
 )
 from ..precision.averaging import check_averaging, largest_count
 from ..precision.codecs import check_declared, check_precision, coded_states
-from ..spec import Variant
+from ..spec import Variant, offloads
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
 from .averages import averaged_parameters
@@ -270,6 +270,8 @@ class RuleOptimizer(SavedOptimizer):
         numbers = unread(group)
         self.check_hyperparameters(numbers)
         check_options(group)
+        if offloads(group) and self.backend == "triton":
+            raise RuntimeError('backend="triton" runs no step on the host, where offload="cpu" has it: leave one out.')
         for variant in (*self.variants, self.variant(group)):
             check_signature(straight(variant.rule), len(variant.states))
             if variant.measure is not None:

@@ -1,4 +1,4 @@
-"""Saving, loading, copying and pickling of an optimizer, as torch.optim.Optimizer does them."""
+"""Saving, loading, copying and pickling of an optimizer, as torch.optim.Optimizer does them; moving its states."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -16,6 +17,7 @@ from ..engine.engine import Engine
 from ..spec import Update
 from .checkpoint import fill_in, loaded_groups, loaded_states, packed, without_left
 from .loadable import check_groups, check_keys
+from .moving import states_to_device, states_to_host
 from .saved_form import loaded_state, saved_states
 
 
@@ -94,6 +96,42 @@ class SavedOptimizer(Optimizer, Update):
             handle.remove()
         if self.engine.release is not None:
             self.engine.release.restart()
+
+    @torch.no_grad()
+    def offload_states(self) -> None:
+        """Move all states to host memory, page-locked where copies are faster for it, until they are needed again.
+
+        For phases that need the device's memory for something else, such as generation between updates. What is on
+        the host already stays; numbers such as ``step`` stay where they are. State dicts saved meanwhile are the same,
+        with tensors on the CPU. The next step, or :meth:`load_states`, brings the states back; a state dict that is
+        loaded is beside the parameters. The freed memory is torch's to use again; ``torch.cuda.empty_cache()`` gives it
+        to other programs.
+
+        Raises:
+            RuntimeError: a step was captured into a graph, whose replays write where the states were.
+
+        Example:
+            >>> import torch, triton_optim
+            >>> p = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = triton_optim.AdamW([p], backend="eager")
+            >>> p.grad = torch.ones(2)
+            >>> optimizer.step()
+            >>> optimizer.offload_states()  # generate, evaluate
+            >>> optimizer.load_states()
+            >>> optimizer.state[p]["exp_avg"].device == p.device
+            True
+        """
+        states_to_host(self, self.engine)
+
+    @torch.no_grad()
+    def load_states(self) -> None:
+        """Bring the states back to where steps need them: beside the parameters, or in host memory where ``offload``
+        keeps them there. Again, or where they were never moved, it changes nothing.
+
+        Raises:
+            RuntimeError: a step was captured into a graph.
+        """
+        states_to_device(self, self.engine)
 
     def __getstate__(self) -> dict[str, Any]:
         self.engine.check_not_swapped("a copy")

@@ -69,13 +69,18 @@ class TwoPlaces(RuleOptimizer):
     def _move_to_z(self, params: list[Tensor], weight: float) -> None:
         """Move parameters by `weight` times what their states are ahead of them."""
         together: tuple[list[Tensor], list[Tensor]] = ([], [])
+        elsewhere: list[tuple[Tensor, Tensor]] = []  # parameters, and copies of them where their states are
         for p in dict.fromkeys(params):  # one that is listed twice moves once
             state = self.state.get(p, {})
             held = current_codec(self, state, self.z, p)
             if held is None:
                 continue
             own = current_parameter_codec(state, p)
-            parts = [local(p).detach(), *(local(state[name]) for name in part_names(own, None))]
+            value = local(p).detach()
+            here = value.to(state[self.z].device)
+            if here is not value:
+                elsewhere.append((value, here))
+            parts = [here, *(local(state[name]) for name in part_names(own, None))]
             ahead = [local(state[name]) for name in (self.z, *part_names(held, self.z))]
             if own == held:
                 together[0].append(parts[0])
@@ -84,6 +89,8 @@ class TwoPlaces(RuleOptimizer):
                 move(own, parts, read(held, ahead, parts[0]), weight)
         if together[0]:
             torch._foreach_lerp_(*together, weight)
+        for value, here in elsewhere:
+            value.copy_(here)
 
     def _check_edited(self, group: dict[str, Any], numbers: dict[str, Any] | None) -> None:
         if not group["train_mode"]:

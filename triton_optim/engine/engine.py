@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..buckets.gradient_norm import GradientStats, scaling_of
 from ..buckets.key import Key
-from ..spec import Update
+from ..spec import Update, offloads
 from ..util.gather import GroupTable
 from ..util.hyperparameters import Check, Hyperparameters
 from ..util.layout import is_sharded, local_gradient, local_gradients, placements_of
@@ -20,7 +20,7 @@ from ..util.on_device import capturing
 from . import compile_op
 from .plan import Plan, PlanOfOne, check_captured, warm_up
 from .probe import Probe
-from .processes import check_norm_is_whole
+from .processes import Agreement, check_norm_is_whole
 
 
 class Release(Protocol):
@@ -69,6 +69,7 @@ class Engine:
         self.hyperparameters = Hyperparameters()
         self.failed: dict[Key, Key] = {}
         self._captured: list[Plan] = []
+        self._agreement = Agreement()
         self.handle = compile_op.register(self)
         self.reset()
 
@@ -168,6 +169,20 @@ class Engine:
         self.params, self._sizes, self.repeats = params, sizes, repeats
         self.plan, self._plans_of_one, self._groups, self.limited = None, {}, None, False
 
+    def drop_plans(self, what: str) -> None:
+        """Let go of the states, which are to lie elsewhere; `what` moves them.
+
+        Raises:
+            RuntimeError: a captured step would write where they were.
+        """
+        if self._captured:
+            raise RuntimeError(
+                f"{what} after a step was captured: its replays write where the states are now. Use an optimizer whose "
+                "step was not captured."
+            )
+        self.forget_probe()
+        self.plan, self._plans_of_one, self._groups = None, {}, None
+
     def read_groups(self) -> None:
         """Take note of the hyperparameters as they are now, once a step. What the constructor would refuse raises, in
         every step that finds it.
@@ -193,6 +208,10 @@ class Engine:
         if not self._is_capturing():
             return
         name = type(self._optimizer).__name__
+        if any(map(offloads, self._optimizer.param_groups)):
+            raise RuntimeError(
+                f'{name}: a captured step cannot run on the host. Leave offload="cpu" out, or step outside the graph.'
+            )
         if not all(group.get("capturable") for group in self._optimizer.param_groups):
             raise RuntimeError(
                 f"{name}: a captured step reads its numbers on the device. Make the optimizer with capturable=True."
@@ -210,7 +229,8 @@ class Engine:
         self.forget_probe()
         optimizer, plan = self._optimizer, self.plan
         fresh = not optimizer.state
-        if plan.sharded if plan is not None else any(map(is_sharded, self.params)):
+        sharded = plan.sharded if plan is not None else any(map(is_sharded, self.params))
+        if sharded:
             # Once a step and in the order of the parameters: it communicates, and every rank must do it alike.
             placements = plan.placements if plan is not None else list(map(placements_of, self.params))
             gradients = local_gradients(self.params, gradients, placements)
@@ -219,6 +239,8 @@ class Engine:
             gradients = self._without_needless_sparsity(gradients)
             bind = plan is not None and plan.bind(gradients)
         if plan is None or not bind:
+            if sharded and not (fresh and self.probe.is_made_by(optimizer, gradients)):
+                self._agreement.check(optimizer, self.params, gradients)
             plan = self.plan = self._new_plan(gradients)
             check_fits(plan, gradients)
         if fresh and optimizer.state and self.probe.is_made_by(optimizer, gradients):

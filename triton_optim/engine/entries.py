@@ -17,7 +17,7 @@ from ..buckets.slots import ParamSlot
 from ..dispatch import Backend, Choice, Layout, Request, choose, this_machine
 from ..precision.codecs import Codec, parameter_codec, part_names, state_codec
 from ..precision.kept import check_residuals, check_state, current_codec, current_parameter_codec
-from ..spec import Update
+from ..spec import Update, offloads, states_device
 from ..util.layout import all_aligned, has_memory, is_sharded, is_wrapper, layout, local, overlapping
 from .prologue import check_states
 
@@ -50,7 +50,7 @@ def request_for(
         known: how the elements lie, if it is known; else it is computed from the parameter.
     """
     return Request(
-        device=p.device.type,
+        device=states_device(group, p).type,
         dtype=p.dtype,
         layout=known or layout(local(p)),
         differentiable=bool(group.get("differentiable")),
@@ -68,9 +68,11 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
     choice = choose(request_for(optimizer, group, entry.p, known, entry.sparse), this_machine())
     if not local(entry.p).numel():
         choice = Choice("eager", "no elements here: the step is only counted")
+    elif offloads(group):
+        choice = choice._replace(reason=f'offload="cpu" of parameters on {entry.p.device}: {choice.reason}')
     key = Key(
         choice,
-        entry.p.device,
+        states_device(group, entry.p),
         optimizer.running_variant(group),
         entry.gradient,
         entry.codecs,
@@ -78,6 +80,7 @@ def key_for(optimizer: Update, entry: Entry) -> Key:
         capturable=bool(group.get("capturable")),
         differentiable=bool(group.get("differentiable")),
         sparse=entry.sparse,
+        home=entry.p.device if offloads(group) else None,
     )
     if not bucket_class(key).launches_kernels:
         return key
@@ -145,8 +148,8 @@ def check_memory(optimizer: Update, index: int, what: str, tensor: Tensor) -> No
 
 
 def check_place(optimizer: Update, index: int, p: Tensor, name: str, state: Tensor) -> None:
-    """Raise RuntimeError for a state that the step of its parameter can't write."""
-    if state.device != p.device:
+    """Raise RuntimeError for a state that the step of its parameter can't write, nor bring to where it can."""
+    if state.is_meta != p.is_meta:
         raise RuntimeError(
             f"{name} of parameter {index} is on {state.device}, the parameter on {p.device}. Move the state back "
             "before the step."
@@ -157,6 +160,19 @@ def check_place(optimizer: Update, index: int, p: Tensor, name: str, state: Tens
             "rule's state must be one, too. Dequantize it (state.dequantize()), or clear opt.state."
         )
     check_memory(optimizer, index, name, local(state))
+
+
+def check_offloaded(optimizer: Update, index: int, p: Tensor, g: Tensor | None, overlaps: bool) -> None:
+    """Raise RuntimeError where a parameter can't be stepped in host memory."""
+    why = None
+    if overlaps:
+        why = f"parameter {index} shares memory with another, and they would be written one over the other"
+    elif is_wrapper(local(p)):
+        why = f"parameter {index} is a {type(local(p)).__name__}, whose elements only its own operations reach"
+    elif (g is not None and g.layout != torch.strided) or not optimizer.takes_dense_gradients:
+        why = f"the gradient of parameter {index} is sparse"
+    if why:
+        raise RuntimeError(f'{type(optimizer).__name__}: offload="cpu": {why}. Give it a group with offload=None.')
 
 
 def entries_of(
@@ -208,6 +224,8 @@ def entries_of(
         for name in optimizer.coded_names if variant.prologue else ():
             if state.get(name) is not None:
                 check_state(optimizer, index, p, name, state)
+        if offloads(own):
+            check_offloaded(optimizer, index, p, g, index in overlaps)
         if any(size > 1 and stride == 0 for size, stride in zip(local(p).shape, local(p).stride(), strict=True)):
             raise RuntimeError(
                 f"{type(optimizer).__name__}: parameter {index} of shape {tuple(p.shape)} is an expanded tensor, whose "

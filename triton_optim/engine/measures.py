@@ -137,7 +137,8 @@ def over_shards(buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tenso
         alike.setdefault((p.device_mesh, *split_over(p)), []).append((b, i))
     new = [found.clone() for found in sums]
     for (mesh, *dims), positions in alike.items():
-        whole = torch.stack([sums[b][i] for b, i in positions])
+        own = torch.stack([sums[b][i] for b, i in positions])
+        whole = own.to(mesh.device_type)  # sums of what is stepped on the host are there
         for dim in dims:
             torch.distributed.all_reduce(whole, group=mesh.get_group(dim))
         for (b, i), row in zip(positions, whole.unbind(), strict=True):

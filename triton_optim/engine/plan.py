@@ -26,6 +26,7 @@ from ..util.layout import is_sharded, ordinary, placements_of
 from .entries import Gradients, entries_of, sort_params
 from .fallback import prepared, replaced
 from .measures import run_measures
+from .offload import Offload
 from .prologue import run_prologues, warm_prologue
 
 
@@ -67,6 +68,7 @@ class Plan:
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
         entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
         slots = sort_params(optimizer, entries)
+        self._offload = Offload(slots) if any(key.home is not None for key in slots) else None
         ready = prepared(optimizer, failed, slots)
         # In the order of the parameters, not of the buckets: what gathers sharded states takes them in this order on
         # every rank, and buckets differ between ranks.
@@ -74,6 +76,8 @@ class Plan:
         begun: dict[Any, Tensor] = {}
         for m, key in started:
             m.start(optimizer, key, begun)
+        if self._offload is not None:
+            self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measure is not None for bucket in self.buckets)
@@ -93,11 +97,15 @@ class Plan:
 
     def bind(self, gradients: Gradients) -> bool:
         """Whether the plan can run a step with these (local) gradients. The buckets keep them for it."""
-        return (
-            all(gradients[i] is None for i in self._without)
-            and self.matches()
-            and all(bucket.bind(gradients) for bucket in self.buckets)
-        )
+        return all(gradients[i] is None for i in self._without) and self.matches() and self._bind_buckets(gradients)
+
+    def _bind_buckets(self, gradients: Gradients) -> bool:
+        if self._offload is not None:
+            found = self._offload.bind(gradients)
+            if found is None:
+                return False
+            gradients = found
+        return all(bucket.bind(gradients) for bucket in self.buckets)
 
     def bind_gathered(self) -> bool:
         """Whether the plan can run a step with the gradients that the parameters have now, of which it needs to know
@@ -106,6 +114,8 @@ class Plan:
         if not self.matches() or (self._without and not self._idle.have_no_gradients()):
             return False
         if self.sharded and self.optimizer.scales_gradients:  # ranks speak of their norm
+            return False
+        if self._offload is not None:  # which copies them
             return False
         for bucket in self.buckets:  # noqa: SIM110  a generator takes as long as what it asks
             if not bucket.bind_gathered():
@@ -167,8 +177,9 @@ class Plan:
                 before.
         """
         self._begun = False
+        step = self._step if self._offload is None else self._step_offloaded
         try:
-            return self._step(scaling)
+            return step(scaling)
         except LaunchError as error:
             if self._begun:
                 raise RuntimeError(
@@ -182,6 +193,14 @@ class Plan:
             }
             self.buckets = [failed.get(bucket, bucket) for bucket in self.buckets]
             self._pieces = [[failed.get(bucket, bucket) for bucket in piece] for piece in self._pieces]
+            return step(scaling)
+        finally:
+            if self._offload is not None:
+                self._offload.let_go()
+
+    def _step_offloaded(self, scaling: Scaling | None) -> GradientStats | None:
+        assert self._offload is not None
+        with self._offload.copying([bucket for piece in self._pieces for bucket in piece]):
             return self._step(scaling)
 
     def _step(self, scaling: Scaling | None) -> GradientStats | None:
@@ -198,6 +217,9 @@ class Plan:
             bucket.form_scalars()
             if stats is not None:
                 bucket.scale(stats)
+        offload = self._offload
+        if offload is not None and (self._measures or self._has_prologue):
+            offload.wait()
         if self._measures and run_measures(self.optimizer, self.buckets):
             self._begun = True
         for piece in self._pieces:
@@ -206,9 +228,15 @@ class Plan:
                 run_prologues(self.optimizer, piece)
             for bucket in piece:
                 if any(bucket.rows):
-                    bucket.run(bucket.rows_to_run() if self._measures else bucket.rows)
+                    rows = bucket.rows_to_run() if self._measures else bucket.rows
+                    if offload is None or bucket.key.home is None:
+                        bucket.run(rows)
+                    else:
+                        offload.run(bucket, rows)
                     self._begun = True
                     bucket.gradients = []  # the memory may be the next piece's
+        if offload is not None:  # what stays counts in its average
+            offload.wait()
         for bucket in self.buckets:
             bucket.commit(skips)
         return stats
@@ -221,7 +249,7 @@ class Plan:
             pairs = [
                 (m.index, m.p, g)
                 for bucket in self.buckets
-                for m, g in zip(bucket.slots, bucket.gradients, strict=True)
+                for m, g in zip(bucket.slots, self._given(bucket), strict=True)
                 if g is not None
             ]
             pairs.sort(key=itemgetter(0))  # every rank in the same order
@@ -231,13 +259,19 @@ class Plan:
             found = []
             for bucket in self.buckets:
                 if bucket.complete or any(bucket.present()):
-                    found += norms_of(bucket)
+                    found += norms_of(bucket) if bucket.key.home is None else norms_at_home(self._given(bucket))
             partials = on_one_device(found, device)
         partials = None if partials is None else ordinary(partials)
         for bucket in self.buckets:
             if bucket.takes_stats:
                 return bucket.gradient_stats_from(partials, scaling, device)
         return gradient_stats_from(partials, scaling, device)
+
+    def _given(self, bucket: Bucket) -> list[Tensor | None]:
+        """A bucket's gradients where the parameters are."""
+        if self._offload is None or bucket.key.home is None:
+            return bucket.gradients
+        return self._offload.given(bucket)
 
 
 class PlanOfOne(Plan):
@@ -248,8 +282,8 @@ class PlanOfOne(Plan):
         return (
             self._options_hold()
             # A parameter that had no state must not have one now.
-            and all(states.get(m.p, None if m.state else m.state) is m.state for b in self.buckets for m in b.slots)
-            and all(bucket.bind(gradients) for bucket in self.buckets)
+            and all(states.get(m.param, None if m.state else m.state) is m.state for b in self.buckets for m in b.slots)
+            and self._bind_buckets(gradients)
         )
 
 
@@ -261,8 +295,8 @@ def warm_up(optimizer: Update, failed: dict[Key, Key]) -> None:
         kind = bucket_class(key)
         kind.compile(optimizer, key, slots, ahead=True)
         if optimizer.scales_gradients and not key.sparse and not kind.launches_kernels:
-            zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.device)
-            partial_norms([zeros], EUCLIDEAN, key.choice.backend)
+            zeros = torch.zeros(1 << 15, dtype=key.gradient, device=key.home or key.device)
+            partial_norms([zeros], EUCLIDEAN, key.choice.backend if key.home is None else None)
         if key.variant.prologue:
             warm_prologue(optimizer, slots)
 
@@ -274,6 +308,11 @@ def norms_of(bucket: Bucket) -> list[Tensor]:
         return [found]
     own = [g for g in bucket.gradients if g is not None]
     return partial_norms(own, EUCLIDEAN, bucket.key.choice.backend)
+
+
+def norms_at_home(gradients: list[Tensor | None]) -> list[Tensor]:
+    """:func:`norms_of` gradients that are yet to be copied to the host."""
+    return partial_norms([g for g in gradients if g is not None], EUCLIDEAN)
 
 
 def check_captured(optimizer: Update, plan: Plan) -> None:
@@ -294,7 +333,7 @@ def check_captured(optimizer: Update, plan: Plan) -> None:
 
 def options_of(optimizer: Update) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
-    names = ("maximize", "foreach", "fused", "capturable", "differentiable", *PRECISION)
+    names = ("maximize", "foreach", "fused", "capturable", "differentiable", "offload", *PRECISION)
     # Tensors made in inference mode can't be written outside of it: that is checked when a plan is made.
     of_all = (optimizer.amp, optimizer.scales_gradients, torch.is_inference_mode_enabled())
     return [

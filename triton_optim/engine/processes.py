@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import Update
-from ..util.layout import is_flattened
+from ..util.layout import is_flattened, is_sharded
 
 
 def in_process_group() -> bool:
@@ -61,3 +62,99 @@ def check_norm_is_whole(optimizer: Update, params: Iterable[Tensor]) -> None:
             f"{asked} of the parameters that ZeroRedundancyOptimizer gives this process. Leave it None and call "
             "clip_grad_norm_() on the parameters of the whole model before the step."
         )
+
+
+class Agreement:
+    """Whether the ranks that share an optimizer's parameters step them alike: compared once for parameters, before
+    their first step. Later plans may be made by one rank alone, which nobody would answer.
+    """
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []  # of which it is known
+
+    def check(self, optimizer: Update, params: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """See :func:`check_ranks_agree`."""
+        if len(self._params) != len(params) or not all(map(is_, self._params, params)):
+            self._params = params
+            check_ranks_agree(optimizer, params, gradients)
+
+
+def check_ranks_agree(optimizer: Update, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError where ranks would not step the parameters alike that are sharded over them: their parts would
+    be updated in different ways, or one rank would wait for ever for another.
+
+    It communicates: every rank of a mesh must ask at the same time. All of them raise.
+
+    Args:
+        params: all of the optimizer's.
+        gradients: one of each, None where there is none.
+    """
+    if not several():
+        return
+    meshes: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if is_sharded(p):
+            meshes.setdefault(p.device_mesh, []).append(i)  # type: ignore[attr-defined]
+    problem = None
+    for mesh, own in meshes.items():
+        said = what_is_stepped(optimizer, params, gradients, own)
+        for dim in range(mesh.ndim if mesh.get_coordinate() is not None else 0):
+            group = mesh.get_group(dim)
+            if torch.distributed.get_backend(group) == "fake":  # which sends nothing
+                continue
+            every: list[Any] = [None] * torch.distributed.get_world_size(group)
+            # Those who know of a problem go on until all of the mesh know.
+            torch.distributed.all_gather_object(every, (said, problem), group=group)
+            ranks = torch.distributed.get_process_group_ranks(group)
+            found = [known for _, known in every]
+            for (other, _), rank in zip(every, ranks, strict=True):
+                found.append(difference(every[0][0], other, ranks[0], rank))
+            problem = next(filter(None, found), None)
+    if problem is not None:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: the ranks that share its parameters disagree: {problem}. Give all the same "
+            "groups and options, and gradients to the same parameters."
+        )
+
+
+def what_is_stepped(
+    optimizer: Update, params: Sequence[Tensor], gradients: Sequence[Tensor | None], own: Sequence[int]
+) -> dict[str, Any]:
+    """By what it is called, all that ranks must have in common of some of the parameters."""
+    said: dict[str, Any] = {
+        "the optimizer": type(optimizer).__name__,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "amp": optimizer.amp,
+        "the number of parameters": len(own),
+    }
+    groups = [number for number, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+    for position, i in enumerate(own):
+        said[f"the shape of parameter {position}"] = tuple(params[i].shape)
+        said[f"the dtype of parameter {position}"] = str(params[i].dtype)
+        said[f"the group of parameter {position}"] = groups[i] - groups[own[0]]  # what others have before may differ
+        said[f"the gradient of parameter {position}"] = "there" if gradients[i] is not None else "missing"
+    first = {groups[i]: position for position, i in reversed(list(enumerate(own)))}
+    for number, position in sorted(first.items()):
+        for name, value in optimizer.param_groups[number].items():
+            if name not in ("params", "param_names"):
+                said[f"{name} of the group of parameter {position}"] = comparable(value)
+    return said
+
+
+def comparable(value: Any) -> str:
+    """A hyperparameter as two processes can compare it, without waiting for a device."""
+    if isinstance(value, Tensor):
+        return repr(value.item()) if value.device.type == "cpu" and value.numel() == 1 else "a tensor"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(comparable, value))})"
+    known = value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    return repr(value) if known else f"a {type(value).__name__}"
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any], our_rank: int, their_rank: int) -> str | None:
+    """The first in which two ranks differ, in words; None where they agree."""
+    for name in {**ours, **theirs}:
+        a, b = (own.get(name, "not there") for own in (ours, theirs))
+        if a != b:
+            return f"{name} is {a} on rank {our_rank} and {b} on rank {their_rank}"
+    return None

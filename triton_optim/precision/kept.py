@@ -134,7 +134,8 @@ def convert_parameter(state: dict[str, Any], p: Tensor, target: Codec) -> None:
     own = p.detach()
     value = own.float()
     if names:
-        value = with_local(own, read(current, [local(own), *(local(state[n]) for n in names)], local(own)))
+        parts = [local(own), *(local(state[n]).to(own.device) for n in names)]
+        value = with_local(own, read(current, parts, local(own)))
     for n in names:
         del state[n]
     if target.suffixes:

@@ -116,6 +116,10 @@ def with_local(tensor: Tensor, shard: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     own: Any = tensor
+    if shard.device.type != own.device_mesh.device_type:  # where from_local would move it
+        moved: Any = torch.empty_like(own.detach(), dtype=shard.dtype, device=shard.device)
+        moved._local_tensor = shard
+        return cast(Tensor, moved)
     return DTensor.from_local(
         shard, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
     )
@@ -245,7 +249,8 @@ def in_layout_of(p: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself where it lies in memory as `p` does, else a copy that does."""
     if same_layout(tensor, p):
         return tensor
-    return torch.empty_like(p, dtype=tensor.dtype, memory_format=torch.preserve_format).copy_(tensor)
+    laid_out = torch.empty_like(p, dtype=tensor.dtype, device=tensor.device, memory_format=torch.preserve_format)
+    return laid_out.copy_(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from ctypes import c_int64, c_void_p
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -77,13 +78,34 @@ class CppBucket(Bucket):
         self._call(self.call, rows, self.random_keys() if self.random else self.tensors)
         self.mark_written()
 
+    @cached_property
+    def stretches(self) -> list[list[tuple[int, int, int]]]:
+        return [self.chunks.elements(*portions) for portions in self.chunks.stretches]
+
+    def run_stretches(
+        self, rows: list[StepScalars | None], before: Callable[[int], object], after: Callable[[int], object]
+    ) -> None:
+        keys = self.random_keys() if self.random else self.tensors
+        for number, portions in enumerate(self.chunks.stretches):
+            before(number)
+            self._call(self.call, rows, keys, portions=portions)
+            after(number)
+        self.mark_written()
+
     def measure(self) -> Tensor:
         count = python_function(self.key.variant.measure).returned
         found = torch.zeros(len(self.chunks), count, dtype=torch.float64, device="cpu")
         self._call(self._measure, self.rows_to_run(), self.tensors, found.data_ptr())
         return found.new_zeros(len(self.slots), count).index_add_(0, self.chunks.chunks[:, 0], found)
 
-    def _call(self, step: Any, rows: list[StepScalars | None], keys: Tensor, sums: int = 0) -> None:
+    def _call(
+        self,
+        step: Any,
+        rows: list[StepScalars | None],
+        keys: Tensor,
+        sums: int = 0,
+        portions: tuple[int, int] | None = None,
+    ) -> None:
         if self.regrouped:
             self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False
@@ -94,4 +116,5 @@ class CppBucket(Bucket):
             else:
                 cells.extend((row.factor, *row.h, row.weight)[: self._width])
         gradients, _ = self.gradient_addresses.buffer_info()
-        step(*self._fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), sums, self.chunks.threads())
+        fixed = self._fixed if portions is None else (*self.chunks.arguments(portions), *self._fixed[3:])
+        step(*fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), sums, self.chunks.threads())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -12,6 +13,10 @@ CHUNK = 1 << 14
 
 # Elements from which on other threads are woken.
 PARALLEL_FROM = 1 << 14
+
+# Elements of a stretch, where what one thread is done with is on its way while others go on: so many that starting it
+# costs nothing, and so few that little waits for the first and the last.
+STRETCH, STRETCHES = 1 << 20, 64
 
 
 class Chunks:
@@ -39,9 +44,29 @@ class Chunks:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def arguments(self) -> tuple[int, int, int]:
-        """How many portions there are, and the addresses of the two tables."""
-        return len(self.first) - 1, self.first.data_ptr(), self.chunks.data_ptr()
+    def arguments(self, portions: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """How many portions there are, and the addresses of the two tables.
+
+        Args:
+            portions: those meant, from where to where; by default all.
+        """
+        start, stop = portions or (0, len(self.first) - 1)
+        return stop - start, self.first.data_ptr() + start * self.first.itemsize, self.chunks.data_ptr()
+
+    @cached_property
+    def stretches(self) -> list[tuple[int, int]]:
+        """The portions, from where to where, of each stretch."""
+        each = max(STRETCH, self.numel // STRETCHES) // CHUNK
+        count = len(self.first) - 1
+        return [(start, min(start + each, count)) for start in range(0, count, each)]
+
+    def elements(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """What portions hold: tensors, and of each the elements from where to where."""
+        rows = self.chunks[int(self.first[start]) : int(self.first[stop])]
+        tensors, counts = torch.unique_consecutive(rows[:, 0], return_counts=True)
+        last = counts.cumsum(0) - 1
+        found = torch.stack((tensors, rows[last - counts + 1, 1], rows[last, 2]), dim=1)
+        return [(tensor, begin, end) for tensor, begin, end in found.tolist()]
 
     def threads(self) -> int:
         """How many threads are to share in it now."""

@@ -1,0 +1,133 @@
+"""How long is a step in host memory beside DeepSpeed's CPUAdam, and how much of the copies to and from it is hidden?"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import triton_optim
+from triton_optim.bench.agreement import Contender, assert_agree
+from triton_optim.bench.measure import Side, measure
+from triton_optim.bench.models import elements, parameters, shapes
+from triton_optim.engine import offload
+
+MODEL = "64M16"
+SETTINGS = {"lr": 0.1, "weight_decay": 0.1}
+THREADS = 2
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def contender(name: str, optimizer: torch.optim.Optimizer) -> Contender:
+    return Contender(name, optimizer, optimizer.param_groups[0]["params"], optimizer.step)
+
+
+def test_offload_beside_deepspeed(benchmark: Callable, answer: Callable, patience: float) -> None:
+    adam = pytest.importorskip("deepspeed.ops.adam", reason="deepspeed is not installed")
+    made = [list(parameters(shapes(MODEL), dtype=torch.float32)) for _ in range(3)]
+    with threads(THREADS):
+        sides = [
+            contender("ours", triton_optim.AdamW(made[0], backend="cpp", **SETTINGS)),
+            contender("DeepSpeedCPUAdam", adam.DeepSpeedCPUAdam(made[1], **SETTINGS)),
+            contender("torch fused", torch.optim.AdamW(made[2], fused=True, **SETTINGS)),
+        ]
+        assert_agree(sides)
+        m = measure([Side(side.name, side.step) for side in sides], patience)
+    ratio, (low, high) = m.ratio("ours", "DeepSpeedCPUAdam"), m.ratio_range("ours", "DeepSpeedCPUAdam")
+    figures = {f"{side.name} ms": 1e3 * m.median(side.name) for side in sides} | {"ratio": ratio, "threads": THREADS}
+    text = ", ".join(f"{side.name} {1e3 * m.median(side.name):.1f} ms" for side in sides)
+    words = f"{text}; {ratio:.3f} x DeepSpeedCPUAdam ({low:.3f} to {high:.3f} by round)"
+    answer(f"AdamW, {MODEL}, float32, {THREADS} threads", words, figures, value=ratio, target=0.9, measurement=m)
+    benchmark.pedantic(sides[0].step, rounds=3)
+
+
+class Lane:
+    """Copies in one direction, one after the other, beside the host's threads: as long as so many bytes take."""
+
+    def __init__(self, bandwidth: float) -> None:
+        self._bandwidth, self._until = bandwidth, 0.0
+        self._asked: SimpleQueue[tuple[int, threading.Event]] = SimpleQueue()
+        threading.Thread(target=self._copy, daemon=True).start()
+
+    def start(self, nbytes: int) -> threading.Event:
+        done = threading.Event()
+        self._asked.put((nbytes, done))
+        return done
+
+    def _copy(self) -> None:
+        until = 0.0
+        while True:
+            nbytes, done = self._asked.get()
+            until = max(until, time.perf_counter()) + nbytes / self._bandwidth
+            time.sleep(max(0.0, until - time.perf_counter()))
+            done.set()
+
+
+class Wire:
+    """A way to a device that does nothing but take its time: a device's copies take none of the host's."""
+
+    bandwidth = 1.0  # bytes a second, in each direction
+
+    def __init__(self, device: torch.device) -> None:
+        self._over, self._back = Lane(self.bandwidth), Lane(self.bandwidth)
+        self._last: threading.Event | None = None
+
+    def begin(self) -> None:
+        self._last = None
+
+    def over(self, pairs: Any) -> Callable[[], object]:
+        return self._over.start(nbytes(pairs)).wait
+
+    def back(self, pairs: Any) -> None:
+        self._last = self._back.start(nbytes(pairs))
+
+    def end(self) -> None:
+        if self._last is not None:
+            self._last.wait()
+
+
+def nbytes(pairs: Iterator[tuple[Tensor, Tensor]]) -> int:
+    return sum(source.nbytes for _, source in pairs)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 2.0])
+def test_offload_overlap(
+    share: float, benchmark: Callable, answer: Callable, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`share`: how long a copy of all gradients takes, in steps of the loop alone."""
+    options = {"param_precision": "master", "state_dtype": torch.float32, **SETTINGS}
+    plain, away = (list(parameters(shapes(MODEL), dtype=torch.bfloat16)) for _ in range(2))
+    with threads(THREADS):
+        alone = triton_optim.AdamW(plain, backend="cpp", **options)
+        seconds = measure([Side("alone", alone.step)], patience, rounds=3).median("alone")
+        size = 2 * elements(shapes(MODEL))
+        monkeypatch.setattr(Wire, "bandwidth", size / (share * seconds))
+        monkeypatch.setattr(offload, "link_to", Wire)
+        there = triton_optim.AdamW(away, backend="cpp", offload="cpu", **options)
+        m = measure([Side("alone", alone.step), Side("offloaded", there.step)], patience)
+    step, total, copy = m.median("alone"), m.median("offloaded"), size / Wire.bandwidth
+    ratio = total / max(step, copy)
+    figures = {"step ms": 1e3 * step, "copy ms": 1e3 * copy, "offloaded ms": 1e3 * total, "threads": THREADS}
+    text = (
+        f"gradients over {1e3 * copy:.0f} ms, step {1e3 * step:.0f} ms, parameters back {1e3 * copy:.0f} ms: together "
+        f"{1e3 * total:.0f} ms, {ratio:.3f} x the longest"
+    )
+    case = f"AdamW, {MODEL}, bfloat16 with master copies, copies as long as {share:g} steps"
+    answer(case, text, figures | {"ratio": ratio}, value=ratio, target=1.1, measurement=m)
+    benchmark.pedantic(there.step, rounds=3)
