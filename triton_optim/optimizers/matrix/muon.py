@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from ...core.checks import check_range
 from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
+from ...core.unwrap import unwrap_model
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
@@ -256,7 +257,8 @@ def muon_param_groups(
     row for each expert.
 
     Args:
-        model: whose parameters that require gradients are sorted.
+        model: whose parameters that require gradients are sorted; of DistributedDataParallel and other wrappers the
+            module inside is meant.
         heads: names of the modules whose weights make the output, such as ``"lm_head"`` or ``"decoder.out"``: a module
             is meant where its full name or the last part of it is among them. A string is one name.
         adamw: options of the last group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
@@ -282,6 +284,7 @@ def muon_param_groups(
         >>> [{name: value for name, value in group.items() if name != "params"} for group in groups]
         [{'extra_dims': 'flatten'}, {'splits': 3}, {'use_muon': False}]
     """
+    model = unwrap_model(model)
     # By identity: a head that is tied to the embedding is one parameter.
     left_out = named(model, heads)
     flattened: set[int] = set()
