@@ -11,8 +11,8 @@ from .optimizer import RuleOptimizer
 
 # Where wrappers keep what they wrap: accelerate's, Lightning's and DeepSpeed's; ZeroRedundancyOptimizer.
 INSIDE = ("optimizer", "optim")
-# Modules that are another module and add nothing to it, by the names of their classes: some are of packages that are not
-# installed. Those of the inner module are the names that users know.
+# Modules that are another module and add nothing to it, by the names of their classes, as some are of packages that may
+# not be installed. The names of parameters that users know are those of the inner module.
 MODEL_INSIDE = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -48,7 +48,8 @@ def unwrap_optimizer(optimizer: Any) -> RuleOptimizer:
         if found is None:
             names = " > ".join(f"{type(each).__module__}.{type(each).__qualname__}" for each in path)
             raise TypeError(
-                f"this needs an optimizer of triton_optim, or what has one as its {' or '.join(INSIDE)}; it got {names}. "
+                f"this needs an optimizer of triton_optim, or what has one as its {' or '.join(INSIDE)}; it got "
+                f"{names}. "
                 "Make it with triton_optim's class of that name, or give the one that is inside."
             )
         path.append(found)

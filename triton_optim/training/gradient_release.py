@@ -150,9 +150,7 @@ class GradientRelease:
         p.grad = None
 
 
-def enable_gradient_release(
-    optimizer: Optimizer, accumulating: Callable[[], bool] | None = None
-) -> GradientRelease:
+def enable_gradient_release(optimizer: Optimizer, accumulating: Callable[[], bool] | None = None) -> GradientRelease:
     """Update each parameter as soon as its gradient is complete in ``backward``, and free the gradient.
 
     No more than a few gradients are alive at a time, so that training takes the memory of the gradients less. What the
