@@ -122,7 +122,7 @@ class Checks:
         """Raise ValueError where a state has none of the optimizer's names, or others in place of them."""
         optimizer, names = self._optimizer, self._names
         known = {*names.counted, *names.elementwise, *optimizer.kept_names}
-        parts = {*RESIDUALS, COUNT, *names.scales}
+        parts = {*RESIDUALS, COUNT, WEIGHTS, *names.scales}
         # Names that optimizers share, such as step, prove nothing where others are in place of ours.
         complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
         if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
@@ -211,7 +211,7 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
         needed |= optimizer.first_scalar_states(group).keys() - {COUNT}
     else:
         needed = set()
-    for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), ("residual_low", "residual")):
+    for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), (WEIGHTS, AVERAGE), ("residual_low", "residual")):
         needed |= {other} if one in there else set()
     if missing := sorted(needed.difference(there)):
         raise ValueError(

@@ -16,9 +16,9 @@ from ..registry import rule_optimizers
 def register_optimizers() -> list[str]:
     """Make the optimizers of triton_optim known to timm: ``"tritonadamw"``, and so on.
 
-    timm cuts names at underscores. As for its own, momentum is 0.9 unless it is given, and SGD has Nesterov's. Muon, and
-    what is made of it, gives AdamW what ``fallback_list`` names and all that has not two dimensions, with the options
-    that ``adamw`` has: ``create_optimizer_v2(model, "tritonmuon", lr=0.02, adamw={"lr": 1e-3})``.
+    timm cuts names at underscores. As for its own, momentum is 0.9 unless it is given, and SGD has Nesterov's. Muon,
+    and what is made of it, gives AdamW what ``fallback_list`` names and all that has not two dimensions, with the
+    options ``adamw``: ``create_optimizer_v2(model, "tritonmuon", lr=0.02, adamw={"lr": 1e-3})``.
 
     Returns:
         The names.
