@@ -348,3 +348,39 @@ def test_what_others_do_to_gradients_and_parameters_is_refused(ranks):
         assert "ZeroRedundancyOptimizer" in share
         assert all("FullyShardedDataParallel" in limited for limited in flat[::2])
         assert [whole, *flat[1::2]] == ["", "", ""]
+
+
+def released(mesh, replicated):
+    """Weights after steps of a trained twin, and with gradients that are released as each layer is reduced; whether
+    there were any left after backward.
+    """
+    rank = mesh.get_local_rank()
+    if replicated:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    nets = [fully_sharded(mesh) for _ in range(2)]
+    optimizers = [to.AdamW(net.parameters(), lr=0.05, ema_decay=0.5) for net in nets]
+    to.enable_gradient_release(optimizers[1])
+    left = []
+    for net, opt in zip(nets, optimizers, strict=True):
+        step = opt.step
+
+        def noted(net=net, step=step):
+            left.append(sum(p.grad is not None for p in net.parameters()))
+            step()
+
+        opt.step = noted
+        train(net, opt, range(4), rank)
+        del opt.step
+        opt.eval()
+    weights = [[p.detach().full_tensor().tolist() for p in net.parameters()] for net in nets]
+    return *weights, left, {p.to_local().numel() for p in nets[0].parameters()}
+
+
+@pytest.mark.parametrize("replicated", [False, True], ids=["sharded", "copies"])
+def test_gradients_are_released_once_they_are_reduced(replicated, ranks):
+    """On a mesh whose last side is 1 as DistributedDataParallel trains, whose buckets keep all gradients."""
+    answers = ranks.run(released, replicated)
+    for kept, gone, left, sizes in answers:
+        assert gone == kept == answers[0][0]
+        assert left == [4] * 4 + [0] * 4
+        assert (15 in sizes) == replicated
