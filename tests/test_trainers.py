@@ -1,12 +1,11 @@
-"""docs/trainers runs, each page where its client is installed; callbacks and registries with small stand-ins for the
-clients, which CI does not install.
+"""docs/trainers runs, each page where its client is installed, and so do our callbacks in it; callbacks and registries
+also with small stand-ins for the clients, which CI does not install. Pages of several processes: test_two_ranks.py.
 """
 
 import copy
 import importlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import types
@@ -43,11 +42,10 @@ def code_of(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL))
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """As a user has it: without the interpreter, offline."""
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lo = {"GLOO_SOCKET_IFNAME": "lo"} if os.path.exists("/sys/class/net/lo") else {}
-    return own | lo | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+    return own | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def test_every_page_is_run_and_says_what_is_not_supported() -> None:
@@ -68,34 +66,13 @@ def test_a_page_runs(page: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_pages_of_several_processes_run(tmp_path: Path) -> None:
-    """As torchrun starts them, both pages in the same two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for page in ("ddp", "fsdp2"):
-        (tmp_path / f"{page}.py").write_text(code_of(page))
-    script = "import runpy; [runpy.run_path(page) for page in ('ddp.py', 'fsdp2.py')]"
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", script],
-            cwd=tmp_path,
-            env=environment(**address, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error[-2000:] for _, error in said)
-    norms = {line for out, _ in said for line in out.splitlines() if line.startswith("norm of the whole")}
-    assert len(norms) == 1, norms
+@pytest.mark.parametrize("client", ["lightning", "transformers"])
+def test_callbacks_in_the_client(client: str, tmp_path: Path) -> None:
+    if find_spec(client) is None:
+        pytest.skip(f"{client} not installed: pip install 'triton-optim[trainers]'")
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("with_trainers.py")), client]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Stand-ins

@@ -6,8 +6,10 @@ import inspect
 import math
 import os
 import queue
+import re
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_optim as to
+
+PAGES = Path(__file__).parents[1] / "docs" / "trainers"
 
 
 def serve(rank, path, tasks, results):
@@ -358,7 +362,7 @@ def released(mesh, replicated):
     if replicated:
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     nets = [fully_sharded(mesh) for _ in range(2)]
-    optimizers = [to.AdamW(net.parameters(), lr=0.05, ema_decay=0.5) for net in nets]
+    optimizers = [to.AdamW(net.parameters(), lr=0.05, ema_decay=0.5, backend="eager") for net in nets]
     to.enable_gradient_release(optimizers[1])
     left = []
     for net, opt in zip(nets, optimizers, strict=True):
@@ -384,3 +388,26 @@ def test_gradients_are_released_once_they_are_reduced(replicated, ranks):
         assert gone == kept == answers[0][0]
         assert left == [4] * 4 + [0] * 4
         assert (15 in sizes) == replicated
+
+
+def page(mesh, name, folder):
+    """Run the code of a page of docs/trainers, but for starting and ending the processes, which are here."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (PAGES / f"{name}.md").read_text(), re.DOTALL))
+    started = re.findall(r"^dist\.(?:init|destroy)_process_group\(.*\)$", code, re.MULTILINE)
+    for call in started:
+        code = code.replace(call, "pass")
+    os.chdir(folder)
+    os.environ["LOCAL_RANK"] = str(mesh.get_local_rank())
+    found = {}
+    exec(compile(code, f"{name}.md", "exec"), found)
+    weights = [p.detach() for p in found["model"].parameters()]
+    whole = [(p.full_tensor() if isinstance(p, DTensor) else p).tolist() for p in weights]
+    return len(started), whole, found["optimizer"].engine.release is not None
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_pages_of_several_processes_run(name, ranks, tmp_path):
+    answers = ranks.run(page, name, str(tmp_path))
+    for started, weights, released in answers:
+        assert (started, released) == (2, name == "ddp")
+        assert weights == answers[0][1]
