@@ -15,7 +15,7 @@ from ..core.unwrap import unwrap_optimizer
 from ..training.gradient_release import GradientRelease, enable_gradient_release
 
 
-class AveragedWeights(Callback):  # type: ignore[misc]
+class AveragedWeights(Callback):
     """Validation, checkpoints and the model after training have the averages (``ema_decay``; of Schedule-Free
     optimizers what they evaluate); training batches have the weights.
 
@@ -50,7 +50,7 @@ class AveragedWeights(Callback):  # type: ignore[misc]
             train(trainer)
 
 
-class ReleaseGradients(Callback):  # type: ignore[misc]
+class ReleaseGradients(Callback):
     """Gradient release (:func:`triton_optim.enable_gradient_release`), with ``accumulate_grad_batches``."""
 
     def __init__(self) -> None:

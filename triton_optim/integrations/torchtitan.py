@@ -14,7 +14,7 @@ from ..options import OF_ALL
 from ..registry import rule_optimizers
 
 
-class OptimizersContainer(TheirContainer):  # type: ignore[misc]
+class OptimizersContainer(TheirContainer):
     """torchtitan's ``OptimizersContainer``, in which ``optimizer_name`` is the name of an optimizer of triton_optim;
     another, such as ``"DistMuon"``, is torchtitan's own.
 
@@ -27,7 +27,7 @@ class OptimizersContainer(TheirContainer):  # type: ignore[misc]
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(TheirContainer.Config):  # type: ignore[misc]
+    class Config(TheirContainer.Config):
         """As torchtitan's."""
 
     @staticmethod

@@ -14,7 +14,7 @@ from ..optimizers.matrix.muon import Muon, muon_param_groups
 from ..training.gradient_release import GradientRelease, enable_gradient_release
 
 
-class AveragedWeights(TrainerCallback):  # type: ignore[misc]
+class AveragedWeights(TrainerCallback):
     """Every checkpoint holds the averages (``ema_decay``; of Schedule-Free optimizers what they evaluate), and so does
     the model after training.
 
@@ -59,7 +59,7 @@ class AveragedWeights(TrainerCallback):  # type: ignore[misc]
             ours.eval() if self._averages else ours.train()
 
 
-class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
+class ReleaseGradients(TrainerCallback):
     """Gradient release (:func:`triton_optim.enable_gradient_release`), with gradient accumulation."""
 
     def __init__(self) -> None:
