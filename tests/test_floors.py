@@ -26,6 +26,7 @@ FLOORS = (
     "training",
     "",  # the package itself: what users import
     "registry",
+    "integrations",
     "catalog",
     "bench",
     "audit",

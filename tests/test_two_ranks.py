@@ -6,10 +6,11 @@ import inspect
 import itertools
 import math
 import os
-import pathlib
 import queue
+import re
 import time
 import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ from triton_optim.kernels.language import jit
 import triton_optim as to
 from triton_optim.optimizers.matrix import muon, owners
 from triton_optim.optimizers.matrix.newton_schulz import newton_schulz
+
+PAGES = Path(__file__).parents[1] / "docs" / "trainers"
 
 
 def serve(rank, path, tasks, results):
@@ -357,7 +360,7 @@ def resharded(mesh, folder):
     for how, jobs in RESHARDED.items():
         named = {f"{job.case.name}, {job.kept}, {how}": job for job in jobs}
         pairs = [*itertools.product(meshes, meshes)]
-        found += outcomes(named, meshes, pathlib.Path(folder) / how, pairs, how).items()
+        found += outcomes(named, meshes, Path(folder) / how, pairs, how).items()
     return dict(found)
 
 
@@ -391,7 +394,7 @@ def with_other_options(mesh, folder):
         jobs = {f"{a} to {b}": (Job(RULES["AdamW"], a), Job(RULES["AdamW"], b)) for a, b in pairs}
         for how, where in (("nested", mesh), ("flat", mesh), ("nested", None)):
             name = f"{how}{', whole' if where is None else ''}{', partial' if partial else ''}"
-            own = changed(jobs, where, pathlib.Path(folder) / name, how, partial)
+            own = changed(jobs, where, Path(folder) / name, how, partial)
             found += [((job, name), one) for job, one in own.items()]
     return dict(found)
 
@@ -630,3 +633,62 @@ def test_ranks_that_disagree_are_told_in_what(ranks):
         for message, difference in zip(said, differences, strict=True):
             assert f"AdamW: the ranks that share its parameters disagree: {difference}. Give all" in message
         assert agreeing == [""] * 3
+
+
+def released(mesh, replicated):
+    """Weights after steps of a trained twin, and with gradients that are released as each layer is reduced; whether
+    there were any left after backward.
+    """
+    rank = mesh.get_local_rank()
+    if replicated:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    nets = [fully_sharded(mesh) for _ in range(2)]
+    optimizers = [to.AdamW(net.parameters(), lr=0.05, ema_decay=0.5, backend="eager") for net in nets]
+    to.enable_gradient_release(optimizers[1])
+    left = []
+    for net, opt in zip(nets, optimizers, strict=True):
+        step = opt.step
+
+        def noted(net=net, step=step):
+            left.append(sum(p.grad is not None for p in net.parameters()))
+            step()
+
+        opt.step = noted
+        train(net, opt, range(4), rank)
+        del opt.step
+        opt.eval()
+    weights = [[p.detach().full_tensor().tolist() for p in net.parameters()] for net in nets]
+    return *weights, left, {p.to_local().numel() for p in nets[0].parameters()}
+
+
+@pytest.mark.parametrize("replicated", [False, True], ids=["sharded", "copies"])
+def test_gradients_are_released_once_they_are_reduced(replicated, ranks):
+    """On a mesh whose last side is 1 as DistributedDataParallel trains, whose buckets keep all gradients."""
+    answers = ranks.run(released, replicated)
+    for kept, gone, left, sizes in answers:
+        assert gone == kept == answers[0][0]
+        assert left == [4] * 4 + [0] * 4
+        assert (15 in sizes) == replicated
+
+
+def page(mesh, name, folder):
+    """Run the code of a page of docs/trainers, but for starting and ending the processes, which are here."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (PAGES / f"{name}.md").read_text(), re.DOTALL))
+    started = re.findall(r"^dist\.(?:init|destroy)_process_group\(.*\)$", code, re.MULTILINE)
+    for call in started:
+        code = code.replace(call, "pass")
+    os.chdir(folder)
+    os.environ["LOCAL_RANK"] = str(mesh.get_local_rank())
+    found = {}
+    exec(compile(code, f"{name}.md", "exec"), found)
+    weights = [p.detach() for p in found["model"].parameters()]
+    whole = [(p.full_tensor() if isinstance(p, DTensor) else p).tolist() for p in weights]
+    return len(started), whole, found["optimizer"].engine.release is not None
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_pages_of_several_processes_run(name, ranks, tmp_path):
+    answers = ranks.run(page, name, str(tmp_path))
+    for started, weights, released in answers:
+        assert (started, released) == (2, name == "ddp")
+        assert weights == answers[0][1]

@@ -12,8 +12,9 @@ from torch import Tensor
 from .kernels.straight import straight
 from .util.hyperparameters import Hyperparameters, plain_group
 
-# The states of the exponential moving average of the weights: the average, and how many values it is of.
-AVERAGE, COUNT = "ema", "n_averaged"
+# The states of the exponential moving average of the weights: the average, how many values it is of, and the weights
+# themselves while the parameter is the average.
+AVERAGE, COUNT, WEIGHTS = "ema", "n_averaged", "weights"
 
 
 class State(NamedTuple):

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, read, state_codec, write
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
-from ..spec import AVERAGE, COUNT
+from ..spec import AVERAGE, COUNT, WEIGHTS
 from ..util.layout import local, with_local
 from .loadable import OPTIONAL
 from .optimizer import RuleOptimizer
 from .saved_form import loaded_state
+from .unwrap import unwrap_model, unwrap_optimizer
 
 
-def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
+def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     """The state dict in the form of torch.optim's optimizer of the same name, in full precision.
 
     Codes are decoded, to float32 (states of float64 parameters are as they are). What torch has no name for is left
@@ -26,7 +28,7 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
     where torch keeps none.
 
     Args:
-        optimizer: one of this package's; it is not changed.
+        optimizer: one of this package's, or what a trainer made of it; it is not changed.
 
     Returns:
         What ``torch.optim.<the same>.load_state_dict`` takes, and :func:`load_torch_state_dict`.
@@ -42,6 +44,7 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
         >>> theirs.state[p]["exp_avg"].dtype
         torch.float32
     """
+    optimizer = unwrap_optimizer(optimizer)
     saved = optimizer.state_dict()
     groups = [{n: v for n, v in group.items() if n not in OPTIONAL} for group in saved["param_groups"]]
     indices = [i for group in groups for i in group["params"]]
@@ -55,7 +58,7 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
             value = with_local(p, read(codec, parts, local(p))) if codec.block_size else parts[0]
             half = value.is_floating_point() and value.itemsize < 4
             state[name] = value.float() if half else value
-        for name in (*RESIDUALS, AVERAGE, COUNT):
+        for name in (*RESIDUALS, AVERAGE, COUNT, WEIGHTS):
             state.pop(name, None)
         if not optimizer.counts_steps:
             state.pop("step", None)
@@ -64,13 +67,14 @@ def to_torch_state_dict(optimizer: RuleOptimizer) -> dict[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
-def load_torch_state_dict(optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> None:
+def load_torch_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Load a full-precision state dict, of torch.optim's or of :func:`to_torch_state_dict`, and bring its states into
     the codecs of `optimizer` at once. Its options of precision stay its own.
 
     Raises:
         As :meth:`RuleOptimizer.load_state_dict`; nothing was changed then.
     """
+    optimizer = unwrap_optimizer(optimizer)
     optimizer.load_state_dict(state_dict)
     for group in optimizer.param_groups:
         variant = optimizer.running_variant(group)
@@ -93,18 +97,20 @@ def kept_states(optimizer: RuleOptimizer, state: dict[str, Any], p: Tensor) -> I
             yield name, codec
 
 
-def master_state_dict(model: Module, optimizer: RuleOptimizer) -> dict[str, Any]:
+def master_state_dict(model: Module, optimizer: Optimizer) -> dict[str, Any]:
     """The model's state dict with float32 weights: those that ``param_precision`` keeps.
 
     Args:
         model: its bfloat16 and float16 parameters come in float32, exact with ``"split32"`` (bfloat16) and
             ``"master"``, nearly so with ``"split24"`` and ``"kahan"``, and as they are where nothing is kept beside
-            them. Buffers, and parameters of other dtypes, come as they are.
+            them. Buffers, and parameters of other dtypes, come as they are. Of DistributedDataParallel and other
+            wrappers the module inside is meant.
         optimizer: of these parameters; others than these may be among the model's.
 
     Returns:
         New tensors by name, which a float32 model of the same kind loads.
     """
+    model, optimizer = unwrap_model(model), unwrap_optimizer(optimizer)
     optimizer.engine.check_not_swapped("master_state_dict()")
     optimizer.engine.forget_probe()
     weights: dict[str, Any] = model.state_dict(keep_vars=True)
@@ -125,7 +131,7 @@ def master(value: Any, optimizer: RuleOptimizer) -> Any:
     return own.float() if half else own.clone()
 
 
-def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: dict[str, Any]) -> None:
+def load_master_state_dict(model: Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Load float32 weights into a model of bfloat16 or float16 parameters: the way back from :func:`master_state_dict`.
 
     The parameters become the nearest values of their dtypes, and what is left goes where the ``param_precision`` of
@@ -134,6 +140,7 @@ def load_master_state_dict(model: Module, optimizer: RuleOptimizer, state_dict: 
     Raises:
         RuntimeError: the names or shapes are not the model's.
     """
+    model, optimizer = unwrap_model(model), unwrap_optimizer(optimizer)
     optimizer.engine.check_not_swapped("load_master_state_dict()")
     model.load_state_dict(state_dict)
     optimizer.engine.forget_probe()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import overload
 
 import torch
+from torch.optim import Optimizer
 
 from ..backends.costs import cost
 from ..buckets.key import Key
@@ -16,6 +17,7 @@ from ..precision.codecs import Codec
 from ..util.layout import local
 from ..util.table import table
 from .optimizer import RuleOptimizer
+from .unwrap import unwrap_optimizer
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,13 @@ class Explanation(Sequence[BucketReport]):
         return table(header, rows)
 
 
-def explain(optimizer: RuleOptimizer) -> Explanation:
+def explain(optimizer: Optimizer) -> Explanation:
     """What runs each bucket of `optimizer`, why, in how many launches, and how many bytes it moves.
 
     Before the first step, gradients and states are taken to be like their parameters. Nothing is changed.
 
     Args:
-        optimizer: one of this package's.
+        optimizer: one of this package's, or what a trainer made of it.
 
     Returns:
         A sequence of :class:`BucketReport`, which prints as a table.
@@ -91,6 +93,7 @@ def explain(optimizer: RuleOptimizer) -> Explanation:
         >>> bucket.backend, bucket.tensors, bucket.elements
         ('eager', 2, 10)
     """
+    optimizer = unwrap_optimizer(optimizer)
     if optimizer.engine.plan is not None:
         buckets = {bucket.key: bucket.slots for bucket in optimizer.engine.plan.buckets}
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.prologue import check_states
 from ..precision.codecs import HALVES, PRECISION, RESIDUALS, SCALE, with_residual
 from ..precision.kept import check_state
-from ..spec import AVERAGE, COUNT, Update
+from ..spec import AVERAGE, COUNT, WEIGHTS, Update
 from ..util.layout import ORDINARY, local
 from .foreign import origin, refusal
 from .saved_form import AGAIN, Names, loaded_state
@@ -108,7 +108,7 @@ class Checks:
                 check_number(index, part, value, whole=part in ("step", COUNT))
             elif elementwise:
                 check_state(optimizer, index, p, part, held)
-            elif part in RESIDUALS or part in optimizer.kept_names:
+            elif part == WEIGHTS or part in RESIDUALS or part in optimizer.kept_names:
                 check_part(index, p, part, value)
         if optimizer.kept_names:
             check_states(optimizer, self._group, index, p, held)
@@ -122,7 +122,7 @@ class Checks:
         """Raise ValueError where a state has none of the optimizer's names, or others in place of them."""
         optimizer, names = self._optimizer, self._names
         known = {*names.counted, *names.elementwise, *optimizer.kept_names}
-        parts = {*RESIDUALS, COUNT, *names.scales}
+        parts = {*RESIDUALS, COUNT, WEIGHTS, *names.scales}
         # Names that optimizers share, such as step, prove nothing where others are in place of ours.
         complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
         if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
@@ -185,12 +185,14 @@ def check_number(index: Any, name: str, value: Any, whole: bool) -> None:
 
 def check_part(index: Any, p: Tensor, name: str, value: Any) -> None:
     """Raise RuntimeError where a correction of a parameter, or what a prologue keeps, is no such tensor."""
-    if name in RESIDUALS and p.dtype in HALVES:
+    if name == WEIGHTS:
+        fits = isinstance(value, Tensor) and value.dtype == p.dtype
+    elif name in RESIDUALS and p.dtype in HALVES:
         codec = with_residual(RESIDUALS[name], p.dtype)
         fits = isinstance(value, Tensor) and value.dtype == codec.dtypes[1 + codec.suffixes.index(name)]
     else:
         fits = isinstance(value, Tensor) and value.is_floating_point()
-    if not fits or (name in RESIDUALS and value.shape != p.shape):
+    if not fits or (name in (*RESIDUALS, WEIGHTS) and value.shape != p.shape):
         found = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
         raise RuntimeError(
             f"{name} of parameter {index} is {found}, the parameter {p.dtype}, {tuple(p.shape)}. Load a state dict of "
@@ -209,7 +211,7 @@ def check_complete(optimizer: Update, group: dict[str, Any], index: Any, p: Tens
         needed |= optimizer.first_scalar_states(group).keys() - {COUNT}
     else:
         needed = set()
-    for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), ("residual_low", "residual")):
+    for one, other in ((AVERAGE, COUNT), (COUNT, AVERAGE), (WEIGHTS, AVERAGE), ("residual_low", "residual")):
         needed |= {other} if one in there else set()
     if missing := sorted(needed.difference(there)):
         raise ValueError(

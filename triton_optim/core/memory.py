@@ -15,7 +15,7 @@ from ..precision.codecs import parameter_codec, plain, state_codec
 from ..spec import offloads
 from ..util.layout import local, with_local
 from ..util.table import readable_bytes, table
-from .optimizer import RuleOptimizer
+from .unwrap import unwrap_optimizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def gibibytes(nbytes: int) -> str:
     return f"{nbytes / 2**30:,.3f}"
 
 
-def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
+def memory_report(optimizer: Optimizer) -> MemoryReport:
     """What training with `optimizer` keeps in memory on this process, beside the same with torch's own optimizer.
 
     It is computed from the parameters and options, so that it may be asked for before the first step, and of parameters
@@ -109,6 +109,7 @@ def memory_report(optimizer: RuleOptimizer) -> MemoryReport:
         >>> round(report.total / report.parameters, 2), round(report.torch_total / report.parameters, 2)
         (6.03, 8.0)
     """
+    optimizer = unwrap_optimizer(optimizer)
     sums = {"parameters": 0, "weights": 0, "gradients": 0, "corrections": 0, "staging": 0, "host": 0}
     states: dict[str, int] = {}
     torch_states: dict[str, int] = {}

@@ -35,7 +35,7 @@ from ..precision.codecs import check_declared, check_precision, coded_states
 from ..spec import Variant, offloads
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
-from .averages import averaged_parameters
+from .averages import averaged_parameters, swap_back, swap_in
 from .checks import check_alone
 from .saving import SavedOptimizer
 from .wrapping import leave_to_python, ordered, with_hooks
@@ -111,7 +111,7 @@ class RuleOptimizer(SavedOptimizer):
         """The largest norm of all gradients together; None for any. It may be set at any time, except while gradients
         are released in backward.
         """
-        return self._max_grad_norm
+        return self.engine.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
@@ -119,7 +119,7 @@ class RuleOptimizer(SavedOptimizer):
             raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
         if self.engine.release is not None:
             check_alone(type(self).__name__, value, self.amp)
-        self._max_grad_norm = None if value is None else float(value)
+        self.engine.max_grad_norm = None if value is None else float(value)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -215,12 +215,46 @@ class RuleOptimizer(SavedOptimizer):
         release = self.engine.release
         return largest_count(self) if release is None else release.averaged
 
+    @property
+    def training(self) -> bool:
+        """False after :meth:`eval`, until :meth:`train`."""
+        return self.engine.swapped != "eval()"
+
+    def eval(self) -> None:
+        """Make the parameters their averages (``ema_decay``) until :meth:`train`: what trainers call before they
+        evaluate a model that is then saved, too. Without averages, again or within :meth:`averaged_parameters` it
+        changes nothing.
+
+        Each state keeps the parameter's weights meanwhile, as ``weights``. They are saved, loaded and copied with it,
+        so that a checkpoint of model and optimizer goes on exactly from where training was.
+
+        Example:
+            >>> import torch, triton_optim
+            >>> p = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = triton_optim.SGD([p], lr=1.0, ema_decay=0.5, backend="eager")
+            >>> for _ in range(2):
+            ...     p.grad = torch.ones(1)
+            ...     optimizer.step()
+            >>> optimizer.eval()
+            >>> p.item()
+            -1.5
+            >>> optimizer.train()
+            >>> p.item()
+            -2.0
+        """
+        swap_in(self, self.engine)
+
+    def train(self) -> None:
+        """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing."""
+        swap_back(self, self.engine)
+
     def averaged_parameters(self) -> AbstractContextManager[None]:
         """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save the model.
 
         Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
-        kept meanwhile in as much memory as they take. The optimizer is saved, loaded and copied outside: training would
-        go on from averages, with states that are not theirs.
+        kept meanwhile in as much memory as they take. After :meth:`eval` the parameters are their averages already, and
+        stay so. The optimizer is saved, loaded and copied outside: training would go on from averages, with states that
+        are not theirs.
 
         Raises:
             RuntimeError: nothing is averaged, it is entered already, or a step is made within it, or the optimizer

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..precision.codecs import CODES_VERSION, SCALE, codes, in_blocks, new_parts, part_names, read
 from ..precision.kept import check_state, current_codec
-from ..spec import AVERAGE, COUNT, Update
+from ..spec import AVERAGE, COUNT, WEIGHTS, Update
 from ..util.layout import ORDINARY, is_flattened, is_sharded, local, with_local
 
 # What is saved of a quantized state, under its name: no other reader takes a dict for a tensor, whatever its shape.
 CODES = ("codes", SCALE, "bits", "signed", "block", "version")
 
 BYTES = ("residual", "residual_low")  # states of int8 that are no codes
+# An average that is in the place of its weights is saved with them, in a dict: who knows only of averages, such as a
+# distributed checkpoint that is loaded into what a new optimizer has, finds none, and says so.
 
 # Of what kinds the values of a state are that is held as it is saved.
 HELD = frozenset((*ORDINARY, int, float))
@@ -76,6 +78,9 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any], decoded: bool = F
         for p, state in zip(states, saved, strict=True):
             if isinstance(p, Tensor) and isinstance(state, dict) and not names.scales.isdisjoint(state):
                 describe_codes(optimizer, names, state, p, decoded)
+    for state in dicts if WEIGHTS in there else ():
+        if WEIGHTS in state:
+            state[AVERAGE] = {name: state.pop(name) for name in (AVERAGE, WEIGHTS)}
     for i, (p, state) in enumerate(zip(states, saved, strict=True)) if decoded else ():
         if isinstance(state, dict) and is_flattened(p):
             hand_out_in_one_dtype(state)
@@ -130,7 +135,9 @@ def loaded_state(optimizer: Update, index: Any, p: Tensor, state: Mapping[str, A
     names = elementwise_names(optimizer)
     held: dict[str, Any] = {}
     for name, value in state.items():
-        if isinstance(value, dict) and name in names:
+        if name == AVERAGE and isinstance(value, dict) and value.keys() == {AVERAGE, WEIGHTS}:
+            held |= value
+        elif isinstance(value, dict) and name in names:
             held |= held_codes(optimizer, index, p, name, value)
         elif value != {} or not name.endswith(SCALE):  # of scales, too, DCP's flat form asks by the names that are held
             held[name] = value

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ..buckets.state import WatchedState, watch
 from ..engine.engine import Engine
 from ..spec import Update
+from .averages import check_loadable, swapped_as_saved
 from .checkpoint import fill_in, loaded_groups, loaded_states, packed, without_left
 from .loadable import check_groups, check_keys
 from .moving import states_to_device, states_to_host
@@ -50,7 +51,8 @@ class SavedOptimizer(Optimizer, Update):
         initialized it is its values in float32, placed as the parameter, and the codes made of them again are the same:
         torch.distributed.checkpoint then saves and loads on any number of ranks, into any ``state_dtype``.
         """
-        self.engine.check_not_swapped("state_dict()")
+        self.engine.check_not_inside("state_dict()")
+        check_loadable(self, self.engine)
         self.engine.probe_again()
         # As torch's own, in one pass: another one over its result would take as long again.
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -75,7 +77,7 @@ class SavedOptimizer(Optimizer, Update):
             RuntimeError: a state is not of its parameter's shape or kind, or quantized in a way that can't be read. In
                 all cases nothing was changed.
         """
-        self.engine.check_not_swapped("load_state_dict()")
+        self.engine.check_not_inside("load_state_dict()")
         if not isinstance(state_dict, Mapping):  # a hook may bring what its keys lack
             check_keys(state_dict)
 
@@ -134,11 +136,11 @@ class SavedOptimizer(Optimizer, Update):
         states_to_device(self, self.engine)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.engine.check_not_swapped("a copy")
+        self.engine.check_not_inside("a copy")
         probed = set(map(id, self.engine.probe.params(self)))
         own = {p: state for p, state in self.state.items() if id(p) not in probed}
         states = dict(zip(own, saved_states(self, own), strict=True))
-        kept = ("defaults", "param_groups", "backend", "amp", "_max_grad_norm")
+        kept = ("defaults", "param_groups", "backend", "amp", "max_grad_norm")
         return {name: getattr(self, name) for name in kept} | {"state": defaultdict(dict, states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,13 +149,17 @@ class SavedOptimizer(Optimizer, Update):
         if set(map(type, states.values())) != {WatchedState}:
             params = chain.from_iterable(group["params"] for group in state["param_groups"])
             states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
-        super().__setstate__(state | {"state": defaultdict(dict, states)})
+        limit = {name: state[name] for name in ("max_grad_norm",) if name in state}
+        own = {name: value for name, value in state.items() if name not in limit}
+        super().__setstate__(own | {"state": defaultdict(dict, states)})
         watch(self)
         # A copy has none of these; who loads a state dict keeps them.
-        for name, value in {"backend": "auto", "amp": None, "_max_grad_norm": None}.items():
+        for name, value in {"backend": "auto", "amp": None}.items():
             self.__dict__.setdefault(name, value)
         if "engine" in self.__dict__:
             self.engine.reset()
         else:
             self.engine = Engine(self, self._check_edited)
+        self.engine.max_grad_norm = limit.get("max_grad_norm", self.engine.max_grad_norm)
+        self.engine.swapped = swapped_as_saved(self)
         fill_in(self)

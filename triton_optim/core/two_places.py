@@ -37,6 +37,10 @@ class TwoPlaces(RuleOptimizer):
         r""":math:`\beta` of a group, in (0, 1); its hyperparameters as :meth:`scalars` gets them."""
         raise NotImplementedError(f"{type(self).__name__} needs a method share(group)")
 
+    @property
+    def training(self) -> bool:
+        return all(group["train_mode"] for group in self.param_groups)
+
     def eval(self) -> None:
         """Move the parameters to where models are evaluated, and saved to be used. Again, it changes nothing.
 

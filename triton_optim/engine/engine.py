@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from . import compile_op
 from .plan import Plan, PlanOfOne, check_captured, warm_up
 from .probe import Probe
 from .processes import Agreement, check_norm_is_whole
+
+Swap = Literal["averaged_parameters()", "eval()"]
 
 
 class Release(Protocol):
@@ -54,7 +56,9 @@ class Engine:
         hyperparameters: those of all groups as they were when a step last read them.
         failed: keys of buckets whose backend failed, and the keys that replaced them.
         release: what releases gradients in backward; None if nothing does.
-        swapped: whether the weights are their averages now.
+        max_grad_norm: the largest norm of all gradients together. Here, not on the optimizer: what trainers wrap it in
+            would keep what is set.
+        swapped: what put the averages in the place of the weights; None where the parameters are the weights.
         stats: what the last step did with all gradients.
         limited: whether it limited their norm.
         name: of the optimizer.
@@ -65,7 +69,8 @@ class Engine:
         self._optimizer, self._check = optimizer, check
         self.name = type(optimizer).__name__
         self.release: Release | None = None
-        self.swapped = False
+        self.max_grad_norm: float | None = None
+        self.swapped: Swap | None = None
         self.hyperparameters = Hyperparameters()
         self.failed: dict[Key, Key] = {}
         self._captured: list[Plan] = []
@@ -115,7 +120,7 @@ class Engine:
             if table is not None and same:
                 table.note_hyperparameters(self.hyperparameters.values)
         else:
-            self.hyperparameters.max_norm = optimizer.max_grad_norm
+            self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
         if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
             recording = torch.is_grad_enabled()
@@ -189,12 +194,21 @@ class Engine:
         """
         if self._groups is not None:  # what is read in part, or by others than a step, is not what was noted
             self._groups.forget_hyperparameters()
-        self.hyperparameters.max_norm = self._optimizer.max_grad_norm
+        self.hyperparameters.max_norm = self.max_grad_norm
         self.hyperparameters.read(self._optimizer.param_groups, self._check)
 
     def check_not_swapped(self, what: str = "step") -> None:
+        """Raise RuntimeError where the parameters are their averages."""
+        self.check_not_inside(what)
+        if self.swapped is not None:
+            raise RuntimeError(
+                f"{self.name}: {what} in evaluation mode: the parameters are their averages, and not the weights that "
+                "the states belong to. Call optimizer.train() first; where it is a step, before the forward pass."
+            )
+
+    def check_not_inside(self, what: str) -> None:
         """Raise RuntimeError within ``averaged_parameters()``."""
-        if self.swapped:
+        if self.swapped == "averaged_parameters()":
             raise RuntimeError(
                 f"{what} inside averaged_parameters(): the weights are their averages, and not those that the states "
                 "belong to. Leave it first."

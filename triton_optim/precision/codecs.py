@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.codecs import BLOCKS, codes_of, decode, encode, value_of_code
 from ..kernels.language import torch_form
-from ..spec import AVERAGE, COUNT, State, Update
+from ..spec import AVERAGE, COUNT, WEIGHTS, State, Update
 from ..util.layout import is_wrapper, local
 
 # The options of a group that say how something is kept.
@@ -168,7 +168,7 @@ def check_declared(cls: type[Update]) -> None:
                 "alike in all variants, or rename one."
             )
     kept = [state.name for state in cls.kept_states]
-    taken = {"step", AVERAGE, COUNT, *RESIDUALS, *(f"{name}_{SCALE}" for name in (*declared, *kept))}
+    taken = {"step", AVERAGE, COUNT, WEIGHTS, *RESIDUALS, *(f"{name}_{SCALE}" for name in (*declared, *kept))}
     if both := sorted(taken & {*declared, *kept}):
         raise TypeError(f"{cls.__name__} has states {both}, names of what every optimizer may keep. Rename them.")
     if both := sorted({name for name in kept if name in declared or kept.count(name) > 1}):

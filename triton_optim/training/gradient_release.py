@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.checks import check_alone
 from ..core.optimizer import RuleOptimizer
+from ..core.unwrap import unwrap_optimizer
 from ..engine.processes import check_reduced_before
 from ..spec import COUNT
 from ..util.layout import local, overlapping
@@ -22,7 +24,7 @@ _released: Any = WeakIdKeyDictionary()  # parameters whose gradients are release
 class GradientRelease:
     """What :func:`enable_gradient_release` returns."""
 
-    def __init__(self, optimizer: RuleOptimizer) -> None:
+    def __init__(self, optimizer: RuleOptimizer, accumulating: Callable[[], bool] | None = None) -> None:
         name = type(optimizer).__name__
         if optimizer.engine.release is not None:
             raise RuntimeError(f"{name}: gradient release is enabled already. Keep its handle, or remove() it first.")
@@ -33,7 +35,7 @@ class GradientRelease:
                 "once. Leave gradient release out, or use an optimizer whose parameters are updated on their own."
             )
         self._optimizer = optimizer
-        self._accumulating = False
+        self._accumulating, self._asked = False, accumulating
         self._arrived: dict[int, Tensor] = {}  # parameters that were updated since the last step, by identity
         self._averaged: float | None = None
         self._alone = False  # whether no one else was found to be at the gradients
@@ -128,7 +130,7 @@ class GradientRelease:
         optimizer.engine.take_params()
 
     def _arrive(self, p: Tensor) -> None:
-        if self._accumulating:
+        if self._accumulating or (self._asked is not None and self._asked()):
             return
         if not self._arrived:  # once a round
             self._check()
@@ -148,7 +150,7 @@ class GradientRelease:
         p.grad = None
 
 
-def enable_gradient_release(optimizer: RuleOptimizer) -> GradientRelease:
+def enable_gradient_release(optimizer: Optimizer, accumulating: Callable[[], bool] | None = None) -> GradientRelease:
     """Update each parameter as soon as its gradient is complete in ``backward``, and free the gradient.
 
     No more than a few gradients are alive at a time, so that training takes the memory of the gradients less. What the
@@ -156,7 +158,10 @@ def enable_gradient_release(optimizer: RuleOptimizer) -> GradientRelease:
     ``zero_grad()`` finds nothing to clear. Parameter groups and states may be edited between two rounds.
 
     Args:
-        optimizer: one of this package's, without `max_grad_norm` and `amp`: both need all gradients at once.
+        optimizer: one of this package's, or what a trainer made of it, without `max_grad_norm` and `amp`: both need all
+            gradients at once.
+        accumulating: asked as a gradient arrives: whether it is to be kept, for a trainer that knows which backward is
+            the last of a step.
 
     Returns:
         A handle: ``with handle.accumulating():`` around all but the last backward of a step that accumulates gradients;
@@ -177,7 +182,7 @@ def enable_gradient_release(optimizer: RuleOptimizer) -> GradientRelease:
         True
         >>> optimizer.step()
     """
-    return GradientRelease(optimizer)
+    return GradientRelease(unwrap_optimizer(optimizer), accumulating)
 
 
 def check_params(name: str, params: list[Tensor], repeats: bool, own: Container[int]) -> None:

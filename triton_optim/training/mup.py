@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..core.unwrap import unwrap_model
+
 
 def mup_param_groups(
     model: torch.nn.Module,
@@ -38,7 +40,8 @@ def mup_param_groups(
     factor of width, or zero them. In attention, scores are divided by the width of a head, not by its root.
 
     Args:
-        model: whose parameters that require gradients are sorted.
+        model: whose parameters that require gradients are sorted; of DistributedDataParallel and other wrappers the
+            module inside is meant.
         base: the same model at the width for which `lr` was found; on the meta device it takes no memory.
         lr: :math:`\gamma \ge 0`, as for `base`.
         weight_decay: as for `base`; None leaves it to the optimizer, for decays that no learning rate multiplies.
@@ -65,6 +68,7 @@ def mup_param_groups(
     """
     if kind not in ("adam", "sgd"):
         raise ValueError(f'Invalid kind: {kind!r}. Use "adam" or "sgd".')
+    model, base = unwrap_model(model), unwrap_model(base)
     shapes = {name: p.shape for name, p in base.named_parameters()}
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # By identity: a head that is tied to the embedding is the embedding.

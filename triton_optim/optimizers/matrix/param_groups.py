@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.unwrap import unwrap_model
+
 
 def muon_param_groups(
     model: torch.nn.Module,
@@ -50,6 +52,7 @@ def muon_param_groups(
         >>> [{name: value for name, value in group.items() if name != "params"} for group in groups]
         [{'extra_dims': 'flatten'}, {'splits': 3}, {'use_muon': False}]
     """
+    model = unwrap_model(model)
     # By identity: a head that is tied to the embedding is one parameter.
     left_out = named(model, heads)
     flattened: set[int] = set()
