@@ -1,7 +1,7 @@
 """Write what is shown of the committed results: ``python benchmarks/report.py``.
 
-README gets five lines; `docs/performance.md` a line a question, what was missed and two pictures; `benchmarks/RESULTS.md`
-every case; the pictures lie beside the results. A test compares all of them with the results.
+README gets five lines, `docs/performance.md` a line a question, what was missed and two pictures,
+`benchmarks/RESULTS.md` every case; the pictures lie beside the results. A test compares all of them with the results.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def headlines_in_short() -> str:
         lines.append(line(words, in_short(record) if record else NOT_MEASURED))
     machines = dict.fromkeys(machine(results()[h.question]) for h in shown.values() if h.question in results())
     where = "; ".join(machines)
-    return "\n".join([*lines, "", f"On {where}; a ratio below 1 is faster.", "[Performance](docs/performance.md) has all."])
+    return "\n".join(
+        [*lines, "", f"On {where}; a ratio below 1 is faster.", "[Performance](docs/performance.md) has all."]
+    )
 
 
 def headlines() -> str:

@@ -62,7 +62,8 @@ def test_the_code_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest
 def commands() -> list[str]:
     """The command lines of ours that stand in blocks for a shell."""
     lines = [line for path in ALL for text in blocks(path, "sh") for line in text.splitlines()]
-    return sorted({part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("triton-optim")})
+    parts = {part.strip() for line in lines for part in line.split("&&")}
+    return sorted(part for part in parts if part.startswith("triton-optim "))
 
 
 @pytest.mark.parametrize("command", commands())
@@ -84,9 +85,9 @@ def test_every_page_is_in_the_navigation() -> None:
 @cache
 def anchors(path: Path) -> set[str]:
     """Of the headings of a page."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)
-    words = (re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)).strip().lower() for title in titles)
-    return {re.sub(r"[-\s]+", "-", title) for title in words}
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text), re.M)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)

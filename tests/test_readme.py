@@ -127,7 +127,9 @@ def test_a_changed_result_puts_them_out_of_step(number: str, tmp_path: Path, rep
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_the_page_on_performance_shows_how_steps_scale_and_where_they_are_slower(slow: int, tmp_path: Path, report: Any) -> None:
+def test_the_page_on_performance_shows_how_steps_scale_and_where_they_are_slower(
+    slow: int, tmp_path: Path, report: Any
+) -> None:
     found = json.loads((tmp_path / "codec_step.json").read_text())
     blank = found["records"][0]
     records = []

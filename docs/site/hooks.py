@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 from triton_optim.catalog import Entry, entries
+
+sys.path.insert(0, str(Path(__file__).parent))
+from paths import RATES, STEPS
 
 ROOT = Path(__file__).parents[2]
 # Files of the repository that are pages or pictures here, too, and where.
@@ -22,7 +26,9 @@ OUTSIDE = {
     "benchmarks/RESULTS.md": "results.md",
     "examples/README.md": "examples.md",
     "triton_optim/optimizers/README.md": "optimizers/index.md",
-    **{f"benchmarks/results/{path.name}": f"images/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.svg")},
+    **{
+        f"benchmarks/results/{path.name}": f"images/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.svg")
+    },
 }
 INSIDE = {page: path for path, page in OUTSIDE.items()}
 PAGE = """\
@@ -39,6 +45,8 @@ PAGE = """\
 
 How state and step are counted stands [below the table of all](index.md). {also}
 
+{picture}
+
 ::: triton_optim.{name}
     options:
       show_root_heading: false
@@ -52,6 +60,10 @@ MATHS = {
     "inline": re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S),
     "block": re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S),
 }
+PICTURE = f"""\
+{STEPS} steps with the defaults, without decay (SGD with momentum 0.9), each at the best of {len(RATES)} learning rates,
+which falls to 0; beside it the value at the end. It shows how a rule moves, not which is best: two numbers are no model.
+"""
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
@@ -117,7 +129,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(place), match[2]))
         site = OUTSIDE.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
-        return match[0] if site is None else f"{match[1]}{posixpath.relpath(site, posixpath.dirname(own) or '.')}{match[3]}"
+        return (
+            match[0]
+            if site is None
+            else f"{match[1]}{posixpath.relpath(site, posixpath.dirname(own) or '.')}{match[3]}"
+        )
 
     return LINK.sub(there, markdown)
 
