@@ -16,13 +16,17 @@ MATHS = re.compile(r"^( *)\.\. math::(.*)\n((?:\1 +\S.*(?:\n|\Z)|\n(?=\1 +\S))*)
 ROLE = re.compile(r":(?:class|meth|func|attr|mod|data):`([^`]+)`")
 HEADINGS = {"Class attributes:": "Attributes:", "Example:": "Examples:"}
 OPTIMIZER, UPDATE = "triton_optim.RuleOptimizer", "triton_optim.spec.Update"
+OPTIONS = "triton_optim.options.Options"
+METHODS = [name for name, value in vars(Update).items() if callable(value) and name[0] != "_"]
 # What a role may name that has a place in the reference.
 PLACES = {
     **{name: f"triton_optim.{name}" for name in triton_optim.__all__},
-    **{f"RuleOptimizer.{name}": f"{OPTIMIZER}.{name}" for name in ("averaged_parameters", "warmup")},
-    "RuleOptimizer.push_hyperparameters": f"{OPTIMIZER}.push_hyperparameters",
+    **{
+        f"RuleOptimizer.{name}": f"{OPTIMIZER}.{name}"
+        for name in ("averaged_parameters", "warmup", "push_hyperparameters")
+    },
     "Update": UPDATE,
-    **{f"Update.{name}": f"{UPDATE}.{name}" for name in vars(Update) if name[0] != "_"},
+    **{f"Update.{name}": f"{UPDATE}.{name}" for name in METHODS},
 }
 
 
@@ -57,4 +61,8 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called with whatever was found in the sources."""
         if obj.docstring:
-            obj.docstring.value = markdown(obj.docstring.value)
+            text = obj.docstring.value
+            if obj.path == OPTIONS:  # a line each, which constructors repeat
+                head, _, lines = text.partition("\n\n")
+                text = f"{head}\n\nAttributes:\n{indent(lines, '    ')}"
+            obj.docstring.value = markdown(text)

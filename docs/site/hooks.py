@@ -5,17 +5,14 @@ from __future__ import annotations
 import html
 import posixpath
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from paths import RATES, STEPS, picture  # beside this file, where mkdocs looks
 
 from triton_optim.catalog import Entry, entries
-
-sys.path.insert(0, str(Path(__file__).parent))
-from paths import RATES, STEPS
 
 ROOT = Path(__file__).parents[2]
 # Files of the repository that are pages or pictures here, too, and where.
@@ -49,10 +46,8 @@ How state and step are counted stands [below the table of all](index.md). {also}
 
 ::: triton_optim.{name}
     options:
-      show_root_heading: false
-      show_root_toc_entry: true
       heading_level: 2
-      members: {members}
+      members: [step, update_hessian, train, eval, d]
       show_source: true
 """
 OPTIONS = "It takes [every option](../reference/options.md), and has [the methods of all](../reference/optimizer.md)."
@@ -62,7 +57,8 @@ MATHS = {
 }
 PICTURE = f"""\
 {STEPS} steps with the defaults, without decay (SGD with momentum 0.9), each at the best of {len(RATES)} learning rates,
-which falls to 0; beside it the value at the end. It shows how a rule moves, not which is best: two numbers are no model.
+which falls to 0; beside it the value at the end. This shows how a rule moves, not which is best: two numbers are no
+model.
 """
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
@@ -77,11 +73,9 @@ def page(e: Entry) -> str:
     if e.launches is not None:
         step += f"; with Triton {e.launches} kernels or operations" if e.launches > 1 else "; one kernel with Triton"
     also = "It wraps [any optimizer](../guides/wrappers.md)." if e.wrapper else "" if e.moved is None else OPTIONS
-    members = "[step, update_hessian, train, eval, d]"
-    return PAGE.format(
-        name=e.name, use=e.use.replace("``", "`"), kind=e.kind, state=e.state, states=states, step=step, paper=paper,
-        also=also, members=members,
-    )  # fmt: skip
+    said = {"use": e.use.replace("``", "`"), "states": states, "step": step, "paper": paper, "also": also}
+    shown = "" if e.wrapper else f"{picture(e.name)}\n\n{PICTURE}"
+    return PAGE.format(name=e.name, kind=e.kind, state=e.state, picture=shown, **said)
 
 
 def on_config(config: Any) -> Any:
@@ -121,6 +115,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     own = page.file.src_uri
     place = INSIDE.get(own, f"docs/{own}")  # in the repository
     if own == "optimizers/index.md":
+        page.meta["hide"] = ["toc"]  # the table takes the room
         markdown = re.sub(r"^\| `(\w+)` ", lambda m: f"| [`{m[1]}`]({m[1].lower()}.md) ", markdown, flags=re.M)
 
     def there(match: re.Match[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from math import cos, inf, isfinite, log10, pi, sin, sqrt
+from math import cos, inf, isfinite, pi, sin, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ import triton_optim
 from triton_optim import RuleOptimizer
 from triton_optim.registry import optimizers
 
-STEPS = 100
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of which the best is shown; it falls to 0 in these steps
-WIDTH, HEIGHT, GAP = 340, 230, 24
+STEPS = 80
+RATES = (0.003, 0.03, 0.1, 0.3)  # of which the best is shown; it falls to 0 in these steps
+OF_UNIT = (0.1, 0.3, 1.0, 3.0)  # where the usual one is 1
+WIDTH, HEIGHT = 340, 230
 LEVELS = [10 ** (k / 2) for k in range(-3, 7)]
 Points = list[tuple[float, float]]
 
@@ -127,20 +128,18 @@ def least(points: Points, function: Function) -> float:
 def best(name: str, function: Function) -> tuple[Points, float | None]:
     """The way that ends lowest, and its learning rate; None is that of the class."""
     cls = optimizers()[name.lower()]
-    rates = RATES if issubclass(cls, RuleOptimizer) else (None,)
+    usual = inspect.signature(cls).parameters["lr"].default
+    rates = (None,) if not issubclass(cls, RuleOptimizer) else OF_UNIT if usual == 1 else RATES
     ways = [(walked(cls, function, lr), lr) for lr in rates]
     return min(ways, key=lambda way: least(way[0], function))
 
 
 def picture(name: str) -> str:
     """Both functions with the ways of three, as SVG in HTML."""
-    panels = [panel(function, name, i * (WIDTH + GAP)) for i, function in enumerate(FUNCTIONS)]
-    box = f'viewBox="0 0 {2 * WIDTH + GAP} {HEIGHT + 40}"'
-    label = f"The steps of {name} on two functions, beside those of SGD and AdamW"
-    return f'<svg class="paths" {box} role="img" aria-label="{label}">{"".join(panels)}</svg>'
+    return f'<div class="paths">{"".join(panel(function, name) for function in FUNCTIONS)}</div>'
 
 
-def panel(function: Function, own: str, left: int) -> str:
+def panel(function: Function, own: str) -> str:
     """One function: lines of equal value, the ways, and what is which."""
     parts = [line(points, function, "contour") for level in LEVELS for points in function.contour(level)]
     said = []
@@ -149,14 +148,13 @@ def panel(function: Function, own: str, left: int) -> str:
         style = "own" if name == own else name.lower()
         parts.append(line(points, function, f"way {style}"))
         value = least(points, function)
-        ends = "0" if value == 0 else f"1e{log10(value):.0f}" if isfinite(value) else "astray"
-        said.append(f'<tspan class="{style}">{name}</tspan> ({"" if lr is None else f"lr {lr:g}, "}to {ends})')
+        ends = f"{value:.0e}" if isfinite(value) else "astray"
+        said.append(f'<span class="{style}">{name}</span> ({"" if lr is None else f"lr {lr:g}, "}to {ends})')
     x, y = place(function.least, function)
     return (
-        f'<svg x="{left}" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">'
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="The steps of {own} on {function.title}">'
         f'{"".join(parts)}<circle class="least" cx="{x:.1f}" cy="{y:.1f}" r="4"/></svg>'
-        f'<text x="{left}" y="{HEIGHT + 16}" class="title">{function.title}</text>'
-        f'<text x="{left}" y="{HEIGHT + 33}">{", ".join(said)}</text>'
+        f"<figcaption>{function.title}: {', '.join(said)}</figcaption></figure>"
     )
 
 
