@@ -66,7 +66,8 @@ LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 def page(e: Entry) -> str:
     """The page of an optimizer or a wrapper."""
     paper = f"[{e.paper}]({e.url})" if e.url else e.paper
-    states = f": {', '.join(f'`{name}`' for name in e.states)}" if e.states else ""
+    names = [f"`{name}`" for name in e.states if name != "all"]
+    states = f": {', '.join(names)}" if names else ""
     step = "up to the model" if e.moved is None else f"{e.moved:.3g} bytes an element, {e.beside_adamw:.2g} x AdamW's"
     if e.products:
         step += f"; {e.products:,.0f} multiplications and additions an element"
@@ -153,4 +154,4 @@ def mathml(latex: str, display: str) -> str:
     found = convert(latex, display=display).replace(r"\_", "_")
     if "\\" in re.sub(r"&#x0005C;", "", re.sub(r"<[^>]*>", "", found)):
         raise ValueError(f"maths that latex2mathml does not know: {latex}")
-    return found
+    return found if display == "inline" else f'<div class="maths">{found}</div>'
