@@ -48,6 +48,7 @@ How state and step are counted stands [below the table of all](index.md). {also}
     options:
       heading_level: 2
       members: [step, update_hessian, train, eval, d]
+      inherited_members: [train, eval, d]
       show_source: true
 """
 OPTIONS = "It takes [every option](../reference/options.md), and has [the methods of all](../reference/optimizer.md)."
