@@ -1,7 +1,7 @@
 """A user's script, which type checkers are to accept: `.ci/package.sh` has mypy and pyright look at it, and runs it."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ class Scalars(NamedTuple):
     lr: float
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
-def sign_descent(p, g, h):  # type: ignore[no-untyped-def] # a rule is a program of Triton's, which has no types
+@jit
+def sign_descent(p: Any, g: Any, h: Any) -> Any:
     """A step of one length, against the gradient."""
     return (p - h.lr * sign(g),)
 
