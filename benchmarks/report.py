@@ -1,7 +1,7 @@
 """Write what is shown of the committed results: ``python benchmarks/report.py``.
 
-README gets one line a question, what was missed and one picture; `benchmarks/RESULTS.md` every case; the pictures lie
-beside the results. A test compares all of them with the results.
+README gets five lines, `docs/performance.md` a line a question, what was missed and two pictures,
+`benchmarks/RESULTS.md` every case; the pictures lie beside the results. A test compares all of them with the results.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from triton_optim.bench.picture import Point, digest, save_bars, save_lines
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
-START, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+# What is between these is written, and what it is called.
+IN_SHORT, HEADLINES_OF_ALL = "results in short", "results"
 
 
 class Headline(NamedTuple):
-    """A line of README's table: what stands there, and the case that it shows."""
+    """A line of a table: what stands there, and the case that it shows."""
 
     label: str
     question: str
@@ -67,6 +69,14 @@ HEADLINES = (
         "GPU: share of copy bandwidth, 1e9 parameters", "gpu_step", "AdamW, 100x10M (100 tensors), time over the floor"
     ),
 )
+# README's, by what stands there.
+FOR_USERS = {
+    "AdamW, ResNet-50": "A step of AdamW, ResNet-50",
+    "RMSprop, which torch has no fused kernel for, ResNet-50": "RMSprop, which torch has no fused kernel for",
+    "Clip, AdamW and average, ResNet-50": "Clipping, AdamW and averaging",
+    "AdamW, 64M, bf16 and bf16 states, with stochastic rounding": "AdamW, 64M weights and states in bfloat16",
+    "A step of 10 small tensors on a CPU": "AdamW, 10 small tensors, one thread",
+}
 NOT_MEASURED = "not measured yet"
 
 
@@ -111,9 +121,28 @@ def line(*cells: str) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
+def every_case() -> dict[tuple[str, str], dict[str, Any]]:
+    """The records by question and case."""
+    return {(question, r["case"]): r for question, result in results().items() for r in result["records"]}
+
+
+def headlines_in_short() -> str:
+    """README's block: what a user gains, and where it was measured."""
+    shown = {h.label: h for h in HEADLINES if h.label in FOR_USERS}
+    lines = [line("measured", "result"), "|---|---|"]
+    for label, words in FOR_USERS.items():
+        record = every_case().get(shown[label][1:])
+        lines.append(line(words, in_short(record) if record else NOT_MEASURED))
+    machines = dict.fromkeys(machine(results()[h.question]) for h in shown.values() if h.question in results())
+    where = "; ".join(machines)
+    return "\n".join(
+        [*lines, "", f"On {where}; a ratio below 1 is faster.", "[Performance](docs/performance.md) has all."]
+    )
+
+
 def headlines() -> str:
-    """README's block: a table, the picture, what was missed, and where it was measured."""
-    cases = {(question, r["case"]): r for question, result in results().items() for r in result["records"]}
+    """The block of the page on performance: a table, what was missed, pictures, and where it was measured."""
+    cases = every_case()
     lines = [line("measured", "result", "target"), "|---|---|---|"]
     for label, question, case in HEADLINES:
         record = cases.get((question, case))
@@ -122,21 +151,30 @@ def headlines() -> str:
     missed = [record for record in judged if not record["met"]]
     lines += ["", f"{len(judged) - len(missed)} of {len(judged)} targets are met. Not met:", ""]
     lines += [f"- {record['case']}: {record['text']}; target {record['target']:g}" for record in missed] or ["- none"]
-    if "scaling" in pictures():
-        lines += ["", f"![{pictures()['scaling'].title}](benchmarks/results/scaling.svg)", "", slower()]
-    places = dict.fromkeys(place(result) for result in results().values())
-    lines += [
-        "",
-        "Medians of interleaved runs, no ratio of results that differ. `benchmarks/RESULTS.md` has every case.",
-    ]
-    return "\n".join([*lines, "Measured on:", "", *(f"- {text}" for text in places)])
+    for name in pictures():
+        lines += ["", f"![{pictures()[name].title}](../benchmarks/results/{name}.svg)"]
+        lines += ["", slower()] if name == "scaling" else []
+    lines += ["", "Each question, where it was measured, and the command:", ""]
+    lines += [line("question", "machine, date and commit", "command"), "|---|---|---|"]
+    lines += [line(name, place(result), f"`{result['command']}`") for name, result in results().items()]
+    return "\n".join(lines)
 
 
-def readme(text: str) -> str:
-    """README with its block brought up to date."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{headlines()}\n{END}{after}"
+def shown(path: Path, name: str, written: str) -> str:
+    """A page with its block of that name brought up to date."""
+    start, end = f"<!-- {name}: written by benchmarks/report.py -->", f"<!-- end of {name} -->"
+    before, rest = path.read_text().split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{written}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """The pages that show results, as they should be."""
+    return {
+        README: shown(README, IN_SHORT, headlines_in_short()),
+        PERFORMANCE: shown(PERFORMANCE, HEADLINES_OF_ALL, headlines()),
+        BENCHMARKS / "RESULTS.md": all_results(),
+    }
 
 
 def question_of(name: str) -> str:
@@ -209,7 +247,7 @@ def bars_of_codecs() -> dict[str, dict[str, float]]:
 
 
 def slower() -> str:
-    """Where the picture shows ours above torch's."""
+    """Where its picture shows ours above torch's."""
     records = results()["scaling"]["records"]
     found = [f"{r['case']} ({r['figures']['ratio']:.2f} x)" for r in records if not r["met"]]
     return f"Slower than the fastest of torch's by over 5 % at {len(found)} of {len(records)} points" + (
@@ -219,8 +257,7 @@ def slower() -> str:
 
 def out_of_step() -> list[str]:
     """The files that do not show the committed results."""
-    texts = {ROOT / "README.md": readme((ROOT / "README.md").read_text()), BENCHMARKS / "RESULTS.md": all_results()}
-    stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    stale = [path.name for path, text in pages().items() if not path.exists() or path.read_text() != text]
     for name, (title, data, _) in pictures().items():
         path = RESULTS / f"{name}.svg"
         if not path.exists() or digest(data, title) not in path.read_text():
@@ -234,9 +271,8 @@ def main() -> None:
     for name, (title, data, save) in pictures().items():
         if f"{name}.svg" in stale:
             save(RESULTS / f"{name}.svg", data, title)
-    (BENCHMARKS / "RESULTS.md").write_text(all_results())
-    path = ROOT / "README.md"
-    path.write_text(readme(path.read_text()))
+    for path, text in pages().items():
+        path.write_text(text)
     print(f"written: {', '.join(stale) or 'nothing, all was in step'}")
 
 

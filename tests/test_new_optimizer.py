@@ -16,7 +16,7 @@ import triton_optim
 from triton_optim.registry import optimizers, rule_optimizers
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("triton_optim", "kernels", "tests", "README.md", "CONTRIBUTING.md", "pyproject.toml")
+COPIED = ("triton_optim", "kernels", "tests", "docs", "README.md", "CONTRIBUTING.md", "pyproject.toml")
 # The pieces, as CONTRIBUTING.md has them: a block of code begins with the place that it is for.
 PIECES = dict(re.findall(r"```python\n# (\S[^\n]*)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S))
 # Of the row, what needs nothing compiled but C++.

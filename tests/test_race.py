@@ -556,11 +556,11 @@ def test_two_processes_share_a_study(folder: Path) -> None:
     assert len(done) <= sum(made) <= len(done) + 1
 
 
-def test_readmes_race(folder: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (text,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def parity" in block]
-    (folder / "readme_race.py").write_text(text)
-    results = runpy.run_path("readme_race.py")["results"]
+def test_the_guides_race(folder: Path) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "race.md").read_text()
+    (text,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "def parity" in block]
+    (folder / "guide_race.py").write_text(text)
+    results = runpy.run_path("guide_race.py")["results"]
     assert len(results.records) == 12
     assert results.standings[0].best < 0.05  # a coin would have log(2), 0.69
 

@@ -1,4 +1,4 @@
-"""README's own text runs: the ten lines, and the user's optimizer on all three backends."""
+"""What README and the guides show does what they say: the ten lines, and the user's optimizer on every backend."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import torch
 
 import triton_optim
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README, GUIDES = ROOT / "README.md", ROOT / "docs" / "guides"
 
 
-def block(marker: str) -> str:
-    (text,) = [text for text in BLOCKS if marker in text]
+def block(page: Path, marker: str) -> str:
+    (text,) = [text for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if marker in text]
     return text
 
 
@@ -44,29 +44,30 @@ def execute(text: str, name: str, folder: Path) -> types.ModuleType:
 
 
 def test_the_ten_lines(tmp_path: Path) -> None:
-    module = execute(block("for _ in range(50)"), "readme_example", tmp_path)
+    module = execute(block(README, "for _ in range(50)"), "readme_example", tmp_path)
     assert module.loss.item() < 1.0
 
 
 def test_the_ways_out_of_a_codec(tmp_path: Path) -> None:
-    module = execute(block("optim.memory_report("), "readme_precision", tmp_path)
+    module = execute(block(GUIDES / "precision.md", "optim.memory_report("), "readme_precision", tmp_path)
     assert module.weights["weight"].dtype == torch.float32
     assert module.checkpoint["state"][0]["exp_avg_sq"].shape == (256, 256)
 
 
 def test_the_whole_step(tmp_path: Path) -> None:
-    module = execute(block("optim.GradScaler("), "readme_whole_step", tmp_path)
+    module = execute(block(GUIDES / "whole-step.md", "optim.GradScaler("), "readme_whole_step", tmp_path)
     assert 0 < module.optimizer.grad_norm < 1
     assert all("ema" in state for state in module.optimizer.state.values())
 
 
 def test_muons_groups(tmp_path: Path) -> None:
-    module = execute(block("optim.Muon("), "readme_muon", tmp_path)
+    module = execute(block(GUIDES / "parameter-groups.md", "optim.Muon("), "readme_muon", tmp_path)
     assert [len(group["params"]) for group in module.optimizer.param_groups] == [1, 4]
 
 
 def test_the_users_own_optimizer(backend: str, device: torch.device, tmp_path: Path) -> None:
-    text = block("class SignMomentum")
+    text = block(README, "class SignMomentum")
+    assert text == block(GUIDES / "own-optimizer.md", "class SignMomentum")
     assert len(text.splitlines()) <= 30
     module = execute(text, f"readme_{backend}", tmp_path)
     start = [torch.randn(shape, device=device) for shape in [(3,), (1030,), (4, 5)]]
@@ -95,14 +96,14 @@ def test_the_users_own_optimizer(backend: str, device: torch.device, tmp_path: P
 
 
 def test_numbers_and_pictures_are_those_of_the_committed_results() -> None:
-    report = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "report.py"))
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
     assert report["out_of_step"]() == [], "run python benchmarks/report.py"
 
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, with a copy of the committed results."""
-    spec = importlib.util.spec_from_file_location("report", Path(__file__).parents[1] / "benchmarks" / "report.py")
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -122,11 +123,13 @@ def test_a_changed_result_puts_them_out_of_step(number: str, tmp_path: Path, rep
     else:
         record["figures"]["ms"] += 1
     changed.write_text(json.dumps(found))
-    assert report.out_of_step() == (["README.md", "RESULTS.md"] if number == "text" else ["codec_step.svg"])
+    assert report.out_of_step() == (["performance.md", "RESULTS.md"] if number == "text" else ["codec_step.svg"])
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_readme_shows_how_steps_scale_and_where_they_are_slower(slow: int, tmp_path: Path, report: Any) -> None:
+def test_the_page_on_performance_shows_how_steps_scale_and_where_they_are_slower(
+    slow: int, tmp_path: Path, report: Any
+) -> None:
     found = json.loads((tmp_path / "codec_step.json").read_text())
     blank = found["records"][0]
     records = []
@@ -139,7 +142,7 @@ def test_readme_shows_how_steps_scale_and_where_they_are_slower(slow: int, tmp_p
     assert "scaling.svg" in report.out_of_step()
     said = f"at {slow} of 2 points" + (": AdamW, 10 tensors, 1e4 elements (1.25 x)." if slow else ".")
     assert (
-        f"](benchmarks/results/scaling.svg)\n\nSlower than the fastest of torch's by over 5 % {said}"
+        f"](../benchmarks/results/scaling.svg)\n\nSlower than the fastest of torch's by over 5 % {said}"
         in report.headlines()
     )
     title, data, save = report.pictures()["scaling"]
@@ -167,5 +170,7 @@ def test_the_examples_in_docstrings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", triton_optim.__all__)
-def test_every_public_name_is_documented_in_the_readme(name: str) -> None:
-    assert f"`{name}" in README or name in ("dispatch", "Variant")
+def test_every_public_name_is_in_readme_or_the_reference(name: str) -> None:
+    reference = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = f"`{name}`" in README.read_text() or f"`{name}`" in (GUIDES / "wrappers.md").read_text()
+    assert listed or re.search(rf"^::: triton_optim\.{name}\b", reference, re.M)

@@ -23,15 +23,12 @@ def mup_param_groups(
     A side of a weight is wide where the two models differ in it. With :math:`n_{in}` and :math:`n_{out}` the widths of
     a weight's wide sides, in units of those of `base`, :math:`\gamma` is multiplied by
 
-    ======================================  ====================  ============================
-    weights                                 Adam and its like     SGD
-    ======================================  ====================  ============================
-    of the input, embeddings; vectors       1                     :math:`n_{out}`
-    hidden, wide on both sides              :math:`1 / n_{in}`    :math:`n_{out} / n_{in}`
-    of the output, wide on the side it      :math:`1 / n_{in}`    :math:`1 / n_{in}`
-    reads
-    neither                                 1                     1
-    ======================================  ====================  ============================
+    | weights | Adam and its like | SGD |
+    |---|---|---|
+    | of the input, embeddings; vectors | 1 | :math:`n_{out}` |
+    | hidden, wide on both sides | :math:`1 / n_{in}` | :math:`n_{out} / n_{in}` |
+    | of the output, wide on the side it reads | :math:`1 / n_{in}` | :math:`1 / n_{in}` |
+    | neither | 1 | 1 |
 
     A decay that is multiplied by the learning rate, as AdamW's, is divided by that factor, so that the product stays.
 
