@@ -39,7 +39,11 @@ def blocks(path: Path, language: str) -> list[str]:
     return [text for _, found, text in BLOCK.findall(path.read_text()) if found == language]
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=name_of)
+# Those of trainers: test_trainers.py.
+RUN = [path for path in PAGES if blocks(path, "python") and path.parent.name != "trainers"]
+
+
+@pytest.mark.parametrize("path", RUN, ids=name_of)
 def test_the_code_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page after each other, as a module of a file: Triton reads a rule's source."""
     with socket.socket() as free:

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from ..core.optimizer import RuleOptimizer
 from ..core.unwrap import unwrap_optimizer
-from ..optimizers.matrix.muon import Muon, muon_param_groups
+from ..optimizers.matrix.muon import Muon
+from ..optimizers.matrix.param_groups import muon_param_groups
 from ..training.gradient_release import GradientRelease, enable_gradient_release
 
 

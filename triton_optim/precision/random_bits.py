@@ -83,7 +83,8 @@ def first_index(p: Tensor) -> int:
             before = min(each * place, rows)
             first, rows = first + before, min(each, rows - before)
         return first * (own.numel() // max(own.shape[0], 1) if own.dim() else 1)
-    largest, shard = list(own.shape), 0
+    largest: list[int] = list(own.shape)
+    shard = 0
     for size, place, dim in zip(sizes, places, cut, strict=True):
         largest[dim] = -(-largest[dim] // size)
         shard = shard * size + place
