@@ -234,6 +234,20 @@ MUTANTS = (
         "decay = min(decay, (1 + count) / (11 + count))",
         "tests/test_averaging.py::test_warmup_lets_the_decay_rise[eager-0.99]",
     ),
+    Mutant(
+        "a checkpoint in evaluation mode looks like one of the weights",
+        "a distributed checkpoint goes on from averages, as if they were the weights",
+        "            state[AVERAGE] = {name: state.pop(name) for name in (AVERAGE, WEIGHTS)}\n",
+        "            pass\n",
+        "tests/test_train_and_eval.py::test_a_distributed_checkpoint_says_that_it_lacks_the_average",
+    ),
+    Mutant(
+        "a loaded optimizer does not know that its parameters are averages",
+        "train() leaves the averages where they are, and training goes on from them",
+        "        self.engine.swapped = swapped_as_saved(self)\n",
+        "",
+        "tests/test_train_and_eval.py::test_a_checkpoint_in_evaluation_mode_goes_on_from_the_weights[state dict-plain]",
+    ),
     # Clipping, norms and gradient scaling.
     Mutant(
         "clipping divides by the norm alone",
@@ -601,5 +615,27 @@ MUTANTS = (
         "if twin.read and (averaged or twin.given is not None):",
         "if False:",
         "tests/test_offload.py::test_what_users_do_to_parameters_is_seen",
+    ),
+    # Trainers.
+    Mutant(
+        "what is set on a wrapper stays there",
+        "with Lightning, max_grad_norm is changed without effect",
+        "self.engine.max_grad_norm = None if value is None else float(value)",
+        "self._max_grad_norm = None if value is None else float(value)",
+        "tests/test_unwrap.py::test_what_is_set_on_lightnings_wrapper_reaches_the_optimizer",
+    ),
+    Mutant(
+        "the weights of the end are put over the best model",
+        "load_best_model_at_end loads another than the best",
+        "if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):",
+        "if True:",
+        "tests/test_trainers.py::test_the_best_model_stays",
+    ),
+    Mutant(
+        "gradients that accumulate are released",
+        "all but the first gradient of a step are lost, or the step raises",
+        "if self._accumulating or (self._asked is not None and self._asked()):",
+        "if self._accumulating:",
+        "tests/test_trainers.py::test_transformers_trainer_releases_gradients[3]",
     ),
 )
