@@ -147,13 +147,13 @@ def headlines() -> str:
     for label, question, case in HEADLINES:
         record = cases.get((question, case))
         lines.append(line(label, in_short(record), verdict(record)) if record else line(label, NOT_MEASURED, ""))
+    for name in pictures():
+        lines += ["", f"![{pictures()[name].title}](../benchmarks/results/{name}.svg)"]
+        lines += ["", slower()] if name == "scaling" else []
     judged = [record for record in cases.values() if record["met"] is not None]
     missed = [record for record in judged if not record["met"]]
     lines += ["", f"{len(judged) - len(missed)} of {len(judged)} targets are met. Not met:", ""]
     lines += [f"- {record['case']}: {record['text']}; target {record['target']:g}" for record in missed] or ["- none"]
-    for name in pictures():
-        lines += ["", f"![{pictures()[name].title}](../benchmarks/results/{name}.svg)"]
-        lines += ["", slower()] if name == "scaling" else []
     lines += ["", "Each question, where it was measured, and the command:", ""]
     lines += [line("question", "machine, date and commit", "command"), "|---|---|---|"]
     lines += [line(name, place(result), f"`{result['command']}`") for name, result in results().items()]
