@@ -38,6 +38,11 @@ def public(module: ModuleType) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES)))
 def test_whatever_is_public_has_a_docstring(name: str) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith("triton_optim.integrations."):
+            raise
+        pytest.skip(f"{error.name} is not installed, a trainer or what one needs")
     silent = [f"{name}.{inner}" for inner, value in public(module) if not inspect.getdoc(value)]
     assert silent == []
