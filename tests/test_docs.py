@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS, SITE = ROOT / "docs", ROOT / "docs" / "site"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
 ALL = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *PAGES]
+RUN = [path for path in PAGES if path.parent.name != "trainers"]  # those run where their trainer is installed
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", re.M | re.S)
 MADE = {f"{name.lower()}.md" for name in (*(cls.__name__ for cls in optimizers().values()), *wrappers(), "index")}
 
@@ -39,11 +40,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return [text for _, found, text in BLOCK.findall(path.read_text()) if found == language]
 
 
-# Those of trainers: test_trainers.py.
-RUN = [path for path in PAGES if blocks(path, "python") and path.parent.name != "trainers"]
-
-
-@pytest.mark.parametrize("path", RUN, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in RUN if blocks(path, "python")], ids=name_of)
 def test_the_code_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page after each other, as a module of a file: Triton reads a rule's source."""
     with socket.socket() as free:
@@ -82,7 +79,7 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"([\w/-]+\.md)$", text.partition("\nnav:")[2], re.M))
     made = set(re.findall(r'^    "[^"]+": "([^"]+\.md)",$', (SITE / "hooks.py").read_text(), re.M))
     assert made >= {"changelog.md", "contributing.md", "optimizers/index.md"}
-    own = {path.relative_to(DOCS).as_posix() for path in PAGES if path.parent.name != "trainers"}
+    own = {path.relative_to(DOCS).as_posix() for path in RUN}
     assert listed == own | (made - {"optimizers/index.md"})
 
 
