@@ -146,6 +146,16 @@ def test_parameters_of_several_dtypes_and_groups() -> None:
 
 
 @pytest.mark.usefixtures("late")
+def test_parameters_with_gaps_of_one_element_and_of_none() -> None:
+    def shaped(where: str | None) -> list[Tensor]:
+        random = torch.Generator().manual_seed(0)
+        values = [torch.randn(6, 8, generator=random)[:, 1:6], torch.ones(()), torch.ones(0, 3)]
+        return everything(trained(to.AdamW, list(map(Parameter, values)), lr=0.1, offload=where, max_grad_norm=1.0))
+
+    assert_equal(shaped("cpu"), shaped(None))
+
+
+@pytest.mark.usefixtures("late")
 def test_a_step_is_made_again_where_a_kernel_beside_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     run, failures = offload.Offload.run, [LaunchError("no launch")]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CPP
 from elsewhere import elsewhere
-from offloading import BF16, F32, each, everything, give, made, params_of, resumed, train, trained
+from offloading import BF16, CASES, F32, everything, give, made, params_of, resumed, train, trained
 from sharding import playing
 from side_by_side import assert_equal
 from torch import Tensor
@@ -32,7 +32,10 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "STRETCH", chunks.CHUNK)
 
 
-@each
+FEW = ["AdamW", "complex", "int8", "master", "everything", "measured", "before the rule", "made before"]
+
+
+@pytest.mark.parametrize(("cls", "dtype", "options"), [CASES[name] for name in FEW], ids=FEW)
 def test_steps_of_another_device_are_those_of_the_cpu(cls: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """All that is computed is computed on the host, but for the norm."""
     options = {"backend": "cpp"} | options
