@@ -374,7 +374,7 @@ def test_checkpoints_on_another_number_of_ranks(ranks, tmp_path):
 FLOAT32, STORED = Kept(None, "float32", False), Kept(None, "storage", False)
 # What is saved, and what it is loaded into; and where the checkpoint lacks some of that.
 CHANGED = [
-    (FLOAT32, FLOAT32._replace(states="int8")),
+    (FLOAT32._replace(states=torch.float32), FLOAT32._replace(states="int8")),
     (FLOAT32._replace(states="int8"), FLOAT32),
     (FLOAT32._replace(states="int8"), FLOAT32._replace(states="int4")),
     (FLOAT32._replace(states="int4"), FLOAT32._replace(states=torch.float32)),
@@ -382,6 +382,7 @@ CHANGED = [
     (STORED._replace(precision="split32"), STORED),
 ]
 LACKING = [
+    (FLOAT32, FLOAT32._replace(states="int8")),
     (FLOAT32, FLOAT32._replace(averages=True)),
     (STORED, STORED._replace(precision="master")),
     (STORED, STORED._replace(precision="split24", states="int4")),

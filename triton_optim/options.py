@@ -51,8 +51,7 @@ class Options(OptionsAfterForeach, total=False):
         ``torch.bfloat16`` has stochastic rounding. ``"int8"`` and ``"int4"`` are codes that share a scale, 256 and 64
         of them (kernels/codecs.py), for parameters of 4,096 elements or more that are contiguous; the states of others
         are float32. Of a sharded parameter each shard has codes of its own. A dtype may be given by its name,
-        ``"bfloat16"``. A group option, too:
-        ``{"params": ..., "state_dtype": None}`` exempts a group.
+        ``"bfloat16"``. A group option, too: ``{"params": ..., "state_dtype": None}`` exempts a group.
     param_precision: how 16-bit parameters are rounded, and whether what rounding leaves is kept.
         ``"storage"`` rounds to the nearest, and loses updates of less than half a step; ``"stochastic"`` rounds up or
         down so that the mean is exact; the others keep what rounding leaves, beside the parameter: ``"kahan"`` in its

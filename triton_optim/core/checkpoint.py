@@ -26,19 +26,13 @@ from .saved_form import AGAIN, names_of, saved_states
 CPU = torch.device("cpu")
 
 
-def packed(optimizer: Update, begun: bool) -> dict[str, Any]:
+def packed(optimizer: Update) -> dict[str, Any]:
     """The state dict, as torch packs it: parameters are their numbers.
 
-    In a process group it is one that torch.distributed.checkpoint loads into any choice of ``state_dtype``: into the
-    keys and shapes of another optimizer's. Values stand in place of codes, and what a group has of options it says even
-    where it was not asked for, as another may have been.
-
-    Args:
-        begun: whether there are states, other than of a probe. One that is asked for its state dict to load into it
-            asks for no more than it was given, so that a checkpoint of torch.optim will do.
+    In a process group it is one that torch.distributed.checkpoint loads into any choice of ``state_dtype``: values stand
+    in place of codes. Ranks gather them one after the other, and may have made them in another order.
     """
     grouped = in_process_group()
-    unsaid = {name: OPTIONS[name] for name in PRECISION} if grouped and begun else {}
     numbers_of: dict[int, int] = {}
     groups, start = [], 0
     for group in optimizer.param_groups:
@@ -50,13 +44,13 @@ def packed(optimizer: Update, begun: bool) -> dict[str, Any]:
         )
         numbers = list(own.values()) if len(numbers_of) == end else [numbers_of[id(p)] for p in params]
         kept = {name: saved_dtype(value) for name, value in group.items() if name != "params"}
-        groups.append(unsaid | kept | {"params": numbers})
+        groups.append(kept | {"params": numbers})
         start = end
     keys: list[Any] = list(map(numbers_of.get, map(id, optimizer.state)))
     if None in keys:
         keys = [numbers_of[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
     states = dict(zip(keys, saved_states(optimizer, optimizer.state, decoded=grouped), strict=True))
-    if grouped:  # ranks gather them one after the other, and may have made them in another order
+    if grouped:
         states = {i: states[i] for i in range(start) if i in states} | states
     return {"state": states, "param_groups": groups}
 

@@ -57,7 +57,7 @@ class SavedOptimizer(Optimizer, Update):
         # As torch's own, in one pass: another one over its result would take as long again.
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state_dict = packed(self, begun=bool(self.state) and not self.engine.probe)
+        state_dict = packed(self)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed

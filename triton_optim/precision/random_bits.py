@@ -77,14 +77,14 @@ def first_index(p: Tensor) -> int:
     places = [own.device_mesh.get_local_rank(dim) for dim in split]
     cut = [own.placements[dim].dim for dim in split]
     if all(type(own.placements[dim]) is Shard and own.placements[dim].dim == 0 for dim in split):
-        first, rows = 0, own.shape[0] if own.dim() else 1
+        first, rows = 0, int(own.shape[0]) if own.dim() else 1
         for size, place in zip(sizes, places, strict=True):
             each = -(-rows // size)  # as torch.chunk
             before = min(each * place, rows)
             first, rows = first + before, min(each, rows - before)
         return first * (own.numel() // max(own.shape[0], 1) if own.dim() else 1)
     largest: list[int] = list(own.shape)
-    shard = 0
+    shard: int = 0
     for size, place, dim in zip(sizes, places, cut, strict=True):
         largest[dim] = -(-largest[dim] // size)
         shard = shard * size + place
