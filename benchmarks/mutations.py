@@ -413,6 +413,27 @@ MUTANTS = (
         "tests/test_saved_state.py::test_codes_that_are_not_what_they_say",
     ),
     Mutant(
+        "scales of values that were codes differ in the last bit",
+        "a run that is resumed from sharded int8 states goes another way",
+        "better = lost & (",
+        "better = ~lost & lost & (",
+        "tests/test_codec_properties.py::test_codes_of_values_that_were_read_of_codes_are_the_same[int8]",
+    ),
+    Mutant(
+        "shards that are cut twice share random bits",
+        "rounding errors of their elements go the same way",
+        "shard = shard * size + place",
+        "shard = place",
+        "tests/test_sharded.py::test_no_element_has_the_random_bits_of_another[rows and columns]",
+    ),
+    Mutant(
+        "a float32 copy of the weights before a checkpoint is kept",
+        "what was loaded is lost at the first step",
+        'if probe.left(p, "master", master)]',
+        "if False]",
+        "tests/test_two_ranks.py::test_a_checkpoint_goes_into_other_options",
+    ),
+    Mutant(
         "a checkpoint that lacks a state is taken",
         "training goes on with a moment of 0",
         "if missing := sorted(needed.difference(there)):",

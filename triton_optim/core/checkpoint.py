@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 def packed(optimizer: Update) -> dict[str, Any]:
     """The state dict, as torch packs it: parameters are their numbers.
 
-    In a process group it is one that torch.distributed.checkpoint loads into any choice of ``state_dtype``: values stand
-    in place of codes. Ranks gather them one after the other, and may have made them in another order.
+    In a process group it is one that torch.distributed.checkpoint loads into any choice of ``state_dtype``: values
+    stand in place of codes. Ranks gather them one after the other, and may have made them in another order.
     """
     grouped = in_process_group()
     numbers_of: dict[int, int] = {}
