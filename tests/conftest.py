@@ -141,6 +141,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def pytest_unconfigure() -> None:
+    """Nanobind, in which Triton is written, complains of what is not collected at the end."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = filter(can_run, items)
     # What takes minutes first: a file runs in one process, and the last would be waited for alone.
