@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,13 +34,12 @@ from ..precision.codecs import check_declared, check_precision, coded_states
 from ..spec import Variant, offloads
 from ..util.hyperparameters import Hyperparameters, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
-from .averages import averaged_parameters, swap_back, swap_in
 from .checks import check_alone
-from .saving import SavedOptimizer
+from .evaluation import EvaluatedOptimizer
 from .wrapping import leave_to_python, ordered, with_hooks
 
 
-class RuleOptimizer(SavedOptimizer):
+class RuleOptimizer(EvaluatedOptimizer):
     r"""An optimizer from a rule: subclass it with ``rule``, ``states`` and :meth:`scalars`.
 
     The rule is a ``@jit`` function ``rule(p, g, *states, h) -> (p, *states)`` on values, of which each element is
@@ -214,66 +212,6 @@ class RuleOptimizer(SavedOptimizer):
         # While gradients are released, some have been counted in this round already.
         release = self.engine.release
         return largest_count(self) if release is None else release.averaged
-
-    @property
-    def training(self) -> bool:
-        """False after :meth:`eval`, until :meth:`train`."""
-        return self.engine.swapped != "eval()"
-
-    def eval(self) -> None:
-        """Make the parameters their averages (``ema_decay``) until :meth:`train`: what trainers call before they
-        evaluate a model that is then saved, too. Without averages, again or within :meth:`averaged_parameters` it
-        changes nothing.
-
-        Each state keeps the parameter's weights meanwhile, as ``weights``. They are saved, loaded and copied with it,
-        so that a checkpoint of model and optimizer goes on exactly from where training was.
-
-        Example:
-            >>> import torch, triton_optim
-            >>> p = torch.nn.Parameter(torch.zeros(1))
-            >>> optimizer = triton_optim.SGD([p], lr=1.0, ema_decay=0.5, backend="eager")
-            >>> for _ in range(2):
-            ...     p.grad = torch.ones(1)
-            ...     optimizer.step()
-            >>> optimizer.eval()
-            >>> p.item()
-            -1.5
-            >>> optimizer.train()
-            >>> p.item()
-            -2.0
-        """
-        swap_in(self, self.engine)
-
-    def train(self) -> None:
-        """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing."""
-        swap_back(self, self.engine)
-
-    def averaged_parameters(self) -> AbstractContextManager[None]:
-        """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save the model.
-
-        Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
-        kept meanwhile in as much memory as they take. After :meth:`eval` the parameters are their averages already, and
-        stay so. The optimizer is saved, loaded and copied outside: training would go on from averages, with states that
-        are not theirs.
-
-        Raises:
-            RuntimeError: nothing is averaged, it is entered already, or a step is made within it, or the optimizer
-                saved, loaded or copied.
-
-        Example:
-            >>> import torch, triton_optim
-            >>> p = torch.nn.Parameter(torch.zeros(1))
-            >>> optimizer = triton_optim.SGD([p], lr=1.0, ema_decay=0.5, backend="eager")
-            >>> for _ in range(2):
-            ...     p.grad = torch.ones(1)
-            ...     optimizer.step()
-            >>> with optimizer.averaged_parameters():
-            ...     print(p.item())
-            -1.5
-            >>> p.item()
-            -2.0
-        """
-        return averaged_parameters(self, self.engine)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients: to None, or to zero in place. Unlike torch's, it is traced by ``torch.compile``."""
