@@ -24,8 +24,8 @@ BF16, F32 = torch.bfloat16, torch.float32
 # second none, on fewer ranks all; of the others, ranks may have nothing at all.
 SHAPES = ((257, 64), (130, 64), (5, 3), (1, 40), (40,))
 # How far a code may be from its value, as a share of the largest of its block: half the step between the largest two,
-# and int4's scales are rounded to bfloat16.
-ROUNDING = {"int8": 192 / 16192 / 2, "int4": 1.01 * 12 / 52 / 2}
+# which is rounded itself, and int4's scales to bfloat16.
+ROUNDING = {"int8": 1.0001 * 192 / 16192 / 2, "int4": 1.01 * 12 / 52 / 2}
 STATES: dict[str, Any] = {"states as parameters": None, "fp32 states": F32, "bf16 states": BF16} | {
     f"{name} states": name for name in ("int8", "int4")
 }
