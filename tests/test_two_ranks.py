@@ -337,7 +337,7 @@ def test_checkpoint_round_trip(full, ranks, backend, tmp_path):
         assert resumed == straight
 
 
-# Each kind of what is kept; and whole matrices.
+# Each kind of what is kept; whole matrices; and one that has states before its first step.
 RESHARDED = {
     "nested": [
         Job(RULES["AdamW"], Kept("int8", "float32", False)),
@@ -350,6 +350,7 @@ RESHARDED = {
         Job(RULES["AdamW"], Kept("int8", "split32", True)),
         Job(RULES["AdamW"], Kept("int4", "master", False)),
         Job(RULES["SOAP"], Kept(None, "float32", False)),
+        Job(RULES["Adagrad"], Kept("int8", "split32", True)),
     ],
     "async": [Job(RULES["AdamW"], Kept("int4", "split24", True))],
 }

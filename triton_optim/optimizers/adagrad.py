@@ -13,7 +13,8 @@ from ..core.checks import check_range
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adagrad import AdagradScalars, adagrad
 from ..options import OptionsAfterForeach
-from ..spec import State
+from ..precision.codecs import parameter_codec
+from ..spec import State, averages
 
 
 class Adagrad(RuleOptimizer):
@@ -86,10 +87,17 @@ class Adagrad(RuleOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        make_states(self, self.param_groups[-1])
+        group = self.param_groups[-1]
+        # What else there is to save, corrections and averages, the first step makes of the weights that there are then;
+        # torch.distributed.checkpoint makes one only where there is no state.
+        if not averages(group) and not any(parameter_codec(group, p.dtype).suffixes for p in group["params"]):
+            make_states(self, group)
 
     def share_memory(self) -> None:
         """Move the states to shared memory, as torch.optim.Adagrad does."""
+        for group in self.param_groups:
+            if not all(p in self.state for p in group["params"]):
+                make_states(self, group)
         for state in self.state.values():
             state["sum"].share_memory_()
             state["step"].share_memory_()
