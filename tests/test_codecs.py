@@ -326,15 +326,11 @@ def test_the_report_is_what_is_there(name: str, device: torch.device) -> None:
 
 
 def asked(**options: Any) -> argparse.Namespace:
-    given = {
-        "params": 7e9,
-        "optimizer": "adamw",
-        "dtype": "bfloat16",
-        "state": "none",
-        "precision": "storage",
-        "plot": None,
-    }
-    return argparse.Namespace(**(given | options))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = parser.parse_args(["--params", "7e9"])
+    vars(given).update(options)
+    return given
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,6 +340,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     left = next(line.split() for line in lines if line.startswith("without"))
     assert float(total[1]) <= 6.1
     assert float(left[2]) <= 4.1
+    assert command.run(asked(offload=True)) == 0
+    assert 'offload="cpu"' in capsys.readouterr().out
     assert command.run(asked(dtype="float32")) == 0
     total = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("total"))
     assert total[1:3] == ["16.000", "16.000"]
