@@ -46,11 +46,11 @@ def in_order(names: set[str]) -> list[str]:
 
 
 def exports(text: str) -> str:
-    """`triton_optim/__init__.py` with every optimizer, and whatever else was imported of the modules of one."""
+    """`triton_optim/__init__.py` with every optimizer, and the functions that are imported of modules beside theirs."""
     modules = {module: set(names) for module, names in defined().items()}
     for module, names in re.findall(r"^from (\.optimizers\.\S+) import (.*)\n", text, re.M):
-        if module in modules:
-            modules[module] |= {name for name in names.split(", ") if name[0].islower()}
+        if functions := {name for name in names.split(", ") if name[0].islower()}:
+            modules.setdefault(module, set()).update(functions)
     lines = "".join(f"from {module} import {', '.join(in_order(modules[module]))}\n" for module in sorted(modules))
     text = re.sub(r"(^from \.optimizers\.\S+ import .*\n)+", lambda _: lines, text, flags=re.M)
     imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
