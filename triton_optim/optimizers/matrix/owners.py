@@ -131,13 +131,14 @@ class Round:
     Args:
         ranks: which have parts of them.
         held: the parameters that each rank owns.
+        device: where they are.
 
     Attributes:
         owned: how many of them this rank owns.
     """
 
-    def __init__(self, ranks: Ranks, held: list[list[Held]]) -> None:
-        self._group, self._here, self._held = ranks.group, ranks.here, held
+    def __init__(self, ranks: Ranks, held: list[list[Held]], device: torch.device) -> None:
+        self._group, self._here, self._held, self._device = ranks.group, ranks.here, held, device
         self._owned = held[ranks.here]
         self.owned = len(self._owned)
 
@@ -153,7 +154,7 @@ class Round:
         leaving = [[local(next(own)) for _ in held] for held in self._held]
         first = next(x for xs in leaving for x in xs)
         coming = [[each.shapes[rank] for each in self._owned] for rank in range(len(self._held))]
-        wait = self._exchange(leaving, coming, first.dtype, first.device)
+        wait = self._exchange(leaving, coming, first.dtype)
 
         def wholes() -> list[Tensor]:
             found = [first.new_empty(each.shape) for each in self._owned]
@@ -162,7 +163,6 @@ class Round:
                     x[each.parts[rank]] = part
             return found
 
-        self._device = first.device
         return self, sent_as(first), wholes
 
     def send_back(self, updates: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], dict[int, Tensor]]:
@@ -176,7 +176,7 @@ class Round:
             for rank in range(len(self._held))
         ]
         coming = [[each.shapes[self._here] for each in held] for held in self._held]
-        wait = self._exchange(leaving, coming, dtype, self._device)
+        wait = self._exchange(leaving, coming, dtype)
 
         def parts() -> dict[int, Tensor]:
             arrived = (part for own in wait() for part in own)
@@ -215,11 +215,11 @@ class Round:
         return (each for held in self._held for each in held)
 
     def _exchange(
-        self, leaving: list[list[Tensor]], coming: list[list[Any]], dtype: torch.dtype, device: torch.device
+        self, leaving: list[list[Tensor]], coming: list[list[Any]], dtype: torch.dtype
     ) -> Callable[[], list[list[Tensor]]]:
         """Send each rank its tensors. What is returned waits for those that each rank sent here, of these shapes."""
         flat = [x.reshape(-1) for own in leaving for x in own]
-        packed = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
+        packed = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=self._device)
         sizes = [[prod(shape) for shape in own] for own in coming]
         received = list(map(sum, sizes))
         sent = [sum(x.numel() for x in own) for own in leaving]
@@ -255,7 +255,7 @@ def rounds(params: Sequence[Tensor], costs: Sequence[float]) -> Iterator[Round]:
                 owner = min(range(len(loads)), key=loads.__getitem__)
                 loads[owner] += costs[i]
                 held[owner].append(Held(i, params[i].shape, *parts_of(params[i], ranks.coordinates)))
-            yield Round(ranks, held)
+            yield Round(ranks, held, params[own[0]].device)
 
 
 def cut(indices: Sequence[int], params: Sequence[Tensor], largest: int) -> Iterator[list[int]]:
