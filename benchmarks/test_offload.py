@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,20 +17,11 @@ from triton_optim.bench.agreement import Contender, assert_agree
 from triton_optim.bench.measure import Side, measure
 from triton_optim.bench.models import elements, parameters, shapes
 from triton_optim.engine import offload
+from triton_optim.race.training import threads
 
 MODEL = "64M16"
 SETTINGS = {"lr": 0.1, "weight_decay": 0.1}
 THREADS = 2
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def contender(name: str, optimizer: torch.optim.Optimizer) -> Contender:

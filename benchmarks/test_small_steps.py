@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import triton_optim
 from triton_optim.bench.agreement import Contender, assert_agree
 from triton_optim.bench.measure import Side, measure
 from triton_optim.bench.models import Shapes, conv, linear, parameters, shapes
+from triton_optim.race.training import threads
 from triton_optim.util import gather
 
 # The network of `triton-optim demo`, and one as of an agent that learns by reinforcement.
@@ -51,16 +51,6 @@ CASES = [
     Case("AdamW", ADAMW, "100 tensors of 1,000", shapes("100x1k"), 1, 0.2),
     Case("AdamW", ADAMW, "1,000 tensors of 1,000", shapes("1000x1k"), 2, 0.08),
 ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def contender(name: str, module: Any, case: Case, **options: Any) -> Contender:
