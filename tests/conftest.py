@@ -135,7 +135,7 @@ def can_run(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """What is there now is there until the end. Looking through it again and again took a tenth of the time."""
+    """What is there now is there until the end: the collector need not look through it again and again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

@@ -534,7 +534,7 @@ def matrices(mesh, name, placement, shapes, options):
 
     starts = [values(shape, i, "cpu") for i, shape in enumerate(shapes)]
     # One is whole on every rank, in a group with the others.
-    placed = [Parameter(sharded(x, mesh, [placement])) for i, x in enumerate(starts)]
+    placed = [Parameter(sharded(x, mesh, [placement])) for x in starts]
     plain = [Parameter(x.clone()) for x in starts]
     placed[0] = Parameter(starts[0].clone())
     opt, twin = (getattr(to, name)([{"params": own, **options}], lr=0.1, backend="eager") for own in (placed, plain))
@@ -569,7 +569,7 @@ EXPERTS = {"extra_dims": "batch"}
 )
 def test_sharded_matrices_are_shared_out(name, placement, shapes, options, communicates, ranks):
     (apart, own, collectives), (other_apart, others, _) = ranks.run(matrices, name, placement, shapes, options)
-    assert max(apart, other_apart) < 1e-5
+    assert max(apart, other_apart) < 2**-20  # eight roundings of float32, of weights of the size of 1
     assert own + others == sum(math.prod(shape) for shape in shapes[1:])  # each once
     if communicates:
         assert min(own, others) > 0
