@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..buckets.gradient_norm import GradientStats, scaling_of
 from ..buckets.key import Key
-from ..spec import Update, offloads
+from ..spec import Update
 from ..util.gather import GroupTable
 from ..util.hyperparameters import Check, Hyperparameters
 from ..util.layout import is_sharded, local_gradient, local_gradients, placements_of
 from ..util.on_device import capturing
 from . import compile_op
-from .plan import Plan, PlanOfOne, check_captured, warm_up
+from .captured import check_capture, check_captured
+from .gradients import turns_of, without_needless_sparsity
+from .plan import Plan, PlanOfOne, warm_up
 from .probe import Probe
 from .processes import Agreement, check_norm_is_whole
 
@@ -132,7 +134,8 @@ class Engine:
             return
         self.take_params()
         gradients = [p.grad for p in self.params] if given is None else given
-        self._check_capture(gradients)
+        if self._is_capturing():
+            check_capture(self._optimizer, self.params, gradients)
         recording = any(group.get("differentiable") for group in optimizer.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in turns_of(self.params, gradients) if self.repeats else [gradients]:
@@ -217,26 +220,6 @@ class Engine:
     def _is_capturing(self) -> bool:
         return bool(self.params) and capturing(self.params[0].device)
 
-    def _check_capture(self, gradients: list[Tensor | None]) -> None:
-        """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""
-        if not self._is_capturing():
-            return
-        name = type(self._optimizer).__name__
-        if any(map(offloads, self._optimizer.param_groups)):
-            raise RuntimeError(
-                f'{name}: a captured step cannot run on the host. Leave offload="cpu" out, or step outside the graph.'
-            )
-        if not all(group.get("capturable") for group in self._optimizer.param_groups):
-            raise RuntimeError(
-                f"{name}: a captured step reads its numbers on the device. Make the optimizer with capturable=True."
-            )
-        for i, (p, g) in enumerate(zip(self.params, gradients, strict=True)):
-            if p.requires_grad and g is None:
-                raise RuntimeError(
-                    f"{name}: parameter {i} requires a gradient and has none while a graph is captured; replays would "
-                    "never update it. Capture backward with the step, or give it a gradient before."
-                )
-
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self.repeats:
             self.plan = None  # made for the parameter once
@@ -250,7 +233,7 @@ class Engine:
             gradients = local_gradients(self.params, gradients, placements)
         bind = plan is not None and plan.bind(gradients)
         if not bind and any(g is not None and g.is_sparse for g in gradients):
-            gradients = self._without_needless_sparsity(gradients)
+            gradients = without_needless_sparsity(optimizer, gradients)
             bind = plan is not None and plan.bind(gradients)
         if plan is None or not bind:
             if sharded and not (fresh and self.probe.is_made_by(optimizer, gradients)):
@@ -274,20 +257,6 @@ class Engine:
         if limited and not self.limited:
             check_norm_is_whole(self._optimizer, self.params)
         self.stats, self.limited = plan.step(scaling), limited
-
-    def _without_needless_sparsity(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        groups = [group for group in self._optimizer.param_groups for _ in group["params"]]
-        return [
-            g.to_dense() if g is not None and g.is_sparse and self._wants_dense(group) else g
-            for g, group in zip(gradients, groups, strict=True)
-        ]
-
-    def _wants_dense(self, group: dict[str, Any]) -> bool:
-        optimizer = self._optimizer
-        # The other backends have no way to run single rows.
-        rows = optimizer.backend in ("auto", "eager") or not optimizer.takes_dense_gradients
-        kind = optimizer.sparse_gradients(group)
-        return kind == "dense" or (kind == "rows" and not rows)
 
     # Steps that only make the states.
 
@@ -332,15 +301,3 @@ def check_fits(plan: Plan, gradients: Any) -> None:
     """Raise RuntimeError where a new plan does not fit."""
     if not plan.bind(gradients):
         raise RuntimeError("a parameter or state changed during the step. Let no other thread write them.")
-
-
-def turns_of(params: list[Tensor], gradients: list[Tensor | None]) -> list[list[Tensor | None]]:
-    """The gradients of each step where a parameter is listed k times, as torch warns not to do: it makes k."""
-    seen: dict[int, int] = {}
-    turns = []
-    for p in params:
-        turns.append(seen.get(id(p), 0))
-        seen[id(p)] = turns[-1] + 1
-    return [
-        [g if turn == now else None for g, turn in zip(gradients, turns, strict=True)] for now in range(max(turns) + 1)
-    ]

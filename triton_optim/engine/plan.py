@@ -315,22 +315,6 @@ def norms_at_home(gradients: list[Tensor | None]) -> list[Tensor]:
     return partial_norms([g for g in gradients if g is not None], EUCLIDEAN)
 
 
-def check_captured(optimizer: Update, plan: Plan) -> None:
-    """Raise RuntimeError where replays of a captured step would not write the parameters and states that there are."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if not plan.same_params(params):
-        raise RuntimeError(
-            f"the optimizer has {len(params)} parameters and had {len(plan.params)}, or others, when its step was "
-            "captured: replays would update the old ones. Capture it again."
-        )
-    for bucket in plan.buckets:
-        if moved := bucket.moved():
-            raise RuntimeError(
-                f"parameter {moved[0]} or one of its states lies elsewhere than when the step was captured: replays "
-                "would write where it was. Capture it again."
-            )
-
-
 def options_of(optimizer: Update) -> list[tuple[Any, ...]]:
     """What a plan depends on besides tensors, a group."""
     names = ("maximize", "foreach", "fused", "capturable", "differentiable", "offload", *PRECISION)
