@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from operator import eq
 from typing import Any
 
 import torch
@@ -39,15 +40,17 @@ def packed(optimizer: Update) -> dict[str, Any]:
         params = group["params"]
         end = start + len(params)
         own = dict(zip(map(id, params), range(start, end), strict=True))
-        numbers_of.update(
-            own if numbers_of.keys().isdisjoint(own) else {p: i for p, i in own.items() if p not in numbers_of}
-        )
+        if numbers_of.keys().isdisjoint(own):
+            numbers_of = numbers_of | own if numbers_of else own
+        else:
+            numbers_of |= {p: i for p, i in own.items() if p not in numbers_of}
         numbers = list(own.values()) if len(numbers_of) == end else [numbers_of[id(p)] for p in params]
         kept = {name: saved_dtype(value) for name, value in group.items() if name != "params"}
         groups.append(kept | {"params": numbers})
         start = end
-    keys: list[Any] = list(map(numbers_of.get, map(id, optimizer.state)))
-    if None in keys:
+    keys: Any = range(start)  # most often each parameter has a state, in their order
+    same = len(optimizer.state) == len(numbers_of) == start
+    if not (same and all(map(eq, map(id, optimizer.state), numbers_of))):
         keys = [numbers_of[id(key)] if isinstance(key, Tensor) else key for key in optimizer.state]
     states = dict(zip(keys, saved_states(optimizer, optimizer.state, decoded=grouped), strict=True))
     if grouped:

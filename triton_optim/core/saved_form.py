@@ -64,8 +64,8 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any], decoded: bool = F
         decoded: whether values stand in place of codes.
     """
     names = names_of(optimizer)
-    saved = [dict(state) if isinstance(state, dict) else state for state in states.values()]
-    dicts = [state for state in saved if type(state) is dict]
+    saved = [dict.copy(state) if isinstance(state, dict) else state for state in states.values()]
+    dicts = saved if set(map(type, saved)) == {dict} else [state for state in saved if type(state) is dict]
     there: set[str] = set().union(*dicts)
     for name in there.difference(names.elementwise):
         values = [state.get(name) for state in dicts]
