@@ -121,13 +121,8 @@ class OwnDefaults(RuleOptimizer):
         super().__init__(params, {**defaults, **self.own_defaults}, **options)
 
 
-@cache
-def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
-    """The class that a wrapper makes of another.
-
-    Raises:
-        TypeError: it is no optimizer with a rule, or one that the wrapper is not for.
-    """
+def check_fits(wrapper: Wrapper, base: type[RuleOptimizer]) -> None:
+    """Raise TypeError where a wrapper is not for this."""
     if not (isinstance(base, type) and issubclass(base, RuleOptimizer)) or not base.variants:
         raise TypeError(
             f"{wrapper.name} is around the class of an optimizer that has a rule, such as AdamW; got {base!r}. Give it "
@@ -141,6 +136,16 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
         wrapper.refuse(base, "it is already")
     if both := [state.name for state in wrapper.states if state.name in {*base.declared, *base.kept_names}]:
         wrapper.refuse(base, f"both keep {both[0]}")
+
+
+@cache
+def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
+    """The class that a wrapper makes of another.
+
+    Raises:
+        TypeError: it is no optimizer with a rule, or one that the wrapper is not for.
+    """
+    check_fits(wrapper, base)
     given = [*inspect.signature(base.__init__).parameters.values()]
     own = dict(wrapper.hyperparameters)
     if wrapper.takes_decay:
