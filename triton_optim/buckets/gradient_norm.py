@@ -51,12 +51,13 @@ class Scaling(NamedTuple):
 
 def scaling_of(optimizer: Update) -> Scaling | None:
     """What a step of an optimizer does with all gradients now; None where that is nothing."""
-    grad_scale = found_inf = None
-    if optimizer.amp is not None:
-        # Of no gradients at all torch's scaler says 0, no tensor.
-        told = (getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-        grad_scale, found_inf = (t if isinstance(t, Tensor) else None for t in told)
-    looks, max_norm = grad_scale is not None or found_inf is not None, optimizer.max_grad_norm
+    max_norm = optimizer.max_grad_norm
+    if optimizer.amp is None:
+        return None if max_norm is None else Scaling(max_norm=max_norm)
+    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    grad_scale = scale if isinstance(scale, Tensor) else None
+    found_inf = found if isinstance(found, Tensor) else None  # of no gradients at all torch's scaler says 0
+    looks = grad_scale is not None or found_inf is not None
     return Scaling(grad_scale, found_inf, looks, max_norm) if looks or max_norm is not None else None
 
 

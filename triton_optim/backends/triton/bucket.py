@@ -172,7 +172,9 @@ class TritonBucket(Bucket):
     def run(self, rows: list[StepScalars | None]) -> None:
         self._place_rows()
         averaged = self.key.variant.averaged
-        only = rows[0] if self._by_value and len(rows) == 1 else None
+        some = rows[0] if len(rows) == 1 else next(row for row in rows if row is not None)
+        assert some is not None
+        only = some if self._by_value and len(rows) == 1 else None
         cells = None
         if only is not None and type(only.step) is int:  # else the device counts
             cells = plain_cells(only, averaged)
@@ -180,13 +182,12 @@ class TritonBucket(Bucket):
         keys: Any = self.chunks  # not read
         if only is not None and cells is not None:
             keys = host_row_key(self._seed(0), only.step) if self.random else keys
-        elif any(row is not None and row.counted for row in rows):
+        elif some.counted:  # all are
             table, keys = self._rows.form(self.stats)
         else:
             table = self._table_of(self.rows) if self._own_table is None else self._own_table
             keys = self.to_device_async(self.row_keys()) if self.random else keys
         self._own_table = None
-        some = only or next(row for row in rows if row is not None)
         compiled_for = (type(some.h), self.stats is not None, cells is not None)
         launch = self._launchers.get(compiled_for)
         if launch is None:
