@@ -175,10 +175,15 @@ def kl_soap(
 def shampoo(
     p, g, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-12, weight_decay=1e-5, precondition_frequency=100,
     start_preconditioning_step=None, max_precond_dim=8192, precondition_1d=False, grafting="adam", grafting_eps=1e-8,
+    block_size=None,
 ):  # fmt: skip
     """Gupta et al. 2018, Algorithm 1, with the averages, bias corrections, late start and grafting of Shi et al. 2023,
     section 3: with a second beta of 1 the averages are sums. k preconditioners take the root of degree 2 k.
+    Of blocks each is a matrix of its own.
     """
+    if block_size is not None:
+        options = (lr, betas, eps, weight_decay, precondition_frequency, start_preconditioning_step, max_precond_dim)
+        return in_blocks(p, g, state, block_size, *options, precondition_1d, grafting, grafting_eps)
     b1, b2 = betas
     shape, taken = sides(p, max_precond_dim, precondition_1d)
     t = state["step"] = p.dtype.type(state.get("step", 0) + 1)
@@ -205,6 +210,39 @@ def shampoo(
         u = u * np.sqrt(np.sum(grafted**2)) / (np.sqrt(np.sum(u**2)) + 1e-16)
     decay = lr * weight_decay * p if weight_decay != 0 else 0  # 0 * Inf would be NaN.
     return p - lr * u.reshape(p.shape) - decay
+
+
+def in_blocks(p, g, state, longest, *options):
+    """The blocks of a matrix, of one shape and filled up with zeros, each updated on its own."""
+    matrix = (len(p) if p.ndim else 1, -1) if p.size else p.shape
+    counts = [max(-(-n // longest), 1) for n in p.reshape(matrix).shape]
+    if counts == [1, 1] or p.ndim == 0 or (p.ndim == 1 and not options[7]):
+        return shampoo.__wrapped__(p, g, state, *options)
+    rows, columns = sizes = [-(-n // count) for n, count in zip(p.reshape(matrix).shape, counts, strict=True)]
+    whole = [size * count for size, count in zip(sizes, counts, strict=True)]
+
+    def filled(x):
+        x = x.reshape(p.reshape(matrix).shape)
+        return np.pad(x, [(0, n - m) for n, m in zip(whole, x.shape, strict=True)])
+
+    new, moments, k = np.zeros(whole, p.dtype), {}, 0
+    x, y, before = filled(p), filled(g), dict(state)
+    for i in range(counts[0]):
+        for j in range(counts[1]):
+            here = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            own = {n: filled(v)[here] if n.startswith("exp") else v[k] for n, v in before.items() if n != "step"}
+            own |= {"step": before["step"]} if "step" in before else {}
+            new[here] = shampoo.__wrapped__(x[here], y[here], own, *options)
+            state["step"] = own.pop("step")
+            for name, value in own.items():
+                if name.startswith("exp"):
+                    moments.setdefault(name, np.zeros(whole, p.dtype))[here] = value
+                else:
+                    state[name] = np.stack([*([] if k == 0 else state[name]), value])
+            k += 1
+    own = tuple(slice(n) for n in p.reshape(matrix).shape)
+    state.update({name: value[own].reshape(p.shape) for name, value in moments.items()})
+    return new[own].reshape(p.shape)
 
 
 BASES = {

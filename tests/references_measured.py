@@ -211,27 +211,31 @@ STABLE_BY_HAND = (
 @reference(of_model=("d", "d_max", "d_numerator"))
 def prodigy(
     p, g, state, lr=1.0, betas=(0.9, 0.999), beta3=None, eps=1e-8, weight_decay=0.0, decouple=True,
-    use_bias_correction=False, safeguard_warmup=False, d0=1e-6, d_coef=1.0, growth_rate=float("inf"),
+    use_bias_correction=False, safeguard_warmup=False, d0=1e-6, d_coef=1.0, growth_rate=float("inf"), slice_p=1,
 ):  # fmt: skip
-    """Mishchenko & Defazio 2023, Algorithm 4, with what the authors' code adds: the bias corrections, the safeguard and
-    the bound of the growth. There, too, a group whose lr is 0 keeps its states. A NaN estimate is none.
+    """Mishchenko & Defazio 2023, Algorithm 4, with what the authors' code adds: the bias corrections, the safeguard,
+    the bound of the growth and the samples. There, too, a group whose lr is 0 keeps its states. A NaN estimate is none.
     """
     b1, b2 = betas
     b3 = np.sqrt(b2) if beta3 is None else beta3
     t = state["step"] = state.get("step", 0) + 1
     d, longest, numerator = state.get("d", d0), state.get("d_max", d0), state.get("d_numerator", 0.0)
-    p0 = state["p0"] = state.get("p0", p)
+    names = ("s", "p0") if slice_p == 1 else ("s_sampled", "p0_sampled")
+    some = p if slice_p == 1 else p.reshape(-1)[::slice_p]
+    p0 = state[names[1]] = state.get(names[1], some.copy())
     if weight_decay != 0 and not decouple:
         g = g + weight_decay * p
     rate = d * lr * (np.sqrt(1 - b2**t) / (1 - b1**t) if use_bias_correction else 1)
-    m, v, s = (state.get(name, np.zeros_like(g)) for name in ("exp_avg", "exp_avg_sq", "s"))
+    m, v = (state.get(name, np.zeros_like(g)) for name in ("exp_avg", "exp_avg_sq"))
+    own = g if slice_p == 1 else g.reshape(-1)[::slice_p]
+    s = state.get(names[0], np.zeros_like(own))
     sums = np.zeros(2, np.result_type(g, np.float64))
     if lr > 0:
         m = b1 * m + d * (1 - b1) * g
         v = b2 * v + d**2 * (1 - b2) * g**2
-        s = b3 * s + d / d0 * (d if safeguard_warmup else rate) * g
-        sums = np.array([d / d0 * rate * np.sum(g * (p0 - p)), np.sum(np.abs(s))])
-    state.update({"exp_avg": m, "exp_avg_sq": v, "s": s})
+        s = b3 * s + d / d0 * (d if safeguard_warmup else rate) * own
+        sums = np.array([d / d0 * rate * np.sum(own * (p0 - some)), np.sum(np.abs(s))])
+    state.update({"exp_avg": m, "exp_avg_sq": v, names[0]: s})
     inner, size = yield sums
     if size > 0:
         numerator = b3 * numerator + inner
@@ -270,6 +274,12 @@ PRODIGY_BY_HAND = (
     (PRODIGY | {"lr": 0.5, "safeguard_warmup": True}, [4.0], {"s": 2.0, "p": 0.875 - 0.25 / 1.5}),
     # sqrt(1 - 0.75) / (1 - 0.5) is 1 in the first step.
     (PRODIGY | {"use_bias_correction": True}, [4.0], {"p": 5 / 12, "s": 2.0}),
+    # Of three elements the first and the third are sampled; what the second has is in no sum.
+    (
+        PRODIGY | {"d_coef": 2.0, "slice_p": 2},
+        [[4.0, 1.0, 4.0], [12.0, -9.0, 12.0]],
+        {"s_sampled": [7.0, 7.0], "p0_sampled": [1.0, 1.0], "d": 1.0, "d_numerator": 7.0},
+    ),
 )
 
 

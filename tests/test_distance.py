@@ -13,6 +13,7 @@ from torch.nn import Parameter
 import triton_optim
 
 OPTIONS = {name: {"d0": 0.01, "weight_decay": 0.1} for name in ("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptLion")}
+OPTIONS["Prodigy sampled"] = OPTIONS["Prodigy"] | {"slice_p": 3}
 each_kind = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -21,7 +22,11 @@ def model(name: str, backend: str, **options: Any) -> tuple[list[Parameter], Any
     random = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (1030,), ())]
     groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0}]
-    return params, getattr(triton_optim, name)(groups, backend=backend, **OPTIONS[name] | options)
+    return params, class_of(name)(groups, backend=backend, **OPTIONS[name] | options)
+
+
+def class_of(name: str) -> Any:
+    return getattr(triton_optim, name.partition(" ")[0])
 
 
 def run(params: list[Parameter], optimizer: Any, steps: range, without: int | None = None) -> None:
@@ -33,7 +38,7 @@ def run(params: list[Parameter], optimizer: Any, steps: range, without: int | No
 
 
 def numbers(optimizer: Any, p: Parameter) -> list[float]:
-    return [optimizer.state[p][name].item() for name in optimizer.kept_names]
+    return [optimizer.state[p][name].item() for name in optimizer.numbers_of_model]
 
 
 def contents(params: list[Parameter], optimizer: Any) -> list[Any]:
@@ -151,7 +156,7 @@ def test_numbers_are_written_where_they_lie(name: str, backend: str) -> None:
     """As replays of a captured graph must find them."""
     params, optimizer = model(name, backend, capturable=True)
     run(params, optimizer, range(1))
-    held = {which: optimizer.state[params[0]][which] for which in optimizer.kept_names if which != "g0_norm"}
+    held = {which: optimizer.state[params[0]][which] for which in optimizer.numbers_of_model if which != "g0_norm"}
     before = {which: t.item() for which, t in held.items()}
     run(params, optimizer, range(1, 7))
     assert all(optimizer.state[params[0]][which] is t for which, t in held.items())
@@ -167,16 +172,47 @@ def test_numbers_are_written_where_they_lie(name: str, backend: str) -> None:
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0"),
         ({"growth_rate": 0.5}, "Invalid growth_rate: 0.5. It must be at least 1"),
         ({"weight_decay": -1.0}, "Invalid weight_decay value"),
+        ({"slice_p": 0}, "Invalid slice_p value: 0. It must be an int of 1 or more"),
+        ({"slice_p": 1.5}, "Invalid slice_p value: 1.5"),
     ],
     ids=lambda x: str(x)[:12],
 )
 def test_out_of_range(name: str, option: dict[str, Any], message: str) -> None:
-    if not option.keys() <= getattr(triton_optim, name)([Parameter(torch.ones(1))]).defaults.keys():
+    if not option.keys() <= class_of(name)([Parameter(torch.ones(1))]).defaults.keys():
         pytest.skip(f"{name} has no such option")
     with pytest.raises(ValueError, match=message):
-        getattr(triton_optim, name)([Parameter(torch.ones(1))], **option)
+        class_of(name)([Parameter(torch.ones(1))], **option)
 
 
-def test_prodigy_has_no_slices() -> None:
-    with pytest.raises(TypeError, match="slice_p"):
-        triton_optim.Prodigy([Parameter(torch.ones(1))], slice_p=11)  # type: ignore[call-arg]
+@pytest.mark.parametrize("precision", ["kahan", "split32", "master"])
+def test_samples_are_of_exact_parameters(precision: str, backend: str) -> None:
+    """In bfloat16 itself nothing would have moved."""
+    p = Parameter(torch.ones(50, dtype=torch.bfloat16))
+    optimizer = triton_optim.Prodigy([p], slice_p=7, d0=1e-4, param_precision=precision, backend=backend)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert bool((p == 1).all())
+    assert numbers(optimizer, p)[2] > 0
+
+
+def test_samples_take_a_share_of_the_memory() -> None:
+    p = Parameter(torch.ones(10, 11, dtype=torch.bfloat16))
+    optimizer = triton_optim.Prodigy([p], slice_p=11, state_dtype="int8", backend="eager")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert [state[name].nbytes for name in ("s_sampled", "p0_sampled")] == [40, 40]
+    assert not {"s", "p0"} & state.keys()
+    report = triton_optim.memory_report(optimizer).states
+    assert report["s_sampled"] == report["p0_sampled"] == 40
+
+
+def test_samples_of_another_number_are_refused() -> None:
+    params, optimizer = model("Prodigy sampled", "eager")
+    run(params, optimizer, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["slice_p"] = 2
+    _, fresh = model("Prodigy sampled", "eager")
+    with pytest.raises(RuntimeError, match=r"s_sampled of parameter 0 has shape \(4,\).*it is \(6,\)"):
+        fresh.load_state_dict(saved)

@@ -402,6 +402,45 @@ def test_shampoos_update_is_as_long_as_adams() -> None:
         assert not torch.allclose(p, q, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (5, 9), (4, 5, 3), (7,)])
+def test_a_block_is_updated_as_a_matrix_of_its_own(shape: tuple[int, ...]) -> None:
+    options = {**OFTEN, "betas": (0.8, 0.9), "precondition_1d": True, "weight_decay": 0.1, "backend": "eager"}
+    p = normal(*shape)
+    matrix = p.detach().view(len(p), -1).clone()
+    rows, columns = (-(-n // -(-n // 4)) for n in matrix.shape)  # of the fewest blocks with sides of at most 4
+    others = [Parameter(block.clone()) for row in matrix.split(rows) for block in row.split(columns, 1)]
+    optimizer = triton_optim.Shampoo([p], **options, block_size=4)
+    apart = triton_optim.Shampoo(others, **options)
+    for step in range(5):
+        random = torch.Generator().manual_seed(step)
+        g = torch.randn(matrix.shape, generator=random, dtype=torch.float64)
+        p.grad = g.view(shape)
+        blocks = [block for row in g.split(rows) for block in row.split(columns, 1)]
+        for q, block in zip(others, blocks, strict=True):
+            q.grad = block.clone()
+        optimizer.step()
+        apart.step()
+    width = -(-matrix.shape[1] // columns)
+    found = torch.cat([torch.cat([*others[i : i + width]], 1) for i in range(0, len(others), width)])
+    torch.testing.assert_close(p.detach().view(len(p), -1), found.detach(), rtol=1e-12, atol=1e-13)
+    assert optimizer.state[p]["L"].shape == (len(others), rows, rows)
+    if columns > 1:
+        assert optimizer.state[p]["R"].shape == (len(others), columns, columns)
+
+
+def test_preconditioners_of_blocks_are_of_the_parameters_size() -> None:
+    whole, one, cut = (
+        triton_optim.Shampoo([normal(16, 4)], **OFTEN, block_size=n, backend="eager") for n in (None, 16, 4)
+    )
+    for optimizer in (whole, one, cut):
+        walked(optimizer, 3)
+    ends = [next(iter(optimizer.state.items())) for optimizer in (whole, one, cut)]
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert [own["L"].shape for _, own in ends] == [(16, 16), (16, 16), (4, 4, 4)]
+    assert [own["R"].shape for _, own in ends] == [(4, 4), (4, 4), (4, 4, 4)]
+    assert triton_optim.memory_report(cut).states["L"] == 16 * 4 * 8
+
+
 WRONG: list[tuple[str, dict[str, Any]]] = [
     *((case.name, {"lr": -1.0}) for case in OWN),
     *((case.name, {"betas": (1.0, 0.9)}) for case in OWN),
@@ -417,6 +456,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("Shampoo", {"grafting": "lion"}),
     ("Shampoo", {"grafting_eps": -1.0}),
     ("Shampoo", {"start_preconditioning_step": 0}),
+    ("Shampoo", {"block_size": 1}),
+    ("Shampoo", {"block_size": 2.5}),
 ]
 
 

@@ -76,6 +76,8 @@ PAIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
         {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.05},
         {"use_bias_correction": True, "safeguard_warmup": True, "growth_rate": 1.05},
     ),
+    ("Prodigy", PRODIGY, "Prodigy", *[{"slice_p": 3, "d0": 0.05}] * 2),
+    ("Prodigy", PRODIGY, "Prodigy", *[{"slice_p": 2, "d0": 0.05, "decouple": False, "safeguard_warmup": True}] * 2),
     ("DAdaptAdam", DADAPT, "DAdaptAdam", {}, {}),
     ("DAdaptAdam", DADAPT, "DAdaptAdam", {"decouple": True}, {"decouple": True}),
     ("DAdaptSGD", DADAPT, "DAdaptSGD", {"momentum": 0.9}, {"momentum": 0.9}),

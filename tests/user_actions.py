@@ -119,9 +119,11 @@ class Side:
         return draw.choice(self.params)
 
     def states(self) -> Iterator[tuple[Parameter, str, Tensor]]:
-        """Every state that has elements, with its parameter and name."""
+        """Every state that has elements, with its parameter and name; those of a parameter in the order of their names,
+        which is that of both sides.
+        """
         for p in self.params:
-            for name, value in self.opt.state.get(p, {}).items():
+            for name, value in sorted(self.opt.state.get(p, {}).items()):
                 if isinstance(value, Tensor) and name not in NUMBERS and value.numel():
                     yield p, name, value
 

@@ -153,8 +153,8 @@ def kinds_of(cls: type[RuleOptimizer], variant: Variant, products: float) -> tup
     found = {
         "matrices": products > 0,
         "rows": variant.prologue and not products,
-        "model": variant.measure is not None and whole,
-        "parameter": variant.measure is not None and not whole,
+        "model": variant.measures and whole,
+        "parameter": variant.measures and not whole,
         "sparse": not cls.takes_dense_gradients,
     }
     kinds = [kind for kind, is_one in found.items() if is_one] or ["elementwise"]

@@ -44,6 +44,7 @@ class Variant(NamedTuple):
     prologue: bool = False  # the gradients go through Update.prologue first
     averaged: bool = False  # the last state is the average of the parameter, which no rule takes
     measure: Any = None  # what is summed over each parameter first, for Update.factors
+    sampled: str | None = None  # in place of a measure: Update.sums of every group[sampled]-th element
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -53,7 +54,12 @@ class Variant(NamedTuple):
     @property
     def staged(self) -> bool:
         """Whether something else comes before the rule."""
-        return self.prologue or self.measure is not None
+        return self.prologue or self.measures
+
+    @property
+    def measures(self) -> bool:
+        """Whether sums come before the rule."""
+        return self.measure is not None or self.sampled is not None
 
 
 class Measured(NamedTuple):
@@ -67,7 +73,8 @@ class Measured(NamedTuple):
         states: a parameter's states by name. Those of ``kept_states`` may be written in place.
         numel: how many elements each parameter has, of a sharded one all, and of a complex one both parts, as rules
             have it; float64 ``(n,)`` on the device.
-        sums: what was summed, in the order in which ``measure`` returns it, each float64 ``(n,)`` on the device.
+        sums: what was summed, in the order in which ``measure`` returns it, each float64 ``(n,)`` on the device. Of a
+            variant that samples, what :meth:`Update.sums` returned is at the first parameter, and 0 at the others.
         total: what :meth:`Update.total` returned.
     """
 
@@ -218,6 +225,22 @@ class Update:
             takes the place of the one that :meth:`scalars` returned. Nothing may wait for the device.
         """
         return {}
+
+    def sums(self, measured: Measured, params: Tensor, gradients: Tensor) -> tuple[Tensor, ...]:
+        """What a measure would sum, of every few elements: for sums that need not be over all, so that what is kept for
+        them alone takes less memory. Of a variant with ``sampled`` it is asked in place of its ``measure``.
+
+        Args:
+            measured: without sums. States of ``kept_states`` may be written in place.
+            params: the values of the sampled elements of all its parameters, one parameter after the other, as the
+                rule would have them: of each, flattened, the first and every n-th after it, where n is the
+                hyperparameter that ``sampled`` names.
+            gradients: theirs, as the rule would have them.
+
+        Returns:
+            The sums over all these elements, each 0-dim.
+        """
+        raise NotImplementedError(f"{type(self).__name__} samples and needs a method sums(measured, params, gradients)")
 
     def factors(self, measured: Measured) -> dict[str, Any]:
         """The scalars that differ from parameter to parameter, of what ``measure`` summed: for updates of which an

@@ -33,6 +33,22 @@ def prodigy_sums(p, g, exp_avg, exp_avg_sq, s, p0, h):
 
 
 @jit
+def prodigy_samples(p, g, s, p0, h):
+    """What `prodigy_sums` sums, and s anew."""
+    g = decayed(g, p, h.l2)
+    s = h.beta3 * s + h.share * g
+    return g * (p0 - p), abs(s), s
+
+
+@jit
+def prodigy_sampled(p, g, exp_avg, exp_avg_sq, h):
+    """`prodigy` where s and p0 are of some elements, and elsewhere."""
+    exp_avg, exp_avg_sq = moments(decayed(g, p, h.l2), exp_avg, exp_avg_sq, h)
+    p = decayed(p, p, h.fade)
+    return p - h.step_size * (exp_avg / (sqrt(exp_avg_sq) + h.eps)), exp_avg, exp_avg_sq
+
+
+@jit
 def prodigy(p, g, exp_avg, exp_avg_sq, s, p0, h):
     """Adam of gradients that are multiplied by d, and the sum of these gradients."""
     g = decayed(g, p, h.l2)

@@ -12,9 +12,9 @@ from ..buckets.key import Key
 from ..buckets.slots import ParamSlot
 from ..buckets.step_scalars import first_scalars, step_scalars_for
 from ..kernels.straight import roles_read
-from ..spec import Update
+from ..spec import Measured, Update
 from ..util.hyperparameters import plain_group
-from ..util.layout import local
+from ..util.layout import local, samples
 from .update import update
 
 MEASURE = {"triton": 2, "cpp": 1}  # calls; of others one a parameter
@@ -32,6 +32,9 @@ def cost(optimizer: Update, key: Key, slots: list[ParamSlot], step: int = 1) -> 
         roles = [key.codecs[0].nbytes_read, key.gradient.itemsize, *(codec.nbytes_read for codec in key.codecs[1:])]
         before += sum(roles[i] for i in roles_read(key.variant.measure))
         operations += MEASURE.get(key.choice.backend, sum(map(bool, numels)))
+    if key.variant.sampled is not None:
+        of_sums, nbytes = sums_traffic(optimizer, key, slots, step)
+        operations, before = operations + of_sums, before + nbytes / max(sum(numels), 1)
     if key.choice.backend == "eager":
         each, moved = traffic(optimizer, key)
         if key.sparse:  # all but the gradient is gathered and scattered, that is read and written twice
@@ -68,6 +71,22 @@ def prologue_traffic(optimizer: Update, key: Key, slots: list[ParamSlot], step: 
         states = [optimizer.first_kept(p, group) for p in params]
         with torch.no_grad(), counter:
             optimizer.prologue(plain_group(group), h, params, gradients, states)
+    return counter.operations, counter.bytes
+
+
+def sums_traffic(optimizer: Update, key: Key, slots: list[ParamSlot], step: int) -> tuple[int, int]:
+    """Operations in which samples are summed, and bytes they read and write: as of :func:`prologue_traffic`."""
+    counter = _TrafficCounter()
+    for number in sorted({m.group for m in slots}):
+        group = plain_group(optimizer.param_groups[number])
+        h, every = step_scalars_for(optimizer, group, step).h, int(group[str(key.variant.sampled)])
+        params = [torch.empty_like(local(m.p), device="meta") for m in slots if m.group == number]
+        states = [optimizer.first_kept(p, group) for p in params]
+        numel = torch.empty(len(params), dtype=torch.float64, device="meta")
+        parts = [[torch.empty_like(p, dtype=dtype) for p in params] for dtype in (*key.codecs[0].dtypes, key.gradient)]
+        with torch.no_grad(), counter:
+            values, *_, gradients = (samples(own, every).to(key.compute) for own in parts)
+            optimizer.sums(Measured(group, h, params, states, numel, ()), values, gradients)
     return counter.operations, counter.bytes
 
 

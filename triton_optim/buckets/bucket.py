@@ -137,7 +137,7 @@ class Bucket(Memory):
             for i in step_group.positions:
                 self.group_of[i] = number
         # After a measure each parameter has scalars of its own.
-        self.row_of = self.group_of if self.key.variant.measure is None else list(range(len(self.slots)))
+        self.row_of = list(range(len(self.slots))) if self.key.variant.measures else self.group_of
         self._group_positions: list[Tensor] = []
         self._all_active = [True] * len(self.step_groups)
         self.regrouped = True  # until the backend has taken note
@@ -221,7 +221,7 @@ class Bucket(Memory):
 
     def rows_to_run(self) -> list[StepScalars | None]:
         """The rows by which the step runs: ``row_of[i]`` is that of parameter i."""
-        if self.key.variant.measure is None:
+        if not self.key.variant.measures:
             return self.rows
         own = [self.rows[number] for number in self.group_of]
         if not self.factors:

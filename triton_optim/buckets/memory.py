@@ -201,7 +201,7 @@ class Memory(ABC):
 
     def note_gradients(self) -> None:
         """Prepare to gather the gradients of the next step, after one with those that the parameters have."""
-        if self.takes_addresses and not self.key.variant.prologue:
+        if self.takes_addresses and not (self.key.variant.prologue or self.key.variant.sampled):
             self._gatherer = gatherer_of(self._params, self._states, self.key.gradient) or self._gatherer
 
     def _values(self) -> list[Tensor]:

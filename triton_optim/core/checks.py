@@ -57,3 +57,13 @@ def check_positive(name: str, value: Any) -> None:
     check_range(f"{name} value", value, 0.0)
     if value == 0:
         raise ValueError(f"Invalid {name} value: {value}. It must be positive.")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless a value is a whole number that is large enough."""
+    try:
+        right = int(value) == value and value >= least
+    except (TypeError, ValueError, OverflowError):
+        right = False
+    if not right:
+        raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")

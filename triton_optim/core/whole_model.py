@@ -17,8 +17,9 @@ from .checks import check_positive
 class EstimatesDistance(Update):
     """An update that estimates how far the minimum is, and keeps that and what it comes from.
 
-    These are numbers of the whole model. Each parameter's state holds them alike, so that they are saved, resumed and
-    moved with it; one that is updated for the first time begins with those of the others. The host never asks for them.
+    Those whose start is no function are numbers of the whole model. Each parameter's state holds them alike, so that
+    they are saved, resumed and moved with it; one that is updated for the first time begins with those of the others.
+    The host never asks for them.
 
     Class attributes:
         kept_states: these, the estimate ``d`` first.
@@ -28,7 +29,12 @@ class EstimatesDistance(Update):
 
     def first_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What they are before the first step: ``d0``, and 0."""
-        return (float(group["d0"]), *(0.0 for _ in self.kept_names[1:]))
+        return (float(group["d0"]), *(0.0 for _ in self.numbers_of_model[1:]))
+
+    @property
+    def numbers_of_model(self) -> list[str]:
+        """The names of these numbers among the kept states."""
+        return [state.name for state in self.kept_states if not callable(state.start)]
 
     @property
     def d(self) -> Tensor:
@@ -40,7 +46,7 @@ class EstimatesDistance(Update):
         return torch.tensor(float(self.param_groups[0]["d0"]), dtype=torch.float64, device="cpu")
 
     def first_kept(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        names = self.kept_names
+        names = self.numbers_of_model
         for state in self.state.values():
             if all(isinstance(state.get(name), Tensor) for name in names):
                 return {name: state[name].detach().to(p.device, copy=True) for name in names}
@@ -53,12 +59,12 @@ class EstimatesDistance(Update):
         """The numbers as they are before the step, in the order of ``kept_states``."""
         state = measured.states[0]
         # A copy, as they are written before autograd is done with them where the step is differentiable.
-        return torch.stack([state[name] for name in self.kept_names]).unbind()
+        return torch.stack([state[name] for name in self.numbers_of_model]).unbind()
 
     def keep_numbers(self, *numbers: Tensor) -> None:
         """Write the numbers as they are after the step, for every parameter that has them."""
         states = [state for state in self.state.values() if "d" in state]
-        for name, value in zip(self.kept_names, numbers, strict=True):
+        for name, value in zip(self.numbers_of_model, numbers, strict=True):
             write_each([state[name] for state in states], [value] * len(states))
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..buckets.bucket import Bucket
+from ..precision.codecs import read
 from ..spec import Measured, Update
 from ..util.hyperparameters import plain_group
-from ..util.layout import is_sharded, split_over
+from ..util.layout import is_sharded, samples, split_over
 
 
 def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
@@ -22,10 +23,10 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
         optimizer: whose ``kept_scalars``, ``measure``, ``total`` and ``factors`` are asked.
         buckets: which hold their gradients and rows.
     """
-    own = [bucket for bucket in buckets if bucket.key.variant.measure is not None and any(bucket.rows)]
+    own = [bucket for bucket in buckets if bucket.key.variant.measures and any(bucket.rows)]
     if type(optimizer).kept_scalars is not Update.kept_scalars:
         fill_in(optimizer, own)
-    sums = [bucket.measure() for bucket in own]
+    sums = [sums_of(optimizer, bucket) if bucket.key.variant.sampled else bucket.measure() for bucket in own]
     sharded = any(bucket.sharded for bucket in own)
     if sharded:
         sums = over_shards(own, sums)
@@ -41,6 +42,24 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
         check_factors(optimizer, measured, factors)
         bucket.take_factors(number, {name: wide(values, measured.numel) for name, values in factors.items()})
     return bool(optimizer.kept_names)
+
+
+def sums_of(optimizer: Update, bucket: Bucket) -> Tensor:
+    """What the optimizer sums of every few elements, ``(slots, sums)``: in torch operations, a group at a time."""
+    key, found = bucket.key, {}
+    for number, row in enumerate(bucket.rows):
+        if row is None:
+            continue
+        measured, positions = measured_of(optimizer, bucket, number), bucket.step_groups[number].positions
+        every, slots = int(measured.group[str(key.variant.sampled)]), [bucket.slots[i] for i in positions]
+        parts = [[m.p] if key.differentiable else bucket.parts_of(m)[0] for m in slots]
+        values = [samples(own, every) for own in zip(*parts, strict=True)]
+        gradients = samples([g for g in map(bucket.gradients.__getitem__, positions) if g is not None], every)
+        params = read(key.codecs[0], values, values[0]).to(key.compute)
+        sums = optimizer.sums(measured, params, gradients.to(key.compute) * row.factor)
+        found[positions[0]] = torch.stack([x.to(measured.numel.dtype) for x in sums])
+    nothing = torch.zeros_like(next(iter(found.values())))
+    return torch.stack([found.get(i, nothing) for i in range(len(bucket.slots))])
 
 
 def in_order(turns: Sequence[tuple[Bucket, int, Measured]]) -> list[Measured]:

@@ -80,7 +80,7 @@ class Plan:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
-        self._measures = any(bucket.key.variant.measure is not None for bucket in self.buckets)
+        self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
         self._state_dicts = list(optimizer.state.values()) if only is None else []

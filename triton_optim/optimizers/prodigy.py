@@ -9,12 +9,24 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_positive, check_range
+from ..core.checks import check_betas, check_count, check_positive, check_range
 from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import EstimatesDistance, check_estimate, over_model
-from ..kernels.rules.prodigy import ProdigyScalars, prodigy, prodigy_sums
+from ..kernels.language import torch_form
+from ..kernels.rules.prodigy import ProdigyScalars, prodigy, prodigy_sampled, prodigy_samples, prodigy_sums
 from ..options import Options
-from ..spec import Measured, State
+from ..spec import Measured, State, Variant, first_value
+from ..util.in_place import write_each
+from ..util.layout import is_sharded, samples
+
+MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
+SAMPLES = torch_form(prodigy_samples)
+
+
+def sampled(p: Tensor, group: dict[str, Any]) -> Tensor:
+    """The elements of a parameter that are sampled, in float32 or wider."""
+    own = samples([p if group.get("differentiable") else p.detach()], int(group["slice_p"]))
+    return own.to(torch.promote_types(own.dtype, torch.float32))
 
 
 class Prodigy(EstimatesDistance, RuleOptimizer):
@@ -35,12 +47,17 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
     :math:`d_t = \min(\bar d_t, \rho \max(d_0, \hat d_t))`. While all gradients are 0, nothing is estimated.
 
     Leave ``lr`` at 1 and let a schedule multiply it. Parameters whose ``lr`` is 0 stand still, and so do their states;
-    the estimate is of the others. Options that tell how to estimate are the first group's. The authors' ``slice_p`` is
-    not here: all elements are sampled.
+    the estimate is of the others. Options that tell how to estimate are the first group's.
+
+    With ``slice_p`` of k the sums of :math:`n_t` and :math:`\lVert s_t \rVert_1` are over every k-th element of each
+    parameter, flattened, from its first on. Both grow alike with the number of elements, so the estimate is about the
+    same, and s and :math:`p_0` take a k-th of the memory.
 
     State of a parameter: ``step`` (0-dim float32); ``exp_avg`` :math:`m`, ``exp_avg_sq`` :math:`v`, ``s`` and ``p0``,
-    like the parameter; and of the whole model, each 0-dim and float64 where the device has it: ``d``, ``d_max``
-    :math:`\bar d` and ``d_numerator`` :math:`n`. The property ``d`` is the estimate, on the device.
+    like the parameter; with ``slice_p`` above 1, in place of the last two, ``s_sampled`` and ``p0_sampled``, a vector
+    each in float32 or wider, whatever ``state_dtype`` is; and of the whole model, each 0-dim and float64 where the
+    device has it: ``d``, ``d_max`` :math:`\bar d` and ``d_numerator`` :math:`n`. The property ``d`` is the estimate, on
+    the device.
 
     Args:
         params: parameters, named parameters or groups.
@@ -56,10 +73,13 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         d0: :math:`d_0 > 0`, the first estimate.
         d_coef: :math:`c > 0`: the way to make the steps longer or shorter.
         growth_rate: :math:`\rho \ge 1`: how many times as large the estimate may become in a step.
+        slice_p: k, of how many elements one is sampled; an int of 1 or more. 11 is the authors' example.
         options: see :class:`Options`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
+        RuntimeError: ``slice_p`` is above 1 and a parameter sharded: which elements are sampled would depend on the
+            number of processes.
 
     Example:
         >>> import torch, triton_optim
@@ -73,21 +93,23 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         (True, True)
 
     For: Fine-tuning, of diffusion models above all, without a learning rate to tune, if there is memory for twice
-    AdamW's state. Leave lr at 1.
+    AdamW's state; with ``slice_p``, for hardly more than AdamW's. Leave lr at 1.
 
     Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101; the bias corrections, the
-    warm-up's safeguard and the bound of the growth are the authors' code's.
+    warm-up's safeguard, the bound of the growth and the samples are the authors' code's.
     """
 
-    rule = prodigy
-    measure = prodigy_sums
-    states = (
-        State("exp_avg"),
-        State("exp_avg_sq", nonnegative=True),
-        State("s"),
-        State("p0", start="parameter", quantized=False),
+    variants = (
+        Variant(prodigy, (*MOMENTS, State("s"), State("p0", start="parameter", quantized=False)), measure=prodigy_sums),
+        Variant(prodigy_sampled, MOMENTS, sampled="slice_p"),
     )
-    kept_states = (State("d"), State("d_max"), State("d_numerator"))
+    kept_states = (
+        State("d"),
+        State("d_max"),
+        State("d_numerator"),
+        State("s_sampled", lambda p, group: None if group["slice_p"] == 1 else sampled(p, group).zero_()),
+        State("p0_sampled", lambda p, group: None if group["slice_p"] == 1 else sampled(p, group)),
+    )
 
     def __init__(
         self,
@@ -103,6 +125,7 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         d0: float = 1e-6,
         d_coef: float = 1.0,
         growth_rate: float = float("inf"),
+        slice_p: int = 1,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -117,6 +140,7 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
             "d0": d0,
             "d_coef": d_coef,
             "growth_rate": growth_rate,
+            "slice_p": slice_p,
         }
         super().__init__(params, defaults, **options)
 
@@ -129,6 +153,22 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         check_range("weight_decay value", group["weight_decay"], 0.0)
         check_estimate(group)
         check_positive("d_coef", group["d_coef"])
+        check_count("slice_p", group["slice_p"], 1)
+
+    def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
+        super().check_parameter(index, p, group)
+        if group["slice_p"] > 1 and is_sharded(p):
+            raise RuntimeError(
+                f"{type(self).__name__}: parameter {index} is sharded, and slice_p={group['slice_p']} samples whole "
+                "parameters. Leave slice_p at 1."
+            )
+
+    def variant(self, group: dict[str, Any]) -> Variant:
+        return self.variants[0 if group["slice_p"] == 1 else 1]
+
+    def first_kept(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        own = [] if group["slice_p"] == 1 else self.kept_states[3:]
+        return super().first_kept(p, group) | {state.name: first_value(state, p, group) for state in own}
 
     def first_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         return float(group["d0"]), float(group["d0"]), 0.0
@@ -168,6 +208,14 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
             "one_minus_beta2": h.one_minus_beta2 * square,
             "share": h.share * square,
         }
+
+    def sums(self, measured: Measured, params: Tensor, gradients: Tensor) -> tuple[Tensor, ...]:
+        held = [state["s_sampled"] for state in measured.states]
+        p0 = torch.cat([state["p0_sampled"] for state in measured.states])
+        products, sizes, s = SAMPLES(params, gradients, torch.cat(held), p0, measured.h)
+        write_each(held, s.split([len(own) for own in held]))
+        wide = measured.numel.dtype
+        return products.sum(dtype=wide), sizes.sum(dtype=wide)
 
     def total(self, measured: list[Measured]) -> Tensor | None:
         """The estimate after the step."""

@@ -259,6 +259,14 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
+def samples(tensors: Iterable[Tensor], every: int) -> Tensor:
+    """Of each tensor, flattened, the first element and every few after it, one tensor after the other: a new one. Both
+    parts of a complex number are elements.
+    """
+    real = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+    return torch.cat([t.reshape(-1)[::every] for t in real])
+
+
 def numbers_in_memory(tensor: Tensor) -> Tensor:
     """The number of each element, counted as they lie in memory."""
     numbers = torch.arange(tensor.numel(), device=tensor.device)

@@ -109,7 +109,7 @@ class Wrapper:
         if self.rule is not None:
             rule = composed(self.rule, rule, names, own, self.prefix)
         prologue = base.prologue or self.prologue is not None
-        return Variant(rule, (*base.states, *self.states), prologue, measure=measure)
+        return Variant(rule, (*base.states, *self.states), prologue, measure=measure, sampled=base.sampled)
 
 
 class OwnDefaults(RuleOptimizer):

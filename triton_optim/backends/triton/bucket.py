@@ -201,12 +201,18 @@ class TritonBucket(Bucket):
         if self._measure_pass is None:
             self._measure_pass = MeasurePass(self.key, self.chunks, self.tensors, self.numels)
         some = next(row for row in self.rows if row is not None)
-        table = self._table_of(self.rows)
-        self._own_table = table.expand(len(self.slots), -1).clone() if len(table) == 1 else table[self._groups()]
+        self._own_table = self._table_of_each()
         return self._measure_pass(type(some.h), self.gradient_table, self._own_table)
+
+    def _table_of_each(self) -> Tensor:
+        """A row for each parameter."""
+        table = self._table_of(self.rows)
+        return table.expand(len(self.slots), -1).clone() if len(table) == 1 else table[self._groups()]
 
     def rows_to_run(self) -> list[StepScalars | None]:
         fields = next(row.h._fields for row in self.rows if row is not None)
+        if self.key.variant.sampled is not None:
+            self._own_table = self._table_of_each()
         for name, values in self.factors.items():
             assert self._own_table is not None
             self._own_table[:, 1 + fields.index(name)] = values
@@ -272,5 +278,5 @@ def takes_by_value(key: Key) -> bool:
     """Whether the kernel may take its only row as an argument: float numbers are handed over in 32 bits, and captured
     steps read theirs on the device.
     """
-    one = key.variant.measure is None  # else each parameter has a row
+    one = not key.variant.measures  # else each parameter has a row
     return one and key.compute == torch.float32 and (key.variant.prologue or not key.capturable)

@@ -13,22 +13,19 @@ from ...spec import State, Update
 from ...util.in_place import write_each
 from ...util.layout import gathered, is_sharded, placed_as
 from ...util.on_device import capturing
+from .blocks import blocks_of
 from .newton_schulz import LARGEST_BATCH, LARGEST_ON_CPU, product
 
 SIDES = ("L", "R")  # of a matrix: what multiplies it from the left is of its rows
 
 
-def matrix_shape(p: Tensor) -> tuple[int, int]:
-    """The rows and columns of a parameter as a matrix: its first dimension, and all others."""
-    rows = len(p) if p.dim() else 1
-    return rows, p.numel() // max(rows, 1)
-
-
 def preconditioned(p: Tensor, group: dict[str, Any]) -> dict[str, int]:
-    """The sides of a parameter that have a preconditioner, and how long they are. One of 1 needs none."""
+    """The sides of a parameter, or of its blocks, that have a preconditioner, and how long they are. One of 1 needs
+    none.
+    """
     if p.numel() == 0 or p.dim() < (1 if group["precondition_1d"] else 2):
         return {}
-    lengths = zip(SIDES, matrix_shape(p), strict=True)
+    lengths = zip(SIDES, blocks_of(p, group.get("block_size")).shape, strict=True)
     return {side: n for side, n in lengths if 1 < n <= group["max_precond_dim"]}
 
 
@@ -55,7 +52,7 @@ def host_step(optimizer: Update, h: BasisScalars, params: list[Tensor]) -> int:
 
 
 def square_states(name: str, unit: bool = False) -> tuple[State, ...]:
-    """A square matrix of each side, in float32 or wider.
+    """A square matrix of each side, in float32 or wider; of a parameter in blocks, one a block.
 
     Args:
         name: with ``{}`` where the side goes.
@@ -63,7 +60,7 @@ def square_states(name: str, unit: bool = False) -> tuple[State, ...]:
     """
 
     def of(side: str) -> State:
-        return State(name.format(side), lambda p, group: square(p, preconditioned(p, group).get(side), unit))
+        return State(name.format(side), lambda p, group: square(p, group, side, unit))
 
     return tuple(map(of, SIDES))
 
@@ -82,12 +79,13 @@ def filled(p: Tensor, n: int | None, value: float) -> Tensor | None:
     return None if n is None else wide_zeros(p, (n,)).fill_(value)
 
 
-def square(p: Tensor, n: int | None, unit: bool) -> Tensor | None:
-    """Zeros beside the parameter, ``(n, n)``, or the identity."""
+def square(p: Tensor, group: dict[str, Any], side: str, unit: bool) -> Tensor | None:
+    """Zeros beside the parameter, ``(n, n)``, or the identity; of several blocks, ``(blocks, n, n)``."""
+    n, count = preconditioned(p, group).get(side), blocks_of(p, group.get("block_size")).number
     if n is None:
         return None
-    zeros = wide_zeros(p, (n, n))
-    return torch.eye(n, dtype=zeros.dtype, device=zeros.device) if unit else zeros
+    zeros = wide_zeros(p, (n, n) if count == 1 else (count, n, n))
+    return zeros.copy_(torch.eye(n, dtype=zeros.dtype, device=zeros.device)) if unit else zeros
 
 
 def wide_dtype(p: Tensor) -> torch.dtype:
@@ -105,16 +103,6 @@ def moment(name: str, nonnegative: bool = False) -> State:
     return State(name, lambda p, _: wide_zeros_like(p), nonnegative)
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless a value is a whole number that is large enough."""
-    try:
-        right = int(value) == value and value >= least
-    except (TypeError, ValueError, OverflowError):
-        right = False
-    if not right:
-        raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")
-
-
 class Batch:
     """Parameters of one shape, as a batch of matrices; and what is kept of them.
 
@@ -122,24 +110,32 @@ class Batch:
         params: these; sharded ones are DTensors.
         gradients: theirs.
         states: theirs by name.
+        longest: rows and columns that a block may have; None for whole matrices.
 
     Attributes:
-        gradients: ``(B, rows, columns)``, in float32 or wider.
+        gradients: ``(B, rows, columns)``, in float32 or wider; B blocks, where matrices are cut.
         sides: those that have a preconditioner.
         bases: of these, orthogonal matrices by side, ``(B, n, n)``.
         rotated: the gradients in the bases, once they were brought there.
     """
 
-    def __init__(self, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        params: list[Tensor],
+        gradients: list[Tensor],
+        states: list[dict[str, Any]],
+        longest: int | None = None,
+    ) -> None:
         self._states, self._dtype = states, wide_dtype(params[0])
-        self._shape = matrix_shape(params[0])
+        self._blocks = blocks_of(params[0], longest)
         self.gradients = self._as_matrices(gradients)
         self.sides = sides_of(states[0])
         self.bases = {side: self.kept(f"Q_{side}") for side in self.sides if f"Q_{side}" in states[0]}
         self.rotated = self.gradients
 
     def _as_matrices(self, tensors: list[Tensor]) -> Tensor:
-        return stacked([gathered(t).to(self._dtype).reshape(self._shape) for t in tensors])
+        whole = self._blocks.whole
+        return self._blocks.cut(stacked([gathered(t).to(self._dtype).reshape(whole) for t in tensors]))
 
     def moments(self, name: str) -> Tensor:
         """A state of each that is like the parameter, ``(B, rows, columns)``."""
@@ -147,12 +143,25 @@ class Batch:
 
     def kept(self, name: str) -> Tensor:
         """A state of each that is of another shape, as a batch."""
-        return stacked([state[name].to(self._dtype) for state in self._states])
+        batch = stacked([state[name].to(self._dtype) for state in self._states])
+        return batch if self._blocks.number == 1 else batch.flatten(0, 1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """What is like the gradients as matrices of the parameters."""
+        return self._blocks.joined(x)
+
+    def keep_moments(self, name: str, values: Tensor) -> None:
+        """Write a state of each that is like the parameter."""
+        self._write(name, self.whole(values))
 
     def keep(self, name: str, values: Tensor) -> None:
-        """Write a state of each."""
+        """Write a state of each that is of another shape."""
+        count = self._blocks.number
+        self._write(name, values if count == 1 else values.view(-1, count, *values.shape[1:]))
+
+    def _write(self, name: str, values: Tensor) -> None:
         held = [state[name] for state in self._states]
-        own = [value.view(h.shape) for h, value in zip(held, values.unbind(), strict=True)]
+        own = [value.reshape(h.shape) for h, value in zip(held, values.unbind(), strict=True)]
         if any(map(is_sharded, held)):
             for h, value in zip(held, own, strict=True):
                 h.copy_(placed_as(h, value))
@@ -190,16 +199,21 @@ def sides_of(state: dict[str, Any]) -> tuple[str, ...]:
     return tuple(side for side in SIDES if state.get(side) is not None)
 
 
-def batches(params: list[Tensor], states: list[dict[str, Any]]) -> Iterator[list[int]]:
-    """The indices of the parameters, by what is one batch: of one shape, and no larger than the memory of few."""
+def batches(params: list[Tensor], states: list[dict[str, Any]], longest: int | None = None) -> Iterator[list[int]]:
+    """The indices of the parameters, by what is one batch: of one shape, and no larger than the memory of few.
+
+    Args:
+        longest: rows and columns that a block may have; None for whole matrices.
+    """
     alike: dict[Any, list[int]] = {}
     for i, (p, state) in enumerate(zip(params, states, strict=True)):
         alike.setdefault((p.device, p.dtype, p.shape, sides_of(state)), []).append(i)
     for (device, _, _, sides), indices in alike.items():
-        rows, columns = matrix_shape(params[indices[0]])
+        blocks = blocks_of(params[indices[0]], longest)
+        rows, columns = blocks.shape
         largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
         size = max(rows * columns, rows**2 * ("L" in sides), columns**2 * ("R" in sides), 1)
-        at_once = max(1, largest // size)
+        at_once = max(1, largest // (blocks.number * size))
         yield from (indices[start : start + at_once] for start in range(0, len(indices), at_once))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
+from ...core.checks import check_count, check_range
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import muon
 from ...options import Options
@@ -20,7 +20,6 @@ from .eigenbases import (
     Batch,
     averaged_squares,
     batches,
-    check_count,
     host_step,
     inverse_roots_of,
     moment,
@@ -54,7 +53,9 @@ class Shampoo(RuleOptimizer):
     squares are sums, not divided by anything: then Adam is Adagrad, and without grafting, with a start and a frequency
     of 1 and :math:`\beta_1 = 0`, this is the Shampoo of the first paper.
 
-    A parameter of more than two dimensions is the matrix of its first dimension by all others. A side that is longer
+    A parameter of more than two dimensions is the matrix of its first dimension by all others. With ``block_size``
+    matrices are cut into blocks, as few as there can be with rows and columns of at most so many, all of one shape:
+    each has preconditioners of its own, and a step as long as the other optimizer's is there. A side that is longer
     than ``max_precond_dim``, or 1, has no preconditioner. Vectors and numbers have none: :math:`a_t` is their update;
     with ``precondition_1d`` vectors have L.
 
@@ -64,8 +65,8 @@ class Shampoo(RuleOptimizer):
     the same reason a step can't be captured into a CUDA graph.
 
     State of a parameter: ``step`` (0-dim float32); ``exp_avg`` :math:`m`, and with ``grafting="adam"`` ``exp_avg_sq``,
-    of its shape; of each side that has a preconditioner ``L`` and its root ``root_L``, ``R`` and ``root_R``. All are
-    float32 or wider.
+    of its shape; of each side that has a preconditioner ``L`` and its root ``root_L``, ``R`` and ``root_R``, of a
+    matrix in blocks ``(blocks, n, n)``, row by row of blocks. All are float32 or wider.
 
     Args:
         params: parameters, named parameters or groups; real ones.
@@ -77,6 +78,7 @@ class Shampoo(RuleOptimizer):
         start_preconditioning_step: the step from which on there are roots; None for ``precondition_frequency``.
         max_precond_dim: the longest side that has a preconditioner; an int of 0 or more.
         precondition_1d: whether vectors have one.
+        block_size: rows and columns that a block of a matrix may have; an int of 2 or more, None for whole matrices.
         grafting: ``"adam"``, ``"sgd"`` or None.
         grafting_eps: Adam's :math:`\epsilon \ge 0`.
         options: see :class:`Options`. ``state_dtype`` is refused: its states are the prologue's.
@@ -100,7 +102,8 @@ class Shampoo(RuleOptimizer):
 
     Source: Gupta et al. 2018, Algorithm 1, https://arxiv.org/abs/1802.09568; averages, bias corrections, start and
     grafting: Shi et al. 2023, section 3, https://arxiv.org/abs/2309.06497. The defaults are those that its authors
-    recommend in place of Adam. Matrices are not cut into blocks.
+    recommend in place of Adam, but for blocks of 1024, which take ``block_size``. Theirs are of 1024 and a rest, ours
+    of one shape.
     """
 
     rule = muon
@@ -124,6 +127,7 @@ class Shampoo(RuleOptimizer):
         precondition_1d: bool = False,
         grafting: str | None = "adam",
         grafting_eps: float = 1e-8,
+        block_size: int | None = None,
         **options: Unpack[Options],
     ) -> None:
         defaults = {
@@ -137,6 +141,7 @@ class Shampoo(RuleOptimizer):
             "precondition_1d": precondition_1d,
             "grafting": grafting,
             "grafting_eps": grafting_eps,
+            "block_size": block_size,
         }
         super().__init__(params, defaults, **options)
 
@@ -156,6 +161,8 @@ class Shampoo(RuleOptimizer):
         if group["start_preconditioning_step"] is not None:
             check_count("start_preconditioning_step", group["start_preconditioning_step"], 1)
         check_count("max_precond_dim", group["max_precond_dim"], 0)
+        if group["block_size"] is not None:
+            check_count("block_size", group["block_size"], 2)
         if group["grafting"] not in GRAFTING:
             raise ValueError(f'Invalid grafting: {group["grafting"]!r}. Use "adam", "sgd" or None.')
 
@@ -170,10 +177,11 @@ class Shampoo(RuleOptimizer):
             for p, state in zip(params, states, strict=True):
                 if "exp_avg_sq" not in state:
                     state["exp_avg_sq"] = wide_zeros_like(p)
-        for own in batches(params, states):
-            batch = Batch([params[i] for i in own], [gradients[i] for i in own], [states[i] for i in own])
-            for i, u in zip(own, update_of(batch, group, step).unbind(), strict=True):
-                made[i] = placed_as(params[i], u.view(params[i].shape))
+        longest = group["block_size"]
+        for own in batches(params, states, longest):
+            batch = Batch([params[i] for i in own], [gradients[i] for i in own], [states[i] for i in own], longest)
+            for i, u in zip(own, batch.whole(update_of(batch, group, step)).unbind(), strict=True):
+                made[i] = placed_as(params[i], u.reshape(params[i].shape))
         return made
 
 
@@ -183,11 +191,11 @@ def update_of(batch: Batch, group: dict[str, Any], step: int) -> Tensor:
     new, correction = (1.0, 1.0) if beta2 == 1 else (1 - beta2, 1 - beta2**step)
     x, frequency = batch.gradients, group["precondition_frequency"]
     moments = torch.lerp(batch.moments("exp_avg"), x, 1 - beta1)
-    batch.keep("exp_avg", moments)
+    batch.keep_moments("exp_avg", moments)
     update = other = moments / (1 - beta1**step)
     if group["grafting"] == "adam":
         squares = torch.addcmul(beta2 * batch.moments("exp_avg_sq"), x, x, value=new)
-        batch.keep("exp_avg_sq", squares)
+        batch.keep_moments("exp_avg_sq", squares)
         other = update / ((squares / correction).sqrt() + group["grafting_eps"])
     start = group["start_preconditioning_step"]
     start = frequency if start is None else start

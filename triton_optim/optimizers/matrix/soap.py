@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_betas, check_range
+from ...core.checks import check_betas, check_count, check_range
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import muon
 from ...options import Options
@@ -20,7 +20,6 @@ from .eigenbases import (
     Batch,
     averaged_squares,
     batches,
-    check_count,
     host_step,
     in_order,
     iterated,
@@ -200,8 +199,8 @@ class SOAP(RuleOptimizer):
             if order is not None:
                 squares = in_order(squares, order, SIDES.index(side) - 2)
         batch.turn(bases)
-        batch.keep("exp_avg", batch.into_bases(moments))
-        batch.keep("exp_avg_sq", squares)
+        batch.keep_moments("exp_avg", batch.into_bases(moments))
+        batch.keep_moments("exp_avg_sq", squares)
 
 
 def adam_in_bases(batch: Batch, group: dict[str, Any]) -> Tensor:
@@ -210,8 +209,8 @@ def adam_in_bases(batch: Batch, group: dict[str, Any]) -> Tensor:
     rotated = batch.rotated = batch.into_bases(batch.gradients)
     moments = torch.lerp(batch.moments("exp_avg"), rotated, 1 - beta1)
     squares = torch.addcmul(beta2 * batch.moments("exp_avg_sq"), rotated, rotated, value=1 - beta2)
-    batch.keep("exp_avg", moments)
-    batch.keep("exp_avg_sq", squares)
+    batch.keep_moments("exp_avg", moments)
+    batch.keep_moments("exp_avg_sq", squares)
     update = batch.out_of_bases(moments / (squares.sqrt() + group["eps"]))
     if group["normalize_grads"]:
         update = update / (update.square().mean((-2, -1), keepdim=True).sqrt() + TINY)
