@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton_optim.kernels.language import jit, sign
 from typing_extensions import Unpack
 
 import triton_optim as optim
+from triton_optim.kernels.language import jit, sign
 
 
 class Scalars(NamedTuple):

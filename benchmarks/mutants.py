@@ -56,10 +56,7 @@ class Copy:
         for name in filter(None, names.split("\0")):
             if (ROOT / name).exists():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, self.root / name)
-        # Where an installed package is a mapping of names to folders, triton_optim.kernels would be found there.
-        if not (self.root / "triton_optim/kernels").exists():
-            (self.root / "triton_optim/kernels").symlink_to("../kernels")
+                shutil.copyfile(ROOT / name, self.root / name, follow_symlinks=False)
 
     def write(self, mutant: Mutant, edited: bool) -> None:
         """Make the edit, or take it back."""

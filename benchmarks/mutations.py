@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 def sources() -> dict[Path, str]:
     """The code."""
     files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
+    files = (path for path in files if ROOT / "triton_optim/kernels" not in path.parents)  # in an sdist, the same again
     return {path: path.read_text() for path in sorted(files)}
 
 

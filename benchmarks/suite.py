@@ -1,43 +1,55 @@
 """Does the test suite pass with other releases of torch?
 
-The whole suite with each of these Python interpreters, of environments that have this package installed
-(``pip install -e ".[demo,test]"``): ``python benchmarks/suite.py --python a/bin/python,b/bin/python --results
-benchmarks/results``. No GPU is needed, and each takes about 20 minutes of two cores.
+The whole suite, or tests that are named, with the Python that runs this and its torch: ``.ci/newest.sh`` makes an
+environment of the newest torch and asks for it there, ``.ci/package.sh`` ones of other Pythons. No GPU is needed.
+Results of other environments stay in the file, each with its date and commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import subprocess
+import platform
 import sys
 import tempfile
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from launch import tested
 
-from triton_optim.bench.records import write_records
+from triton_optim.bench.records import Record, source, write_records
 
-SAY = "import torch, triton; print(f'torch {torch.__version__}, Triton {triton.__version__}')"
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_OPTIM_CACHE_DIR")
+
+
+def others(file: Path, case: str) -> list[Record]:
+    """What a file has of other cases."""
+    found = json.loads(file.read_text())["records"] if file.exists() else []
+    return [Record(**{k: v for k, v in one.items() if k != "met"}) for one in found if one["case"] != case]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--python", default=sys.executable, help="interpreters, with commas (default: this one)")
+    parser.add_argument("tests", nargs="*", help="some tests instead of all, and options of pytest after --")
     parser.add_argument("--results", type=Path, help="folder for suite.json; nothing is written without it")
+    parser.add_argument("--commit", default=source(), help="of what is installed, where it is no checkout")
     arguments = parser.parse_args()
-    records = []
-    for python in arguments.python.split(","):
-        case = subprocess.run([python, "-c", SAY], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-        with tempfile.TemporaryDirectory() as folder:
-            environment = os.environ | {name: str(Path(folder) / name) for name in CACHES}
-            records.append(tested("suite", case, [python], environment, Path(folder)))
-        print(records[-1].line(), flush=True)
-        if arguments.results:
-            write_records(arguments.results, records, torch.device("cpu"))
-    sys.exit(any(record.value for record in records))
+    case = f"Python {platform.python_version()}, torch {torch.__version__}, Triton {version('triton')}"
+    case += ", some tests" if arguments.tests else ""
+    print(case, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: str(Path(folder) / name) for name in CACHES}
+        record = tested("suite", case, [sys.executable, *arguments.tests], os.environ | caches, Path(folder))
+    record = replace(record, text=f"{record.text}; {date.today()}, commit {arguments.commit}")
+    print(record.line(), flush=True)
+    if arguments.results:
+        kept = others(arguments.results / "suite.json", case)
+        write_records(arguments.results, sorted([record, *kept], key=lambda one: one.case), torch.device("cpu"))
+    sys.exit(bool(record.value))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch
 from data import accuracy, batches, digits
 from torch.nn import Flatten, Linear, ReLU, Sequential
 from torch.nn.functional import cross_entropy
-from triton_optim.kernels.language import jit
 
 import triton_optim
+from triton_optim.kernels.language import jit
 
 
 class Scalars(NamedTuple):

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
-from triton_optim.kernels.language import jit, sqrt
 
 import triton_optim as optim
+from triton_optim.kernels.language import jit, sqrt
 
 
 class Scalars(NamedTuple):

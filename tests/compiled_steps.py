@@ -12,9 +12,9 @@ from ptx_machine.executor import Executor
 from side_by_side import nearest_roots
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels import multi_tensor
 
 from triton_optim.backends.triton import stub_driver
+from triton_optim.kernels import multi_tensor
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # How parameters and states are kept: each codec once, and what people combine.

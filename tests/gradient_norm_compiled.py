@@ -9,13 +9,13 @@ import re
 import torch
 import triton
 from triton.compiler import ASTSource
-from triton_optim.kernels import gradient_norm as kernels
-from triton_optim.kernels import rows as of_rows
-from triton_optim.kernels.multi_tensor import BLOCK
 
 from triton_optim.audit.cases import TARGETS
 from triton_optim.audit.compiling import resources, wrapping_offsets
 from triton_optim.backends.triton.tables import TRITON_DTYPES
+from triton_optim.kernels import gradient_norm as kernels
+from triton_optim.kernels import rows as of_rows
+from triton_optim.kernels.multi_tensor import BLOCK
 
 NORM = {"chunks": "*i32", "tensors": "*i64", "gradients": "*i64", "partials": "*fp64", "count": "i32", "columns": "i32",
         "power": "*fp64"}  # fmt: skip

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+
 from triton_optim.kernels.language import PRIMITIVES, torch_form
 
 # Of torch's constructors: how it runs, not what. Not all of them take each.

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton_optim.kernels import gradient_norm, measure, multi_tensor, rows, symmetric_product
 
 from triton_optim import RuleOptimizer
 from triton_optim.backends.triton import norm as triton_norm
 from triton_optim.backends.triton import stats as triton_stats
 from triton_optim.backends.triton import stub_driver
 from triton_optim.backends.triton.stub_driver import Launched
+from triton_optim.kernels import gradient_norm, measure, multi_tensor, rows, symmetric_product
 from triton_optim.spec import Measured
 
 BLOCK = multi_tensor.BLOCK

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from triton_optim.kernels import symmetric_product as kernel
 
 from triton_optim.audit.assembly import amdgcn_blocks, sass_blocks
 from triton_optim.audit.cases import TARGETS
 from triton_optim.audit.compiling import listings, resources
 from triton_optim.backends.triton import launch as triton_launch
+from triton_optim.kernels import symmetric_product as kernel
 from triton_optim.optimizers.matrix import symmetric_product
 
 # The dtype and how float32 is multiplied; whether the rows or the columns of x are contiguous; the sizes M and K.

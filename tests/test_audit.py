@@ -25,12 +25,12 @@ if find_spec("triton") is None:
     pytest.skip("Triton is not installed, and there is nothing else to audit", allow_module_level=True)
 
 import triton
-from triton_optim.kernels import measure, multi_tensor
 
 from triton_optim.audit import bounds as audit_bounds
 from triton_optim.audit import cases as audited
 from triton_optim.backends.triton import launch as triton_launch
 from triton_optim.cli import audit as command
+from triton_optim.kernels import measure, multi_tensor
 from triton_optim.registry import rule_optimizers
 
 ELEMENT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp64": 64}

@@ -275,6 +275,15 @@ def test_an_interrupted_run_leaves_what_was_finished(
 
 
 @needs_rich
+def test_what_cases_share_stands_in_the_pictures_title_once() -> None:
+    times = {"AdamW, gpt2, int8": {"ours": 0.5, "torch-fused": 1.0}, "Lion, gpt2, int8, bfloat16": {"ours": 250.0}}
+    (axes,) = picture.bars(times, "A step").axes
+    assert axes.get_title() == "A step\ngpt2, int8"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["AdamW", "Lion\nbfloat16"]
+    assert [text.get_text() for text in axes.texts] == ["ours: 500 us", "torch-fused: 1 ms, 2.00 x", "ours: 250 ms"]
+
+
+@needs_rich
 def test_what_does_not_fit_is_cut_down_or_refused(
     quick: None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

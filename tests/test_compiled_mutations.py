@@ -15,7 +15,6 @@ pytest.importorskip("triton", reason="Triton is what compiles the kernels")
 from compiled_steps import Training, differing, executing, unfused
 from ptx_machine.executor import Executor
 from ptx_machine.global_memory import Span
-from triton_optim.kernels import multi_tensor
 
 import triton_optim
 from triton_optim import dispatch
@@ -23,6 +22,7 @@ from triton_optim.backends.norms import partial_norms
 from triton_optim.backends.triton import bucket as triton_backend
 from triton_optim.backends.triton.stub_driver import Launched
 from triton_optim.buckets.gradient_norm import Norm
+from triton_optim.kernels import multi_tensor
 
 pytestmark = pytest.mark.compiled
 

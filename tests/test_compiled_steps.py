@@ -33,11 +33,11 @@ from compiled_steps import (
 )
 from ptx_machine.executor import Executor
 from table import CASES, KINDS, Case, rows
-from triton_optim.kernels.language import PRIMITIVES, jit, maximum, minimum, sign, where
 
 import triton_optim
 from triton_optim.backends.norms import partial_norms
 from triton_optim.buckets.gradient_norm import Norm, norm_from, on_one_device
+from triton_optim.kernels.language import PRIMITIVES, jit, maximum, minimum, sign, where
 from triton_optim.spec import State
 
 pytestmark = pytest.mark.compiled

@@ -22,8 +22,6 @@ import torch
 from conftest import CPP
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels.language import abs, jit, sqrt, where
-from triton_optim.kernels.straight import straight
 
 import triton_optim
 from triton_optim import SGD, RuleOptimizer
@@ -35,6 +33,8 @@ from triton_optim.backends.cpp.source import source
 from triton_optim.buckets.gradient_norm import Norm, eager_partial_norms, norm_from
 from triton_optim.cli import doctor
 from triton_optim.dispatch import cxx_compiler, this_machine
+from triton_optim.kernels.language import abs, jit, sqrt, where
+from triton_optim.kernels.straight import straight
 from triton_optim.precision.codecs import codes, plain
 from triton_optim.spec import State
 from triton_optim.util import cpp_build, once

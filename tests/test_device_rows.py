@@ -10,10 +10,10 @@ from launches import replace_launches, watch_launches
 from table import CASES, Case, rows
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_optim.kernels.language import jit
 
 import triton_optim
 from triton_optim.backends.triton.recording import Recorder, Unrecorded, reads_its_arguments_alone
+from triton_optim.kernels.language import jit
 
 pytestmark = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
 F64 = torch.float64

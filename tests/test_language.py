@@ -11,6 +11,12 @@ from conftest import CPP
 
 triton = pytest.importorskip("triton", reason="the Triton column needs Triton")
 import triton.language as tl
+
+import triton_optim
+from triton_optim import RuleOptimizer
+from triton_optim.backends.cpp import bucket as cpp_backend
+from triton_optim.backends.cpp import build_ahead
+from triton_optim.backends.cpp import translation as cpp_translation
 from triton_optim.kernels.language import (
     PRIMITIVES,
     abs,
@@ -33,12 +39,6 @@ from triton_optim.kernels.language import (
     where,
 )
 from triton_optim.kernels.lines import WORDS
-
-import triton_optim
-from triton_optim import RuleOptimizer
-from triton_optim.backends.cpp import bucket as cpp_backend
-from triton_optim.backends.cpp import build_ahead
-from triton_optim.backends.cpp import translation as cpp_translation
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-30, -1e30, math.inf, -math.inf, math.nan, 1e-42]
 UNARY = ["abs", "exp", "floor", "log", "sign", "sqrt"]

@@ -18,7 +18,6 @@ import torch
 import triton
 from steps import BF16, F32, Step, every_step
 from stub_launches import BLOCK, Recorder, Seen, Spy, address, check_arguments, check_step, forget_kernels
-from triton_optim.kernels import gradient_norm, symmetric_product
 
 from triton_optim import SGD, AdamW, RuleOptimizer
 from triton_optim.backends.norms import partial_norms
@@ -26,6 +25,7 @@ from triton_optim.backends.triton import bucket as triton_backend
 from triton_optim.backends.triton import stub_driver
 from triton_optim.backends.triton.launch import Launcher
 from triton_optim.buckets.gradient_norm import Norm
+from triton_optim.kernels import gradient_norm, symmetric_product
 from triton_optim.optimizers.matrix.symmetric_product import symmetric_product as product_of
 
 pytestmark = pytest.mark.compiled

@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn import Parameter
-from triton_optim.kernels.language import PRIMITIVES, jit
 
 import triton_optim
 from triton_optim import dispatch
 from triton_optim.backends.triton import stub_driver
 from triton_optim.engine import entries, fallback
+from triton_optim.kernels.language import PRIMITIVES, jit
 
 pytestmark = pytest.mark.compiled
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels.language import RuleError, jit, where
 
 import triton_optim
 from triton_optim import RuleOptimizer
+from triton_optim.kernels.language import RuleError, jit, where
 from triton_optim.spec import Measured, State
 
 # Chunks of every backend end within them, and before their first element.

@@ -10,9 +10,9 @@ from conftest import HAS_GPU, HAS_TRITON
 from launches import replace_launches
 from table import OPTIONS_OF_KINDS
 from torch.nn import Parameter
-from triton_optim.kernels.language import jit
 
 import triton_optim as to
+from triton_optim.kernels.language import jit
 from triton_optim.spec import State
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -8,11 +8,11 @@ from conftest import HAS_TRITON
 from launches import watch_launches
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels.language import jit
 
 import triton_optim
 from triton_optim.core import factored
 from triton_optim.engine import entries
+from triton_optim.kernels.language import jit
 from triton_optim.spec import State
 
 

@@ -21,6 +21,10 @@ import pytest
 import torch
 from conftest import CPP, TRITON_LOOPS
 from torch.nn import Parameter
+
+import triton_optim
+from triton_optim import RuleOptimizer
+from triton_optim.engine import fallback
 from triton_optim.kernels import language
 from triton_optim.kernels.language import (
     RuleError,
@@ -36,10 +40,6 @@ from triton_optim.kernels.language import (
     where,
 )
 from triton_optim.kernels.straight import straight
-
-import triton_optim
-from triton_optim import RuleOptimizer
-from triton_optim.engine import fallback
 from triton_optim.spec import State
 
 tl = language.tl

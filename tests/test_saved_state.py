@@ -15,9 +15,9 @@ from conftest import BACKENDS
 from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
-from triton_optim.kernels.rules.adam import adam
 
 import triton_optim as to
+from triton_optim.kernels.rules.adam import adam
 from triton_optim.spec import State, Variant, averages
 
 BF16 = torch.bfloat16

@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
-from triton_optim.kernels.language import jit
 
 import triton_optim as to
+from triton_optim.kernels.language import jit
 from triton_optim.optimizers.matrix import muon, owners
 from triton_optim.optimizers.matrix.newton_schulz import newton_schulz
 

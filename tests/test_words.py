@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch.nn import Parameter
-from triton_optim.kernels.language import jit
-from triton_optim.kernels.words import atan2, clamp, rsqrt
 
 from triton_optim import RuleOptimizer
+from triton_optim.kernels.language import jit
+from triton_optim.kernels.words import atan2, clamp, rsqrt
 from triton_optim.spec import State
 
 

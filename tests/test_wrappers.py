@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
-from triton_optim.kernels.language import jit
 
 import triton_optim
 from triton_optim import (
@@ -26,6 +25,7 @@ from triton_optim import (
     lookahead,
     nesterov,
 )
+from triton_optim.kernels.language import jit
 
 ADAM = {"lr": 0.05, "betas": (0.8, 0.9), "eps": 1e-6}
 

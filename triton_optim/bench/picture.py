@@ -69,42 +69,52 @@ def save(path: Path, draw: Callable[[Any, str], Figure], times: Times | Panels, 
 
 
 def bars(times: Times, title: str) -> Figure:
-    """The figure of `save_bars`."""
-    from matplotlib.patches import Patch
-
+    """The figure of `save_bars`. What the names of all cases have in common stands above, once."""
     sides = list(dict.fromkeys(side for case in times.values() for side in case))
     colours = {side: OURS if side.startswith("ours") else PEERS[(i - 1) % len(PEERS)] for i, side in enumerate(sides)}
     height = sum(len(case) + 1 for case in times.values())
-    figure = new_figure(8, max(2.0, 0.6 + 0.17 * height), dpi=150)
+    figure = new_figure(8, max(2.0, 0.9 + 0.19 * height), dpi=150)
     axes = figure.subplots()
+    shared, labels = told_apart(list(times))
     ticks: list[float] = []
     y = 0.0
     for case in times.values():
         ticks.append(y + (len(case) - 1) / 2)
-        unit = next(iter(case.values()))
+        first, unit = next(iter(case.items()))
         for side, ms in case.items():
             axes.barh(y, ms / unit, height=0.9, color=colours[side])
+            time = f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms" if ms >= 1 else f"{1e3 * ms:.3g} us"
+            words = f"{side}: {time}" if side == first else f"{side}: {time}, {ms / unit:.2f} x"
+            own: dict[str, Any] = {"color": OURS, "fontweight": "bold"} if side.startswith("ours") else {}
             axes.annotate(
-                f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms",
-                (ms / unit, y),
-                (2, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6,
+                words, (ms / unit, y), (3, 0), textcoords="offset points", va="center", fontsize="x-small", **own
             )
             y += 1
         y += 1
     axes.axvline(1, color=OURS, linewidth=0.8, linestyle=":")
-    axes.set_yticks(ticks, list(times), fontsize="small")
-    axes.invert_yaxis()
-    axes.set_xlabel("times as long as ours; in figures, the time of a step")
-    axes.set_title(title, fontsize="medium")
-    handles = [Patch(color=colours[side], label=side) for side in sides]
-    figure.legend(
-        handles=handles, frameon=False, fontsize="small", ncols=min(4, len(sides)), loc="outside lower center"
-    )
+    axes.set_yticks(ticks, labels, fontsize="small")
+    axes.set_ylim(y - 1.2, -0.8)
+    axes.set_xlabel("times as long as the first bar of each")
+    axes.set_xlim(0, 1.3 * max(ms / next(iter(case.values())) for case in times.values() for ms in case.values()))
+    axes.set_title("\n".join(filter(None, (title, shared))), fontsize="medium")
     open_frame(axes)
     return figure
+
+
+def told_apart(names: Sequence[str]) -> tuple[str, list[str]]:
+    """What names have in common, of their parts between commas, and the rest of each, its first part on its own line.
+
+    Example:
+        >>> from triton_optim.bench.picture import told_apart
+        >>> told_apart(["AdamW, gpt2, float32", "Lion, gpt2, float32"])
+        ('gpt2, float32', ['AdamW', 'Lion'])
+        >>> told_apart(["AdamW, gpt2, float32"])
+        ('gpt2, float32', ['AdamW'])
+    """
+    every = [name.split(", ") for name in names]
+    shared = [part for part in every[0][1:] if all(part in parts for parts in every)]
+    rests = [[part for part in parts if part not in shared] for parts in every]
+    return ", ".join(shared), ["\n".join(filter(None, (rest[0], ", ".join(rest[1:])))) for rest in rests]
 
 
 def lines(panels: Panels, title: str) -> Figure:

@@ -118,7 +118,7 @@ class Muon(RuleOptimizer):
         Variant(adamw, (State("exp_avg"), State("exp_avg_sq", nonnegative=True))),
     )
     counts_steps = False
-    option_names = ()
+    option_names: ClassVar[tuple[str, ...]] = ()
     group_names = ("use_muon", "extra_dims", "splits")
     kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
