@@ -51,17 +51,20 @@ def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
             """One step of these parameters, each with its group."""
             states = [self.state[p] for _, p in turn]
             begin(list(self.state.values()), states, reference.of_model)
-            begun = []
+            begun: list[Any] = []
             for (group, p), state in zip(turn, states, strict=True):
                 h = {x.name: number(group[x.name]) for x in hyperparameters}
                 g, arrays = array(p.grad), arrays_of(state)
                 with np.errstate(all="ignore"):
                     update = reference.__wrapped__(array(p), -g if group["maximize"] else g, arrays, **h)
+                if not inspect.isgenerator(update):  # it is done before the next reads what both may have
+                    take(p, state, update, arrays)
                 begun.append((update, arrays))
             with np.errstate(all="ignore"):
                 ended = step([update for update, _ in begun])
-            for (_, p), state, new, (_, arrays) in zip(turn, states, ended, begun, strict=True):
-                take(p, state, new, arrays)
+            for (_, p), state, new, (update, arrays) in zip(turn, states, ended, begun, strict=True):
+                if inspect.isgenerator(update):
+                    take(p, state, new, arrays)
             spread(list(self.state.values()), states, reference.of_model)
 
     Peer.__name__ = Peer.__qualname__ = f"{reference.__name__}_peer"

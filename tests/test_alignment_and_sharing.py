@@ -1,5 +1,7 @@
 """Addresses that are aligned or not, views with gaps, and parameters that share memory."""
 
+import functools
+
 import pytest
 import torch
 from laid_out import (
@@ -176,6 +178,24 @@ def test_expanded_parameter_is_refused_and_nothing_changes(choice, device):
         )
     assert torch.equal(first, random_values((2,), 1, device)), "half applied"
     assert torch.equal(expanded[0], random_values((1,), 0, device)[0])
+
+
+@pytest.mark.parametrize("which", ["eager", "auto"])
+def test_shared_memory_is_updated_in_the_order_of_the_parameters(device, which):
+    """The second and the third share it. Gradients of two dtypes are in two buckets, the first of the third's."""
+    ends = []
+    for make in (torch.optim.Adagrad, functools.partial(to.Adagrad, backend=which)):
+        params = [Parameter(torch.arange(1.0, 5.0, device=device) + i) for i in range(3)]
+        params[2].data = params[1].data
+        optimizer = make(params, lr=0.1, weight_decay=0.5)
+        for k in range(3):
+            for p, sign, dtype in zip(params, (1, -1, 1), (torch.float64, torch.float32, torch.float64), strict=True):
+                p.grad = None
+                p.grad_dtype = dtype
+                p.grad = sign * (k + 1) * torch.arange(1.0, 5.0, dtype=dtype, device=device)
+            optimizer.step()
+        ends.append(params[1].detach().clone())
+    torch.testing.assert_close(*ends)
 
 
 def test_overlapping_windows_run_eagerly(device):

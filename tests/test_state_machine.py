@@ -65,6 +65,8 @@ KNOWN: dict[str, str] = {
     "Adagrad: added_group": "torch makes the states of an added group in its next step, ours at once",
     "Adagrad: state_of_one_cleared": "torch's copies raise KeyError",
 }
+# And those of optimizers that look at whole parameters: ours looks at all before it updates one, as torch's foreach.
+TIED = ("tied_data", "states_tied")
 
 # What an error of ours says where torch steps.
 REFUSALS = (
@@ -139,7 +141,8 @@ class Machine(RuleBasedStateMachine):
 
     def do(self, act: Callable[[Side, random.Random], None], seed: int, name: str = "") -> bool:
         """The same on all sides, or the same error. Whether it was done."""
-        if name in self.left_out or {name, f"{self.case.name}: {name}"} & KNOWN.keys():
+        known = {name, f"{self.case.name}: {name}"} & KNOWN.keys()
+        if known or name in self.left_out or (name in TIED and not self.case.elementwise):
             return False
         self.log(f"{name or act} {seed}")
         raised = []
@@ -225,6 +228,13 @@ def copied(value: Any) -> Any:
         return value
     with torch.inference_mode(value.is_inference()):
         return value.detach().clone()
+
+
+def memory_of(value: Any) -> Any:
+    """What tells apart values that lie in different memory."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return object()
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def take_step(side: Side, how: str) -> None:
@@ -391,14 +401,17 @@ class BesideTorch(Machine):
                     value.copy_(torch.as_tensor(ours.opt.state[p][name]))
 
     def follow(self) -> None:
-        """Give torch's side what ours has, after an error that left it halfway."""
+        """Give torch's side what ours has, after an error that left it halfway. What shares memory goes on to."""
         ours, theirs = self.sides
+        copies: dict[Any, Any] = {}
         for p, q in zip(ours.params, theirs.params, strict=True):
             p.data = p.data.clone()
             q.data = p.data.clone()
             theirs.opt.state.pop(q, None)
             if p in ours.opt.state:
-                theirs.opt.state[q] = {name: copied(v) for name, v in ours.opt.state[p].items()}
+                theirs.opt.state[q] = {
+                    name: copies.setdefault(memory_of(v), copied(v)) for name, v in ours.opt.state[p].items()
+                }
 
     def recover(self) -> None:
         for side in self.sides:

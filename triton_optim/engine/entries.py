@@ -281,14 +281,17 @@ Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 
 
 def sort_params(optimizer: Update, entries: list[Entry]) -> dict[Key, list[ParamSlot]]:
-    """The parameters by bucket."""
+    """The parameters by bucket. Those that share memory are updated in their order, in however many buckets."""
     slots: dict[Key, list[ParamSlot]] = {}
-    elements = 0
+    elements, turn, last = 0, 0, None
     for entry in entries:
         slot = ParamSlot(optimizer, entry.number, entry.group, entry.p)
         key = key_for(optimizer, entry)
         if key.variant.prologue:
             elements += entry.p.numel()  # of a sharded one all: the pieces must be every rank's
             key = key._replace(piece=elements // PIECE)
+        elif entry.overlaps:
+            turn += last not in (None, key)
+            last, key = key, key._replace(piece=turn)
         slots.setdefault(key, []).append(slot)
     return slots
