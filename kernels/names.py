@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import types
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from .advice import INSTEAD
@@ -59,7 +60,12 @@ class Names(Statements):
             self.refuse(node, f"Import it: from triton_optim.kernels.{module} import {name}")
         builtins = function.__globals__.get("__builtins__", {})
         builtin = name in (builtins if isinstance(builtins, dict) else vars(builtins))
-        self.refuse(node, INSTEAD.get(name, "" if builtin else "it is not defined"))
+        self.refuse(node, INSTEAD.get(name, "" if builtin else f"it is not defined. {self.nearest(name)}"))
+
+    def nearest(self, name: str) -> str:
+        """What may have been meant by a name that nothing has."""
+        near = get_close_matches(name, self.names, 1)
+        return f"Write {near[0]}, if that was meant" if near else f"Write h.{name}, if scalars() returns it"
 
     def meant(self, value: Any, node: ast.expr, name: str, scope: Any) -> Any:
         """What a name outside the function stands for."""

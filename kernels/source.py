@@ -30,6 +30,11 @@ def lines_of(fn: types.FunctionType) -> list[str] | None:
     """
     if "lines" not in fn.__dict__:
         file = fn.__code__.co_filename
+        if fn.__name__ == "<lambda>":
+            raise RuleError(
+                f"a lambda is no rule ({file}, line {fn.__code__.co_firstlineno}): where its source ends can't be "
+                "told. Define the rule by def"
+            )
         linecache.checkcache(file)
         lines: list[str] | None = linecache.getlines(file, fn.__globals__)
         if len(lines or ()) < fn.__code__.co_firstlineno:
@@ -63,7 +68,7 @@ def tree_of(fn: types.FunctionType, file: str, first: int) -> ast.FunctionDef:
         tree = ast.Pass()
     if not isinstance(tree, ast.FunctionDef) or tree.name != fn.__name__:
         raise RuleError(
-            f"{file}, line {first + 1}, holds no `def {fn.__name__}`: either the file was written after it was "
-            "imported, or the function is a lambda. Define it by def, and import it anew"
+            f"{file}, line {first + 1}, holds no `def {fn.__name__}`: the file was written after it was "
+            "imported. Import it anew"
         )
     return tree

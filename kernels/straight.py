@@ -68,17 +68,29 @@ def constants_of(rule: Any) -> tuple[Constant, ...]:
     return getattr(python_function(rule), "constants", ())
 
 
-def check_signature(rule: Any, states: int, sums: bool = False) -> None:
-    """Raise RuleError unless a rule of :func:`straight` takes so many states, and returns as many.
+def check_signature(rule: Any, names: tuple[str, ...], sums: bool = False) -> None:
+    """Raise RuleError unless a rule of :func:`straight` takes as many states as are named, and returns as many. They
+    may have other names in the rule, but not each other's.
 
     Args:
         sums: whether it returns what is summed, however many values.
     """
-    function = python_function(rule)
-    taken = function.__code__.co_argcount - 3
-    if taken != states:
+    function, states = python_function(rule), len(names)
+    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+    taken = arguments[2:-1]
+    if len(arguments) - 3 != states:
         raise RuleError(
-            f"the rule {function.__name__} takes {taken} states, and its optimizer has {states}. Give it p, g, "
+            f"the rule {function.__name__} takes {len(arguments) - 3} states, and its optimizer has {states}. Give it "
+            "p, g, then each of states in order, then h"
+        )
+    if taken != names and sorted(taken) == sorted(names):
+        raise RuleError(
+            f"the rule {function.__name__} takes its states as {', '.join(taken)}, and its optimizer declares them as "
+            f"{', '.join(names)}, the order in which they are given, whatever they are called. Put both in one order"
+        )
+    if arguments[0] in ("g", "grad", "gradient"):
+        raise RuleError(
+            f"the rule {function.__name__} takes {arguments[0]} first, where the parameter is given. Give it p, g, "
             "then each of states in order, then h"
         )
     returned = getattr(function, "returned", 1 + states)
@@ -202,9 +214,10 @@ def finished(name: str, walk: Walk, found: Any, states: int) -> Any:
     """
     lines, function = walk.lines, walk.function
     if not isinstance(found, tuple):
+        alone = "" if states else ", so (p,)"
         walk.refuse(
             walk.returned or walk.tree,
-            f"it must return a tuple of p and its {states} states, or, as a measure, of what is to be summed",
+            f"it must return a tuple of p and its {states} states{alone}, or, as a measure, of what is to be summed",
         )
     new = [lines.like(walk.number(x, walk.returned)).node for x in found]
     lines.lines.append(ast.Return(ast.Tuple(new, ast.Load())))

@@ -17,6 +17,8 @@ from side_by_side import assert_equal, give_grads, ours, train
 from table import CASES, KINDS, each_case, each_kind, each_kind_and_backend, rows, rows_and_backends
 from torch.nn import Parameter
 
+import triton_optim
+
 BY_NAME = {case.name: case for case in CASES}
 ADAMW = BY_NAME["AdamW"]
 DENSE = [case for case in KINDS if not case.sparse]
@@ -127,6 +129,30 @@ def test_hyperparameter_of_the_wrong_type(case, arguments, device):
 def test_betas_of_the_wrong_form(case, betas, device):
     with pytest.raises(raised_by(lambda: torchs(case)(case.parameters(device), betas=betas))):
         case.ours(case.parameters(device), betas=betas)
+
+
+TEXTS = {  # what YAML makes of 1e-3
+    "lr": lambda p: triton_optim.SGD(p, lr="1e-3"),
+    "eps": lambda p: triton_optim.AdamW(p, eps="1e-8"),
+    "beta": lambda p: triton_optim.AdamW(p, betas=("0.9", 0.99)),
+    "max_grad_norm": lambda p: triton_optim.AdamW(p, max_grad_norm="1e-3"),
+    "ema_decay": lambda p: triton_optim.AdamW(p, ema_decay="1e-3"),
+}
+
+
+@pytest.mark.parametrize(("name", "made"), TEXTS.items(), ids=TEXTS)
+def test_a_number_given_as_text(name, made):
+    with pytest.raises(TypeError) as error:
+        made([Parameter(torch.ones(3))])
+    explains(error, name if name != "lr" else "learning rate", "of type str", "must be a number", "1.0e-3")
+
+
+def test_hyperparameters_that_are_too_many_or_infinite():
+    p = [Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match=r"Invalid betas: \(0.9, 0.99, 0.999\). It must be 2 numbers"):
+        triton_optim.AdamW(p, betas=(0.9, 0.99, 0.999))
+    with pytest.raises(ValueError, match=r"Invalid learning rate: inf. It must be at least 0 and finite"):
+        triton_optim.AdamW(p, lr=float("inf"))
 
 
 # Parameters

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +177,36 @@ def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["list", "--kind", "evil"])
     assert "invalid choice: 'evil' (choose from " in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``triton-optim list | head`` has it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["list"]) == 0
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.list, "run", interrupted)
+    assert cli.main(["list"]) == 130
+    assert "triton-optim list was interrupted." in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        cli.main(["--version"])
+    assert status.value.code == 0
+    assert capsys.readouterr().out == f"triton-optim {version('triton-optim')}\n"
+
+
+def test_parameters_as_models_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for given in ("7e9", "7B", "7000m"):
+        assert cli.main(["memory", "--params", given]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]

@@ -377,6 +377,21 @@ def test_states_that_share_memory_are_updated_in_turn(device: torch.device) -> N
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_gradient_of_inference_mode_is_read(backend: str, device: torch.device) -> None:
+    """As torch does, of those who estimate gradients by forward passes."""
+    params = made(device)
+    with torch.inference_mode():
+        gradients = [torch.ones_like(p) for p in params]
+    before = [p.detach().clone() for p in params]
+    opt = to.SGD(params, lr=0.5, backend=backend)
+    for _ in range(2):
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        opt.step()
+    for p, old in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), old - 1)
+
+
 @pytest.mark.parametrize("what", ["parameter", "state"])
 def test_a_tensor_of_inference_mode_is_refused(what: str, backend: str, device: torch.device) -> None:
     """Before anything is written, and not halfway."""

@@ -133,6 +133,34 @@ def test_updates_laid_out_or_aligned_otherwise(backend: str, device: torch.devic
         torch.testing.assert_close(p.detach().double(), end, rtol=1e-5, atol=1e-6)
 
 
+UPDATES = {
+    "one too small": lambda g: [g[0][:2], g[1]],
+    "one of one number": lambda g: [g[0].sum(), g[1]],
+    "one on meta": lambda g: [g[0], g[1].to("meta")],
+    "one that is sparse": lambda g: [g[0].to_sparse(), g[1]],
+    "one that is complex": lambda g: [g[0], g[1].to(torch.complex64)],
+    "one too few": lambda g: g[:1],
+    "no tensor": lambda g: [g[0], None],
+    "nothing": lambda g: None,
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_updates_unlike_their_gradients(update: Any, backend: str, device: torch.device) -> None:
+    """Compiled code would read past their ends."""
+
+    class Odd(NormalizedSGD):
+        def prologue(self, group: Any, h: Any, params: Any, gradients: list[Tensor], states: Any) -> Any:
+            return update(gradients)
+
+    params = [Parameter(torch.ones(shape, device=device)) for shape in ((4, 3), (5,))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match=r"Odd.prologue returned .* one real tensor for each, of its shape"):
+        Odd(params, backend=backend).step()
+    assert all(torch.equal(p, torch.ones_like(p)) for p in params)
+
+
 def test_states_of_a_prologue_are_saved_and_loaded() -> None:
     p = Parameter(torch.ones(3))
     optimizer = NormalizedSGD([p], backend="eager")

@@ -314,6 +314,8 @@ REFUSED = [
     ("assert FACTOR > 1", "assert FACTOR > 1", "only computes"),
     ("global FACTOR\n    FACTOR = 2", "global FACTOR", "none of the words"),
     ("def own(x):\n        return x\n    g = own(g)", "def own(x):", "outside, with @jit"),
+    ("momentum = m\n    g = momentun * g", "momentun", "not defined. Write momentum, if that was meant"),
+    ("g = lr * g", "lr", "not defined. Write h.lr, if scalars() returns it"),
     ("return p", "return p", "a tuple of p and its 1 states"),
     ("return p, h", "return (p, h)", "a number or value"),
     ("return", "return", "a tuple of p and its 1 states"),
@@ -414,6 +416,59 @@ def test_the_states_of_a_rule_are_counted() -> None:
         optimizer_of(of_anything)([p])
 
 
+@jit
+def turned(p, g, square, mean, h):
+    return p - h.lr * mean, square, mean
+
+
+@jit
+def gradient_first(grad, p, m, h):
+    return p - h.lr * grad, m
+
+
+def test_arguments_in_another_order() -> None:
+    """Names that would mean each other's values; which others a rule has for its states is its own affair."""
+    p = Parameter(torch.zeros(3))
+    states = (State("mean"), State("square"))
+    with pytest.raises(RuleError, match=r"takes its states as square, mean, and .* declares them as mean, square"):
+        type("Turned", (Own,), {"rule": turned, "states": states})([p])
+    type("Renamed", (Own,), {"rule": turned, "states": (State("m"), State("v"))})([p])
+    with pytest.raises(RuleError, match=r"takes grad first, where the parameter is given. Give it p, g"):
+        optimizer_of(gradient_first)([p])
+
+
+def test_a_class_without_a_rule_and_a_rule_without_a_name() -> None:
+    with pytest.raises(TypeError, match=r"Bare has no rule. Set `rule = ...`"):
+        type("Bare", (triton_optim.RuleOptimizer,), {})([Parameter(torch.zeros(3))], {"lr": 0.1})
+    with pytest.raises(RuleError, match=r"a lambda is no rule \(.*test_rules.py, line \d+\).* Define the rule by def"):
+        jit(lambda p, g, h: (p - h.lr * g,))
+
+
+def test_options_among_the_hyperparameters() -> None:
+    """Else `maximize` and `max_grad_norm` would be there and do nothing."""
+    for name in ("maximize", "max_grad_norm", "ema_decay"):
+        with pytest.raises(TypeError, match=rf"\['{name}'\] among its hyperparameters.* by keyword"):
+            triton_optim.RuleOptimizer([Parameter(torch.zeros(3))], {"lr": 0.1, name: 0.5})
+
+
+STARTS = {
+    "too small": lambda p, _: torch.ones(1),
+    "on meta": lambda p, _: torch.empty_like(p, device="meta"),
+    "nothing": lambda p, _: None,
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_a_state_that_starts_unlike_its_parameter(start: Any, backend: str, device: torch.device) -> None:
+    """Compiled code would read past its end."""
+    p = Parameter(torch.zeros(3, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = type("Odd", (Own,), {"rule": one_state, "states": (State("m", start=start),)})([p], backend=backend)
+    with pytest.raises(TypeError, match=r"Odd starts its state m with .* Return a number, or a new tensor like"):
+        optimizer.step()
+    assert p.tolist() == [0, 0, 0]
+
+
 def test_every_variant_is_checked_at_construction(defined: Any) -> None:
     """Not when it is switched to in the middle of a training."""
     fault, _ = defined("g = g ** 0.5")
@@ -425,6 +480,18 @@ def test_every_variant_is_checked_at_construction(defined: Any) -> None:
 @jit
 def misspelt(p, g, m, h):
     return p - h.lrr * g, m
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_an_error_in_scalars_is_what_is_raised(backend: str) -> None:
+    """And not what a backend failed with, which another might do without."""
+    p = Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    optimizer = type("Faulty", (Own,), {"rule": one_state, "scalars": lambda self, group, step: group["lrr"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError, match=r"^'lrr'$"):
+            optimizer([p], backend=backend).step()
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
@@ -561,9 +628,14 @@ def test_a_rule_of_which_only_compiled_code_is_installed(tmp_path: Path, monkeyp
 
 
 def test_a_file_that_no_longer_holds_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written between import and decoration; or a lambda, which has no name."""
-    with pytest.raises(RuleError, match=r"test_rules\.py, line \d+, holds no `def <lambda>`"):
-        straight(jit(lambda p, g, m, h: (p, m)))
+    """Written between import and decoration: another function stands there."""
+
+    def rule(p, g, m, h):
+        return p, m
+
+    rule.__name__ = "renamed"
+    with pytest.raises(RuleError, match=r"test_rules\.py, line \d+, holds no `def renamed`"):
+        straight(jit(rule))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -296,6 +296,13 @@ def new_state(
         rounded = bool(current_parameter_codec(own, p).suffixes)
         exact = with_local(p, value_of(own, p)) if rounded else None
         first = first_value(optimizer.declared[name], p, group, exact)
+        if not isinstance(first, Tensor) or first.shape != p.shape or first.is_meta != p.is_meta:
+            got = f"a {type(first).__name__}"
+            got = f"shape {tuple(first.shape)} on {first.device}" if isinstance(first, Tensor) else got
+            raise TypeError(
+                f"{type(optimizer).__name__} starts its state {name} with {got}, beside a parameter of shape "
+                f"{tuple(p.shape)} on {p.device}. Return a number, or a new tensor like the parameter."
+            )
     return dict(zip((name, *part_names(codec, name)), new_parts(codec, first), strict=True))
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Sequence
+
+from ..util.provenance import installed_version
 
 COMMANDS = {
     "doctor": "what is installed, whether a Triton launch works, and which backend each device and dtype gets, and why",
@@ -20,6 +24,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     parser = argparse.ArgumentParser(prog="triton-optim", description="Optimizers for PyTorch as Triton functions.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {installed_version('triton-optim')}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary in COMMANDS.items():
         # Imported here: a command may need what the core does without.
@@ -28,5 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(own)
         own.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
-    status: int = parsed.run(parsed)
+    try:
+        status: int = parsed.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:  # its reader, such as `head`, has read enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog} {parsed.command} was interrupted.", file=sys.stderr)
+        return 130  # as shells count it
     return status

@@ -27,13 +27,19 @@ STATES = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16, **
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("--params", type=float, required=True, metavar="N", help="parameters, such as 7e9")
+    add("--params", type=count, required=True, metavar="N", help="parameters, such as 7e9 or 7B")
     add("--optimizer", type=str.lower, default="adamw", help="such as adamw (default)", metavar="NAME")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the parameters (default: bfloat16)")
     add("--state", choices=STATES, default="none", help="state_dtype (default: none, the parameters')")
     add("--precision", choices=PARAM_PRECISIONS, default="storage", help="param_precision (default: storage)")
     add("--plot", type=Path, metavar="FILE", help="draw every state_dtype beside torch's to FILE: .png, .svg or .pdf")
     add("--offload", action="store_true", help='the states in host memory (offload="cpu")')
+
+
+def count(text: str) -> float:
+    """The number of parameters in the name of a model, such as 7B, or in digits."""
+    factor = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+    return float(text) if factor is None else factor * float(text[:-1])
 
 
 def run(args: argparse.Namespace) -> int:

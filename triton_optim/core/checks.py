@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..util.hyperparameters import compared
+
 
 def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None:
     """Raise RuntimeError where an optimizer of this name can't release gradients one by one."""
@@ -31,7 +33,7 @@ _ARGUMENTS = {
 
 
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise torch's ValueError unless low <= value < high.
+    """Raise torch's ValueError unless low <= value < high, and its TypeError where value is no number.
 
     Args:
         name: as torch spells it in its message, such as ``"learning rate"``.
@@ -41,13 +43,19 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
         shape = tuple(value.shape)
         argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
         raise ValueError(f"Tensor {argument} must be 1-element, got shape {shape}. Use groups to give each its own.")
-    if not low <= value or not value < high:
-        bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+    if not compared(name, value, lambda: low <= value < high):
+        bounds = f"at least {low:g} and " + (f"below {high:g}" if high < math.inf else "finite")
         raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")
 
 
 def check_betas(betas: Any, count: int = 2) -> None:
-    """Raise torch's ValueError unless each of so many betas is in [0, 1)."""
+    """Raise torch's ValueError unless each of so many betas is in [0, 1), and what torch raises unless there are so
+    many: TypeError where they are no sequence, IndexError where one is missing.
+    """
+    given = len(betas) if hasattr(betas, "__len__") else None
+    if given != count:
+        kind = TypeError if given is None else IndexError if given < count else ValueError
+        raise kind(f"Invalid betas: {betas!r}. It must be {count} numbers, each at least 0 and below 1.")
     for index in range(count):
         check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)
 

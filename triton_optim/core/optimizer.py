@@ -32,7 +32,7 @@ from ..options import (
 from ..precision.averaging import check_averaging, largest_count
 from ..precision.codecs import check_declared, check_precision, coded_states
 from ..spec import Variant, offloads
-from ..util.hyperparameters import Hyperparameters, unread
+from ..util.hyperparameters import Hyperparameters, compared, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
 from .checks import check_alone
 from .evaluation import EvaluatedOptimizer
@@ -89,6 +89,11 @@ class RuleOptimizer(EvaluatedOptimizer):
         **options: Unpack[Options],
     ) -> None:
         check_known(type(self), options)
+        if given := [name for name in defaults if name in OPTIONS]:
+            raise TypeError(
+                f"{type(self).__name__} gives {given} among its hyperparameters, which are options. Give them to "
+                "RuleOptimizer's constructor by keyword."
+            )
         carried: dict[str, Any] = {**OPTIONS, **options}
         backend, amp, max_grad_norm = (carried.pop(name) for name in ("backend", "amp", "max_grad_norm"))
         if backend != "auto" and backend not in BACKENDS:
@@ -113,7 +118,7 @@ class RuleOptimizer(EvaluatedOptimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        if value is not None and not value > 0:
+        if value is not None and not compared("max_grad_norm", value, lambda: value > 0):
             raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
         if self.engine.release is not None:
             check_alone(type(self).__name__, value, self.amp)
@@ -244,10 +249,14 @@ class RuleOptimizer(EvaluatedOptimizer):
         check_options(group)
         if offloads(group) and self.backend == "triton":
             raise RuntimeError('backend="triton" runs no step on the host, where offload="cpu" has it: leave one out.')
+        if not self.variants:
+            name = type(self).__name__
+            raise TypeError(f"{name} has no rule. Set `rule = ...` in the class to a @jit function.")
         for variant in (*self.variants, self.variant(group)):
-            check_signature(straight(variant.rule), len(variant.states))
+            names = tuple(state.name for state in variant.states)
+            check_signature(straight(variant.rule), names)
             if variant.measure is not None:
-                check_signature(straight(variant.measure), len(variant.states), sums=True)
+                check_signature(straight(variant.measure), names, sums=True)
         check_precision(self, group)
         check_averaging(self, numbers)
         params = group["params"]

@@ -109,7 +109,7 @@ def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tens
             f"{name}: the gradient of parameter {index} is a DTensor, the parameter an ordinary tensor. "
             "Assign a gradient of the parameter's own kind."
         )
-    check_memory(optimizer, index, "its gradient", local_g)
+    check_memory(optimizer, index, "its gradient", local_g, written=False)
     local_p = local(p)
     for what in ("shape", "device"):
         ours, theirs = getattr(local_g, what), getattr(local_p, what)
@@ -131,9 +131,9 @@ def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tens
         )
 
 
-def check_memory(optimizer: Update, index: int, what: str, tensor: Tensor) -> None:
+def check_memory(optimizer: Update, index: int, what: str, tensor: Tensor, written: bool = True) -> None:
     """Raise RuntimeError where an ordinary (local) tensor has no memory, or none that may be written now."""
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if written and tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{type(optimizer).__name__}: parameter {index}, or {what}, was made in inference mode, outside of which "
             "it can't be written. Make it anew (tensor.clone()), or step in inference mode."

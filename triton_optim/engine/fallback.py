@@ -27,9 +27,9 @@ def prepared(
     ready: dict[Key, list[ParamSlot]] = {}
     for wanted, own in slots.items():
         key = failed.get(wanted, wanted)
+        check_scalars(optimizer, key)  # no backend could mend an error there
         while key.choice.backend != "eager" or key is wanted:
             try:
-                check_scalars(optimizer, key)
                 bucket_class(key).compile(optimizer, key, own)
                 break
             except RuleError:

@@ -138,6 +138,8 @@ def check_factors(optimizer: Update, measured: Measured, factors: Any, method: s
     takes = (count,) if method == "factors" else ()
     what = "a number a parameter" if takes else "a number"
     for field, values in factors.items():
+        if not isinstance(values, (int, float, Tensor)):
+            raise TypeError(f"{name} returned {field}={values!r}; return a tensor or a number.")
         shape = tuple(getattr(values, "shape", ()))
         if shape not in ((), (1,), takes):
             raise TypeError(f"{name} returned {field} of shape {shape} for {count} parameters; return {takes}, {what}.")

@@ -103,8 +103,28 @@ def run_prologue(optimizer: Update, turn: list[tuple[int, Bucket, int, StepScala
     for i, own in coded.items():
         for c in own:
             c.keep(slots[i], group, row.step)
+    check_updates(optimizer, updates, gradients)
     for (_, bucket, i, _), update in zip(turn, updates, strict=True):
         bucket.take_update(i, update)
+
+
+def check_updates(optimizer: Update, updates: Any, gradients: list[Tensor]) -> None:
+    """Raise TypeError unless a prologue returned a tensor like each gradient: compiled code reads as much of it."""
+    found = list(updates) if isinstance(updates, (list, tuple)) else [updates]
+    wrong = f"{len(found)} of them" if len(found) != len(gradients) else ""
+    for update, g in zip(found, gradients, strict=False):
+        if not isinstance(update, Tensor):
+            wrong = wrong or f"a {type(update).__name__}"
+        elif (local(update).shape, update.device, update.layout) != (local(g).shape, g.device, torch.strided):
+            wrong = wrong or f"one of shape {tuple(update.shape)}, {update.layout} on {update.device}"
+        elif update.is_complex():
+            wrong = wrong or f"one of {update.dtype}"
+    if wrong:
+        shapes = ", ".join(str(tuple(g.shape)) for g in gradients[:4]) + ", ..." * (len(gradients) > 4)
+        raise TypeError(
+            f"{type(optimizer).__name__}.prologue returned {wrong}. Return a list of what takes the gradients' place: "
+            f"one real tensor for each, of its shape ({shapes}), on {gradients[0].device}."
+        )
 
 
 class Coded(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.average import lerp
 from ..kernels.language import torch_form
 from ..spec import COUNT, Update, averages
+from ..util.hyperparameters import compared
 from ..util.layout import local, with_local
 from .codecs import Codec, part_names, read
 from .kept import current_parameter_codec
@@ -22,7 +23,7 @@ def check_averaging(optimizer: Update, group: dict[str, Any]) -> None:
     if not averages(group):
         return
     decay, dtype = group["ema_decay"], group.get("ema_dtype")
-    if not 0 <= decay < 1:
+    if not compared("ema_decay", decay, lambda: 0 <= decay < 1):
         raise ValueError(f"Invalid ema_decay: {decay}. It must be at least 0 and below 1, such as 0.999.")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(

@@ -87,11 +87,13 @@ def check_shape(index: int, p: Tensor, name: str, value: Tensor) -> None:
     placed = [getattr(t, "placements", None) for t in (p, value)]
     if value.shape != p.shape or placed[0] != placed[1] or local(value).shape != local(p).shape:
         theirs, ours = (
-            f"{tuple(t.shape)}, placed {where}" for t, where in zip((value, p), reversed(placed), strict=True)
+            f"{tuple(t.shape)}{'' if where is None else f', placed {where}'}"
+            for t, where in zip((value, p), reversed(placed), strict=True)
         )
+        alike = "" if placed == [None, None] else ", placed alike"
         raise RuntimeError(
             f"{name} of parameter {index} has shape {theirs}; the parameter {ours}. "
-            "Load a state dict of the same parameters, placed alike, or clear opt.state."
+            f"Load a state dict of the same parameters{alike}, or clear opt.state."
         )
 
 

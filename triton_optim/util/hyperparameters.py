@@ -37,6 +37,16 @@ def plain_number(value: Any, keep: bool = False) -> Any:
     return float(value) if hasattr(value, "__float__") else value
 
 
+def compared(name: str, value: Any, comparison: Callable[[], Any]) -> bool:
+    """What a comparison of a hyperparameter with numbers says; raises TypeError where it is no number."""
+    try:
+        return bool(comparison())
+    except TypeError:
+        hint = " YAML reads 1e-3 as text, and 1.0e-3 as a number." if isinstance(value, str) else ""
+        kind = type(value).__name__
+        raise TypeError(f"Invalid {name}: {value!r}, of type {kind}. It must be a number.{hint}") from None
+
+
 def exact_number(value: Any) -> Tensor:
     """A number as a float64 tensor: on the CPU; what is a tensor stays on its device."""
     return torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else "cpu")
