@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from launch import tested
 
-from triton_optim.bench.records import Record, source, write_records
+from triton_optim.bench.records import Record, source, write_file
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_OPTIM_CACHE_DIR")
 
@@ -47,8 +47,9 @@ def main() -> None:
     record = replace(record, text=f"{record.text}; {date.today()}, commit {arguments.commit}")
     print(record.line(), flush=True)
     if arguments.results:
-        kept = others(arguments.results / "suite.json", case)
-        write_records(arguments.results, sorted([record, *kept], key=lambda one: one.case), torch.device("cpu"))
+        file = arguments.results / "suite.json"
+        records = sorted([record, *others(file, case)], key=lambda one: one.case)
+        write_file(file, "suite", records, torch.device("cpu"), source=arguments.commit)
     sys.exit(bool(record.value))
 
 
