@@ -261,7 +261,8 @@ def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | 
 def orthogonal(x: Tensor) -> Tensor:
     """Q of the QR decomposition of matrices, whose R has no diagonal elements below 0."""
     q, r = torch.linalg.qr(x)
-    return q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+    turned: Tensor = q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+    return turned
 
 
 def inverse_roots_of(a: Tensor, root: int, eps: float) -> Tensor:
@@ -275,8 +276,7 @@ def inverse_roots_of(a: Tensor, root: int, eps: float) -> Tensor:
     """
     values, vectors = decomposed(torch.where(finite(a), a, 0.0))
     values = values - values[..., :1].clamp(max=0.0) + eps
-    roots: Tensor = vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT
-    return roots
+    return vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT
 
 
 def decomposed(a: Tensor) -> tuple[Tensor, Tensor]:
