@@ -210,6 +210,38 @@ def agree(runs):
         np.testing.assert_allclose(first[0][key], expected, rtol=1e-4, atol=1e-5, err_msg=str(key))
 
 
+def hybrid(mesh, shape):
+    """How far Muon, and AdamW with codes, are from one process after 3 steps on the same batches."""
+    mesh, found = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")), []
+    for name in ("Muon", "AdamW"):
+        weights = []
+        for where in (mesh, None):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(64, 130), torch.nn.Tanh(), torch.nn.Linear(130, 7))
+            for part in (net[0], net[2], net) if where else ():
+                fully_shard(part, mesh=where)
+            if name == "Muon":
+                opt = to.Muon(to.muon_param_groups(net, heads=[]), lr=0.02, backend="eager")
+            else:
+                opt = to.AdamW(net.parameters(), lr=0.01, state_dtype="int8", max_grad_norm=0.5, backend="eager")
+            for k in range(3):
+                x = torch.randn(16, 64, generator=torch.Generator().manual_seed(k))
+                opt.zero_grad()
+                net(x).square().mean().backward()
+                opt.step()
+            weights.append([(p.full_tensor() if where else p).detach() for p in net.parameters()])
+        found.append(max((p - q).abs().max().item() for p, q in zip(*weights, strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["replicated", "sharded"])
+def test_hybrid_shards(shape, ranks):
+    """Codes of a shard are in blocks of its own, so that they differ from those of the whole by roundings."""
+    for matrices, codes in ranks.run(hybrid, shape):
+        assert matrices < 2**-20
+        assert codes <= (0 if shape == (2, 1) else 0.005)  # half a step of AdamW
+
+
 def partial_gradients(mesh, backend):
     rank = mesh.get_local_rank()
     results = []
@@ -576,6 +608,60 @@ def test_sharded_matrices_are_shared_out(name, placement, shapes, options, commu
     # Two a round: there and back. Of experts that lie whole on a rank nothing is sent, unless a norm of each is kept.
     rounds = 3 if options == {} else 1
     assert collectives == (2 * rounds if communicates or name == "NorMuon" else 0)
+
+
+def summed_or_decomposed(mesh, name, placement):
+    """After 3 steps beside one process's: how far apart, how many elements were sent in the last step, and how many
+    matrices each process decomposed.
+    """
+    shapes = [(40, 30), (40, 30), (3, 20, 10), (1, 9), (7,), ()]
+    starts = [values(shape, i, "cpu") for i, shape in enumerate(shapes)]
+    kinds = [[placement if len(shape) > 1 else Shard(0) if shape else Replicate()] for shape in shapes]
+    placed = [Parameter(sharded(x, mesh, kind)) for x, kind in zip(starts, kinds, strict=True)]
+    plain = [Parameter(x.clone()) for x in starts]
+    options = {"beta1": 0.9, "weight_decay": 0.1} if name == "AdafactorRelative" else {}
+    if name in ("SOAP", "Shampoo"):
+        options |= {"max_precond_dim": 30, "precondition_frequency": 2}
+    opt, twin = (getattr(to, name)(own, lr=0.1, backend="eager", **options) for own in (placed, plain))
+    many = {"own": 0, "twin": 0}
+    qr, eigh = torch.linalg.qr, torch.linalg.eigh
+
+    def counting(decompose):
+        def counted(x):
+            many[whose] += len(x)
+            return decompose(x)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "qr", counting(qr))
+        patch.setattr(torch.linalg, "eigh", counting(eigh))
+        for k in range(3):
+            gradients = [values(p.shape, 10 * k + i, "cpu") for i, p in enumerate(plain)]
+            whose = "twin"
+            step(twin, plain, [g.clone() for g in gradients])
+            whose = "own"
+            with Watch() as watch:
+                step(opt, placed, [sharded(g, mesh, kind) for g, kind in zip(gradients, kinds, strict=True)])
+    apart = max((p.full_tensor() - q).abs().max().item() for p, q in zip(placed, plain, strict=True))
+    return apart, sum(math.prod(shape) for _, *carried in watch.collectives for shape, _ in carried), many
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1)], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", ["Adafactor", "AdafactorRelative", "CAME"])
+def test_rows_and_columns_are_summed_where_they_lie(name, placement, ranks):
+    for apart, sent, _ in ranks.run(summed_or_decomposed, name, placement):
+        assert apart < 2**-18  # of weights of the size of 4
+        # Rows and columns, vectors and norms; of CAME twice. There are 3,017 elements.
+        assert sent <= (1 + (name == "CAME")) * (70 + 70 + 3 * 30 + 10 + 7 + 2 * 6)
+
+
+@pytest.mark.parametrize("name", ["SOAP", "Shampoo"])
+def test_ranks_share_decompositions(name, ranks):
+    (apart, _, one), (other_apart, _, other) = ranks.run(summed_or_decomposed, name, Shard(0))
+    assert apart == other_apart == 0
+    # Of four matrices each time two are of one shape, and shared.
+    assert one["own"] == other["own"] == one["twin"] * 3 / 4 > 0
 
 
 def offloaded(mesh, name):

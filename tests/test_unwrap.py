@@ -74,6 +74,10 @@ def test_functions_of_an_optimizer_take_what_is_around_it(wrap: Any) -> None:
     saved = to.to_torch_state_dict(wrapped)
     torch.testing.assert_close(saved["state"], to.to_torch_state_dict(optimizer)["state"])
     to.load_torch_state_dict(wrapped, saved)
+    theirs = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    state = {"step": 5, "state1": torch.ones(3), "state2": torch.ones(3)}  # as bitsandbytes has it
+    foreign = {"state": {1: state}, "param_groups": [theirs]}
+    assert repr(to.convert_state_dict(wrapped, foreign)) == repr(to.convert_state_dict(optimizer, foreign))
     weights = to.master_state_dict(model, wrapped)
     to.load_master_state_dict(model, wrapped, weights)
     handle = to.enable_gradient_release(wrapped)

@@ -1,9 +1,14 @@
 """Optimizers for PyTorch, each written once as a Triton function and run by Triton, torch.compile or eagerly."""
 
 from . import dispatch
-from .core.convert import load_master_state_dict, load_torch_state_dict, master_state_dict, to_torch_state_dict
+from .core.convert import (
+    convert_state_dict,
+    load_master_state_dict,
+    load_torch_state_dict,
+    master_state_dict,
+    to_torch_state_dict,
+)
 from .core.explain import explain
-from .core.foreign import convert_state_dict
 from .core.memory import MemoryReport, memory_report
 from .core.optimizer import RuleOptimizer
 from .optimizers.adabelief import AdaBelief

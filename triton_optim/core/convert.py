@@ -1,8 +1,8 @@
-"""Changing codecs in mid-training: full-precision checkpoints of torch.optim, and float32 weights."""
+"""Checkpoints in other forms: torch.optim's in full precision, those of other libraries, and float32 weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,73 @@ from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, re
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT, WEIGHTS
 from ..util.layout import local, with_local
+from .foreign import CONVERTERS, GROUPS, HYPERPARAMETERS, KINDS, origin, plain
 from .loadable import OPTIONAL
 from .optimizer import RuleOptimizer
 from .saved_form import loaded_state
 from .unwrap import unwrap_model, unwrap_optimizer
+
+
+def convert_state_dict(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of bitsandbytes, torchao, optimi or flashoptim in the form that `optimizer` loads.
+
+    Codes become float32, which the next step brings into the optimizer's own `state_dtype`. Learning rate, betas,
+    epsilon, decay and momentum are the checkpoint's, all other options the optimizer's own.
+
+    - bitsandbytes: ``Adam``, ``AdamW``, ``Lion``, ``SGD``, ``RMSprop``, ``Adagrad``, of 32 bits or 8, paged or not. Its
+      ``Adam`` decays as ``AdamW`` does, and so will the one here.
+    - torchao: ``Adam8bit``, ``AdamW4bit``, ``AdamWFp8`` and their like. Only with torchao can the file be read.
+    - optimi: ``Adam``, ``AdamW``, ``RAdam``, ``Lion``, ``SGD``. Its moments have their bias corrected, and get it back
+      here. What its Kahan summation keeps goes on with ``param_precision="kahan"``.
+    - flashoptim: ``FlashAdam``, ``FlashAdamW``, ``FlashLion``, ``FlashSGD``. Its ``error_bits`` are left out, with a
+      warning.
+
+    Args:
+        optimizer: of the kind that saved it, of the same parameters in the same order, or what a trainer made of it. It
+            is not changed.
+        state_dict: it is not changed. One of torch.optim's or ours is returned as it is.
+
+    Raises:
+        ValueError: the library has no optimizer of this kind, or its state holds what this one has not.
+
+    Example:
+        >>> import torch, triton_optim
+        >>> p = torch.nn.Parameter(torch.zeros(3))
+        >>> optimizer = triton_optim.AdamW([p], backend="eager")
+        >>> group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        >>> state = {"step": 5, "state1": torch.ones(3), "state2": torch.ones(3)}  # as bitsandbytes has it
+        >>> saved = {"state": {0: state}, "param_groups": [group]}
+        >>> optimizer.load_state_dict(triton_optim.convert_state_dict(optimizer, saved))
+        >>> sorted(optimizer.state[p]), optimizer.param_groups[0]["lr"]
+        (['exp_avg', 'exp_avg_sq', 'step'], 0.1)
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    library = origin(state_dict)
+    if library is None:
+        return dict(state_dict)
+    name = type(optimizer).__name__
+    kind = next((c.__name__ for c in type(optimizer).__mro__ if c.__name__ in KINDS[library]), None)
+    if kind is None:
+        raise ValueError(
+            f"of the checkpoints of {library} those of {', '.join(KINDS[library])} can be converted, each for the "
+            f"optimizer of that name; this is {name}. Make the optimizer that saved it."
+        )
+    theirs, ours = ([len(g["params"]) for g in which] for which in (state_dict["param_groups"], optimizer.param_groups))
+    if theirs != ours:
+        raise ValueError(
+            f"the state dict of {library} has groups of {theirs} parameters, this {name} of {ours}. Convert it for the "
+            "same parameters in the same groups."
+        )
+    states, groups = {}, []
+    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        taken = {n: plain(saved[n]) for n in HYPERPARAMETERS if n in saved and (n in own or n == "name")}
+        taken |= {n: plain(saved[n]) for n in ("initial_lr",) if n in saved}
+        groups.append({**own, **taken, **GROUPS[library](kind, saved), "params": list(saved["params"])})
+        for i, p in zip(saved["params"], own["params"], strict=True):
+            if i in state_dict["state"]:
+                state = CONVERTERS[library](kind, saved, i, p, dict(state_dict["state"][i]))
+                states[i] = {n: v for n, v in state.items() if n != "step" or optimizer.counts_steps}
+    return {"state": states, "param_groups": groups}
 
 
 def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:

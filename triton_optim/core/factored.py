@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..spec import State
 from ..util.in_place import write_each
+from ..util.layout import is_sharded
+from .shards import Shards
 
 ONE_BY_ONE = ("cpu",)
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -17,9 +19,9 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 def portions(params: list[Tensor]) -> Iterator[slice]:
     """Those that are updated together: few launches for all; a CPU has none to save, and one at a time they stay in its
-    caches.
+    caches. Of sharded ones all, as ranks add up their sums together.
     """
-    at_once = 1 if params[0].device.type in ONE_BY_ONE else len(params)
+    at_once = 1 if params[0].device.type in ONE_BY_ONE and not is_sharded(params[0]) else len(params)
     return (slice(start, start + at_once) for start in range(0, len(params), at_once))
 
 
@@ -73,37 +75,40 @@ def factored_states(name: str, vectors: bool = True) -> tuple[State, ...]:
     return (whole, rows, columns) if vectors else (rows, columns)
 
 
-def inverse_roots(squares: list[Tensor], states: list[dict[str, Any]], name: str, weight: Any) -> list[Tensor]:
+def inverse_roots(
+    shards: Shards, squares: list[Tensor], states: list[dict[str, Any]], name: str, weight: Any
+) -> list[Tensor]:
     r"""1 over the roots of running means of squares: of matrices of :math:`r c / \operatorname{mean} r`, from the means
     r of the rows and c of the columns.
 
     Args:
-        squares: more than two dimensions are a batch of matrices. Written.
+        shards: of the parameters.
+        squares: of the parts that are here; more than two dimensions are a batch of matrices. Written.
         states: a parameter's states by name, those of :func:`factored_states` among them; these are updated.
         name: of these.
         weight: of what is new in the means; a number, or a 0-dim tensor.
     """
     roots = list(squares)
-    vectors = [i for i, x in enumerate(squares) if x.dim() < 2]
-    matrices = [i for i, x in enumerate(squares) if x.dim() >= 2]
+    vectors, matrices = shards.vectors, shards.matrices
+    wholes, rows, columns = shards.factors(squares)
     if vectors:
-        whole = averaged([states[i][name] for i in vectors], [squares[i] for i in vectors], weight)
-        for i, root in zip(vectors, torch._foreach_rsqrt(whole), strict=True):
+        whole = averaged([states[i][name] for i in vectors], wholes, weight)
+        for i, root in zip(vectors, shards.here(torch._foreach_rsqrt(whole), vectors), strict=True):
             roots[i] = root
     if matrices:
-        own = [squares[i] for i in matrices]
         held = [
             [states[i][f"{name}_{part}"].unsqueeze(dim) for i in matrices] for part, dim in (("row", -1), ("col", -2))
         ]
-        rows, columns = averaged(held[0], means(own, -1), weight), averaged(held[1], means(own, -2), weight)
-        by_row = torch._foreach_rsqrt(torch._foreach_div(rows, means(rows, -2)))
-        for i, row, column in zip(matrices, by_row, torch._foreach_rsqrt(columns), strict=True):
+        rows, columns = averaged(held[0], rows, weight), averaged(held[1], columns, weight)
+        by_row = shards.here(torch._foreach_rsqrt(torch._foreach_div(rows, means(rows, -2))), matrices, -1)
+        by_column = shards.here(torch._foreach_rsqrt(columns), matrices, -2)
+        for i, row, column in zip(matrices, by_row, by_column, strict=True):
             roots[i] = torch.mul(row, column, out=None if torch.is_grad_enabled() else squares[i])
     return roots
 
 
-def clipped(updates: Tensors, threshold: float) -> tuple[Tensor, ...]:
-    """Divided by what their root mean square is above the threshold."""
-    limits = [threshold * max(x.numel(), 1) ** 0.5 for x in updates]
-    excess = torch._foreach_clamp_min(torch._foreach_div(torch._foreach_norm(updates), limits), 1.0)
+def clipped(shards: Shards, updates: Tensors, threshold: float) -> tuple[Tensor, ...]:
+    """Divided by what their root mean square is above the threshold; the parts of them that are here."""
+    limits = [threshold * root for root in shards.roots]
+    excess = torch._foreach_clamp_min(torch._foreach_div(shards.norms(torch._foreach_norm(updates)), limits), 1.0)
     return torch._foreach_div(updates, excess)

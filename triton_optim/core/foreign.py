@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Update
 from ..util.layout import ORDINARY, local, with_local
 
 # The states of each optimizer that another library has, too.
@@ -57,66 +56,6 @@ def refusal(library: str, name: str) -> str:
         f"this state dict was saved by {library}, which keeps states in a form of its own. Load "
         f"triton_optim.convert_state_dict(optimizer, state_dict), where optimizer is this {name}."
     )
-
-
-def convert_state_dict(optimizer: Update, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of bitsandbytes, torchao, optimi or flashoptim in the form that `optimizer` loads.
-
-    Codes become float32, which the next step brings into the optimizer's own `state_dtype`. Learning rate, betas,
-    epsilon, decay and momentum are the checkpoint's, all other options the optimizer's own.
-
-    - bitsandbytes: ``Adam``, ``AdamW``, ``Lion``, ``SGD``, ``RMSprop``, ``Adagrad``, of 32 bits or 8, paged or not. Its
-      ``Adam`` decays as ``AdamW`` does, and so will the one here.
-    - torchao: ``Adam8bit``, ``AdamW4bit``, ``AdamWFp8`` and their like. Only with torchao can the file be read.
-    - optimi: ``Adam``, ``AdamW``, ``RAdam``, ``Lion``, ``SGD``. Its moments have their bias corrected, and get it back
-      here. What its Kahan summation keeps goes on with ``param_precision="kahan"``.
-    - flashoptim: ``FlashAdam``, ``FlashAdamW``, ``FlashLion``, ``FlashSGD``. Its ``error_bits`` are left out, with a
-      warning.
-
-    Args:
-        optimizer: of the kind that saved it, of the same parameters in the same order. It is not changed.
-        state_dict: it is not changed. One of torch.optim's or ours is returned as it is.
-
-    Raises:
-        ValueError: the library has no optimizer of this kind, or its state holds what this one has not.
-
-    Example:
-        >>> import torch, triton_optim
-        >>> p = torch.nn.Parameter(torch.zeros(3))
-        >>> optimizer = triton_optim.AdamW([p], backend="eager")
-        >>> group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-        >>> state = {"step": 5, "state1": torch.ones(3), "state2": torch.ones(3)}  # as bitsandbytes has it
-        >>> saved = {"state": {0: state}, "param_groups": [group]}
-        >>> optimizer.load_state_dict(triton_optim.convert_state_dict(optimizer, saved))
-        >>> sorted(optimizer.state[p]), optimizer.param_groups[0]["lr"]
-        (['exp_avg', 'exp_avg_sq', 'step'], 0.1)
-    """
-    library = origin(state_dict)
-    if library is None:
-        return dict(state_dict)
-    name = type(optimizer).__name__
-    kind = next((c.__name__ for c in type(optimizer).__mro__ if c.__name__ in KINDS[library]), None)
-    if kind is None:
-        raise ValueError(
-            f"of the checkpoints of {library} those of {', '.join(KINDS[library])} can be converted, each for the "
-            f"optimizer of that name; this is {name}. Make the optimizer that saved it."
-        )
-    theirs, ours = ([len(g["params"]) for g in which] for which in (state_dict["param_groups"], optimizer.param_groups))
-    if theirs != ours:
-        raise ValueError(
-            f"the state dict of {library} has groups of {theirs} parameters, this {name} of {ours}. Convert it for the "
-            "same parameters in the same groups."
-        )
-    states, groups = {}, []
-    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        taken = {n: plain(saved[n]) for n in HYPERPARAMETERS if n in saved and (n in own or n == "name")}
-        taken |= {n: plain(saved[n]) for n in ("initial_lr",) if n in saved}
-        groups.append({**own, **taken, **GROUPS[library](kind, saved), "params": list(saved["params"])})
-        for i, p in zip(saved["params"], own["params"], strict=True):
-            if i in state_dict["state"]:
-                state = CONVERTERS[library](kind, saved, i, p, dict(state_dict["state"][i]))
-                states[i] = {n: v for n, v in state.items() if n != "step" or optimizer.counts_steps}
-    return {"state": states, "param_groups": groups}
 
 
 def plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from ..buckets.bucket import Bucket
 from ..precision.codecs import read
 from ..spec import Measured, Update
 from ..util.hyperparameters import plain_group
-from ..util.layout import is_sharded, samples, split_over
+from ..util.layout import added_up, is_sharded, samples, split_over
 
 
 def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
@@ -158,10 +158,7 @@ def over_shards(buckets: Sequence[Bucket], sums: Sequence[Tensor]) -> list[Tenso
         alike.setdefault((p.device_mesh, *split_over(p)), []).append((b, i))
     new = [found.clone() for found in sums]
     for (mesh, *dims), positions in alike.items():
-        own = torch.stack([sums[b][i] for b, i in positions])
-        whole = own.to(mesh.device_type)  # sums of what is stepped on the host are there
-        for dim in dims:
-            torch.distributed.all_reduce(whole, group=mesh.get_group(dim))
+        whole = added_up(torch.stack([sums[b][i] for b, i in positions]), mesh, dims)
         for (b, i), row in zip(positions, whole.unbind(), strict=True):
             new[b][i] = row
     return new

@@ -13,11 +13,12 @@ from typing_extensions import Unpack
 from ..core.checks import check_range
 from ..core.factored import averaged, in_place, means, portions
 from ..core.optimizer import RuleOptimizer
+from ..core.shards import Shards
 from ..kernels.rules.adafactor import AdafactorScalars, adafactor
 from ..options import Options
 from ..spec import State
 from ..util.hyperparameters import exact_number
-from ..util.layout import gathered, placed_as
+from ..util.layout import local, with_local
 
 
 def zeros(p: Tensor, shape: Sequence[int]) -> Tensor:
@@ -130,46 +131,45 @@ class Adafactor(RuleOptimizer):
     ) -> list[Tensor]:
         updates: list[Tensor] = []
         for own in portions(params):
-            whole, g = ([gathered(t) for t in tensors[own]] for tensors in (params, gradients))
-            updates += map(placed_as, params[own], normalized(whole, g, states[own], group, h))
+            updates += map(with_local, params[own], normalized(params[own], gradients[own], states[own], group, h))
         return updates
 
 
 def normalized(
     params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
 ) -> list[Tensor]:
-    r""":math:`\max(\epsilon_2, RMS(p)) u / \max(1, RMS(u) / d)`, as :class:`Adafactor` says; the states are updated."""
+    r""":math:`\max(\epsilon_2, RMS(p)) u / \max(1, RMS(u) / d)`, as :class:`Adafactor` says; of sharded parameters the
+    parts that are here. The states are updated.
+    """
+    shards = Shards(params)
     eps1, eps2 = group["eps"]
     floors = [torch.finfo(p.dtype).eps if eps1 is None else eps1 for p in params]
     computed_in = [torch.promote_types(p.dtype, torch.float32) for p in params]
-    wide = [g.to(dtype) for g, dtype in zip(gradients, computed_in, strict=True)]
+    wide = [local(g).to(dtype) for g, dtype in zip(gradients, computed_in, strict=True)]
     # 1 / sqrt(v), element by element, will take the place of the squares.
     divisors = list(torch._foreach_mul(wide, wide))
-    vectors = [i for i, p in enumerate(params) if p.dim() < 2]
-    matrices = [i for i, p in enumerate(params) if p.dim() >= 2]
+    vectors, matrices = shards.vectors, shards.matrices
+    wholes, rows, columns = shards.factors(divisors)
     if vectors:
-        variances = averaged(
-            [states[i]["variance"] for i in vectors], [divisors[i] for i in vectors], h.one_minus_beta2
-        )
+        variances = averaged([states[i]["variance"] for i in vectors], wholes, h.one_minus_beta2)
         bounded = torch._foreach_clamp_min(variances, [floors[i] ** 2 for i in vectors])
-        for i, root in zip(vectors, torch._foreach_rsqrt(bounded), strict=True):
+        for i, root in zip(vectors, shards.here(torch._foreach_rsqrt(bounded), vectors), strict=True):
             divisors[i] = root
     if matrices:
-        squares = [divisors[i] for i in matrices]
-        rows = averaged([states[i]["row_var"] for i in matrices], means(squares, -1), h.one_minus_beta2)
-        columns = averaged([states[i]["col_var"] for i in matrices], means(squares, -2), h.one_minus_beta2)
+        rows = averaged([states[i]["row_var"] for i in matrices], rows, h.one_minus_beta2)
+        columns = averaged([states[i]["col_var"] for i in matrices], columns, h.one_minus_beta2)
         of_rows = torch._foreach_clamp_min(means(rows, -2), [floors[i] for i in matrices])
         # The square roots of the factors, not of their product: as many as there are rows and columns.
-        by_row = torch._foreach_rsqrt(torch._foreach_div(rows, of_rows))
-        by_column = torch._foreach_rsqrt(columns)
+        by_row = shards.here(torch._foreach_rsqrt(torch._foreach_div(rows, of_rows)), matrices, -1)
+        by_column = shards.here(torch._foreach_rsqrt(columns), matrices, -2)
         bounds = [1 / floors[i] if floors[i] else math.inf for i in matrices]
         for i, row, column, bound in zip(matrices, by_row, by_column, bounds, strict=True):
             product = torch.mul(row, column, out=None if torch.is_grad_enabled() else divisors[i])
             divisors[i] = in_place(torch.clamp, product, max=bound)
     updates = [in_place(torch.mul, x, g) for x, g in zip(divisors, wide, strict=True)]
-    roots = [math.sqrt(max(p.numel(), 1)) for p in params]
-    norms = [torch.linalg.vector_norm(p, dtype=dtype) for p, dtype in zip(params, computed_in, strict=True)]
-    scales = torch._foreach_clamp_min(torch._foreach_div(norms, roots), eps2)
-    clips = torch._foreach_div(torch._foreach_norm(updates), [group["d"] * root for root in roots])
+    norms = [torch.linalg.vector_norm(local(p), dtype=dtype) for p, dtype in zip(params, computed_in, strict=True)]
+    norms = shards.norms([*norms, *torch._foreach_norm(updates)])
+    scales = torch._foreach_clamp_min(torch._foreach_div(norms[: len(params)], shards.roots), eps2)
+    clips = torch._foreach_div(norms[len(params) :], [group["d"] * root for root in shards.roots])
     scales = torch._foreach_div(scales, torch._foreach_clamp_min(clips, 1.0))
     return [in_place(torch.mul, update, scale) for update, scale in zip(updates, scales, strict=True)]

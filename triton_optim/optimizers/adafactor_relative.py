@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 from ..core.checks import check_range
 from ..core.factored import averaged, clipped, factored_states, inverse_roots, portions
 from ..core.optimizer import RuleOptimizer
+from ..core.shards import Shards
 from ..kernels.rules.adafactor import AdafactorRelativeScalars, adafactor_relative
 from ..options import Options
 from ..spec import State
 from ..util.hyperparameters import exact_number
-from ..util.layout import gathered, placed_as
+from ..util.layout import local, with_local
 from .came import check_eps, check_threshold
 
 
@@ -158,28 +159,24 @@ def steps_of(
     params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
 ) -> list[Tensor]:
     """What is subtracted, as :class:`AdafactorRelative` says; the states are updated."""
-    whole = [gathered(p) for p in params]
+    shards, parts = Shards(params), list(map(local, params))
     computed_in = [torch.promote_types(p.dtype, torch.float32) for p in params]
-    wide = [gathered(g).to(dtype) for g, dtype in zip(gradients, computed_in, strict=True)]
+    wide = [local(g).to(dtype) for g, dtype in zip(gradients, computed_in, strict=True)]
     squares = list(torch._foreach_add(torch._foreach_mul(wide, wide), group["eps"][0]))
-    roots = inverse_roots(squares, states, "exp_avg_sq", h.one_minus_beta2)
-    updates = list(clipped(torch._foreach_mul(roots, wide), group["clip_threshold"]))
+    roots = inverse_roots(shards, squares, states, "exp_avg_sq", h.one_minus_beta2)
+    updates = list(clipped(shards, torch._foreach_mul(roots, wide), group["clip_threshold"]))
     sizes: list[Any] = [h.rho] * len(params)
     if group["scale_parameter"]:
-        norms = [torch.linalg.vector_norm(p, dtype=dtype) for p, dtype in zip(whole, computed_in, strict=True)]
-        lengths = torch._foreach_div(norms, [max(p.numel(), 1) ** 0.5 for p in params])
+        norms = [torch.linalg.vector_norm(p, dtype=dtype) for p, dtype in zip(parts, computed_in, strict=True)]
+        lengths = torch._foreach_div(shards.norms(norms), shards.roots)
         sizes = list(torch._foreach_mul(torch._foreach_clamp_min(lengths, group["eps"][1]), h.rho))
     updates = [(update * size).to(update.dtype) for update, size in zip(updates, sizes, strict=True)]
     if group["beta1"] is not None:
-        held = [gathered(state["exp_avg"]) for state in states]
-        updates = list(averaged(held, updates, h.one_minus_beta1))
-        for p, state, own, update in zip(params, states, held, updates, strict=True):
-            if state["exp_avg"] is not own:
-                state["exp_avg"].copy_(placed_as(p, update))
+        updates = list(averaged([local(state["exp_avg"]) for state in states], updates, h.one_minus_beta1))
     decay = h.weight_decay
     if isinstance(decay, Tensor) or decay != 0:
-        updates = [u + decay_of(p.to(u.dtype), size * decay) for p, u, size in zip(whole, updates, sizes, strict=True)]
-    return [placed_as(p, update) for p, update in zip(params, updates, strict=True)]
+        updates = [u + decay_of(p.to(u.dtype), size * decay) for p, u, size in zip(parts, updates, sizes, strict=True)]
+    return [with_local(p, update) for p, update in zip(params, updates, strict=True)]
 
 
 def decay_of(p: Tensor, share: Any) -> Tensor:

@@ -12,10 +12,11 @@ from typing_extensions import Unpack
 from ..core.checks import check_betas, check_range
 from ..core.factored import averaged, clipped, factored_states, inverse_roots, portions
 from ..core.optimizer import RuleOptimizer
+from ..core.shards import Shards
 from ..kernels.rules.came import CameScalars, came
 from ..options import Options
 from ..spec import State
-from ..util.layout import gathered, placed_as
+from ..util.layout import local, with_local
 
 
 class CAME(RuleOptimizer):
@@ -121,25 +122,22 @@ def trusted(
     params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
 ) -> list[Tensor]:
     r""":math:`m / \sqrt s`, as :class:`CAME` says; the states are updated."""
-    wide = [gathered(g).to(torch.promote_types(p.dtype, torch.float32)) for p, g in zip(params, gradients, strict=True)]
+    shards = Shards(params)
+    wide = [local(g).to(torch.promote_types(p.dtype, torch.float32)) for p, g in zip(params, gradients, strict=True)]
     squares = list(torch._foreach_add(torch._foreach_mul(wide, wide), group["eps"][0]))
-    roots = inverse_roots(squares, states, "exp_avg_sq", h.one_minus_beta2)
-    updates = clipped(torch._foreach_mul(roots, wide), group["clip_threshold"])
-    held = [gathered(state["exp_avg"]) for state in states]
-    momenta = averaged(held, updates, h.one_minus_beta1)
-    for p, state, whole, momentum in zip(params, states, held, momenta, strict=True):
-        if state["exp_avg"] is not whole:
-            state["exp_avg"].copy_(placed_as(p, momentum))
-    results = list(momenta)
-    matrices = [i for i, m in enumerate(momenta) if m.dim() >= 2]
+    roots = inverse_roots(shards, squares, states, "exp_avg_sq", h.one_minus_beta2)
+    updates = clipped(shards, torch._foreach_mul(roots, wide), group["clip_threshold"])
+    momenta = averaged([local(state["exp_avg"]) for state in states], updates, h.one_minus_beta1)
+    results, matrices = list(momenta), shards.matrices
     if matrices:
         own = [momenta[i] for i in matrices]
         apart = torch._foreach_sub([updates[i] for i in matrices], own)
         squares = list(torch._foreach_add(torch._foreach_mul(apart, apart), group["eps"][1]))
-        roots = inverse_roots(squares, [states[i] for i in matrices], "exp_avg_res", h.one_minus_beta3)
+        of_matrices = [states[i] for i in matrices]
+        roots = inverse_roots(shards.of_matrices(), squares, of_matrices, "exp_avg_res", h.one_minus_beta3)
         for i, update in zip(matrices, torch._foreach_mul(roots, own), strict=True):
             results[i] = update
-    return [placed_as(p, update) for p, update in zip(params, results, strict=True)]
+    return [with_local(p, update) for p, update in zip(params, results, strict=True)]
 
 
 def check_eps(eps: Any) -> None:

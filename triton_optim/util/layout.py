@@ -66,6 +66,14 @@ def split_over(tensor: Tensor) -> list[int]:
     return [dim for dim, kind in enumerate(own.placements) if not (kind.is_replicate() or kind.is_partial())]
 
 
+def added_up(x: Tensor, mesh: Any, dims: Iterable[int]) -> Tensor:
+    """The sum of a tensor of each rank over some dimensions of a mesh, which are the same on all of these ranks."""
+    total = x.to(mesh.device_type)  # sums of what is stepped on the host are there
+    for dim in dims:
+        torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total.to(x.device)
+
+
 def parts_of(tensor: Tensor, coordinates: Sequence[tuple[int, ...]]) -> tuple[list[tuple[Any, ...]], list[Any]]:
     """What the whole of a DTensor is indexed with to get the parts at some places of its mesh, and their shapes."""
     own: Any = tensor

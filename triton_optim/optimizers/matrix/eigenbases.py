@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from ...core.factored import wide_zeros
 from ...spec import State, Update
 from ...util.in_place import write_each
-from ...util.layout import gathered, is_sharded, placed_as
+from ...util.layout import gathered, is_sharded, placed_as, placements_of
 from ...util.on_device import capturing
 from .blocks import blocks_of
 from .newton_schulz import LARGEST_BATCH, LARGEST_ON_CPU, product
+from .owners import each_once
 
 SIDES = ("L", "R")  # of a matrix: what multiplies it from the left is of its rows
 
@@ -126,7 +127,7 @@ class Batch:
         states: list[dict[str, Any]],
         longest: int | None = None,
     ) -> None:
-        self._states, self._dtype = states, wide_dtype(params[0])
+        self._first, self._states, self._dtype = params[0], states, wide_dtype(params[0])
         self._blocks = blocks_of(params[0], longest)
         self.gradients = self._as_matrices(gradients)
         self.sides = sides_of(states[0])
@@ -180,7 +181,12 @@ class Batch:
 
     def begin(self) -> None:
         """Take the eigenvectors of the preconditioners for bases."""
-        self.turn({side: eigenvectors(self.kept(side)) for side in self.sides})
+        self.turn(self.decomposed({side: self.kept(side) for side in self.sides}, eigenvectors))
+
+    def decomposed(self, matrices: dict[str, Tensor], decompose: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """What comes of matrices by side. Ranks that have shards of the parameters share the work."""
+        found = each_once(self._first, list(matrices.values()), decompose)
+        return dict(zip(matrices, found, strict=True))
 
     def turn(self, bases: dict[str, Tensor]) -> None:
         """Take other bases."""
@@ -207,11 +213,11 @@ def batches(params: list[Tensor], states: list[dict[str, Any]], longest: int | N
     """
     alike: dict[Any, list[int]] = {}
     for i, (p, state) in enumerate(zip(params, states, strict=True)):
-        alike.setdefault((p.device, p.dtype, p.shape, sides_of(state)), []).append(i)
-    for (device, _, _, sides), indices in alike.items():
+        alike.setdefault((p.device, p.dtype, p.shape, sides_of(state), placements_of(p)), []).append(i)
+    for (device, _, _, sides, placements), indices in alike.items():
         blocks = blocks_of(params[indices[0]], longest)
         rows, columns = blocks.shape
-        largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
+        largest = LARGEST_ON_CPU if device.type == "cpu" and placements is None else LARGEST_BATCH
         size = max(rows * columns, rows**2 * ("L" in sides), columns**2 * ("R" in sides), 1)
         at_once = max(1, largest // (blocks.number * size))
         yield from (indices[start : start + at_once] for start in range(0, len(indices), at_once))
@@ -246,7 +252,8 @@ def eigenvectors(a: Tensor) -> Tensor:
 
 
 def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | None]:
-    """The eigenvectors of symmetric matrices that have changed, from those of before: a power iteration, and QR.
+    """A step towards the eigenvectors of symmetric matrices that have changed, from those of before: a power iteration.
+    :func:`orthogonal` makes them of it.
 
     Args:
         a: the matrices.
@@ -254,7 +261,7 @@ def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | 
         ordered: whether the columns are sorted anew first, by estimates of the eigenvalues, the largest first.
 
     Returns:
-        The new ones, and the numbers that the columns had before they were sorted.
+        The columns that are to be made orthogonal, and the numbers that they had before they were sorted.
     """
     longer = a @ basis
     longer = torch.where(finite(longer), longer, basis)
@@ -262,24 +269,28 @@ def iterated(a: Tensor, basis: Tensor, ordered: bool) -> tuple[Tensor, Tensor | 
     if ordered:
         order = torch.argsort((basis * longer).sum(-2), descending=True, stable=True)
         longer = in_order(longer, order)
-    q, r = torch.linalg.qr(longer)
-    return q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2), order
+    return longer, order
 
 
-def inverse_roots_of(a: Tensor, root: int, eps: float, before: Tensor) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
+    """Q of the QR decomposition of matrices, whose R has no diagonal elements below 0."""
+    q, r = torch.linalg.qr(x)
+    turned: Tensor = q * signs(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+    return turned
+
+
+def inverse_roots_of(a: Tensor, root: int, eps: float) -> Tensor:
     r""":math:`(A + \epsilon I)^{-1/r}` of symmetric matrices without eigenvalues below 0 but by rounding. On CUDA the
-    host waits for it.
+    host waits for it. Of a matrix that is not finite it is that of zeros.
 
     Args:
         a: A.
         root: r.
         eps: :math:`\epsilon`.
-        before: those that stay where a matrix is not finite.
     """
-    known = finite(a)
-    values, vectors = decomposed(torch.where(known, a, 0.0))
+    values, vectors = decomposed(torch.where(finite(a), a, 0.0))
     values = values - values[..., :1].clamp(max=0.0) + eps
-    return torch.where(known, vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT, before)
+    return vectors * values.pow(-1 / root).unsqueeze(-2) @ vectors.mT
 
 
 def decomposed(a: Tensor) -> tuple[Tensor, Tensor]:

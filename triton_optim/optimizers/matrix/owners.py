@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from math import prod
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...util.layout import gathered, local, parts_of, placed_as, split_over, with_local
+from ...util.layout import gathered, is_sharded, local, parts_of, placed_as, split_over, with_local
 
 # Elements that an owner gets at once. While it computes, the next ones are on their way.
 LARGEST_ROUND = 1 << 26
@@ -67,6 +68,36 @@ def shared_out(
         for i, whole in zip(left, compute(list(map(gathered, fetch(left)))), strict=True):
             results[i] = whole if everywhere else placed_as(params[i], whole)
     return [results[i] for i in range(len(params))]
+
+
+def each_once(p: Tensor, batches: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What comes of square matrices that all ranks have whole: each is computed by one of those that have parts of a
+    parameter, and given to all of them.
+
+    Args:
+        p: the parameter; of an ordinary one this process computes all, as it does one matrix alone.
+        batches: ``(B, n, n)``.
+        compute: makes of such a batch one like it.
+    """
+    several = sum(map(len, batches)) > 1
+    ranks = ranks_of(p) if several and is_sharded(p) and not torch.is_grad_enabled() else None
+    if ranks is None:
+        return list(map(compute, batches))
+    every = [(k, i) for k, batch in enumerate(batches) for i in range(len(batch))]
+    every.sort(key=lambda one: -batches[one[0]].shape[-1])
+    held: list[list[Held]] = [[] for _ in ranks.coordinates]
+    loads = [0] * len(held)
+    for number, (k, _) in enumerate(every):
+        owner = loads.index(min(loads))
+        loads[owner] += batches[k].shape[-1] ** 3
+        held[owner].append(Held(number, batches[k].shape[1:], [], []))
+    made: dict[int, Tensor] = {}
+    for k, batch in enumerate(batches):
+        if own := [each.number for each in held[ranks.here] if every[each.number][0] == k]:
+            made.update(zip(own, compute(batch[[every[number][1] for number in own]]).unbind(), strict=True))
+    wait = Round(ranks, held, local(p).device).give([made[each.number] for each in held[ranks.here]], batches[0].dtype)
+    found = dict(zip(every, map(itemgetter(1), sorted(wait().items())), strict=True))
+    return [torch.stack([found[k, i] for i in range(len(batch))]) for k, batch in enumerate(batches)]
 
 
 class Ranks(NamedTuple):

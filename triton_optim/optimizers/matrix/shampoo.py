@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .eigenbases import (
     Batch,
     averaged_squares,
     batches,
+    finite,
     host_step,
     inverse_roots_of,
     moment,
@@ -200,11 +202,13 @@ def update_of(batch: Batch, group: dict[str, Any], step: int) -> Tensor:
     start = group["start_preconditioning_step"]
     start = frequency if start is None else start
     for side in batch.sides:
-        held = averaged_squares(batch.kept(side), rows_of(x, side), beta2, new)
-        batch.keep(side, held)
-        if step == start or (step > start and step % frequency == 0):
-            root = inverse_roots_of(held / correction, 2 * len(batch.sides), group["eps"], batch.kept(f"root_{side}"))
-            batch.keep(f"root_{side}", root)
+        batch.keep(side, averaged_squares(batch.kept(side), rows_of(x, side), beta2, new))
+    if step == start or (step > start and step % frequency == 0):
+        means = {side: batch.kept(side) / correction for side in batch.sides}
+        rooted = partial(inverse_roots_of, root=2 * len(batch.sides), eps=group["eps"])
+        for side, root in batch.decomposed(means, rooted).items():
+            name = f"root_{side}"
+            batch.keep(name, torch.where(finite(means[side]), root, batch.kept(name)))
     if step < start or not batch.sides:
         return other
     for side in batch.sides:

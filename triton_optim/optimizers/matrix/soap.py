@@ -24,6 +24,7 @@ from .eigenbases import (
     in_order,
     iterated,
     moment,
+    orthogonal,
     rows_of,
     square_states,
 )
@@ -193,12 +194,12 @@ class SOAP(RuleOptimizer):
 
     def turn(self, batch: Batch) -> None:
         """Take the next bases, and bring the moments into them."""
-        moments, squares, bases = batch.out_of_bases(batch.moments("exp_avg")), batch.moments("exp_avg_sq"), {}
+        moments, squares, longer = batch.out_of_bases(batch.moments("exp_avg")), batch.moments("exp_avg_sq"), {}
         for side in batch.sides:
-            bases[side], order = iterated(batch.kept(side), batch.bases[side], self.ordered)
+            longer[side], order = iterated(batch.kept(side), batch.bases[side], self.ordered)
             if order is not None:
                 squares = in_order(squares, order, SIDES.index(side) - 2)
-        batch.turn(bases)
+        batch.turn(batch.decomposed(longer, orthogonal))
         batch.keep_moments("exp_avg", batch.into_bases(moments))
         batch.keep_moments("exp_avg_sq", squares)
 
