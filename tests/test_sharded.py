@@ -389,3 +389,13 @@ def test_no_element_has_the_random_bits_of_another(placed, device):
     assert all(len(own) == 1 for own in taken.values())
     spans = sorted(span for own in taken.values() for span in own)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_samples_of_shards_are_refused(device):
+    with playing(0, device) as mesh:
+        p = Parameter(sharded(values((5, 6), 0, device), mesh, [Shard(0)]))
+        with pytest.raises(
+            RuntimeError, match=r"parameter 0 is sharded, and slice_p=3 samples whole.*Leave slice_p at 1"
+        ):
+            to.Prodigy([p], slice_p=3)
+        to.Prodigy([p])

@@ -610,7 +610,7 @@ def test_sharded_matrices_are_shared_out(name, placement, shapes, options, commu
     assert collectives == (2 * rounds if communicates or name == "NorMuon" else 0)
 
 
-def summed_or_decomposed(mesh, name, placement):
+def summed_or_decomposed(mesh, name, placement, more=()):
     """After 3 steps beside one process's: how far apart, how many elements were sent in the last step, and how many
     matrices each process decomposed.
     """
@@ -621,7 +621,7 @@ def summed_or_decomposed(mesh, name, placement):
     plain = [Parameter(x.clone()) for x in starts]
     options = {"beta1": 0.9, "weight_decay": 0.1} if name == "AdafactorRelative" else {}
     if name in ("SOAP", "Shampoo"):
-        options |= {"max_precond_dim": 30, "precondition_frequency": 2}
+        options |= {"max_precond_dim": 30, "precondition_frequency": 2} | dict(more)
     opt, twin = (getattr(to, name)(own, lr=0.1, backend="eager", **options) for own in (placed, plain))
     many = {"own": 0, "twin": 0}
     qr, eigh = torch.linalg.qr, torch.linalg.eigh
@@ -662,6 +662,12 @@ def test_ranks_share_decompositions(name, ranks):
     assert apart == other_apart == 0
     # Of four matrices each time two are of one shape, and shared.
     assert one["own"] == other["own"] == one["twin"] * 3 / 4 > 0
+
+
+def test_ranks_share_the_blocks_of_matrices(ranks):
+    for apart, _, many in ranks.run(summed_or_decomposed, "Shampoo", Shard(0), {"block_size": 15}):
+        assert apart == 0
+        assert 0 < many["own"] < many["twin"] * 3 / 5
 
 
 def offloaded(mesh, name):
