@@ -541,17 +541,21 @@ def wrapped_by_others(mesh):
         said.append(message_of(opt.step))
         opt.max_grad_norm = None
         said.append(message_of(opt.step))
-    return said
+        said += [message_of(kind(flat.parameters()).step) for kind in (to.LAMB, to.Adafactor)]
+    zero = ZeroRedundancyOptimizer(net.parameters(), to.Prodigy, lr=1.0)
+    return [*said, message_of(zero.step)]
 
 
 def test_what_others_do_to_gradients_and_parameters_is_refused(ranks):
-    for released, share, whole, *flat in ranks.run(wrapped_by_others):
+    for released, share, whole, *flat, of_model in ranks.run(wrapped_by_others):
         assert "are in DistributedDataParallel" in released
         assert "remove() the handle" in released
         assert "max_grad_norm=1.0" in share
         assert "ZeroRedundancyOptimizer" in share
-        assert all("FullyShardedDataParallel" in limited for limited in flat[::2])
-        assert [whole, *flat[1::2]] == ["", "", ""]
+        assert all("FullyShardedDataParallel" in limited for limited in flat[::4])
+        assert [whole, *flat[1::4]] == ["", "", ""]
+        assert ["looks at whole parameters" in parts for parts in flat] == [False, False, True, True] * 2
+        assert "Prodigy sums over the whole model" in of_model
 
 
 def matrices(mesh, name, placement, shapes, options):

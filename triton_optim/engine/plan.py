@@ -27,6 +27,7 @@ from .entries import Gradients, entries_of, sort_params
 from .fallback import prepared, replaced
 from .measures import run_measures
 from .offload import Offload
+from .processes import check_seen_whole
 from .prologue import run_prologues, warm_prologue
 
 
@@ -68,6 +69,7 @@ class Plan:
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
         entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
         slots = sort_params(optimizer, entries)
+        check_seen_whole(optimizer, [m.p for key, own in slots.items() if key.variant.staged for m in own])
         self._offload = Offload(slots) if any(key.home is not None for key in slots) else None
         ready = prepared(optimizer, failed, slots)
         # In the order of the parameters, not of the buckets: what gathers sharded states takes them in this order on

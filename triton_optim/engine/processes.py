@@ -56,11 +56,37 @@ def check_norm_is_whole(optimizer: Update, params: Iterable[Tensor]) -> None:
             f"{asked} that this process keeps of a FullyShardedDataParallel. Leave it None and call the module's "
             "clip_grad_norm_() before the step, or use fully_shard, whose parameters say how they are sharded."
         )
-    zero = instances("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
-    if any(getattr(each, "optim", None) is optimizer for each in zero):
+    if is_in_zero(optimizer):
         raise RuntimeError(
             f"{asked} of the parameters that ZeroRedundancyOptimizer gives this process. Leave it None and call "
             "clip_grad_norm_() on the parameters of the whole model before the step."
+        )
+
+
+def is_in_zero(optimizer: Update) -> bool:
+    """Whether ZeroRedundancyOptimizer made an optimizer, of some of the parameters."""
+    every = instances("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
+    return any(getattr(each, "optim", None) is optimizer for each in every)
+
+
+def check_seen_whole(optimizer: Update, params: list[Tensor]) -> None:
+    """Raise RuntimeError where what comes before a rule would see a share of a parameter, or of the model, for all.
+
+    Args:
+        params: those that something comes before the rule of.
+    """
+    if not params or not several():
+        return
+    name = type(optimizer).__name__
+    if any(map(is_flattened, params)):
+        raise RuntimeError(
+            f"{name} looks at whole parameters, and FullyShardedDataParallel gives this process flat parts of them. "
+            "Use fully_shard, whose parameters say how they are sharded."
+        )
+    if type(optimizer).total is not Update.total and is_in_zero(optimizer):
+        raise RuntimeError(
+            f"{name} sums over the whole model, and ZeroRedundancyOptimizer gives this process some of its parameters. "
+            "Use fully_shard, or the optimizer by itself."
         )
 
 
