@@ -69,6 +69,6 @@ def tree_of(fn: types.FunctionType, file: str, first: int) -> ast.FunctionDef:
     if not isinstance(tree, ast.FunctionDef) or tree.name != fn.__name__:
         raise RuleError(
             f"{file}, line {first + 1}, holds no `def {fn.__name__}`: the file was written after it was "
-            "imported. Import it anew"
+            "imported. Load the module anew"
         )
     return tree

@@ -192,7 +192,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def interrupted(_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.list, "run", interrupted)
+    monkeypatch.setattr("triton_optim.cli.list.run", interrupted)
     assert cli.main(["list"]) == 130
     assert "triton-optim list was interrupted." in capsys.readouterr().err
 
