@@ -30,10 +30,10 @@ PACKAGE = str(Path(triton_optim.__file__).parent)
 
 
 def give_new_gradients(params: Sequence[torch.Tensor]) -> None:
-    """Gradients that are new objects at new addresses: the old ones live until all new ones do. Sharded parameters get
-    sharded ones.
+    """Gradients of the same values that are new objects at new addresses: the old ones live until all new ones do. What
+    memory happens to hold will not do: numbers too small to be normal take a processor a hundred times as long.
     """
-    fresh = [torch.empty_like(p) for p in params]
+    fresh = [p.grad.clone() for p in params if p.grad is not None]
     for p, g in zip(params, fresh, strict=True):
         p.grad = g
 
