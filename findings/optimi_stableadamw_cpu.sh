@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # torch-optimi 0.3.3, with torch 2.13.0 and Triton 3.9.0 on Python 3.11, on Linux, on a machine without a GPU.
 #
-# optimi uses its Triton kernels where Triton is installed and the parameters lie on a GPU. StableAdamW uses them on a CPU,
-# too, with default arguments, and fails in Triton's search for a driver, in words that name neither optimizer nor argument.
-# Its other optimizers step on a CPU as they are; StableAdamW does with triton=False.
+# optimi uses its Triton kernels by default where all parameters with gradients lie on a GPU that Triton knows. StableAdamW
+# asks so before it has collected any parameter, and of none it is true of all: a step on a CPU fails in Triton's search for
+# a driver, in words that name neither optimizer nor argument. Its other optimizers collect first, and step on a CPU as they
+# are; StableAdamW does with triton=False.
 #
 # Seen:
 #   AdamW: stepped

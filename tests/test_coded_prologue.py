@@ -1,4 +1,4 @@
-"""What a prologue keeps, in codes or in bfloat16: Muon's momentum, and others' that are like their parameter."""
+"""What a prologue keeps, quantized or in bfloat16: Muon's momentum, and others' that are like their parameter."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_memory_is_what_is_reported(name: str, state_dtype: Any) -> None:
 
 
 def test_what_stays_in_float32() -> None:
-    """Of few elements, or where memory lies otherwise, states stay in float32; AdamW's groups have theirs in codes."""
+    """Of few elements, or where memory lies otherwise, states stay in float32; AdamW's groups have quantized ones."""
     small, turned, bias = Parameter(torch.ones(4, 4)), Parameter(torch.ones(66, 64).t()), Parameter(torch.ones(4200))
     params = [small, turned, bias]
     groups = [{"params": params[:2]}, {"params": params[2:], "use_muon": False}]

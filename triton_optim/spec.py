@@ -201,7 +201,7 @@ class Update:
             params: the parameters, outside autograd (unless ``differentiable``); sharded ones are DTensors.
             gradients: theirs, negated where the group maximizes. Neither is to be written.
             states: a parameter's states by name; those of ``kept_states`` are written in place, the rule's are the
-                rule's. What ``state_dtype`` keeps in codes or in bfloat16 is there in float32, and rounded afterwards.
+                rule's. What ``state_dtype`` quantizes or keeps in bfloat16 is there in float32, and rounded afterwards.
 
         Returns:
             A tensor of its shape for each parameter, sharded where it is; kept in the gradient's dtype.
