@@ -599,7 +599,7 @@ MUTANTS = (
     Mutant(
         "ranks do not add up what they measure",
         "each rank scales its part of a parameter by another trust ratio",
-        "torch.distributed.all_reduce(whole, group=mesh.get_group(dim))",
+        "torch.distributed.all_reduce(total, group=mesh.get_group(dim))",
         "pass",
         "tests/test_two_ranks.py::test_whole_matrices_of_fully_sharded_parameters[LAMB]",
     ),

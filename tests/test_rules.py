@@ -444,11 +444,29 @@ def test_a_class_without_a_rule_and_a_rule_without_a_name() -> None:
         jit(lambda p, g, h: (p - h.lr * g,))
 
 
+@jit
+def descends(p, g, m, h):
+    return p - h.lr * g, m
+
+
 def test_options_among_the_hyperparameters() -> None:
-    """Else `maximize` and `max_grad_norm` would be there and do nothing."""
-    for name in ("maximize", "max_grad_norm", "ema_decay"):
-        with pytest.raises(TypeError, match=rf"\['{name}'\] among its hyperparameters.* by keyword"):
-            triton_optim.RuleOptimizer([Parameter(torch.zeros(3))], {"lr": 0.1, name: 0.5})
+    """As the optimizers of torch have them there; those by keyword count."""
+    p = Parameter(torch.zeros(3))
+    p.grad = torch.full((3,), 2.0)
+    base = optimizer_of(descends)
+    optimizer = base([p], maximize=False)
+    for given, moved in (({"maximize": True}, 1), ({"maximize": True, "max_grad_norm": 0.1}, 1), ({}, -1)):
+        kind = type("Given", (base,), {"__init__": lambda self, params, given=given: RuleOptimizer.__init__(
+            self, params, {**optimizer.defaults, **given})})  # fmt: skip
+        q = Parameter(torch.zeros(3))
+        q.grad = p.grad
+        own = kind([q])
+        own.step()
+        assert torch.equal(q.sign(), torch.full((3,), float(moved)))
+        assert own.max_grad_norm == given.get("max_grad_norm")
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        type("Given", (base,), {"__init__": lambda self, params: RuleOptimizer.__init__(
+            self, params, {**optimizer.defaults, "max_grad_norm": -1.0})})([p])  # fmt: skip
 
 
 STARTS = {

@@ -51,7 +51,7 @@ class RuleOptimizer(EvaluatedOptimizer):
 
     Args:
         params: parameters, named parameters or parameter groups, as in torch.optim.
-        defaults: the hyperparameters of a group.
+        defaults: the hyperparameters of a group, and options, as torch's optimizers have them there.
         options: see :class:`Options`.
 
     Raises:
@@ -89,12 +89,8 @@ class RuleOptimizer(EvaluatedOptimizer):
         **options: Unpack[Options],
     ) -> None:
         check_known(type(self), options)
-        if given := [name for name in defaults if name in OPTIONS]:
-            raise TypeError(
-                f"{type(self).__name__} gives {given} among its hyperparameters, which are options. Give them to "
-                "RuleOptimizer's constructor by keyword."
-            )
-        carried: dict[str, Any] = {**OPTIONS, **options}
+        carried: dict[str, Any] = {**OPTIONS, **{n: v for n, v in defaults.items() if n in OPTIONS}, **options}
+        defaults = {name: value for name, value in defaults.items() if name not in OPTIONS}
         backend, amp, max_grad_norm = (carried.pop(name) for name in ("backend", "amp", "max_grad_norm"))
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))

@@ -92,7 +92,7 @@ class Shards:
         index = list(self._indices[number])
         if gone:
             sliced = isinstance(index[gone], slice)
-            index[gone] = slice(None) if sliced else torch.zeros([1] * len(index), dtype=torch.int64)
+            index[gone] = slice(None) if sliced else index[gone].new_zeros([1] * len(index))
         return tuple(index)
 
     def _whole(self, wanted: list[tuple[int, Tensor, int | None]]) -> list[Tensor]:
