@@ -212,6 +212,9 @@ SPECIAL = [
     ("abs.f32", (f32(-2.0),), bits32(2.0)),
     ("neg.f32", (f32(0.0),), 0x80000000),
     ("abs.bf16x2", (b32(0xBF80C000),), 0x3F804000),
+    ("sub.rn.f32.bf16", (("b16", 0x3FC0), f32(2.5 + 2.0**-20)), bits32(-1.0 - 2.0**-20)),
+    ("add.f32.f16", (("b16", 0x3E00), f32(2.0**-20)), bits32(1.5 + 2.0**-20)),
+    ("fma.rn.f32.bf16", (("b16", 0x3FC0), ("b16", 0x4000), f32(2.0**-20)), bits32(3.0 + 2.0**-20)),
     ("cvt.rn.bf16x2.f32", (f32(1.0), f32(2.0)), 0x3F804000),
     ("cvt.rn.f16x2.f32", (f32(1.0), f32(65520.0)), 0x3C007C00),
     ("cvt.rmi.f32.f32", (f32(-1.5),), bits32(-2.0)),
@@ -292,6 +295,9 @@ def test_integers() -> None:
 def test_a_modifier_that_is_not_known_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"'sat'.* of add\.sat\.f32"):
         result("add.sat.f32", f32(1.0), f32(2.0))
+    for opcode in ("add.bf16", "sub.f16", "mul.bf16", "fma.rn.bf16", "max.bf16"):
+        with pytest.raises(NotImplementedError, match=rf"computes nothing in 16 bits: {opcode}"):
+            result(opcode, *[("b16", 0x3F80)] * (3 if opcode.startswith("fma") else 2), to="b16")
     with pytest.raises(NotImplementedError, match="the machine does not know lop3"):
         result("lop3.b32", b32(1), b32(2), b32(3), 4)
 

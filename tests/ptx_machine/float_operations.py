@@ -27,7 +27,7 @@ def add_or_subtract(m: Machine, one: Instruction) -> None:
 def multiply(m: Machine, one: Instruction) -> None:
     if one.modifiers[-1] == "f32x2":
         return _pairs(m, one)
-    if type_of(one).kind == "f":
+    if "f" in one.modifiers[-1]:
         only(one, "rn", "ftz")
         x, y = sources(m, one)
         return write_float(m, one, canonical(x * y))
@@ -94,11 +94,12 @@ def extreme(m: Machine, one: Instruction) -> None:
 def change_sign(m: Machine, one: Instruction) -> None:
     """abs and neg. Of 16-bit numbers the sign bits."""
     only(one, "ftz")
-    (x,) = sources(m, one)
     kind = one.modifiers[-1]
     if "f16" in kind:
+        x = m.read(one.operands[1], TYPES[kind])
         signs = x.dtype.type(0x80008000 if kind.endswith("x2") else 0x8000)
         return m.write(one.operands[0], x & ~signs if one.opcode == "abs" else x ^ signs)
+    (x,) = sources(m, one)
     m.write(one.operands[0], np.abs(x) if one.opcode == "abs" else -x)
 
 

@@ -37,9 +37,21 @@ def type_of(one: Instruction) -> np.dtype:
 
 
 def sources(m: Machine, one: Instruction) -> list[Array]:
-    """All operands but the first, which is the result, as the instruction's type; subnormals flushed if it says so."""
-    values = [m.read(operand, type_of(one)) for operand in one.operands[1:]]
-    return [flush(value) for value in values] if "ftz" in one.modifiers and type_of(one).kind == "f" else values
+    """All operands but the first, which is the result, as the instruction's type; subnormals flushed if it says so. Of
+    two types the last is that of all but the last operand.
+
+    Raises:
+        NotImplementedError: it computes in 16 bits.
+    """
+    given, kind = one.operands[1:], one.modifiers[-1]
+    if "f16" in kind:
+        if one.modifiers[-2:-1] != ("f32",):
+            raise NotImplementedError(f"the machine computes nothing in 16 bits: {one.text}")
+        narrow = [widened(m.read(operand, TYPES[kind]), kind) for operand in given[:-1]]
+        values = [*narrow, m.read(given[-1], TYPES["f32"])]
+    else:
+        values = [m.read(operand, TYPES[kind]) for operand in given]
+    return [flush(x) if x.dtype.kind == "f" else x for x in values] if "ftz" in one.modifiers else values
 
 
 def write_float(m: Machine, one: Instruction, value: Array) -> None:
