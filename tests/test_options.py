@@ -326,3 +326,38 @@ def test_a_group_keeps_what_is_the_users() -> None:
         warnings.simplefilter("error")
         optimizer = triton_optim.AdamW([{"params": [Parameter(torch.zeros(2))], **own}])
     assert optimizer.param_groups[0].items() >= own.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"maximize": "no"}, "Invalid maximize: 'no', which is text. Give True or False"),
+        ({"amsgrad": "False"}, "Invalid amsgrad: 'False', which is text"),
+        ({"fused": "true"}, "Invalid fused: 'true', which is text"),
+        ({"seed": "7"}, "Invalid seed: '7', of type str. It must be an int"),
+        ({"seed": 1.5}, "Invalid seed: 1.5, of type float"),
+        ({"max_grad_norm": True}, "Invalid max_grad_norm: True. It must be a positive number"),
+        ({"ema_dtype": "int8"}, "Invalid ema_dtype: 'int8'. Use None"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(options: dict[str, Any], says: str) -> None:
+    parameter = Parameter(torch.zeros(2))
+    with pytest.raises((TypeError, ValueError), match=says):
+        triton_optim.AdamW([parameter], **options)
+    (name, value), *_ = options.items()
+    optimizer = triton_optim.AdamW([parameter])
+    with pytest.raises((TypeError, ValueError), match=says):  # noqa: PT012
+        if name == "max_grad_norm":
+            optimizer.max_grad_norm = value
+        parameter.grad, optimizer.param_groups[0][name] = torch.ones(2), value
+        optimizer.step()
+    assert parameter.eq(0).all()
+
+
+@pytest.mark.parametrize("seed", [3, -1, 2**70, True, torch.tensor(3)])
+def test_a_seed_is_an_int(seed: Any) -> None:
+    parameter = Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    optimizer = triton_optim.SGD([parameter], 1e-3, param_precision="stochastic", seed=seed)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert parameter.ne(0).all()

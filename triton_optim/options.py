@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, TypedDict, get_type_hints
 
 import torch
@@ -175,8 +176,26 @@ def saved_dtype(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise RuntimeError where options of a group exclude each other."""
+@cache
+def switches(cls: type) -> frozenset[str]:
+    """The arguments of a class that are True or False."""
+    arguments = inspect.signature(cls).parameters.values()
+    return frozenset({"foreach", "fused", *(a.name for a in arguments if isinstance(a.default, bool))})
+
+
+def check_options(cls: type, options: Mapping[str, Any]) -> None:
+    """Look at the options of a group.
+
+    Raises:
+        TypeError: text stands for True or False, or the seed is no int.
+        ValueError: one is none that there is.
+        RuntimeError: some exclude each other.
+    """
+    for name in switches(cls):
+        if isinstance(value := options.get(name), str):
+            raise TypeError(f"Invalid {name}: {value!r}, which is text. Give True or False, without quotation marks.")
+    if not hasattr(seed := options.get("seed", 0), "__index__"):
+        raise TypeError(f"Invalid seed: {seed!r}, of type {type(seed).__name__}. It must be an int.")
     if options.get("fused") and options.get("differentiable"):
         raise RuntimeError("`fused` does not support `differentiable`: leave one of them out.")
     if options.get("fused") and options.get("foreach"):

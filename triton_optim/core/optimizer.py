@@ -98,7 +98,7 @@ class RuleOptimizer(EvaluatedOptimizer):
             raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
         self.check_hyperparameters(defaults)
         hold_dtypes(carried)
-        check_options(carried)
+        check_options(type(self), carried | defaults)
         self.engine = Engine(self, self._check_edited)
         self.backend, self.amp, self.max_grad_norm = backend, amp, max_grad_norm
         carried = {name: v for name, v in carried.items() if name in self.option_names or v != OPTIONS[name]}
@@ -114,8 +114,8 @@ class RuleOptimizer(EvaluatedOptimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        if value is not None and not compared("max_grad_norm", value, lambda: value > 0):
-            raise ValueError(f"Invalid max_grad_norm: {value}. It must be positive, or None not to clip.")
+        if value is not None and (value is True or not compared("max_grad_norm", value, lambda: value > 0)):
+            raise ValueError(f"Invalid max_grad_norm: {value}. It must be a positive number, or None not to clip.")
         if self.engine.release is not None:
             check_alone(type(self).__name__, value, self.amp)
         self.engine.max_grad_norm = None if value is None else float(value)
@@ -242,7 +242,7 @@ class RuleOptimizer(EvaluatedOptimizer):
         hold_dtypes(group)
         numbers = unread(group)
         self.check_hyperparameters(numbers)
-        check_options(group)
+        check_options(type(self), group)
         if offloads(group) and self.backend == "triton":
             raise RuntimeError('backend="triton" runs no step on the host, where offload="cpu" has it: leave one out.')
         if not self.variants:

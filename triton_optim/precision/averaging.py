@@ -20,16 +20,17 @@ average_of = torch_form(lerp)
 
 def check_averaging(optimizer: Update, group: dict[str, Any]) -> None:
     """Raise ValueError where an option of a group is none that there is, RuntimeError where it can't be had."""
-    if not averages(group):
-        return
-    decay, dtype = group["ema_decay"], group.get("ema_dtype")
-    if not compared("ema_decay", decay, lambda: 0 <= decay < 1):
-        raise ValueError(f"Invalid ema_decay: {decay}. It must be at least 0 and below 1, such as 0.999.")
+    dtype = group.get("ema_dtype")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(
             f"Invalid ema_dtype: {dtype!r}. Use None (float32, or the parameter's dtype where that is wider), "
             "torch.float32 or torch.bfloat16."
         )
+    if not averages(group):
+        return
+    decay = group["ema_decay"]
+    if not compared("ema_decay", decay, lambda: 0 <= decay < 1):
+        raise ValueError(f"Invalid ema_decay: {decay}. It must be at least 0 and below 1, such as 0.999.")
     if group.get("differentiable"):
         raise RuntimeError(
             f"{type(optimizer).__name__}: an average is no part of a differentiable step. Leave ema_decay or "
