@@ -93,6 +93,7 @@ def words(launch: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Print the diagnosis. The exit status is 1 where a launch failed."""
+    print("Compiling and launching a step, which takes some seconds ...", file=sys.stderr, flush=True)
     found = diagnosis(this_machine())
     facts = [[name, value or "not installed"] for name, value in found["versions"].items()]
     facts += [["python", found["python"]], ["platform", found["platform"]]]
