@@ -8,7 +8,9 @@ extern "C" {
 
 extern char PyList_Type;  // of which only the address is taken
 ssize_t PyList_Size(PyObject *);
+ssize_t PyTuple_Size(PyObject *);
 PyObject *PyList_GetItem(PyObject *, ssize_t);
+PyObject *PyTuple_GetItem(PyObject *, ssize_t);
 PyObject *PyDict_GetItem(PyObject *, PyObject *);
 int PyDict_Next(PyObject *, ssize_t *, PyObject **, PyObject **);
 }
@@ -181,10 +183,10 @@ int gather(void *of, int64_t *addresses) try {
     return -1;
 }
 
-// What is known of a parameter group: its names, then the hyperparameters, and its parameters.
+// What is known of a parameter group: tuples of its names and of its values, null where the values may be others now,
+// and its parameters.
 struct Group {
-    int64_t items;
-    const PyObject *const *item;
+    PyObject *names, *values;
     int64_t params;
     const PyObject *const *param;
 };
@@ -202,10 +204,13 @@ int groups_hold(PyObject *groups, int64_t n, const Group *noted, PyObject *param
         for (int64_t j = 0; j < known.params; ++j)
             if (PyList_GetItem(own, j) != known.param[j]) return 0;
         PyObject *name, *value;
-        int64_t read = 0;
+        same &= known.values != nullptr;
+        const ssize_t items = same ? PyTuple_Size(known.names) : 0;
+        ssize_t read = 0;
         for (ssize_t at = 0; same && PyDict_Next(group, &at, &name, &value); ++read)
-            same = read < known.items && known.item[read] == name && known.item[known.items + read] == value;
-        same &= read == known.items;
+            same = read < items && PyTuple_GetItem(known.names, read) == name &&
+                   PyTuple_GetItem(known.values, read) == value;
+        same &= read == items;
     }
     return 1 + same;
 }

@@ -39,6 +39,8 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
         name: as torch spells it in its message, such as ``"learning rate"``.
         value: a number or a 1-element tensor.
     """
+    if type(value) is float and low <= value < high:  # in most steps of a schedule
+        return
     if isinstance(value, Tensor) and value.numel() != 1:
         shape = tuple(value.shape)
         argument = _ARGUMENTS.get(name, name.removesuffix(" value"))

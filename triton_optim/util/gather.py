@@ -33,8 +33,6 @@ WORD = ctypes.sizeof(ctypes.c_void_p)
 WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
 STEPS = 16  # from one look to the next
 
-OTHERS = -1  # as many hyperparameters no group has
-
 
 class Offsets(ctypes.Structure):
     """The offsets of what a DTensor holds, in bytes, and the classes of tensors: kernels/cpp/known_tensors.h."""
@@ -262,7 +260,7 @@ class GroupTable:
         self._params = [ParamTable(list(group["params"])) for group in groups]
         self._table = array("q")
         for params in self._params:
-            self._table.extend((OTHERS, 0, params.count, params.address))
+            self._table.extend((0, 0, params.count, params.address))
         self._address, _ = self._table.buffer_info()
         self.note_hyperparameters(values)
 
@@ -270,16 +268,15 @@ class GroupTable:
         """Take note of the hyperparameters as they were read. Where one may change and stay the same object, they will
         always be others.
         """
-        self._held = [(*own.names, *own.values) for own in values]
-        self._items = [array("q", map(id, items)) for items in self._held]
-        for i, (own, items) in enumerate(zip(values, self._items, strict=True)):
-            self._table[4 * i] = len(own.names) if own.fixed else OTHERS
-            self._table[4 * i + 1], _ = items.buffer_info()
+        self._held = [(own.names, own.values) for own in values]  # so that no others can take their addresses
+        for i, own in enumerate(values):
+            self._table[4 * i] = id(own.names)
+            self._table[4 * i + 1] = id(own.values) if own.fixed else 0
 
     def forget_hyperparameters(self) -> None:
         """Take them to be others, until they are noted again."""
         for i in range(len(self._params)):
-            self._table[4 * i] = OTHERS
+            self._table[4 * i + 1] = 0
 
     def matches(self, groups: Any) -> int:
         """Whether these are groups of the same parameters in the same order, 1, and whether all of their

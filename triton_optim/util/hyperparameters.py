@@ -173,9 +173,11 @@ def kind_of(value: Any) -> Any:
     and stay the same object. An int counts with its value: it may be meant as a choice.
     """
     kind = type(value)
+    if kind is float:
+        return kind
     if kind is tuple:
         kinds = [kind_of(x) for x in value]
         return None if None in kinds else kinds
-    if kind is float or (kind not in PLAIN and isinstance(value, Real)):
+    if kind not in PLAIN and isinstance(value, Real):
         return kind
     return (kind, value) if kind in PLAIN else None
