@@ -35,7 +35,7 @@ import torch.distributed as dist
 from resharding import EVERY, RULES, SOME, Job, Kept, Outcome, outcomes
 from torch.distributed.device_mesh import DeviceMesh
 
-from triton_optim.bench.records import Record, write_records
+from triton_optim.bench.records import Record, with_others, write_file
 
 QUESTION = "dcp_matrix"
 RANKS = (1, 2, 4)
@@ -82,12 +82,12 @@ class Found:
         return Record(QUESTION, kept, text, self.__dict__.copy(), len(self.bad), 0)
 
 
-def all_jobs(every: bool, only: str) -> list[Job]:
+def all_jobs(every: bool, rows: str) -> list[Job]:
     """The optimizers, and how each keeps what it keeps."""
     jobs = [
         Job(case, kept) for kept in EVERY for case in RULES.values() if kept in SOME or every or case.name == "AdamW"
     ]
-    return [job for job in jobs if only in f"{job.case.name}, {job.kept}"]
+    return [job for job in jobs if rows in str(job.kept)]
 
 
 def checkpoints(jobs: list[Job]) -> Iterator[tuple[str, dict[str, Job]]]:
@@ -138,13 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, help="a folder for dcp_matrix.json")
     parser.add_argument("--all", action="store_true", help="every option of every optimizer")
-    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--rows", default="", help="rows whose names hold this; of a file the others stay")
     args = parser.parse_args()
     started = time.monotonic()
     torch.set_num_threads(1)
     found: dict[str, Found] = defaultdict(Found)
     jobs = []
-    for job in all_jobs(args.all, args.only):
+    for job in all_jobs(args.all, args.rows):
         if said := job.refusal():
             found[str(job.kept)].refused[job.case.name] = said
         else:
@@ -172,7 +172,9 @@ def main() -> None:
         for name, apart in record.figures["bad"].items():
             print(f"    {name}: {apart}")
     if args.results is not None:
-        write_records(args.results, records, torch.device("cpu"))
+        path = args.results / f"{QUESTION}.json"
+        records, earlier = with_others(path, records) if args.rows else (records, {})
+        write_file(path, QUESTION, records, torch.device("cpu"), **earlier)
     print(f"{len(jobs)} optimizers in {time.monotonic() - started:.0f} s")
 
 

@@ -3,7 +3,8 @@
 Every variant of a rule is compiled in every dtype, and one of each rule in every codec and option, for an H100; smaller
 sets for an A100 and a B200. A machine for PTX (`tests/ptx_machine`) executes the code on a CPU, and finds accesses that
 are out of bounds, misaligned or in a race. Without contraction to fused multiply-adds every result must be the eager
-one bit for bit. With it, the error against float64 may be twice the eager step's, and in float64 1e-12.
+one bit for bit, but for the last bits of float64 numbers that the device forms, as it does powers. With it, the error
+against float64 may be twice the eager step's, and in float64 1e-12.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from compiled_steps import (
 from ptx_machine.executor import Executor
 from table import CASES
 
-from triton_optim.bench.records import Record, write_records
+from triton_optim.bench.records import Record, with_others, write_file
 
 QUESTION = "ptx_matrix"
 PLAIN: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -142,14 +143,20 @@ def take(step: Step, machine: Executor, found: Found) -> None:
         found.ratios[name] = max(ratios, default=0.0)
     else:
         found.elements += sum(x.numel() for x in ours.values())
-        if different := sum(differing(ours, theirs).values()):
+        formed = {n: theirs[n] if in_last_bits(x, theirs[n]) else x for n, x in ours.items()}
+        if different := sum(differing(formed, theirs).values()):
             found.differing[name] = different
+
+
+def in_last_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether these are float64 numbers, of a parameter or group, that differ in their last two bits at most."""
+    return x.dim() == 0 and x.dtype == F64 and torch.allclose(x, y, rtol=4 * torch.finfo(F64).eps, atol=0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, help="a folder for ptx_matrix.json")
-    parser.add_argument("--only", default="", help="steps whose names hold this")
+    parser.add_argument("--rows", default="", help="rows whose names hold this; of a file the others stay")
     args = parser.parse_args()
     started = time.monotonic()
     records = []
@@ -157,13 +164,15 @@ def main() -> None:
         found: dict[str, Found] = defaultdict(Found)
         with executing(target) as machine, rounded_once():
             for step in steps(target):
-                if args.only in f"{step.target}, {step.kept}, {step.name}":
+                if args.rows in f"{step.target}, {step.kept}":
                     take(step, machine, found[step.kept])
         for kept, own in found.items():
             records.append(own.record(target, kept))
             print(records[-1].line(), flush=True)
         if args.results is not None:
-            write_records(args.results, records, torch.device("cpu"))
+            path = args.results / f"{QUESTION}.json"
+            all_records, earlier = with_others(path, records) if args.rows else (records, {})
+            write_file(path, QUESTION, all_records, torch.device("cpu"), **earlier)
     print(f"{sum(len(r.figures['names']) for r in records)} steps in {time.monotonic() - started:.0f} s")
 
 

@@ -97,7 +97,9 @@ def machine(result: dict[str, Any]) -> str:
 
 def place(result: dict[str, Any]) -> str:
     """With what it was measured, when, and of which commit."""
-    return f"{machine(result)}, {result['date'][:10]}, commit {result['source']}"
+    earlier = len(result.get("earlier", ()))
+    some = f"; {earlier} of {len(result['records'])} cases of earlier days" if earlier else ""
+    return f"{machine(result)}, {result['date'][:10]}, commit {result['source']}{some}"
 
 
 def in_short(record: dict[str, Any]) -> str:

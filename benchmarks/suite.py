@@ -8,7 +8,6 @@ Results of other environments stay in the file, each with its date and commit.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -21,15 +20,9 @@ from pathlib import Path
 import torch
 from launch import tested
 
-from triton_optim.bench.records import Record, source, write_file
+from triton_optim.bench.records import source, with_others, write_file
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_OPTIM_CACHE_DIR")
-
-
-def others(file: Path, case: str) -> list[Record]:
-    """What a file has of other cases."""
-    found = json.loads(file.read_text())["records"] if file.exists() else []
-    return [Record(**{k: v for k, v in one.items() if k != "met"}) for one in found if one["case"] != case]
 
 
 def main() -> None:
@@ -48,8 +41,9 @@ def main() -> None:
     print(record.line(), flush=True)
     if arguments.results:
         file = arguments.results / "suite.json"
-        records = sorted([record, *others(file, case)], key=lambda one: one.case)
-        write_file(file, "suite", records, torch.device("cpu"), source=arguments.commit)
+        records, earlier = with_others(file, [record])
+        records.sort(key=lambda one: one.case)
+        write_file(file, "suite", records, torch.device("cpu"), source=arguments.commit, **earlier)
     sys.exit(bool(record.value))
 
 

@@ -20,6 +20,7 @@ from triton_optim.bench import comparison, models, peers, picture
 from triton_optim.bench.agreement import Contender, differences
 from triton_optim.bench.comparison import Comparison
 from triton_optim.bench.measure import Measurement, Patience, Side, measure
+from triton_optim.bench.records import Record, with_others, write_file
 from triton_optim.cli import main
 
 needs_rich = pytest.mark.skipif(
@@ -329,6 +330,24 @@ def test_ours_that_cannot_run_is_a_reason(quick: None, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "SparseAdam, 3x5 (3 tensors): not measured: " in out
     assert "Muon, 3x5 (3 tensors): not measured: " in out
+
+
+def test_cases_measured_anew_stand_among_those_of_before(tmp_path: Path) -> None:
+    path, device = tmp_path / "results" / "speed.json", torch.device("cpu")
+
+    def run(day: str, *cases: str) -> dict[str, Any]:
+        records, earlier = with_others(path, [Record("speed", case, day, {}, 1.0, 2.0) for case in cases])
+        write_file(path, "speed", records, device, date=day, source=day, **earlier)
+        return json.loads(path.read_text())
+
+    assert "earlier" not in run("monday", "a", "b", "c")
+    run("tuesday", "b")
+    found = run("friday", "c", "d")
+    assert [(one["case"], one["text"]) for one in found["records"]] == [
+        ("a", "monday"), ("b", "tuesday"), ("c", "friday"), ("d", "friday"),
+    ]  # fmt: skip
+    assert all(one["met"] for one in found["records"])
+    assert {case: one["date"] for case, one in found["earlier"].items()} == {"a": "monday", "b": "tuesday"}
 
 
 def test_benchmarks_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -46,7 +47,6 @@ class Record:
 
 def write_records(folder: Path, records: Sequence[Record], device: torch.device) -> list[Path]:
     """One JSON file a question, each with what is needed to run it again."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for question in dict.fromkeys(record.question for record in records):
         path = folder / f"{question}.json"
@@ -56,13 +56,29 @@ def write_records(folder: Path, records: Sequence[Record], device: torch.device)
 
 
 def write_file(path: Path, question: str, records: Sequence[Record], device: torch.device, **more: Any) -> None:
-    """One JSON file."""
+    """One JSON file, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": command(), "source": source(), **provenance(device, DISTRIBUTIONS), **more}
     own = [asdict(record) | {"met": record.met} for record in records]
     for record in own:
         for one in (record["measurement"] or {}).get("rounds", ()):
             one |= {side: spread(samples) for side, samples in one.items()}
     write_json(path, {"question": question, **about, "records": own})
+
+
+def with_others(path: Path, records: Sequence[Record]) -> tuple[list[Record], dict[str, Any]]:
+    """These records, and those of other cases that a file has; and ``earlier``, for :func:`write_file`: of when these
+    others are.
+    """
+    if not path.exists():
+        return list(records), {}
+    found, new = json.loads(path.read_text()), {record.case: record for record in records}
+    fields = [{k: v for k, v in one.items() if k != "met"} for one in found["records"]]
+    kept = {one["case"]: Record(**one) for one in fields if one["case"] not in new}
+    whole = {name: found[name] for name in ("command", "source", "date")}
+    earlier = {case: found.get("earlier", {}).get(case, whole) for case in kept}
+    order = dict.fromkeys([*(one["case"] for one in fields), *new])
+    return [new.get(case) or kept[case] for case in order], {"earlier": earlier} if earlier else {}
 
 
 def spread(samples: list[float]) -> list[float]:
