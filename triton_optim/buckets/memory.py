@@ -73,7 +73,7 @@ class Memory(ABC):
         self._all = self.indices == list(range(count))
         self._states: list[Tensor] = []  # the tensors among them, as they were noted
         self._state_addresses: list[int] = []
-        self._state_guards: Any = None
+        self._state_guards: Any = None  # False where there can be none
         self._state_kinds: list[Any] = []
         self._guards: Any = None
         self._examined = False  # whether gradients were examined before
@@ -117,8 +117,7 @@ class Memory(ABC):
         states = [v for v in self._state_known if isinstance(v, Tensor)]
         if list(map(id, states)) != list(map(id, self._states)):
             self._states = states
-            here = self._states_here()
-            self._state_guards, self._state_kinds = guards_of(here), kinds_of(here)
+            self._state_guards, self._state_kinds = None, kinds_of(self._states_here())
         self._state_addresses = list(map(Tensor.data_ptr, self._states_here()))
         if self._gatherer is not None:
             self._gatherer.watch(self._states)
@@ -135,7 +134,13 @@ class Memory(ABC):
         if list(map(Tensor.data_ptr, here)) != self._state_addresses or not self.counts_match():
             return False
         # Under a dispatch mode, as a capture's tape is one, the guards know nothing again.
-        return bool(self._state_guards and self._state_guards.check(*here)) or kinds_of(here) == self._state_kinds
+        if self._state_guards and self._state_guards.check(*here):
+            return True
+        if kinds_of(here) != self._state_kinds:
+            return False
+        if self._state_guards is None:  # not made before they are asked for: that takes longer than most steps
+            self._state_guards = guards_of(here) or False
+        return True
 
     def _states_are_held(self) -> bool:
         """Whether the states hold the objects that were noted."""
