@@ -432,7 +432,7 @@ MUTANTS = (
         "what was loaded is lost at the first step",
         'if probe.left(p, "master", master)]',
         "if False]",
-        "tests/test_two_ranks.py::test_a_checkpoint_goes_into_other_options",
+        "tests/test_two_ranks_checkpoints.py::test_a_checkpoint_goes_into_other_options",
     ),
     Mutant(
         "a checkpoint that lacks a state is taken",

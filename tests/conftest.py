@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import ranks
 import references_matrix
 
 from triton_optim.backends.compiled import graph as compiled_graph
@@ -114,6 +115,7 @@ BACKENDS = [
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(child_process)
+    config.pluginmanager.register(ranks)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,5 +1,6 @@
 """docs/trainers runs, each page where its client is installed, and so do our callbacks in it; callbacks and registries
-also with small stand-ins for the clients, which CI does not install. Pages of several processes: test_two_ranks.py.
+also with small stand-ins for the clients, which CI does not install. Pages of several processes run in
+test_two_ranks_wrapped.py.
 """
 
 import copy
