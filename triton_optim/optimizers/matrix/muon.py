@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
+from ...core.checks import check_range, check_ranges
 from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...dispatch import GPUS
@@ -153,9 +153,7 @@ class Muon(RuleOptimizer):
         if not uses_muon(group):
             AdamW.check_hyperparameters(self, group)  # type: ignore[arg-type]
             return
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
+        check_ranges(group, "lr", "weight_decay", "momentum")
         check_range("ns_steps", group["ns_steps"], 0, 100)
         triples(group["ns_coefficients"], group["ns_steps"])
         check_pieces(group)

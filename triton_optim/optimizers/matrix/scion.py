@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
+from ...core.checks import check_range, check_ranges
 from ...core.factored import averaged
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import MuonScalars, muon
@@ -137,15 +137,13 @@ class Scion(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
+        check_ranges(group, "lr", "momentum")
         if not group["momentum"] <= 1:
             raise ValueError(
                 f"Invalid momentum value: {group['momentum']}. It is the weight of what is new, at most 1; the default "
                 "is 0.1."
             )
-        check_range("scale value", group["scale"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
+        check_ranges(group, "scale", "eps")
         check_range("ns_steps", group["ns_steps"], 0, 100)
         triples(group["ns_coefficients"], group["ns_steps"])
         check_pieces(group)
