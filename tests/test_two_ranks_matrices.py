@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
 
 import triton_optim as to
-from triton_optim.optimizers.matrix import muon, owners
+from triton_optim.optimizers.matrix import momenta, owners
 from triton_optim.optimizers.matrix.newton_schulz import newton_schulz
 
 
@@ -30,7 +30,7 @@ def matrices(mesh, name, placement, shapes, options):
     placed[0] = Parameter(starts[0].clone())
     opt, twin = (getattr(to, name)([{"params": own, **options}], lr=0.1, backend="eager") for own in (placed, plain))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(muon, "newton_schulz", counted)
+        patch.setattr(momenta, "newton_schulz", counted)
         patch.setattr(owners, "LARGEST_ROUND", 64)  # elements: of these matrices three rounds
         for k in range(3):
             gradients = [values(p.shape, 10 * k + i, "cpu") for i, p in enumerate(plain)]
