@@ -48,8 +48,8 @@ def sharded(full, mesh, placements, lay=torch.clone):
     )
 
 
-def values(shape, seed, device):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+def values(shape, seed, device, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def local(t):
