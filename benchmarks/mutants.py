@@ -1,6 +1,6 @@
 """Does the test suite notice a fault in the code?
 
-Each mutant of `mutations.py` is one edit that a tired person might make. It is made in a copy of the repository, in
+Each mutant of `mutations/` is one edit that a tired person might make. It is made in a copy of the repository, in
 which the tests that should notice it are run, after all of them have passed there without it: ``python
 benchmarks/mutants.py --results benchmarks/results``. No GPU is needed; it takes about five minutes.
 """

@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import ranks
 import references_matrix
 
 from triton_optim.backends.compiled import graph as compiled_graph
@@ -74,8 +75,8 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 LONG = ("test_accuracy", "test_compiled_steps", "test_audit", "test_codecs", "test_training_step", "test_torch_compile",
         "test_launch", "test_symmetric_product", "test_gpu_session", "test_two_ranks", "test_doctor",
-        "test_stochastic_rounding", "test_gradients_come_and_go", "test_memory_traps", "test_race",
-        "test_example_scripts", "test_state_machine")  # fmt: skip
+        "test_stochastic_rounding", "test_gradients_come_and_go", "test_memory_traps", "test_race", "test_race_command",
+        "test_example_scripts", "test_state_machine", "test_state_machine_twin")  # fmt: skip
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -114,6 +115,7 @@ BACKENDS = [
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(child_process)
+    config.pluginmanager.register(ranks)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,7 +19,7 @@ only if torch keeps one.
 
 A reference is the update of one parameter at one step. It gets the parameter p, the gradient g (negated already if
 maximize) and the parameter's state, and returns the new p. It binds new arrays and never writes into old ones.
-table.py has a row for each optimizer, with its reference; of an optimizer that torch lacks the reference stands there
+table/ has a row for each optimizer, with its reference; of an optimizer that torch lacks the reference stands there
 or in references_more.py.
 """
 

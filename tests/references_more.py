@@ -1,6 +1,6 @@
 """The references of optimizers that torch lacks and whose update is elementwise, each written from its paper.
 
-references.py says how they are called. table.py has steps of each that were worked out by hand.
+references.py says how they are called. table/ has steps of each that were worked out by hand.
 """
 
 import numpy as np

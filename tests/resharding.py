@@ -1,5 +1,5 @@
 """Checkpoints of sharded training by torch.distributed.checkpoint, saved on so many ranks and loaded on so many others:
-test_two_ranks.py takes some cases of these, benchmarks/dcp_matrix.py all.
+test_two_ranks_checkpoints.py takes some cases of these, benchmarks/dcp_matrix.py all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One process that plays one rank after another of a process group which sends nothing ("fake")."""
+"""Sharded tensors and models; and one process that plays one rank after another of a process group which sends nothing
+("fake").
+"""
 
 import contextlib
 
@@ -7,6 +9,7 @@ import torch
 import torch.distributed as dist
 from references import adamw
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -45,8 +48,8 @@ def sharded(full, mesh, placements, lay=torch.clone):
     )
 
 
-def values(shape, seed, device):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+def values(shape, seed, device, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def local(t):
@@ -89,3 +92,36 @@ class Watch(TorchDispatchMode):
             carried = [(tuple(t.shape), t.dtype) for t in args if isinstance(t, torch.Tensor)]
             self.collectives.append((str(func), *carried))
         return func(*args, **(kwargs or {}))
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+
+def fully_sharded(mesh):
+    """5 rows are 3 and 2 on the ranks, 1 row is 1 and 0."""
+    net = network()
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def train(net, opt, steps, rank=None):
+    """Mean squares over a batch for each of `steps`, or over a rank's half of it."""
+    for k in steps:
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(k))
+        x = x if rank is None else x.chunk(2)[rank]
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+
+
+def whole(opt, net):
+    """Full parameters and states, by name."""
+    found = {}
+    for name, p in net.named_parameters():
+        for key, t in {"p": p, **opt.state[p]}.items():
+            t = t.detach()
+            found[name, key] = (t.full_tensor() if isinstance(t, DTensor) else t).tolist()
+    return found

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from torch.nn import Parameter
 
 from triton_optim.kernels.language import PRIMITIVES, torch_form
 
@@ -22,6 +23,15 @@ def ours(case, params, backend="eager", **options):
 def peer(case, params, **options):
     options = {name: value for name, value in options.items() if name not in HOW or case.peer_takes(name)}
     return case.peer(params, **(case.settings | options))
+
+
+def torchs(case):
+    """Whose errors ours are compared with."""
+    return case.torchs or torch.optim.AdamW
+
+
+def leaf():
+    return [Parameter(torch.ones(3))]
 
 
 def side_by_side(case, backend, device, **options):

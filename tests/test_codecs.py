@@ -1,112 +1,22 @@
 """Optimizers with every codec: the same on every backend, near float32, into every other codec, and what is refused."""
 
 import argparse
-import copy
 import functools
-import io
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS
+from codec_training import ADAMW, BF16, KEPT, RULES, everything, go_on, kept, kept_on_backends, trained, trained_once
 from side_by_side import nearest_roots
-from table import CASES, KINDS, Case, rows
+from table import Case, rows
 from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
 from triton_optim.cli import memory as command
 from triton_optim.core.convert import master
-from triton_optim.precision.codecs import codes, new_parts
-
-BF16 = torch.bfloat16
-HALVES = [torch.bfloat16, torch.float16]
-CORRECTED = ["kahan", "split24", "split32", "master"]
-# Parameter dtype and options: one of each codec, and what people combine.
-KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "int8": (torch.float32, {"state_dtype": "int8"}),
-    "int4": (torch.float32, {"state_dtype": "int4"}),
-    "double int8": (torch.float64, {"state_dtype": "int8"}),
-    "stochastic int8": (BF16, {"state_dtype": "int8", "param_precision": "stochastic"}),
-    "half stochastic int4": (torch.float16, {"state_dtype": "int4", "param_precision": "stochastic"}),
-    "kahan": (BF16, {"param_precision": "kahan"}),
-    "split24": (BF16, {"param_precision": "split24"}),
-    "split32": (BF16, {"param_precision": "split32", "state_dtype": torch.float32}),
-    "split32 int8": (BF16, {"param_precision": "split32", "state_dtype": "int8"}),
-    "master": (BF16, {"param_precision": "master", "state_dtype": BF16}),
-    "half kahan": (torch.float16, {"param_precision": "kahan"}),
-    "half split24": (torch.float16, {"param_precision": "split24"}),
-    "half split32": (torch.float16, {"param_precision": "split32"}),
-    "half master": (torch.float16, {"param_precision": "master"}),
-}
-# With a block that is not full, an item of int4 that is half empty, and one too small for codes.
-SHAPES = [(64, 80), (4099,), (37, 5)]
-RULES = [case for case in CASES if case.elementwise and not case.sparse]
-ADAMW = next(case for case in CASES if case.name == "AdamW")
-kept = pytest.mark.parametrize("name", KEPT)
-# Graphs of a codec take 5 to 15 seconds to compile: these are made of all the parts that there are.
-COMPILED = (
-    "int4",
-    "stochastic int8",
-    "half stochastic int4",
-    "kahan",
-    "split24",
-    "half split24",
-    "split32 int8",
-    "master",
-)
-kept_on_backends = pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        pytest.param(name, *backend.values, marks=backend.marks, id=f"{backend.values[0]}-{name}")
-        for backend in BACKENDS
-        for name in KEPT
-        if backend.values[0] != "compiled" or name in COMPILED
-    ],
-)
-
-
-def trained(
-    cls: Any, name: str, backend: str, device: torch.device, **options: Any
-) -> tuple[list[Parameter], triton_optim.RuleOptimizer]:
-    """Three steps, which are made once: the tests have copies."""
-    return copy.deepcopy(trained_once(cls, name, backend, device, tuple(options.items())))
-
-
-@cache
-def trained_once(
-    cls: Any, name: str, backend: str, device: torch.device, options: tuple[tuple[str, Any], ...]
-) -> tuple[list[Parameter], triton_optim.RuleOptimizer]:
-    dtype, precision = KEPT[name]
-    random = torch.Generator().manual_seed(0)
-    params = [Parameter(torch.randn(shape, generator=random).to(device, dtype)) for shape in SHAPES]
-    optimizer = cls(params, **(precision | dict(options)), backend=backend)
-    go_on(params, optimizer, range(3))
-    return params, optimizer
-
-
-def go_on(params: list[Parameter], optimizer: Any, steps: range) -> None:
-    for k in steps:
-        random = torch.Generator().manual_seed(1 + k)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=random).to(p.device, p.dtype)
-        optimizer.step()
-
-
-def everything(params: list[Parameter], optimizer: triton_optim.RuleOptimizer) -> list[Tensor]:
-    return [p.detach().clone() for p in params] + [
-        torch.as_tensor(value).clone() for p in params for _, value in sorted(optimizer.state[p].items())
-    ]
-
-
-def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert x.dtype == y.dtype
-        assert torch.equal(x, y)
-
 
 # In optimizers.
 
@@ -161,152 +71,6 @@ def test_close_to_float32(name: str, backend: str, device: torch.device) -> None
     assert any(isinstance(v, Tensor) and v.dtype == torch.int8 for v in optimizer.state[params[0]].values()) == (
         "int" in name or "split" in name
     )
-
-
-@kept_on_backends
-def test_a_checkpoint_is_exact(name: str, backend: str, device: torch.device) -> None:
-    """Through torch.save, into a fresh optimizer, and on from there."""
-    params, optimizer = trained(triton_optim.AdamW, name, backend, device, **ADAMW.settings)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    twins = [Parameter(p.detach().clone()) for p in params]
-    resumed = triton_optim.AdamW(twins, **KEPT[name][1], backend=backend)
-    resumed.load_state_dict(loaded)
-    assert_same(everything(params, optimizer), everything(twins, resumed))
-    go_on(params, optimizer, range(3, 5))
-    go_on(twins, resumed, range(3, 5))
-    assert_same(everything(params, optimizer), everything(twins, resumed))
-
-
-@kept
-@pytest.mark.parametrize("into", KEPT)
-def test_from_every_codec_into_every_other(name: str, into: str, device: torch.device) -> None:
-    """By a checkpoint; nothing is lost but what the narrower one cannot hold."""
-    params, optimizer = trained(triton_optim.AdamW, name, "eager", device)
-    if KEPT[into][0] != KEPT[name][0]:
-        pytest.skip("the model's dtype is another matter")
-    twins = [Parameter(p.detach().clone()) for p in params]
-    other = triton_optim.AdamW(twins, **KEPT[into][1], backend="eager")
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for group in other.param_groups:
-        group["lr"], group["betas"] = 0.0, (1.0 - 1e-12, 1.0 - 1e-12)  # a step that moves nothing
-    for p in twins:
-        p.grad = torch.zeros_like(p)
-    other.step()
-    before, after = triton_optim.to_torch_state_dict(optimizer), triton_optim.to_torch_state_dict(other)
-    for i in range(len(SHAPES)):
-        for state in ("exp_avg", "exp_avg_sq"):
-            a, b = before["state"][i][state].double(), after["state"][i][state].double()
-            tolerance = 0.3 if "int4" in into else 0.02
-            assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
-    for p, q in zip(params, twins, strict=True):
-        a, b = (
-            master(p, optimizer).double(),
-            master(q, other).double(),
-        )
-        if KEPT[into][1].get("param_precision") in CORRECTED:
-            torch.testing.assert_close(a, b, rtol=2.0**-15, atol=1e-6)
-        names = {suffix for suffix in other.state[q] if suffix in triton_optim.precision.codecs.RESIDUALS}
-        assert names == set(triton_optim.precision.codecs.parameter_codec(KEPT[into][1], q.dtype).suffixes)
-
-
-@pytest.mark.parametrize(
-    ("case", "name"),
-    [
-        pytest.param(case, name, id=f"{name}-{case.name}")
-        for case in RULES
-        for name in ("int8", "stochastic int8", "split32", "master")
-        if name == "int8" or case in KINDS
-    ],
-)
-def test_to_torch_and_back(case: Case, name: str, device: torch.device) -> None:
-    if case.settings.get("centered") and "state_dtype" in KEPT[name][1]:
-        pytest.skip("centered needs exact states")
-    params, optimizer = trained(case.ours, name, "eager", device, **case.settings)
-    before = everything(params, optimizer)
-    saved = triton_optim.to_torch_state_dict(optimizer)
-    assert_same(before, everything(params, optimizer))
-    wide = [Parameter(master(p, optimizer).float()) for p in params]
-    theirs = case.peer(wide, **case.settings)
-    theirs.load_state_dict(copy.deepcopy(saved))
-    fresh = case.peer([Parameter(p.detach().clone()) for p in wide], **case.settings)
-    go_on([p for group in fresh.param_groups for p in group["params"]], fresh, range(1))
-    for p, q in zip(wide, (p for group in fresh.param_groups for p in group["params"]), strict=True):
-        assert theirs.state[p].keys() == fresh.state[q].keys()
-    go_on(wide, theirs, range(3, 4))
-    back = case.ours(params, **(case.settings | KEPT[name][1]), backend="eager")
-    triton_optim.load_torch_state_dict(back, saved)
-    for p in params:
-        names = back.variant(back.param_groups[0]).state_names
-        for state in names:
-            a, b = optimizer.state[p][state], back.state[p][state]
-            assert a.dtype == b.dtype
-            if a.dtype == torch.int8:
-                mask = 0xFF if back.is_nonnegative(state) else -1
-                difference = (a.short() & mask) - (b.short() & mask)
-                assert int(difference.abs().max()) <= 1  # the scale may be an ulp off
-            else:
-                assert torch.equal(a, b)
-
-
-def test_options_may_change_in_mid_training(backend: str, device: torch.device) -> None:
-    params, optimizer = trained(triton_optim.AdamW, "kahan", backend, device)
-    value = master(params[0], optimizer)
-    group = optimizer.param_groups[0]
-    group["param_precision"], group["state_dtype"] = "split32", "int8"
-    saved = triton_optim.to_torch_state_dict(optimizer)["state"][0]["exp_avg"]
-    group["lr"] = 0.0
-    go_on(params, optimizer, range(3, 4))
-    assert "compensation" not in optimizer.state[params[0]]
-    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.int8
-    assert torch.equal(master(params[0], optimizer), value)
-    random = torch.Generator().manual_seed(4)
-    g = torch.randn(SHAPES[0], generator=random).to(device, BF16).float()
-    found = triton_optim.to_torch_state_dict(optimizer)["state"][0]["exp_avg"]
-    torch.testing.assert_close(found, 0.9 * saved + 0.1 * g, rtol=0.02, atol=0.01)
-
-
-@pytest.mark.parametrize("name", [name for name in KEPT if KEPT[name][0] in HALVES])
-def test_float32_weights_out_and_in(name: str, device: torch.device) -> None:
-    dtype, options = KEPT[name]
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.BatchNorm1d(80)).to(device, dtype)
-    optimizer = triton_optim.AdamW(model.parameters(), lr=1e-3, **options, backend="eager")
-    go_on(list(model.parameters()), optimizer, range(3))
-    weights = triton_optim.master_state_dict(model, optimizer)
-    assert weights.keys() == model.state_dict().keys()
-    assert weights["1.num_batches_tracked"].dtype == torch.int64
-    assert weights["1.running_mean"].dtype == dtype
-    assert all(weights[n].dtype == torch.float32 for n, _ in model.named_parameters())
-    twin = copy.deepcopy(model)
-    for p in twin.parameters():
-        torch.nn.init.zeros_(p)
-    fresh = triton_optim.AdamW(twin.parameters(), lr=1e-3, **options, backend="eager")
-    triton_optim.load_master_state_dict(twin, fresh, weights)
-    again = triton_optim.master_state_dict(twin, fresh)
-    exact = options["param_precision"] in CORRECTED
-    for n, p in model.named_parameters():
-        if exact:
-            assert torch.equal(weights[n], again[n])
-        torch.testing.assert_close(again[n], p.detach().float(), rtol=2.0**-8, atol=1e-6)
-    go_on(list(twin.parameters()), fresh, range(3, 5))
-    assert int(fresh.state[next(twin.parameters())]["step"]) == 2
-    with pytest.raises(RuntimeError, match="Missing key"):
-        triton_optim.load_master_state_dict(twin, fresh, {})
-
-
-def test_the_first_step_of_momentum_after_loading_weights() -> None:
-    """Corrections are there, but no step has been: the buffer starts with the gradient, undampened."""
-    model = torch.nn.Linear(8, 8, bias=False, dtype=BF16)
-    optimizer = triton_optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, param_precision="master", backend="eager"
-    )
-    triton_optim.load_master_state_dict(model, optimizer, {"weight": torch.ones(8, 8)})
-    model.weight.grad = torch.ones(8, 8, dtype=BF16)
-    optimizer.step()
-    assert (optimizer.state[model.weight]["momentum_buffer"] == 1).all()
 
 
 # Memory.
@@ -474,44 +238,6 @@ def test_a_sparse_gradient_is_refused_where_more_is_kept() -> None:
     with pytest.raises(RuntimeError, match=r"sparse.*int8.*state_dtype=None"):
         optimizer.step()
     assert torch.equal(table.weight, before)
-
-
-def test_another_block_size_is_read() -> None:
-    """A checkpoint whose scales are for 64 elements each, as another version might write them."""
-    params, optimizer = trained(triton_optim.AdamW, "int8", "eager", torch.device("cpu"))
-    saved = copy.deepcopy(optimizer.state_dict())
-    for i in (0, 1):
-        for name, nonnegative in (("exp_avg", False), ("exp_avg_sq", True)):
-            small = codes("int8", nonnegative)._replace(elements_per_item=(1, 64))
-            value = triton_optim.to_torch_state_dict(optimizer)["state"][i][name]
-            parts = dict(zip(("codes", "scale"), new_parts(small, value.flatten()), strict=True))
-            saved["state"][i][name] |= parts | {"block": 64}
-    twins = [Parameter(p.detach().clone()) for p in params]
-    other = triton_optim.AdamW(twins, state_dtype="int8", backend="eager")
-    other.load_state_dict(saved)
-    go_on(params, optimizer, range(3, 4))
-    go_on(twins, other, range(3, 4))
-    for p, q in zip(params, twins, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-    assert other.state[twins[0]]["exp_avg_scale"].shape == (20,)
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        lambda kept: kept.update(scale=kept["scale"][:-1]),
-        lambda kept: kept.update(codes=kept["codes"][:-256]),
-        lambda kept: kept.update(codes=kept["codes"].float()),
-    ],
-)
-def test_codes_of_another_model_are_refused(broken: Callable[[dict[str, Any]], Any]) -> None:
-    params, optimizer = trained(triton_optim.AdamW, "int8", "eager", torch.device("cpu"))
-    saved = copy.deepcopy(optimizer.state_dict())
-    broken(saved["state"][0]["exp_avg"])
-    before = everything(params, optimizer)
-    with pytest.raises(RuntimeError, match="scales"):
-        optimizer.load_state_dict(saved)
-    assert_same(before, everything(params, optimizer))
 
 
 def test_bytes_moved() -> None:

@@ -155,7 +155,7 @@ def test_tour_runs_from_top_to_bottom(load, monkeypatch, capsys):
 
 
 def test_every_script_is_tested_and_in_the_table():
-    tested_elsewhere = {"own_optimizer", "compiled_step", "race_own"}  # test_examples.py, test_race.py
+    tested_elsewhere = {"own_optimizer", "compiled_step", "race_own"}  # test_examples.py, test_race_tasks.py
     tests = Path(__file__).read_text()
     table = (EXAMPLES / "README.md").read_text()
     for script in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")):

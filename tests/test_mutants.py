@@ -1,23 +1,25 @@
-"""The mutants of `benchmarks/mutations.py` are edits of the code as it is, and name tests that there are."""
+"""The mutants of `benchmarks/mutations/` are edits of the code as it is, and name tests that there are."""
 
 from __future__ import annotations
 
-import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-if not (ROOT / "benchmarks" / "mutations.py").exists():
+if not (ROOT / "benchmarks" / "mutations").exists():
     pytest.skip("there are no benchmarks beside these tests", allow_module_level=True)
-MUTATIONS = runpy.run_path(str(ROOT / "benchmarks" / "mutations.py"))
-each_mutant = pytest.mark.parametrize("mutant", MUTATIONS["MUTANTS"], ids=lambda mutant: mutant.name)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from mutations import MUTANTS, place_of
+each_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 
 
 @each_mutant
 def test_a_mutant_is_one_edit(mutant: Any) -> None:
-    place = MUTATIONS["place_of"](mutant)
+    place = place_of(mutant)
     text = place.read_text()
     edited = text.replace(mutant.old, mutant.new)
     assert edited != text
@@ -32,12 +34,12 @@ def test_the_test_that_should_notice_it_is_there(mutant: Any) -> None:
 
 
 def test_every_mutant_has_a_name_of_its_own() -> None:
-    names = [mutant.name for mutant in MUTATIONS["MUTANTS"]]
+    names = [mutant.name for mutant in MUTANTS]
     assert len({*names}) == len(names) >= 40
 
 
 def test_what_a_mutant_changes_is_there_once() -> None:
-    mutant = MUTATIONS["MUTANTS"][0]
+    mutant = MUTANTS[0]
     for old, places in (("no such code", "no file"), ("from __future__ import annotations", "triton_optim")):
         with pytest.raises(ValueError, match=places):
-            MUTATIONS["place_of"](mutant._replace(old=old))
+            place_of(mutant._replace(old=old))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("triton_optim", "kernels", "tests", "docs", "README.md", "CONTRIBUTING.md", "pyproject.toml")
 # The pieces, as CONTRIBUTING.md has them: a block of code begins with the place that it is for.
 PIECES = dict(re.findall(r"```python\n# (\S[^\n]*)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S))
+ROWS = "tests/table/elementwise.py"
 # Of the row, what needs nothing compiled but C++.
 RUN = (
     "references_by_hand.py::test_rows",
@@ -77,10 +78,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(ROOT / name, root / name)
     # As an installed package has it: an editable one's finder would find the kernels of the original.
     (root / "triton_optim" / "kernels").symlink_to(root / "kernels", target_is_directory=True)
-    table = (root / "tests" / "table.py").read_text()
-    above, after = table.split("\nCASES = [\n")
-    row, reference = PIECES.pop("tests/table.py, in CASES"), PIECES.pop("tests/table.py, above CASES")
-    (root / "tests" / "table.py").write_text(f"{above}\n{reference}\nCASES = [\n{row}{after}")
+    above, after = (root / ROWS).read_text().split("\nROWS = [\n")
+    row, reference = PIECES.pop(f"{ROWS}, in ROWS"), PIECES.pop(f"{ROWS}, above ROWS")
+    (root / ROWS).write_text(f"{above}\n{reference}\nROWS = [\n{row}{after}")
     assert list(PIECES) == ["kernels/rules/yogi.py", "triton_optim/optimizers/yogi.py"]
     for path, text in PIECES.items():
         (root / path).write_text(text)

@@ -1,30 +1,24 @@
 """A rule is one thing on every backend: what is no word of the language is refused before anything is made, with the
-place and what to write instead; numbers are what they are in Python; the source is that which was defined.
+place and what to write instead; numbers are what they are in Python.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import linecache
 import math
-import py_compile
 import re
-import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from conftest import CPP, TRITON_LOOPS
+from own_rules import BACKENDS, F32, FACTOR, G, M, P, optimizer_of, stepped
+from own_rules import defined as defined
 from torch.nn import Parameter
 
-import triton_optim
-from triton_optim import RuleOptimizer
-from triton_optim.engine import fallback
 from triton_optim.kernels import language
 from triton_optim.kernels.language import (
     RuleError,
@@ -40,55 +34,8 @@ from triton_optim.kernels.language import (
     where,
 )
 from triton_optim.kernels.straight import straight
-from triton_optim.spec import State
 
 tl = language.tl
-F32, F64 = torch.float32, torch.float64
-NO_TRITON = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
-BACKENDS = [
-    "eager",
-    pytest.param("cpp", marks=CPP),
-    pytest.param("triton", marks=NO_TRITON),
-]
-
-
-class Scalars(NamedTuple):
-    lr: float
-    a: float
-
-
-class Own(RuleOptimizer):
-    """An optimizer from whatever rule a test brings."""
-
-    states = (State("m"),)
-
-    def __init__(self, params: Any, lr: float = 0.1, a: float = 0.1, **options: Any) -> None:
-        super().__init__(params, {"lr": lr, "a": a}, **options)
-
-    def scalars(self, group: dict[str, Any], step: Any) -> Scalars:
-        return Scalars(group["lr"], group["a"])
-
-
-def optimizer_of(a_rule: Any) -> type[RuleOptimizer]:
-    return type("Own", (Own,), {"rule": a_rule})
-
-
-P, G, M = [0.5, -0.7, 0.3, 2.0], [0.02, -0.25, 3.1, 0.0], [0.0, 1.0, -1.0, 0.05]
-
-
-def stepped(rule: Any, backend: str, dtype: torch.dtype = F64, **options: Any) -> tuple[list[float], list[float]]:
-    """The parameter and the state after a step from P, G and M."""
-    p = Parameter(torch.tensor(P, dtype=dtype))
-    optimizer = optimizer_of(rule)([p], backend=backend, **options)
-    optimizer.state[p]["m"] = torch.tensor(M, dtype=dtype)
-    p.grad = torch.tensor(G, dtype=dtype)
-    optimizer.step()
-    return p.tolist(), optimizer.state[p]["m"].tolist()
-
-
-# Numbers.
-
-FACTOR = 0.3
 PAIR = (0.1, 7)
 
 
@@ -322,31 +269,6 @@ REFUSED = [
 ]
 
 
-@pytest.fixture
-def defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """Makes a rule of lines, in a file."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    made: list[str] = []
-
-    def define(lines: str, **more: Any) -> tuple[Any, Path]:
-        name = f"rule_of_a_test_{len(made)}"
-        path = tmp_path / f"{name}.py"
-        names = "FACTOR, LIMITS, abs, exp, helper, helper_with_a_fault, log, maximum, minimum, not_decorated"
-        path.write_text(
-            f"import torch\nfrom test_rules import {names}\n"
-            "from test_rules import calls_itself, jit, returns_nothing, sign, sqrt, tl, where\n\n"
-            f"@jit\ndef rule(p, g, m, h):\n    {lines}\n    return p - h.lr * g, m\n"
-        )
-        made.append(name)
-        sys.modules.pop(name, None)
-        return importlib.import_module(name).rule, path
-
-    yield define
-    for name in made:
-        sys.modules.pop(name, None)
-
-
 @pytest.mark.parametrize(("lines", "word", "advice"), REFUSED, ids=[line.splitlines()[0] for line, *_ in REFUSED])
 def test_what_is_no_word_is_refused(lines: str, word: str, advice: str, defined: Any) -> None:
     """At construction, with file, line, word, what to write, and the words there are."""
@@ -383,277 +305,12 @@ def test_the_line_is_that_of_the_word(defined: Any) -> None:
     assert "tl.sigmoid" in path.read_text().splitlines()[line - 1]
 
 
-@jit
-def one_state(p, g, m, h):
-    return p - g, m
-
-
-@jit
-def returns_too_much(p, g, m, h):
-    return p - g, m, g
-
-
-@jit
-def returns_too_little(p, g, m, h):
-    return (p - g,)
-
-
-def test_the_states_of_a_rule_are_counted() -> None:
-    p = Parameter(torch.zeros(3))
-    with pytest.raises(RuleError, match="takes 1 states, and its optimizer has 2"):
-        type("Two", (Own,), {"rule": one_state, "states": (State("m"), State("v"))})([p])
-    for rule, count in ((returns_too_much, 3), (returns_too_little, 1)):
-        with pytest.raises(RuleError, match=f"returned {count} values; .* a tuple of p and its 1 states"):
-            optimizer_of(rule)([p])
-    with pytest.raises(RuleError, match="must be a @jit function; got 'sgd'"):
-        optimizer_of("sgd")([p])
-
-    @jit
-    def of_anything(p, *rest):
-        return p, rest[1]
-
-    with pytest.raises(RuleError, match="is no rule: a rule takes p, g, its states and h"):
-        optimizer_of(of_anything)([p])
-
-
-@jit
-def turned(p, g, square, mean, h):
-    return p - h.lr * mean, square, mean
-
-
-@jit
-def gradient_first(grad, p, m, h):
-    return p - h.lr * grad, m
-
-
-def test_arguments_in_another_order() -> None:
-    """Names that would mean each other's values; which others a rule has for its states is its own affair."""
-    p = Parameter(torch.zeros(3))
-    states = (State("mean"), State("square"))
-    with pytest.raises(RuleError, match=r"takes its states as square, mean, and .* declares them as mean, square"):
-        type("Turned", (Own,), {"rule": turned, "states": states})([p])
-    type("Renamed", (Own,), {"rule": turned, "states": (State("m"), State("v"))})([p])
-    with pytest.raises(RuleError, match=r"takes grad first, where the parameter is given. Give it p, g"):
-        optimizer_of(gradient_first)([p])
-
-
-def test_a_class_without_a_rule_and_a_rule_without_a_name() -> None:
-    with pytest.raises(TypeError, match=r"Bare has no rule. Set `rule = ...`"):
-        type("Bare", (triton_optim.RuleOptimizer,), {})([Parameter(torch.zeros(3))], {"lr": 0.1})
-    with pytest.raises(RuleError, match=r"a lambda is no rule \(.*test_rules.py, line \d+\).* Define the rule by def"):
-        jit(lambda p, g, h: (p - h.lr * g,))
-
-
-@jit
-def descends(p, g, m, h):
-    return p - h.lr * g, m
-
-
-def test_options_among_the_hyperparameters() -> None:
-    """As the optimizers of torch have them there; those by keyword count."""
-    p = Parameter(torch.zeros(3))
-    p.grad = torch.full((3,), 2.0)
-    base = optimizer_of(descends)
-    optimizer = base([p], maximize=False)
-    for given, moved in (({"maximize": True}, 1), ({"maximize": True, "max_grad_norm": 0.1}, 1), ({}, -1)):
-        kind = type("Given", (base,), {"__init__": lambda self, params, given=given: RuleOptimizer.__init__(
-            self, params, {**optimizer.defaults, **given})})  # fmt: skip
-        q = Parameter(torch.zeros(3))
-        q.grad = p.grad
-        own = kind([q])
-        own.step()
-        assert torch.equal(q.sign(), torch.full((3,), float(moved)))
-        assert own.max_grad_norm == given.get("max_grad_norm")
-    with pytest.raises(ValueError, match="max_grad_norm"):
-        type("Given", (base,), {"__init__": lambda self, params: RuleOptimizer.__init__(
-            self, params, {**optimizer.defaults, "max_grad_norm": -1.0})})([p])  # fmt: skip
-
-
-STARTS = {
-    "too small": lambda p, _: torch.ones(1),
-    "on meta": lambda p, _: torch.empty_like(p, device="meta"),
-    "nothing": lambda p, _: None,
-}
-
-
-@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
-def test_a_state_that_starts_unlike_its_parameter(start: Any, backend: str, device: torch.device) -> None:
-    """Compiled code would read past its end."""
-    p = Parameter(torch.zeros(3, device=device))
-    p.grad = torch.ones_like(p)
-    optimizer = type("Odd", (Own,), {"rule": one_state, "states": (State("m", start=start),)})([p], backend=backend)
-    with pytest.raises(TypeError, match=r"Odd starts its state m with .* Return a number, or a new tensor like"):
-        optimizer.step()
-    assert p.tolist() == [0, 0, 0]
-
-
-def test_every_variant_is_checked_at_construction(defined: Any) -> None:
-    """Not when it is switched to in the middle of a training."""
-    fault, _ = defined("g = g ** 0.5")
-    variants = (triton_optim.Variant(one_state, (State("m"),)), triton_optim.Variant(fault, (State("m"),)))
-    with pytest.raises(RuleError, match="Write sqrt"):
-        type("Switched", (Own,), {"variants": variants})([Parameter(torch.zeros(3))])
-
-
-@jit
-def misspelt(p, g, m, h):
-    return p - h.lrr * g, m
-
-
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_an_error_in_scalars_is_what_is_raised(backend: str) -> None:
-    """And not what a backend failed with, which another might do without."""
-    p = Parameter(torch.zeros(3))
-    p.grad = torch.ones(3)
-    optimizer = type("Faulty", (Own,), {"rule": one_state, "scalars": lambda self, group, step: group["lrr"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(KeyError, match=r"^'lrr'$"):
-            optimizer([p], backend=backend).step()
-
-
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_a_scalar_that_is_not_there(backend: str) -> None:
-    p = Parameter(torch.zeros(3))
-    p.grad = torch.ones(3)
-    optimizer = optimizer_of(misspelt)([p], backend=backend)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RuleError, match=r"uses `h.lrr` \(.*line \d+\), and scalars\(\) returned no lrr; .*lr, a"):
-            optimizer.step()
-    assert p.tolist() == [0, 0, 0]
-
-
 def test_a_rule_that_nests_too_deeply(defined: Any) -> None:
     rule, _ = defined("g = " + "abs(" * 80 + "g" + ")" * 80)
     straight(rule)
     rule, _ = defined("g = g" + " + g" * 1500)
     with pytest.raises(RuleError, match="Give parts of it names"):
         straight(rule)
-
-
-# Where a rule is defined, and when.
-
-TEXT = """
-from triton_optim.kernels.language import jit, sqrt
-
-SCALE = 2.0
-
-@jit
-def rule(p, g, m, h):
-    return p - 1.0 * g, m + SCALE
-"""
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_file_that_is_edited_after_it_was_imported(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What runs is what was imported; what is imported anew is the new."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    path = tmp_path / "edited_rule.py"
-    path.write_text(TEXT)
-    sys.modules.pop("edited_rule", None)
-    module = importlib.import_module("edited_rule")
-    path.write_text("\n" + TEXT.replace("p - 1.0 * g", "p + 1.0 * g"))
-    linecache.checkcache()
-    found = stepped(module.rule, backend)[0]
-    assert found == pytest.approx([p - g for p, g in zip(P, G, strict=True)])
-    found = stepped(importlib.reload(module).rule, backend)[0]
-    assert found == pytest.approx([p + g for p, g in zip(P, G, strict=True)])
-    sys.modules.pop("edited_rule")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("around", ["module", "function"])
-def test_a_number_that_changes_raises(around: str, backend: str, defined: Any) -> None:
-    scale = 1.0
-    if around == "module":
-        rule, _ = defined("m = m + FACTOR")
-        change = lambda value: rule_globals.__setitem__("FACTOR", value)  # noqa: E731
-        rule_globals = python_function(rule).__globals__
-        name = "FACTOR"
-    else:
-
-        @jit
-        def rule(p, g, m, h):
-            return p, m + scale
-
-        def change(value: float) -> None:
-            nonlocal scale
-            scale = value
-
-        name = "scale"
-    p = Parameter(torch.zeros(3))
-    p.grad = torch.ones(3)
-    optimizer = optimizer_of(rule)([p], backend=backend)
-    optimizer.step()
-    before = optimizer.state[p]["m"].clone()
-    change(3.0)
-    with pytest.raises(RuleError, match=rf"{name}, which the rule rule reads, was .* and is 3.0 now.*scalars\(\)"):
-        optimizer.step()
-    with pytest.raises(RuleError, match=f"{name}, which"):
-        optimizer_of(rule)([p], backend=backend)
-    assert torch.equal(optimizer.state[p]["m"], before)
-    change(0.3 if around == "module" else 1.0)
-    optimizer.step()
-    assert torch.allclose(optimizer.state[p]["m"], 2 * before)
-
-
-def test_a_rule_of_a_text_without_a_file() -> None:
-    with pytest.raises(RuleError, match=r"source of rule can't be read \(<nowhere>\).*Define the function in a file"):
-        exec(compile(TEXT, "<nowhere>", "exec"), {})
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rule_of_a_text_that_python_was_told_of(backend: str) -> None:
-    """As what the error says, and as a notebook's cell."""
-    name, scope = "<a cell>", {"__name__": "__main__"}
-    linecache.cache[name] = (len(TEXT), None, TEXT.splitlines(True), name)
-    exec(compile(TEXT, name, "exec"), scope)
-    del linecache.cache[name]
-    assert stepped(scope["rule"], backend)[1] == pytest.approx([m + 2 for m in M])
-
-
-def test_a_rule_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with zipfile.ZipFile(tmp_path / "rules.zip", "w") as archive:
-        archive.writestr("zipped_rule.py", TEXT)
-    monkeypatch.syspath_prepend(tmp_path / "rules.zip")
-    module = importlib.import_module("zipped_rule")
-    assert ".zip" in module.__file__
-    for backend in ("eager", *(["cpp"] if not CPP.args[0] else []), *(["triton"] if TRITON_LOOPS else [])):
-        assert stepped(module.rule, backend)[1] == pytest.approx([m + 2 for m in M])
-    sys.modules.pop("zipped_rule")
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
-def test_a_rule_of_which_only_compiled_code_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs where no source is needed, unchecked; automatically, too."""
-    monkeypatch.syspath_prepend(tmp_path)
-    source = tmp_path / "sourceless_rule.py"
-    source.write_text(TEXT)
-    py_compile.compile(str(source), cfile=str(tmp_path / "sourceless_rule.pyc"))
-    source.unlink()
-    module = importlib.import_module("sourceless_rule")
-    assert stepped(module.rule, "eager")[1] == pytest.approx([m + 2 for m in M])
-    monkeypatch.setattr(fallback, "next_best", lambda *_: "eager")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        assert stepped(module.rule, "auto")[1] == pytest.approx([m + 2 for m in M])
-    assert all("Install its .py file, too" in str(warning.message) for warning in said)
-    sys.modules.pop("sourceless_rule")
-
-
-def test_a_file_that_no_longer_holds_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written between import and decoration: another function stands there."""
-
-    def rule(p, g, m, h):
-        return p, m
-
-    rule.__name__ = "renamed"
-    with pytest.raises(RuleError, match=r"test_rules\.py, line \d+, holds no `def renamed`"):
-        straight(jit(rule))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,16 +1,15 @@
 """docs/trainers runs, each page where its client is installed, and so do our callbacks in it; callbacks and registries
-also with small stand-ins for the clients, which CI does not install. Pages of several processes: test_two_ranks.py.
+also with small stand-ins for the clients, which CI does not install. Pages of several processes run in
+test_two_ranks_wrapped.py.
 """
 
 import copy
-import importlib
 import os
 import re
 import subprocess
 import sys
 import types
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import torch
 from complaints import explains
 from torch import Tensor
+from trainers import made, stand_in
 
 import triton_optim as to
 
@@ -75,23 +75,6 @@ def test_callbacks_in_the_client(client: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Stand-ins
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, modules: dict[str, dict[str, Any]]) -> Any:
-    """The module `name` of integrations, which finds these modules in the place of its client's."""
-    paths = {".".join(path.split(".")[: i + 1]) for path in modules for i in range(len(path.split(".")))}
-    for path in sorted(paths):
-        module = types.ModuleType(path)
-        module.__dict__.update(modules.get(path, {}))
-        monkeypatch.setitem(sys.modules, path, module)
-    own = f"triton_optim.integrations.{name}"
-    monkeypatch.delitem(sys.modules, own, raising=False)
-    module = importlib.import_module(own)
-    monkeypatch.delitem(sys.modules, own)
-    return module
-
-
 class Wrapped:
     """A trainer's wrapper of an optimizer, as accelerate's."""
 
@@ -108,10 +91,6 @@ class GradientState:
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Linear(4, 3)
-
-
-def made(model: torch.nn.Module, **options: Any) -> Any:
-    return to.AdamW(model.parameters(), **({"lr": 0.05, "ema_decay": 0.8, "backend": "eager"} | options))
 
 
 def backward(model: torch.nn.Module, seed: int) -> None:
@@ -377,85 +356,3 @@ def test_lightning_releases_gradients(accumulation: int, lightning: Any) -> None
     with pytest.raises(ValueError, match=r"gradient_clip_val=0\.5") as error:
         run.fit([])
     explains(error, "clips")
-
-
-@dataclass
-class OptimInfo:
-    name: str
-    opt_class: Any
-    description: str
-    has_eps: bool
-    has_momentum: bool
-    has_betas: bool
-    num_betas: int
-    defaults: Any
-
-
-def test_timm_is_told_of_every_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    known: dict[str, OptimInfo] = {}
-    registry = types.SimpleNamespace(register=lambda info: known.update({info.name: info}))
-    modules = {"timm.optim": {"OptimInfo": OptimInfo}, "timm.optim._optim_factory": {"default_registry": registry}}
-    names = stand_in(monkeypatch, "timm", modules).register_optimizers()
-    assert names == [*known]
-    assert {"tritonadamw", "tritonmuon", "tritonlion", "tritonschedulefreeadamw"} <= known.keys()
-    assert not any("_" in name for name in known)  # timm reads what is after it
-    adamw, sgd, adan = (known[f"triton{name}"] for name in ("adamw", "sgd", "adan"))
-    assert (adamw.opt_class, adamw.has_betas, adamw.has_momentum, adamw.num_betas) == (to.AdamW, True, False, 2)
-    assert (sgd.has_momentum, sgd.has_eps, sgd.defaults, adan.num_betas) == (True, False, {"nesterov": True}, 3)
-    matrix, head, bias = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 3), (2, 3), (3,)))
-    groups = [{"params": [matrix, bias], "lr_scale": 0.5}, {"params": [head], "use_fallback": True}]
-    muon = known["tritonmuon"].opt_class(groups, adamw={"lr": 1e-3}, lr=0.02, weight_decay=0.0)
-    shown = [({id(p) for p in g["params"]}, g["lr"], g.get("use_muon", True)) for g in muon.param_groups]
-    assert shown == [({id(matrix)}, 0.02, True), ({id(bias)}, 1e-3, False), ({id(head)}, 1e-3, False)]
-    assert [g.get("lr_scale") for g in muon.param_groups] == [0.5, 0.5, None]
-    assert len(known["tritonmuon"].opt_class([matrix, bias], lr=0.02).param_groups) == 2
-
-
-class TheirContainer:
-    """torchtitan's (0.3), as far as optimizers are made."""
-
-    @dataclass(kw_only=True)
-    class Config:
-        implementation: str = "fused"
-
-    def __init__(self, name: str, groups: list[dict[str, Any]], **options: Any) -> None:
-        self.optimizers = [self._resolve_optimizer_factory(name)(groups, **options)]
-        self.hooked = False
-
-    @staticmethod
-    def _resolve_optimizer_factory(name: str) -> Any:
-        if name != "DistMuon":
-            raise NotImplementedError(name)
-        return torch.optim.SGD
-
-    def _register_bf16_optimizer_state_hook(self) -> None:
-        self.hooked = True
-
-
-def test_torchtitans_container_makes_our_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {"torchtitan.components.optimizer": {"OptimizersContainer": TheirContainer}}
-    made = stand_in(monkeypatch, "torchtitan", modules).OptimizersContainer
-    p = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-
-    def groups(*options: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"params": [each], "lr": 0.1, **own} for each, own in zip(p, options, strict=True)]
-
-    limit: dict[str, Any] = {"max_grad_norm": 0.5, "backend": "eager"}
-    container = made("AdamW", groups({**limit, "weight_decay": 0.0}, limit))
-    (optimizer,) = container.optimizers
-    assert type(optimizer) is to.AdamW
-    assert (optimizer.max_grad_norm, optimizer.backend) == (0.5, "eager")
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 1e-2]
-    assert made("AdamW", groups({}, {}), max_grad_norm=2.0).optimizers[0].max_grad_norm == 2.0
-    container._register_bf16_optimizer_state_hook()
-    assert container.hooked
-    for each in p:
-        each.grad = torch.ones(2)
-    optimizer.step()
-    assert optimizer.state[p[0]]["exp_avg"].dtype == torch.bfloat16
-    assert type(made("DistMuon", groups({}, {})).optimizers[0]) is torch.optim.SGD
-    with pytest.raises(NotImplementedError):
-        made("Adamm", groups({}, {}))
-    with pytest.raises(ValueError, match="patterns of AdamW have max_grad_norm") as error:
-        made("AdamW", groups(limit, {"backend": "eager"}))
-    explains(error, "[0.5, None]", "optimizer_factory_kwargs_by_name")

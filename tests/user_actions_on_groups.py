@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from user_actions import LAYOUTS, STARTS, Action, Side, action
+from user_sides import LAYOUTS, STARTS, Action, Side, action
 
 GROUPS: dict[str, Action] = {}
 OPTIONS: dict[str, Action] = {}

@@ -46,14 +46,13 @@ class Bucket(Memory):
 
     def __init__(self, optimizer: Update, key: Key, slots: list[ParamSlot], longest: int | None = None) -> None:
         super().__init__(optimizer, key, slots)
-        self.compute, self.random = key.compute, key.random
+        self.random = key.random
         self._hyperparameters = optimizer.hyperparameters
         self._reads_constants = bool(constants_of(key.variant.rule))
         # Whether it reads the stats itself. What comes before the rule can't be skipped there.
         self.takes_stats = self.launches_kernels and not key.variant.staged
         self.stats: GradientStats | None = None  # in a step that has one
         self.rows: list[StepScalars | None] = []  # of this step, one a step group
-        self._whole_numels: Tensor | None = None
         self.factors: dict[str, Tensor] = {}  # of this step: the scalars that differ from parameter to parameter
         first = list(map(first_index, [m.p for m in slots])) if key.random else [0] * len(slots)
         self.pieces = pieces_of(self.numels, first, longest, key.block_size or 1)
@@ -182,42 +181,12 @@ class Bucket(Memory):
             self._group_positions = [positions.to(self.key.device) for positions in every]
         return self._group_positions[step_group]
 
-    @property
+    @cached_property
     def whole_numels(self) -> Tensor:
         """How many elements each parameter has for a rule, of a sharded one all; of a complex one both parts count."""
-        if self._whole_numels is None:
-            wide = exact_dtype(self.key.device)
-            numels = torch.tensor([m.p.numel() * (1 + m.p.is_complex()) for m in self.slots], dtype=wide, device="cpu")
-            self._whole_numels = numels.to(self.key.device)
-        return self._whole_numels
-
-    def fill_in(self, step_group: int, values: dict[str, Any]) -> None:
-        """Take the values of scalars, each one number, into the row of a step group."""
-        row, key = self.rows[step_group], self.key
-        assert row is not None
-        if key.device == CPU and not (key.differentiable or key.capturable):
-            values = {name: float(value) for name, value in values.items()}
-        else:  # a device is not asked
-            values = {name: v.reshape(()) if isinstance(v, Tensor) else v for name, v in values.items()}
-        self.rows[step_group] = row._replace(h=row.h._replace(**values))
-
-    def take_factors(self, step_group: int, factors: dict[str, Tensor]) -> None:
-        """Keep the scalars of the parameters of a step group: each ``(parameters,)``."""
-        for name, values in factors.items():
-            if len(self.step_groups) == 1:
-                self.factors[name] = values
-                continue
-            into = self.factors.get(name)
-            into = self._of_all(name, values) if into is None else into
-            self.factors[name] = into.index_copy(0, self.positions_of(step_group), values)
-
-    def _of_all(self, name: str, like: Tensor) -> Tensor:
-        """A scalar of every parameter, as the rows have it."""
-        into = like.new_zeros(len(self.slots))
-        for number, row in enumerate(self.rows):
-            if row is not None:
-                into = into.index_fill(0, self.positions_of(number), getattr(row.h, name))
-        return into
+        wide = exact_dtype(self.key.device)
+        numels = torch.tensor([m.p.numel() * (1 + m.p.is_complex()) for m in self.slots], dtype=wide, device="cpu")
+        return numels.to(self.key.device)
 
     def rows_to_run(self) -> list[StepScalars | None]:
         """The rows by which the step runs: ``row_of[i]`` is that of parameter i."""

@@ -1,4 +1,4 @@
-"""Checks of hyperparameters, and states filled with a value."""
+"""Checks of hyperparameters."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None
         )
 
 
+# How torch's messages spell hyperparameters, but for those that they call by the name and "value".
+_SPELT = {"lr": "learning rate", "eps": "epsilon value"}
 # Of what torch's message about tensors calls by the argument, as `check_range` is told it.
 _ARGUMENTS = {
     "learning rate": "lr",
@@ -48,6 +50,17 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
     if not compared(name, value, lambda: low <= value < high):
         bounds = f"at least {low:g} and " + (f"below {high:g}" if high < math.inf else "finite")
         raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")
+
+
+def check_ranges(group: dict[str, Any], *names: str) -> None:
+    """Raise torch's errors unless these hyperparameters of a group are in range: betas each in [0, 1), any other at
+    least 0.
+    """
+    for name in names:
+        if name == "betas":
+            check_betas(group[name])
+        else:
+            check_range(_SPELT.get(name, f"{name} value"), group[name], 0.0)
 
 
 def check_betas(betas: Any, count: int = 2) -> None:

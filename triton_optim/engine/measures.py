@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..buckets.bucket import Bucket
+from ..buckets.key import Key
+from ..buckets.slots import CPU
+from ..buckets.step_scalars import StepScalars
 from ..precision.codecs import read
 from ..spec import Measured, Update
 from ..util.hyperparameters import plain_group
@@ -40,7 +43,7 @@ def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
     for bucket, number, measured in turns:
         factors = optimizer.factors(measured._replace(total=total))
         check_factors(optimizer, measured, factors)
-        bucket.take_factors(number, {name: wide(values, measured.numel) for name, values in factors.items()})
+        take_factors(bucket, number, {name: wide(values, measured.numel) for name, values in factors.items()})
     return bool(optimizer.kept_names)
 
 
@@ -99,7 +102,36 @@ def fill_in(optimizer: Update, buckets: Sequence[Bucket]) -> None:
             measured = measured_of(optimizer, bucket, number)
             found = optimizer.kept_scalars(measured)
             check_factors(optimizer, measured, found, "kept_scalars")
-            bucket.fill_in(number, found)
+            bucket.rows[number] = filled_in(row, found, bucket.key)
+
+
+def filled_in(row: StepScalars, values: dict[str, Any], key: Key) -> StepScalars:
+    """A row with these values of scalars, each one number."""
+    if key.device == CPU and not (key.differentiable or key.capturable):
+        values = {name: float(value) for name, value in values.items()}
+    else:  # a device is not asked
+        values = {name: v.reshape(()) if isinstance(v, Tensor) else v for name, v in values.items()}
+    return row._replace(h=row.h._replace(**values))
+
+
+def take_factors(bucket: Bucket, number: int, factors: dict[str, Tensor]) -> None:
+    """Keep the scalars of the parameters of a step group: each ``(parameters,)``."""
+    for name, values in factors.items():
+        if len(bucket.step_groups) == 1:
+            bucket.factors[name] = values
+            continue
+        into = bucket.factors.get(name)
+        into = of_all(bucket, name, values) if into is None else into
+        bucket.factors[name] = into.index_copy(0, bucket.positions_of(number), values)
+
+
+def of_all(bucket: Bucket, name: str, like: Tensor) -> Tensor:
+    """A scalar of every parameter, as the rows have it."""
+    into = like.new_zeros(len(bucket.slots))
+    for number, row in enumerate(bucket.rows):
+        if row is not None:
+            into = into.index_fill(0, bucket.positions_of(number), getattr(row.h, name))
+    return into
 
 
 def wide(values: Any, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adabelief import AdaBeliefScalars, adabelief
 from ..options import Options
@@ -79,10 +79,7 @@ class AdaBelief(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "eps", "betas", "weight_decay")
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdaBeliefScalars:
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adadelta import AdadeltaScalars, adadelta
 from ..options import OptionsAfterForeach
@@ -75,12 +75,10 @@ class Adadelta(RuleOptimizer):
         super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("rho value", group["rho"], 0.0)
+        check_ranges(group, "lr", "rho")
         if not group["rho"] <= 1:
             raise ValueError(f"Invalid rho value: {group['rho']}. It must be at least 0 and at most 1.")
-        check_range("epsilon value", group["eps"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "eps", "weight_decay")
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdadeltaScalars:
         rho = group["rho"]

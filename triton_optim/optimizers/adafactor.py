@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.factored import averaged, in_place, means, portions
 from ..core.optimizer import RuleOptimizer
 from ..core.shards import Shards
@@ -104,8 +104,7 @@ class Adafactor(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "weight_decay")
         beta2_decay, eps, d = group["beta2_decay"], group["eps"], group["d"]
         for fits, rule, value, usual in (
             (beta2_decay <= 0, "beta2_decay should be <= 0", beta2_decay, -0.8),

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..buckets.slots import make_states
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adagrad import AdagradScalars, adagrad
 from ..options import OptionsAfterForeach
@@ -79,11 +79,7 @@ class Adagrad(RuleOptimizer):
         super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("lr_decay value", group["lr_decay"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("initial_accumulator_value value", group["initial_accumulator_value"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
+        check_ranges(group, "lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adam, adam_amsgrad, adamw, adamw_amsgrad
 from ..options import Options
@@ -96,10 +96,7 @@ class Adam(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "eps", "betas", "weight_decay")
         if isinstance(group["betas"][0], Tensor) != isinstance(group["betas"][1], Tensor):
             raise ValueError(
                 f"betas must be either both floats or both Tensors, got {group['betas']}. Convert one of them."

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam_atan2 import AdamAtan2Scalars, adam_atan2
 from ..options import Options
@@ -69,9 +69,7 @@ class AdamAtan2(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "betas", "weight_decay")
         check_range("a", group["a"], 0.0)
         check_range("b", group["b"], 0.0)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adamw
 from ..options import Options
@@ -82,10 +82,7 @@ class AdamC(RuleOptimizer):
             note_max_lr(group)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "eps", "betas", "weight_decay")
         if not (group["lr"] if group["max_lr"] is None else group["max_lr"]) > 0:
             raise ValueError(
                 f"Invalid max_lr: {group['max_lr']}, with lr={group['lr']}. It must be positive, and None stands for "

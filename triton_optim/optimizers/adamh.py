@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..buckets.gradient_norm import exact_dtype
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import adamw
 from ..kernels.rules.hyperball import AdamHScalars, adamh, adamh_sums
@@ -89,9 +89,7 @@ class AdamH(RuleOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "lr", "eps", "betas")
         decay = group.get("weight_decay", 0.0)
         check_range("weight_decay value", decay, 0.0)
         if on_sphere(group) and not decay == 0:

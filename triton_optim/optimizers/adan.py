@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_betas, check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adan import AdanScalars, adan
 from ..options import Options
@@ -75,8 +75,7 @@ class Adan(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
+        check_ranges(group, "lr", "eps")
         check_betas(group["betas"], 3)
         check_range("weight_decay value", group["weight_decay"], 0.0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_betas, check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.ademamix import AdEMAMixScalars, SimplifiedAdEMAMixScalars, ademamix, simplified_ademamix
 from ..options import Options
@@ -88,8 +88,7 @@ class AdEMAMix(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
+        check_ranges(group, "lr", "eps")
         check_betas(group["betas"], 3)
         check_range("alpha value", group["alpha"], 0.0)
         check_warmup("beta3_warmup", group["beta3_warmup"])
@@ -192,10 +191,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
-        check_range("alpha value", group["alpha"], 0.0)
+        check_ranges(group, "lr", "eps", "betas", "alpha")
         check_warmup("beta1_warmup", group["beta1_warmup"])
         check_range("min_beta1 value", group["min_beta1"], 0.0, 1.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)

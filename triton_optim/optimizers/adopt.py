@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adopt import ADOPTScalars, adopt
 from ..options import Options
@@ -84,9 +84,7 @@ class ADOPT(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "lr", "eps", "betas")
         if group["clip_exp"] is not None:
             check_range("clip_exp value", group["clip_exp"], 0.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)

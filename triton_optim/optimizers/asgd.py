@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.asgd import ASGDScalars, asgd
 from ..options import OwnOptions
@@ -91,10 +91,7 @@ class ASGD(RuleOptimizer):
         )
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("lambd value", group["lambd"], 0.0)
-        check_range("alpha value", group["alpha"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "lambd", "alpha", "weight_decay")
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         lr = group["lr"]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_positive, check_range
+from ..core.checks import check_positive, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import DAdapts
 from ..kernels.rules.dadapt import DAdaptLionScalars, dadapt_lion, dadapt_lion_sums
@@ -80,9 +80,7 @@ class DAdaptLion(DAdapts, RuleOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "d0": d0}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "betas", "weight_decay")
         check_positive("d0", group["d0"])
 
     def scalars(self, group: dict[str, Any], step: Any) -> DAdaptLionScalars:

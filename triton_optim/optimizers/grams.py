@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars
 from ..kernels.rules.grams import grams
@@ -67,10 +67,7 @@ class Grams(RuleOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "eps", "betas", "weight_decay")
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdamScalars:
         return adam_scalars(group, step, decoupled=True)

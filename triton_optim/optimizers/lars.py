@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lars import LarsScalars, lars, lars_momentum, lars_nesterov, lars_norms, lars_norms_momentum
 from ..options import Options
@@ -98,10 +98,7 @@ class LARS(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("trust_coefficient value", group["trust_coefficient"], 0.0)
+        check_ranges(group, "lr", "momentum", "weight_decay", "trust_coefficient")
         check_nesterov(group)
 
     def variant(self, group: dict[str, Any]) -> Variant:

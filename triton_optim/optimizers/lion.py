@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lion import LionScalars, lion
 from ..options import Options
@@ -64,9 +64,7 @@ class Lion(RuleOptimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "betas", "weight_decay")
 
     def scalars(self, group: dict[str, Any], step: Any) -> LionScalars:
         lr, (beta1, beta2) = group["lr"], group["betas"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_betas, check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.mars import (
     MarsAdamWScalars,
@@ -101,12 +101,9 @@ class MARSAdamW(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "lr", "eps", "betas")
         check_betas(group["betas_1d"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("gamma value", group["gamma"], 0.0)
+        check_ranges(group, "weight_decay", "gamma")
 
     def scalars(self, group: dict[str, Any], step: Any) -> MarsAdamWScalars:
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -211,8 +208,7 @@ class MARSLion(RuleOptimizer):
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_range("learning rate", group["lr"], 0.0)
         check_range("beta value", group["beta"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("gamma value", group["gamma"], 0.0)
+        check_ranges(group, "weight_decay", "gamma")
 
     def scalars(self, group: dict[str, Any], step: Any) -> MarsLionScalars:
         lr, beta = group["lr"], group["beta"]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.nadam import NAdamScalars, nadam
 from ..options import Options
@@ -85,11 +85,7 @@ class NAdam(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("momentum_decay value", group["momentum_decay"], 0.0)
+        check_ranges(group, "lr", "eps", "betas", "weight_decay", "momentum_decay")
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         return {"mu_product": 1.0}

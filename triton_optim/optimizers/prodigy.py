@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_count, check_positive, check_range
+from ..core.checks import check_count, check_positive, check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import EstimatesDistance, check_estimate, over_model
 from ..kernels.language import torch_form
@@ -145,9 +145,7 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "lr", "eps", "betas")
         if group["beta3"] is not None:
             check_range("beta3 value", group["beta3"], 0.0, 1.0)
         check_range("weight_decay value", group["weight_decay"], 0.0)

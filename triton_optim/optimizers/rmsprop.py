@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.rmsprop import (
     RMSpropScalars,
@@ -109,11 +109,7 @@ class RMSprop(RuleOptimizer):
         )
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("alpha value", group["alpha"], 0.0)
+        check_ranges(group, "lr", "eps", "momentum", "weight_decay", "alpha")
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         super().check_parameter(index, p, group)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_range, check_ranges
 from ..core.two_places import TwoPlaces
 from ..kernels.rules.schedule_free import (
     ScheduleFreeAdamWScalars,
@@ -35,10 +35,7 @@ class _ScheduleFree(TwoPlaces):
         return group["betas"][0]
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("r value", group["r"], 0.0)
-        check_range("weight_lr_power value", group["weight_lr_power"], 0.0)
+        check_ranges(group, "lr", "weight_decay", "r", "weight_lr_power")
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         return {"weight_sum": 0.0, "lr_max": 0.0}
@@ -134,21 +131,16 @@ class ScheduleFreeAdamW(_ScheduleFree):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         super().check_hyperparameters(group)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "eps", "betas")
         check_momentum("beta parameter at index 0", group["betas"][0])
         check_warmup("warmup_steps", group["warmup_steps"])
 
     def scalars(  # type: ignore[override]
         self, group: dict[str, Any], step: Any, *, weight_sum: Any, lr_max: Any
     ) -> ScheduleFreeAdamWScalars:
-        lr, (beta1, beta2) = warm_lr(group, step), group["betas"]
-        _, _, share = weighted(group, step, lr, weight_sum, lr_max)
+        beta1, beta2 = group["betas"]
         return ScheduleFreeAdamWScalars(
-            lr=lr,
-            share=share,
-            y_step=lr * (1 - beta1 * (1 - share)),
-            weight_decay=group["weight_decay"],
+            **moves(group, step, warm_lr(group, step), beta1, weight_sum, lr_max),
             beta2=beta2,
             one_minus_beta2=1 - beta2,
             correction=(1 - beta2**step) ** -0.5,
@@ -228,8 +220,7 @@ class ScheduleFreeRAdam(_ScheduleFree):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         super().check_hyperparameters(group)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "eps", "betas")
         check_momentum("beta parameter at index 0", group["betas"][0])
 
     def update_scalar_state(  # type: ignore[override]
@@ -243,12 +234,8 @@ class ScheduleFreeRAdam(_ScheduleFree):
         self, group: dict[str, Any], step: Any, *, weight_sum: Any, lr_max: Any
     ) -> ScheduleFreeRAdamScalars:
         (lr, plain), (beta1, beta2) = rectified_lr(group, step), group["betas"]
-        _, _, share = weighted(group, step, lr, weight_sum, lr_max)
         return ScheduleFreeRAdamScalars(
-            lr=lr,
-            share=share,
-            y_step=lr * (1 - beta1 * (1 - share)),
-            weight_decay=group["weight_decay"],
+            **moves(group, step, lr, beta1, weight_sum, lr_max),
             beta2=beta2,
             one_minus_beta2=1 - beta2,
             correction=(1 - beta2**step) ** -0.5,
@@ -328,10 +315,7 @@ class ScheduleFreeSGD(_ScheduleFree):
     def scalars(  # type: ignore[override]
         self, group: dict[str, Any], step: Any, *, weight_sum: Any, lr_max: Any
     ) -> ScheduleFreeSGDScalars:
-        lr = warm_lr(group, step)
-        _, _, share = weighted(group, step, lr, weight_sum, lr_max)
-        y_step = lr * (1 - group["momentum"] * (1 - share))
-        return ScheduleFreeSGDScalars(lr=lr, share=share, y_step=y_step, weight_decay=group["weight_decay"])
+        return ScheduleFreeSGDScalars(**moves(group, step, warm_lr(group, step), group["momentum"], weight_sum, lr_max))
 
 
 def check_momentum(name: str, value: Any) -> None:
@@ -362,3 +346,10 @@ def weighted(group: dict[str, Any], step: Any, lr: Any, weight_sum: Any, lr_max:
     weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
     weight_sum = weight_sum + weight
     return weight_sum, lr_max, weight / (weight_sum + (weight_sum == 0) * 1.0)  # where all were 0, 0
+
+
+def moves(group: dict[str, Any], step: Any, lr: Any, beta1: Any, weight_sum: Any, lr_max: Any) -> dict[str, Any]:
+    """The scalars by which an update moves y and z."""
+    _, _, share = weighted(group, step, lr, weight_sum, lr_max)
+    y_step = lr * (1 - beta1 * (1 - share))
+    return {"lr": lr, "share": share, "y_step": y_step, "weight_decay": group["weight_decay"]}

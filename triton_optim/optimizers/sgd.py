@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.sgd import SGDScalars, sgd, sgd_momentum, sgd_nesterov
 from ..options import Options
@@ -82,9 +82,7 @@ class SGD(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "momentum", "weight_decay")
         check_nesterov(group)
 
     def variant(self, group: dict[str, Any]) -> Variant:

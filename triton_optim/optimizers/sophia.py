@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.sophia import SophiaGScalars, sophia
 from ..options import Options
@@ -99,10 +99,7 @@ class SophiaG(RuleOptimizer):
         return type(self).scalars(self, group, step)._replace(estimating=1.0)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("rho value", group["rho"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "lr", "betas", "rho", "weight_decay")
         check_range("bs value", group["bs"], 1.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> SophiaGScalars:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
+from ..core.checks import check_betas, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adam
 from ..options import OwnOptions
@@ -87,8 +87,7 @@ class SparseAdam(RuleOptimizer):
             raise ValueError(f"Invalid learning rate: {lr}. It must be greater than 0.")
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
+        check_ranges(group, "lr", "eps")
         if not group["eps"] > 0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}. It must be greater than 0.")
         check_betas(group["betas"])

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
-from ...core.factored import averaged
+from ...core.checks import check_range, check_ranges
 from ...core.optimizer import RuleOptimizer
-from ...dispatch import GPUS
 from ...kernels.rules.adam import adamw
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import State, Variant
-from ...util.layout import is_sharded, local, placed_as, with_local
+from ...util.layout import is_sharded, placed_as
 from ..adam import AdamW, adam_scalars
-from .newton_schulz import iterated_in, newton_schulz, triples
-from .owners import shared_out
-from .pieces import Pieces, check_pieces, check_shape, cut_between_matrices
+from .momenta import Momenta, averaged_gradients
+from .newton_schulz import triples
+from .pieces import Pieces, check_pieces, check_shape
 
 # The factor of an update of a matrix, by its numbers of rows and columns; torch's names.
 ADJUST: dict[str | None, Callable[[int, int], float]] = {
@@ -153,9 +150,7 @@ class Muon(RuleOptimizer):
         if not uses_muon(group):
             AdamW.check_hyperparameters(self, group)  # type: ignore[arg-type]
             return
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
+        check_ranges(group, "lr", "weight_decay", "momentum")
         check_range("ns_steps", group["ns_steps"], 0, 100)
         triples(group["ns_coefficients"], group["ns_steps"])
         check_pieces(group)
@@ -196,86 +191,19 @@ class Muon(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        mu = group["momentum"]
-        buffers = [state["momentum_buffer"] for state in states]
-        gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-        if torch.is_grad_enabled():  # the graph of a step must not see what the next one writes
-            buffers = list(averaged(buffers, gradients, 1 - mu))
-        else:
-            torch._foreach_lerp_(buffers, gradients, 1 - mu)
-        nesterov, signed = group["nesterov"], self.signed
-
-        def momenta(indices: list[int]) -> list[Tensor]:
-            """New tensors, placed as the parameters."""
-            own = [buffers[i] for i in indices]
-            if nesterov:
-                own = list(torch._foreach_lerp([gradients[i] for i in indices], own, mu))
-            if signed:
-                return list(torch._foreach_sign(own))
-            return own if nesterov else list(map(torch.clone, own))
-
-        def iterated(like: list[Tensor], fetch: Callable[[list[int]], list[Tensor]]) -> tuple[Pieces, list[Tensor]]:
-            pieces = Pieces(group, like)
-            found = newton_schulz(
-                pieces.like(like),
-                group["ns_coefficients"],
-                group["ns_steps"],
-                group["eps"],
-                self.scales(group, pieces),
-                pieces.fetching(fetch),
-            )
-            return pieces, found
-
+        buffers, gradients = averaged_gradients(states, gradients, 1 - group["momentum"])
+        momenta = Momenta(group, buffers, gradients, self.signed, lambda pieces: self.scales(group, pieces))
         if is_sharded(params[0]):
-            pieces, updates = Pieces(group, params), self.of_shards(group, params, buffers, momenta, iterated)
+            updates = momenta.of_shards(params, everywhere=self.adapts)
             if not self.adapts:
                 return updates
+            pieces = Pieces(group, params)
             updates = pieces.cut(updates)
         else:
-            pieces, updates = iterated(buffers, momenta)
+            pieces, updates = momenta.orthogonalized()
         if self.adapts and updates:  # of no experts there are none
             updates = self.adapted(group, h, params, pieces, updates, states)
         return [placed_as(p, update) for p, update in zip(params, pieces.join(updates), strict=True)]
-
-    def of_shards(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        buffers: list[Tensor],
-        momenta: Callable[[list[int]], list[Tensor]],
-        iterated: Callable[..., tuple[Pieces, list[Tensor]]],
-    ) -> list[Tensor]:
-        """The orthogonalized momentum of each sharded parameter times its scale, a DTensor; the whole where it is to
-        be adapted.
-
-        Args:
-            buffers: what momenta are like.
-            momenta: makes those of some parameters.
-            iterated: orthogonalizes the pieces of whole ones.
-        """
-
-        def joined(like: list[Tensor], fetch: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
-            pieces, found = iterated(like, fetch)
-            return pieces.join(found)
-
-        results: dict[int, Tensor] = {}
-        if here := [i for i, p in enumerate(params) if not self.adapts and cut_between_matrices(p, group)]:
-            parts = joined(
-                [local(buffers[i]) for i in here], lambda own: list(map(local, momenta([here[i] for i in own])))
-            )
-            results.update((i, with_local(params[i], part)) for i, part in zip(here, parts, strict=True))
-        if others := [i for i in range(len(params)) if i not in results]:
-            costs = Pieces(group, params).costs()
-            found = shared_out(
-                [params[i] for i in others],
-                [costs[i] for i in others],
-                lambda own: momenta([others[i] for i in own]),
-                lambda whole: joined(whole, lambda own: [whole[i] for i in own]),
-                sent_as,
-                self.adapts,
-            )
-            results.update(zip(others, found, strict=True))
-        return [results[i] for i in range(len(params))]
 
     def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
         """What orthogonalized momenta are multiplied by, before they are adapted."""
@@ -293,11 +221,6 @@ class Muon(RuleOptimizer):
     ) -> list[Tensor]:
         """What is subtracted of each piece, made of whole orthogonalized momenta."""
         return updates
-
-
-def sent_as(momentum: Tensor) -> torch.dtype:
-    """The dtype in which ranks send orthogonalized momenta: that of the iteration where all ranks have the same."""
-    return iterated_in(momentum) if momentum.device.type in GPUS else momentum.dtype
 
 
 def uses_muon(group: dict[str, Any]) -> bool:

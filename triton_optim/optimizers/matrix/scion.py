@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
-from ...core.factored import averaged
+from ...core.checks import check_range, check_ranges
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import State
 from ...util.layout import is_sharded
+from .momenta import averaged_gradients
 from .newton_schulz import newton_schulz, triples
 from .owners import shared_out
 from .pieces import Pieces, check_pieces, check_shape
@@ -137,15 +137,13 @@ class Scion(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_range("momentum value", group["momentum"], 0.0)
+        check_ranges(group, "lr", "momentum")
         if not group["momentum"] <= 1:
             raise ValueError(
                 f"Invalid momentum value: {group['momentum']}. It is the weight of what is new, at most 1; the default "
                 "is 0.1."
             )
-        check_range("scale value", group["scale"], 0.0)
-        check_range("epsilon value", group["eps"], 0.0)
+        check_ranges(group, "scale", "eps")
         check_range("ns_steps", group["ns_steps"], 0, 100)
         triples(group["ns_coefficients"], group["ns_steps"])
         check_pieces(group)
@@ -175,12 +173,7 @@ class Scion(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        buffers = [state["momentum_buffer"] for state in states]
-        news = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
-        if torch.is_grad_enabled():  # the graph of a step must not see what the next one writes
-            buffers = list(averaged(buffers, news, group["momentum"]))
-        else:
-            torch._foreach_lerp_(buffers, news, group["momentum"])
+        buffers, _ = averaged_gradients(states, gradients, group["momentum"])
         if not is_sharded(params[0]):
             return oracle(buffers, group)
         costs = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_count, check_range
+from ...core.checks import check_count, check_range, check_ranges
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import muon
 from ...options import Options
@@ -156,9 +156,7 @@ class Shampoo(RuleOptimizer):
                 f"Invalid beta parameter at index 1: {beta2}. It must be at least 0 and at most 1, which makes sums of "
                 "the averages."
             )
-        check_range("epsilon value", group["eps"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
-        check_range("grafting_eps value", group["grafting_eps"], 0.0)
+        check_ranges(group, "eps", "weight_decay", "grafting_eps")
         check_count("precondition_frequency", group["precondition_frequency"], 1)
         if group["start_preconditioning_step"] is not None:
             check_count("start_preconditioning_step", group["start_preconditioning_step"], 1)

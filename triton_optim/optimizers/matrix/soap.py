@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_betas, check_count, check_range
+from ...core.checks import check_count, check_range, check_ranges
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.muon import muon
 from ...options import Options
@@ -144,12 +144,10 @@ class SOAP(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
-        check_betas(group["betas"])
+        check_ranges(group, "lr", "betas")
         if group["shampoo_beta"] is not None:
             check_range("shampoo_beta value", group["shampoo_beta"], 0.0, 1.0)
-        check_range("epsilon value", group["eps"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+        check_ranges(group, "eps", "weight_decay")
         check_count("precondition_frequency", group["precondition_frequency"], 1)
         check_count("max_precond_dim", group["max_precond_dim"], 0)
 
