@@ -24,14 +24,15 @@ class NovoGrad(RuleOptimizer):
     With norms over a parameter:
 
     .. math::
-        v_1 &= \lVert g_1 \rVert^2, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) \lVert g_t \rVert^2 \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) \lVert g_t \rVert^2,
+            \quad \text{while } v_{t-1} = 0 \quad v_t = \lVert g_t \rVert^2 \\
         m_t &= \beta_1 m_{t-1} + \left(\frac{g_t}{\sqrt{v_t} + \epsilon} + \lambda p_{t-1}\right), \qquad
         p_t = p_{t-1} - \gamma m_t
 
     With ``grad_averaging`` what is added to the momentum is multiplied by :math:`1 - \beta_1`.
 
-    State of a parameter: ``step`` (0-dim float32), ``exp_avg`` :math:`m`, like the parameter, and ``norm_sq``
-    :math:`v`, 0-dim and float32 or wider.
+    State of a parameter: ``exp_avg`` :math:`m`, like the parameter, and ``norm_sq`` :math:`v`, 0-dim and float32 or
+    wider.
 
     Args:
         params: parameters, named parameters or groups.
@@ -56,12 +57,14 @@ class NovoGrad(RuleOptimizer):
 
     For: Speech recipes that name it; one state, as the second moment is one number a parameter.
 
-    Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286.
+    Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286; as in the authors' code :math:`v` begins
+    with the first gradient that is not 0. That code has :math:`\epsilon` in the root.
     """
 
     rule = novograd
     measure = novograd_norm
     states = (State("exp_avg"),)
+    counts_steps = False
     kept_states = (State("norm_sq", lambda p, _: wide_zeros(p, ())),)
 
     def __init__(
@@ -91,7 +94,6 @@ class NovoGrad(RuleOptimizer):
 
     def scalars(self, group: dict[str, Any], step: Any) -> NovoGradScalars:
         beta1, beta2 = group["betas"]
-        beta2 = (step > 1) * beta2
         return NovoGradScalars(
             scale=1.0,
             lr=group["lr"],
@@ -106,6 +108,7 @@ class NovoGrad(RuleOptimizer):
     def factors(self, measured: Measured) -> dict[str, Any]:
         (squares,), h = measured.sums, measured.h
         held = [state["norm_sq"] for state in measured.states]
-        norm_sq = h.beta2 * torch.stack(held).to(squares) + h.one_minus_beta2 * squares
+        known = torch.stack(held).to(squares)
+        norm_sq = torch.where(known == 0, squares, h.beta2 * known + h.one_minus_beta2 * squares)
         write_each(held, norm_sq.unbind())
         return {"scale": 1 / (norm_sq.sqrt() + h.eps)}
