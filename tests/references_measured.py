@@ -88,6 +88,7 @@ def novograd(
 ):  # fmt: skip
     """Ginsburg et al. 2019, Algorithm 1, whose v begins as the square of the first gradient that is not 0; m_0 = 0."""
     b1, b2 = betas
+    state["step"] = state.get("step", 0) + 1
     squares = length(g) ** 2
     v = state["norm_sq"] = b2 * state["norm_sq"] + (1 - b2) * squares if state.get("norm_sq", 0) != 0 else squares
     new = g / (np.sqrt(v) + eps)

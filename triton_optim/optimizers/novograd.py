@@ -31,8 +31,8 @@ class NovoGrad(RuleOptimizer):
 
     With ``grad_averaging`` what is added to the momentum is multiplied by :math:`1 - \beta_1`.
 
-    State of a parameter: ``exp_avg`` :math:`m`, like the parameter, and ``norm_sq`` :math:`v`, 0-dim and float32 or
-    wider.
+    State of a parameter: ``step`` (0-dim float32), ``exp_avg`` :math:`m`, like the parameter, and ``norm_sq``
+    :math:`v`, 0-dim and float32 or wider.
 
     Args:
         params: parameters, named parameters or groups.
@@ -57,14 +57,13 @@ class NovoGrad(RuleOptimizer):
 
     For: Speech recipes that name it; one state, as the second moment is one number a parameter.
 
-    Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286; as in the authors' code :math:`v` begins
-    with the first gradient that is not 0. That code has :math:`\epsilon` in the root.
+    Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286; as in the authors' code :math:`v`
+    begins with the first gradient that is not 0. That code has :math:`\epsilon` in the root.
     """
 
     rule = novograd
     measure = novograd_norm
     states = (State("exp_avg"),)
-    counts_steps = False
     kept_states = (State("norm_sq", lambda p, _: wide_zeros(p, ())),)
 
     def __init__(

@@ -86,7 +86,8 @@ def cautious_decay(base: Base) -> Base:
 
     For: Long runs whose decay is tuned; records of modded-nanogpt are set with it.
 
-    Source: Chen et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.12402; where the step is 0, too, the weight decays.
+    Source: Chen et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.12402; where the step is 0, too, the weight
+    decays.
     """
     return _CAUTIOUS_DECAY(base)
 
