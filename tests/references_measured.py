@@ -86,11 +86,11 @@ LARS_BY_HAND = (
 def novograd(
     p, g, state, lr=1e-3, betas=(0.95, 0.98), eps=1e-8, weight_decay=0.0, grad_averaging=False
 ):  # fmt: skip
-    """Ginsburg et al. 2019, Algorithm 1, with its first step: v_1 = |g_1|^2, m_0 = 0."""
+    """Ginsburg et al. 2019, Algorithm 1, whose v begins as the square of the first gradient that is not 0; m_0 = 0."""
     b1, b2 = betas
     state["step"] = state.get("step", 0) + 1
     squares = length(g) ** 2
-    v = state["norm_sq"] = b2 * state["norm_sq"] + (1 - b2) * squares if "norm_sq" in state else squares
+    v = state["norm_sq"] = b2 * state["norm_sq"] + (1 - b2) * squares if state.get("norm_sq", 0) != 0 else squares
     new = g / (np.sqrt(v) + eps)
     if weight_decay != 0:
         new = new + weight_decay * p
@@ -107,6 +107,8 @@ NOVOGRAD_BY_HAND = (
     (NOVOGRAD, [[3.0, 4.0]], {"p": [0.9, 1 - 7 / 60], "exp_avg": [1.0, 7 / 6], "norm_sq": 25.0}),
     (NOVOGRAD, [[3.0, 4.0], [5.0, 16.0]], {"norm_sq": 89.0}),
     (NOVOGRAD, [3.0, 1.0], {"exp_avg": 0.625 + 1 / (7**0.5 + 1) + 0.4375, "norm_sq": 7.0}),
+    # Before the first gradient that is not 0: m = 0.5, p = 0.95; then m = 0.25 + 3 / 4 + 0.475 and v = 9.
+    (NOVOGRAD, [0.0, 3.0], {"p": 0.8025, "exp_avg": 1.475, "norm_sq": 9.0}),
     (NOVOGRAD | {"grad_averaging": True}, [3.0], {"p": 0.9375, "exp_avg": 0.625, "norm_sq": 9.0}),
 )
 

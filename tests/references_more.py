@@ -59,7 +59,7 @@ def ademamix(
 
 @reference
 def simplified_ademamix(
-    p, g, state, lr=1e-3, betas=(0.99, 0.95), alpha=0.0, beta1_warmup=None, eps=1e-8, weight_decay=0.0, min_beta1=0.9,
+    p, g, state, lr=1e-4, betas=(0.99, 0.95), alpha=0.0, beta1_warmup=None, eps=1e-8, weight_decay=0.0, min_beta1=0.9,
     bias_correction1=False, bias_correction2=True,
 ):  # fmt: skip
     """Morwani et al. 2025, Algorithm 1, with the authors' warm-up and corrections: each divides by a sum of weights."""

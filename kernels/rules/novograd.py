@@ -12,7 +12,7 @@ class NovoGradScalars(NamedTuple):
     l2: float
     beta1: float
     share: float  # of what is new in the momentum: 1, or 1 - beta1
-    beta2: float  # of v, which the scale is made of; 0 in the first step
+    beta2: float  # of v, which the scale is made of
     one_minus_beta2: float
     eps: float
 

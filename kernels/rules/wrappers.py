@@ -25,9 +25,9 @@ def agreements(base, p, g, states, h, own, w):
 
 @jit
 def cautious_decay(base, p, g, states, h, own, w):
-    """Only what the step brings nearer to 0 decays: Chen et al. 2025, https://arxiv.org/abs/2510.12402."""
+    """Only what the step does not take farther from 0 decays: Chen et al. 2025, https://arxiv.org/abs/2510.12402."""
     step, *states = base(0.0, g, *states, h)
-    return where(opposite(step, p), p * w.keep, p) + step, *states
+    return where(opposite(-step, p), p, p * w.keep) + step, *states
 
 
 @jit

@@ -58,7 +58,8 @@ class AdEMAMix(RuleOptimizer):
     For: Long runs with memory for a third state. Of eleven optimizers tuned for language models
     (https://arxiv.org/abs/2509.01440) it and MARS led.
 
-    Source: Pagliardini et al. 2024, Algorithm 1, https://arxiv.org/abs/2409.03137.
+    Source: Pagliardini et al. 2024, Algorithm 1, https://arxiv.org/abs/2409.03137. The authors' code takes the
+    logarithm of :math:`\beta + 10^{-8}` in the warm-up of :math:`\beta_3`, the paper and this of :math:`\beta`.
     """
 
     rule = ademamix
@@ -156,8 +157,8 @@ class SimplifiedAdEMAMix(RuleOptimizer):
 
     For: Small batches, where one long momentum does what AdEMAMix's two do, in AdamW's memory.
 
-    Source: Morwani et al. 2025, Algorithm 1, https://arxiv.org/abs/2502.02431; the warm-up and the choice of bias
-    corrections are of the authors' code.
+    Source: Morwani et al. 2025, Algorithm 1, https://arxiv.org/abs/2502.02431; the defaults, the warm-up and the choice
+    of bias corrections are of the authors' code, whose warm-up takes the logarithm of :math:`\beta + 10^{-8}`.
     """
 
     rule = simplified_ademamix
@@ -166,7 +167,7 @@ class SimplifiedAdEMAMix(RuleOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.99, 0.95),
         alpha: float = 0.0,
         beta1_warmup: int | None = None,

@@ -70,7 +70,8 @@ class DAdaptAdam(DAdapts, RuleOptimizer):
     For: Recipes that name it, without a learning rate to tune. Prodigy came after it and finds the step size sooner.
 
     Source: Defazio and Mishchenko 2023, Algorithm 5, https://arxiv.org/abs/2301.07733; the decoupled decay, the bias
-    corrections, the bound of the growth and the scale of a group are the authors' code's.
+    corrections, the bound of the growth and the scale of a group are the authors' code's. There the corrections count
+    the steps of all, here each parameter its own; and a group whose ``lr`` becomes 0 goes on by its mean, and decays.
     """
 
     rule = dadapt_adam

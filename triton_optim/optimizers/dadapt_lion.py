@@ -60,7 +60,7 @@ class DAdaptLion(DAdapts, RuleOptimizer):
     For: Lion's place, without a learning rate to tune.
 
     Source: the authors' code, https://github.com/facebookresearch/dadaptation, of Defazio and Mishchenko 2023,
-    https://arxiv.org/abs/2301.07733.
+    https://arxiv.org/abs/2301.07733. There a group whose ``lr`` is 0 moves by the largest ``lr`` of all.
     """
 
     rule = dadapt_lion

@@ -49,7 +49,8 @@ class Grams(RuleOptimizer):
 
     For: A try beside cautious AdamW, to which it is close; no independent comparison has it yet.
 
-    Source: Cao et al. 2024, Algorithm 1, https://arxiv.org/abs/2412.17107.
+    Source: Cao et al. 2024, Algorithm 1, https://arxiv.org/abs/2412.17107. The authors' code, with the same default,
+    adds :math:`\epsilon` to :math:`\sqrt{v_t}` before the correction.
     """
 
     rule = grams

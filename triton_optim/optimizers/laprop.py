@@ -51,8 +51,9 @@ class LaProp(RuleOptimizer):
 
     For: Noisy gradients or a small second beta, with which Adam gets unstable.
 
-    Source: Ziyin et al. 2020, Algorithm 1, https://arxiv.org/abs/2002.04839; the learning rate within the mean and the
-    decay are of the authors' code.
+    Source: Ziyin et al. 2020, Algorithm 1, https://arxiv.org/abs/2002.04839; the learning rate within the mean and a
+    decay after the step are of the authors' code. There the decay is not multiplied by the learning rate, here it is,
+    as AdamW's; and with a learning rate of 0 that code goes on by all of :math:`m`.
     """
 
     rule = laprop

@@ -70,7 +70,8 @@ class MARSAdamW(RuleOptimizer):
     (https://arxiv.org/abs/2509.01440) it and AdEMAMix led.
 
     Source: Yuan et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.10438, as its experiments approximate it: with the
-    gradient of the last step and its batch in place of the last weights' of this batch.
+    gradient of the last step and its batch in place of the last weights' of this batch. The authors' code treats as
+    vectors all that is no matrix, convolutions too.
     """
 
     rule = mars_adamw
@@ -186,7 +187,7 @@ class MARSLion(RuleOptimizer):
 
     Source: Yuan et al. 2024, Algorithm 4, https://arxiv.org/abs/2411.10438, as its experiments approximate it: with the
     gradient of the last step and its batch in place of the last weights' of this batch. The authors' code updates
-    parameters of less than two dimensions by AdamW; give them to one.
+    by AdamW all that is no matrix; give vectors to one.
     """
 
     rule = mars_lion

@@ -24,7 +24,8 @@ class NovoGrad(RuleOptimizer):
     With norms over a parameter:
 
     .. math::
-        v_1 &= \lVert g_1 \rVert^2, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) \lVert g_t \rVert^2 \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) \lVert g_t \rVert^2,
+            \quad \text{while } v_{t-1} = 0 \quad v_t = \lVert g_t \rVert^2 \\
         m_t &= \beta_1 m_{t-1} + \left(\frac{g_t}{\sqrt{v_t} + \epsilon} + \lambda p_{t-1}\right), \qquad
         p_t = p_{t-1} - \gamma m_t
 
@@ -56,7 +57,8 @@ class NovoGrad(RuleOptimizer):
 
     For: Speech recipes that name it; one state, as the second moment is one number a parameter.
 
-    Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286.
+    Source: Ginsburg et al. 2019, Algorithm 1, https://arxiv.org/abs/1905.11286; as in the authors' code :math:`v`
+    begins with the first gradient that is not 0. That code has :math:`\epsilon` in the root.
     """
 
     rule = novograd
@@ -88,7 +90,6 @@ class NovoGrad(RuleOptimizer):
 
     def scalars(self, group: dict[str, Any], step: Any) -> NovoGradScalars:
         beta1, beta2 = group["betas"]
-        beta2 = (step > 1) * beta2
         return NovoGradScalars(
             scale=1.0,
             lr=group["lr"],
@@ -103,6 +104,7 @@ class NovoGrad(RuleOptimizer):
     def factors(self, measured: Measured) -> dict[str, Any]:
         (squares,), h = measured.sums, measured.h
         held = [state["norm_sq"] for state in measured.states]
-        norm_sq = h.beta2 * torch.stack(held).to(squares) + h.one_minus_beta2 * squares
+        known = torch.stack(held).to(squares)
+        norm_sq = torch.where(known == 0, squares, h.beta2 * known + h.one_minus_beta2 * squares)
         write_each(held, norm_sq.unbind())
         return {"scale": 1 / (norm_sq.sqrt() + h.eps)}

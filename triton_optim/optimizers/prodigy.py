@@ -96,7 +96,8 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
     AdamW's state; with ``slice_p``, for hardly more than AdamW's. Leave lr at 1.
 
     Source: Mishchenko and Defazio 2023, Algorithm 4, https://arxiv.org/abs/2306.06101; the bias corrections, the
-    warm-up's safeguard, the bound of the growth and the samples are the authors' code's.
+    warm-up's safeguard, the bound of the growth and the samples are the authors' code's. There the corrections count
+    the steps of all, here each parameter its own; and a group whose ``lr`` becomes 0 goes on by its mean, and decays.
     """
 
     variants = (

@@ -100,7 +100,7 @@ class ScheduleFreeAdamW(_ScheduleFree):
     Rates of 1 to 10 times AdamW's fit.
 
     Source: Defazio et al. 2024, Algorithm 1, https://arxiv.org/abs/2405.15682; the decay at :math:`y` and the weights
-    are of the authors' code.
+    are of the authors' code, where :math:`t` counts a group's steps, here a parameter's own.
     """
 
     rule = schedule_free_adamw

@@ -105,8 +105,9 @@ class Tiger(RuleOptimizer):
 
     For: Signum's place, with the settings of its author's language models.
 
-    Source: Su 2023, https://github.com/bojone/tiger, whose factors of the learning rate by the name of a parameter are
-    for groups to give.
+    Source: Su 2023, https://github.com/bojone/tiger, but for what that code multiplies the learning rate by: the root
+    mean square of a weight, of embeddings of each row; and 0.5 for biases and the scales of norms, which do not decay
+    there and which a group can hold.
     """
 
     rule = signum

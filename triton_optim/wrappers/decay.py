@@ -62,11 +62,11 @@ _DECOUPLED_DECAY = Wrapper(
 
 
 def cautious_decay(base: Base) -> Base:
-    r"""An optimizer's class with weight decay for those elements alone that its step brings nearer to 0.
+    r"""An optimizer's class with weight decay for those elements alone that its step does not take farther from 0.
 
     With :math:`u_t` what the base subtracts, without decay:
 
-    .. math:: p_t = p_{t-1} - u_t - \gamma \lambda p_{t-1} [u_t p_{t-1} > 0]
+    .. math:: p_t = p_{t-1} - u_t - \gamma \lambda p_{t-1} [u_t p_{t-1} \ge 0]
 
     Args:
         base: the class of an optimizer. One that has no ``weight_decay`` takes one, 0 by default.
@@ -86,7 +86,8 @@ def cautious_decay(base: Base) -> Base:
 
     For: Long runs whose decay is tuned; records of modded-nanogpt are set with it.
 
-    Source: Chen et al. 2025, https://arxiv.org/abs/2510.12402.
+    Source: Chen et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.12402; where the step is 0, too, the weight
+    decays.
     """
     return _CAUTIOUS_DECAY(base)
 

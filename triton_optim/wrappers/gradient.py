@@ -37,6 +37,7 @@ def centralized(base: Base) -> Base:
 
     For: Convolutional and dense layers that overfit; it keeps nothing.
 
-    Source: Yong et al. 2020, section 3, https://arxiv.org/abs/2004.01461.
+    Source: Yong et al. 2020, section 3, https://arxiv.org/abs/2004.01461. The authors' code also takes away the mean of
+    a decay that is added to the gradient; as in the paper, only the loss's gradient is centered here.
     """
     return _CENTRALIZED(base)

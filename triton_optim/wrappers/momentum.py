@@ -84,7 +84,8 @@ def lookahead(base: Base) -> Base:
 
     For: Noisy training whose weights swing, for one copy of the weights.
 
-    Source: Zhang et al. 2019, Algorithm 1, https://arxiv.org/abs/1907.08610.
+    Source: Zhang et al. 2019, Algorithm 1, https://arxiv.org/abs/1907.08610; the authors' code has 0.8 for
+    :math:`\alpha` unless told.
     """
     return _LOOKAHEAD(base)
 

@@ -98,7 +98,8 @@ def cautious(base: Base) -> Base:
 
     For: AdamW, Lion and their like, as they are set already: it has nothing to tune.
 
-    Source: Liang et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.16085.
+    Source: Liang et al. 2024, Algorithm 2, https://arxiv.org/abs/2411.16085; the bound of the mean is of the authors'
+    C-AdamW. The paper, and their C-Lion, add 1 to the number of elements that agree.
     """
     return _CAUTIOUS(base)
 

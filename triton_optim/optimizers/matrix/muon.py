@@ -107,7 +107,7 @@ class Muon(RuleOptimizer):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; ``"match_rms_adamw"``: Liu et al. 2025,
     section 2.2, https://arxiv.org/abs/2502.16982; ``"spectral_unclamped"``: Bernstein 2025,
     https://jeremybernste.in/writing/deriving-muon; ``"polar_express"``: Amsel et al. 2025,
-    https://arxiv.org/abs/2505.16932. The momentum is torch's, an average.
+    https://arxiv.org/abs/2505.16932, whose safety factor, 1.01, is 1.05 here. The momentum is torch's, an average.
     """
 
     variants: ClassVar[tuple[Variant, ...]] = (

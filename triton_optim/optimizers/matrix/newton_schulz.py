@@ -15,14 +15,16 @@ from .symmetric_product import by_panels, symmetric_product
 
 Triple: TypeAlias = tuple[float, float, float]
 
-# Amsel et al. 2025, https://arxiv.org/abs/2505.16932, for singular values from 1e-3 on. Each polynomial is of x / 1.05,
-# so that a value which rounding has put above 1 does not escape.
+# Amsel et al. 2025, Algorithm 1, https://arxiv.org/abs/2505.16932, for singular values from 1e-3 on. Each polynomial is
+# of x / 1.05, so that a value which rounding has put above 1 does not escape: with Gram matrices as Zhang et al. 2026
+# have it, https://tridao.me/blog/2026/gram-newton-schulz/. The paper's is of x / 1.01, and of a matrix over 1.01 times
+# its norm.
 _POLAR_EXPRESS = (
-    (8.2872, -23.5959, 17.3004),
-    (4.1071, -2.9478, 0.5448),
-    (3.9487, -2.9089, 0.5518),
-    (3.3184, -2.4885, 0.5100),
-    (2.3007, -1.6689, 0.4188),
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 PRESETS: dict[str, tuple[Triple, ...]] = {
     "polar_express": tuple((a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS)

@@ -69,8 +69,8 @@ class NorMuon(Muon):
 
     For: Muon's place, with rows that move alike; records of modded-nanogpt are set with it.
 
-    Source: Li et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.05491. As in the authors' code, an update keeps the
-    norm that :math:`O_t` has, where the paper gives it an RMS of 0.2.
+    Source: Li et al. 2025, Algorithm 1, https://arxiv.org/abs/2510.05491. As in the authors' code, Nesterov's momentum
+    is the default, and an update keeps the norm that :math:`O_t` has, where the paper gives it an RMS of 0.2.
     """
 
     option_names = RuleOptimizer.option_names

@@ -103,7 +103,7 @@ class Scion(RuleOptimizer):
     models.
 
     Source: Pethick et al. 2025, Algorithms 1 and 2, https://arxiv.org/abs/2502.07529; the defaults are of the authors'
-    code, which divides by norms plus 1e-8.
+    code, which divides by norms plus 1e-8, but for the momentum, 1 there and 0.1 in its examples.
     """
 
     rule = muon

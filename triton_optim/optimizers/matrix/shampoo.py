@@ -104,8 +104,9 @@ class Shampoo(RuleOptimizer):
 
     Source: Gupta et al. 2018, Algorithm 1, https://arxiv.org/abs/1802.09568; averages, bias corrections, start and
     grafting: Shi et al. 2023, section 3, https://arxiv.org/abs/2309.06497. The defaults are those that its authors
-    recommend in place of Adam, but for blocks of 1024, which take ``block_size``. Theirs are of 1024 and a rest, ours
-    of one shape.
+    recommend in place of Adam, where a side of more than 8192 has no preconditioner: they cut it into blocks of 8192
+    and a rest, ``block_size`` into blocks of one shape. They also make one dimension of neighbours whose product is at
+    most that.
     """
 
     rule = muon

@@ -102,7 +102,7 @@ class SOAP(RuleOptimizer):
     longer.
 
     Source: Vyas et al. 2024, Algorithms 3 and 4, https://arxiv.org/abs/2409.11321; the first step, the order of the
-    eigenvectors and the place of the decay as in the authors' code.
+    eigenvectors and the place of the decay as in the authors' code, which has a preconditioner for each dimension.
     """
 
     rule = muon
