@@ -57,10 +57,11 @@ def check_ranges(group: dict[str, Any], *names: str) -> None:
     least 0.
     """
     for name in names:
+        value = group[name]
         if name == "betas":
-            check_betas(group[name])
-        else:
-            check_range(_SPELT.get(name, f"{name} value"), group[name], 0.0)
+            check_betas(value)
+        elif not (type(value) is float and 0.0 <= value < math.inf):
+            check_range(_SPELT.get(name, f"{name} value"), value, 0.0)
 
 
 def check_betas(betas: Any, count: int = 2) -> None:
