@@ -179,8 +179,9 @@ def saved_dtype(value: Any) -> Any:
 @cache
 def switches(cls: type) -> frozenset[str]:
     """The arguments of a class that are True or False."""
-    arguments = inspect.signature(cls).parameters.values()
-    return frozenset({"foreach", "fused", *(a.name for a in arguments if isinstance(a.default, bool))})
+    own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]  # without the options: that is quick
+    defaults = {**OPTIONS, **{argument.name: argument.default for argument in own}}
+    return frozenset({"foreach", "fused", *(name for name, value in defaults.items() if isinstance(value, bool))})
 
 
 def check_options(cls: type, options: Mapping[str, Any]) -> None:
