@@ -210,3 +210,6 @@ def test_parameters_as_models_are_named(capsys: pytest.CaptureFixture[str]) -> N
         assert cli.main(["memory", "--params", given]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2]
+    with pytest.raises(SystemExit):
+        cli.main(["memory", "--params", "7X"])
+    assert "'7X' is no number. Give one such as 7e9, 7B or 350M." in capsys.readouterr().err

@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def count(text: str) -> float:
     """The number of parameters in the name of a model, such as 7B, or in digits."""
     factor = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
-    return float(text) if factor is None else factor * float(text[:-1])
+    try:
+        return float(text) if factor is None else factor * float(text[:-1])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number. Give one such as 7e9, 7B or 350M.") from None
 
 
 def run(args: argparse.Namespace) -> int:
