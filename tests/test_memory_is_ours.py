@@ -392,7 +392,7 @@ def test_a_gradient_of_inference_mode_is_read(backend: str, device: torch.device
         torch.testing.assert_close(p.detach(), old - 1)
 
 
-@pytest.mark.parametrize("what", ["parameter", "state"])
+@pytest.mark.parametrize("what", ["parameter", "state", "state with other data"])
 def test_a_tensor_of_inference_mode_is_refused(what: str, backend: str, device: torch.device) -> None:
     """Before anything is written, and not halfway."""
     params = made(device)
@@ -400,12 +400,14 @@ def test_a_tensor_of_inference_mode_is_refused(what: str, backend: str, device: 
     give_gradients(params, 0)
     opt.step()
     with torch.inference_mode():
-        if what == "state":
+        if what != "parameter":
             state = opt.state[params[MIDDLE]]
             state["momentum_buffer"] = state["momentum_buffer"].clone()
         else:
             params[MIDDLE] = opt.param_groups[0]["params"][MIDDLE] = Parameter(params[MIDDLE].clone(), False)
             params[MIDDLE].grad = torch.ones_like(params[MIDDLE])
+    if what == "state with other data":  # which says that it is an ordinary tensor
+        state["momentum_buffer"].data = torch.zeros_like(params[MIDDLE])
     before = [p.detach().clone() for p in params]
     with pytest.raises(RuntimeError, match=f"parameter {MIDDLE}, or .* was made in inference mode"):
         opt.step()

@@ -63,6 +63,12 @@ def memory_of(value: Any) -> Any:
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
+def of_those_in(p: Tensor, side: Side) -> list[Any]:
+    """The gradients and states of a parameter and of those that lie where it does: each rounds what it writes there."""
+    there = [q for q in side.params if q is p or (p.numel() and q.data_ptr() == p.data_ptr())]
+    return [value for q in there for value in (q.grad, *side.opt.state.get(q, {}).values())]
+
+
 def assert_alike(ours: Side, theirs: Side, rounded: bool = False) -> None:
     """Equal values, as far as rounding lets them."""
     coarse = [torch.empty(0, dtype=torch.bfloat16)] * rounded
@@ -71,7 +77,7 @@ def assert_alike(ours: Side, theirs: Side, rounded: bool = False) -> None:
         if not other and p.grad is None:
             continue  # Adagrad of ours has states from the start, those of a group that was added too
         assert set(mine) == set(other), f"parameter {i} has states {sorted(mine)}, torch's {sorted(other)}"
-        near = tolerance(p, q, p.grad, *coarse, *mine.values(), *other.values())
+        near = tolerance(p, q, *coarse, *of_those_in(p, ours), *of_those_in(q, theirs))
         assert p.dtype == q.dtype
         pairs = [("value", p.detach(), q.detach())]
         pairs += [(name, mine[name], value) for name, value in other.items() if isinstance(value, Tensor)]

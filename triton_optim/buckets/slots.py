@@ -14,7 +14,7 @@ from ..precision.averaging import initial_average, value_of
 from ..precision.codecs import Codec, new_parts, part_names, state_codec
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT, Update, first_value, states_device
-from ..util.layout import with_local
+from ..util.layout import made_in_inference_mode, with_local
 from .key import Key
 from .state import WatchedState
 from .step_scalars import requires_grad, scalar_state_dtype
@@ -84,7 +84,7 @@ class ParamSlot:
                 held = held.reshape(()) if held.dim() else held
                 if device == CPU and held.is_shared():  # type: ignore[no-untyped-call]
                     self.alone = id(self)
-                if not (id(held) in begun or held.is_inference() or held.requires_grad):
+                if not (id(held) in begun or made_in_inference_mode(held) or held.requires_grad):
                     begun[id(held)] = held  # another parameter's is another
                     self.given.add(name)
                 self.state[name] = held

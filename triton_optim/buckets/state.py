@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..spec import Update
-from ..util.layout import local
+from ..util.layout import local, made_in_inference_mode
 
 
 class WatchedState(dict[str, Any]):
@@ -79,4 +79,4 @@ def _writes(value: Any) -> int:
     if not isinstance(value, Tensor):
         return 0
     own = local(value)  # which is written past a DTensor
-    return 0 if own.is_inference() else own._version
+    return 0 if made_in_inference_mode(own) else own._version

@@ -18,7 +18,16 @@ from ..dispatch import Backend, Choice, Layout, Request, choose, this_machine
 from ..precision.codecs import Codec, parameter_codec, part_names, state_codec
 from ..precision.kept import check_residuals, check_state, current_codec, current_parameter_codec
 from ..spec import Update, offloads, states_device
-from ..util.layout import all_aligned, has_memory, is_sharded, is_wrapper, layout, local, overlapping
+from ..util.layout import (
+    all_aligned,
+    has_memory,
+    is_sharded,
+    is_wrapper,
+    layout,
+    local,
+    made_in_inference_mode,
+    overlapping,
+)
 from .prologue import check_states
 
 # Elements whose updates a prologue may hold at a time. A step of more parameters is taken in pieces: in one, it would
@@ -133,7 +142,7 @@ def check_gradient(optimizer: Update, group: dict[str, Any], index: int, p: Tens
 
 def check_memory(optimizer: Update, index: int, what: str, tensor: Tensor, written: bool = True) -> None:
     """Raise RuntimeError where an ordinary (local) tensor has no memory, or none that may be written now."""
-    if written and tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if written and made_in_inference_mode(tensor) and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{type(optimizer).__name__}: parameter {index}, or {what}, was made in inference mode, outside of which "
             "it can't be written. Make it anew (tensor.clone()), or step in inference mode."

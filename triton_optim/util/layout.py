@@ -191,6 +191,16 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.data_ptr() != 0
 
 
+def made_in_inference_mode(tensor: Tensor) -> bool:
+    """Whether a tensor may be written in inference mode only. One that was given the memory of an ordinary tensor, by
+    ``tensor.data``, says that it is ordinary, and counts no writes all the same.
+    """
+    try:
+        return tensor.is_inference() or tensor._version < 0
+    except RuntimeError:
+        return True
+
+
 def ordinary(tensor: Tensor) -> Tensor:
     """An ordinary tensor of these values: of what torch computed from wrapper subclasses, which is one."""
     if not is_wrapper(tensor):
