@@ -41,8 +41,6 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
         name: as torch spells it in its message, such as ``"learning rate"``.
         value: a number or a 1-element tensor.
     """
-    if type(value) is float and low <= value < high:  # in most steps of a schedule
-        return
     if isinstance(value, Tensor) and value.numel() != 1:
         shape = tuple(value.shape)
         argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
@@ -73,7 +71,8 @@ def check_betas(betas: Any, count: int = 2) -> None:
         kind = TypeError if given is None else IndexError if given < count else ValueError
         raise kind(f"Invalid betas: {betas!r}. It must be {count} numbers, each at least 0 and below 1.")
     for index in range(count):
-        check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)
+        if not (type(betas[index]) is float and 0.0 <= betas[index] < 1.0):
+            check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)
 
 
 def check_positive(name: str, value: Any) -> None:
