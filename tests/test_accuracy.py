@@ -179,6 +179,34 @@ def test_states_match_the_reference(case: Case, variant: str, backend: str, devi
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=atol)
 
 
+@each_variant
+def test_gradients_that_begin_with_0_or_later_and_are_missing(case: Case, variant: str) -> None:
+    """As of weights behind others that start as 0, and of experts that few batches reach. Each parameter counts its own
+    steps.
+    """
+    if case.sparse:
+        pytest.skip("a sparse gradient holds no zeros")
+    start = case.parameters(torch.device("cpu"), torch.float64, [(4, 3), (3, 4)] if case.matrices else [(4, 3), (5,)])
+    random = torch.Generator().manual_seed(1)
+    gradients: list[list[Tensor | None]] = [
+        [
+            None if step in missing else case.gradient(p.detach(), random) * (step not in zero)
+            for p, missing, zero in ((start[0], (2,), (0, 4)), (start[1], (0, 1, 5), (2, 6)))
+        ]
+        for step in range(8)
+    ]
+    params = [torch.nn.Parameter(p.detach().clone()) for p in start]
+    optimizer = case.ours(params, backend="eager", **case.variants[variant])
+    for step in gradients:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g
+        optimizer.step()
+    told = [[None if g is None else array(g) for g in step] for step in gradients]
+    wanted, _ = case.reference(arrays([p.detach() for p in start]), told, **case.variants[variant])
+    for p, value in zip(params, wanted, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), value, rtol=1e-6, atol=1e-7)
+
+
 # What a special setting of one makes it equal to, bit for bit.
 DEGENERATE = {
     "AdamW without decay is Adam": ("AdamW", {"weight_decay": 0.0}, "Adam", {}),

@@ -117,6 +117,20 @@ MUTANTS = (
         "tests/test_wrappers.py::test_each_is_as_in_float64[eager-torch.float32-cautious]",
     ),
     Mutant(
+        "cautious decay spares what does not move",
+        "weights whose update is 0 keep their size, which the paper lets decay",
+        "return where(opposite(-step, p), p, p * w.keep) + step, *states",
+        "return where(opposite(step, p), p * w.keep, p) + step, *states",
+        "tests/test_wrappers.py::test_each_is_as_in_float64[eager-torch.float32-cautious_decay]",
+    ),
+    Mutant(
+        "NovoGrad averages its first gradient with nothing",
+        "what has no gradient in its first step, as LoRA's A, takes one seven times too long",
+        "torch.where(known == 0, squares, h.beta2 * known + h.one_minus_beta2 * squares)",
+        "h.beta2 * known + h.one_minus_beta2 * squares",
+        "tests/test_accuracy.py::test_gradients_that_begin_with_0_or_later_and_are_missing[NovoGrad-default]",
+    ),
+    Mutant(
         "a wrapper decays weights that its base decays, too",
         "LAMB's ratio counts a decay that is not in its step",
         "return {**group, DECAY: 0.0} if wrapper.takes_decay and DECAY in group else group",

@@ -49,7 +49,8 @@ class AdamAtan2(RuleOptimizer):
 
     For: AdamW's place where gradients get as small as its epsilon, as in low precision and very large models.
 
-    Source: Everett et al. 2024, https://arxiv.org/abs/2407.05872.
+    Source: Everett et al. 2024, https://arxiv.org/abs/2407.05872; the defaults, the decay and a and b as arguments are
+    those of https://github.com/lucidrains/adam-atan2-pytorch.
     """
 
     rule = adam_atan2
