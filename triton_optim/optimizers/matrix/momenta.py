@@ -36,7 +36,7 @@ class Momenta:
         buffers: the averages of their gradients.
         gradients: theirs, in the dtypes of these.
         signed: whether signs of the momenta are orthogonalized.
-        scales: what is made of each piece is multiplied by these.
+        scales: of a group and pieces, what the orthogonalized momentum of each piece is multiplied by; None for 1.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Momenta:
         buffers: list[Tensor],
         gradients: list[Tensor],
         signed: bool,
-        scales: Callable[[Pieces], list[float]],
+        scales: Callable[[dict[str, Any], Pieces], list[float]] | None,
     ) -> None:
         self._group, self._buffers, self._gradients = group, buffers, gradients
         self._signed, self._scales = signed, scales
@@ -76,7 +76,7 @@ class Momenta:
             group["ns_coefficients"],
             group["ns_steps"],
             group["eps"],
-            self._scales(pieces),
+            [1.0] * len(pieces.shapes) if self._scales is None else self._scales(group, pieces),
             pieces.fetching(fetch or self.of),
         )
         return pieces, found
