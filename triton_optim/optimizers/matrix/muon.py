@@ -119,7 +119,7 @@ class Muon(RuleOptimizer):
     group_names = ("use_muon", "extra_dims", "splits")
     kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
-    adapts: ClassVar[bool] = False  # whether `adapted` is given orthogonalized momenta, which nothing has scaled
+    adapts: ClassVar[bool] = False  # whether `adapted` makes the updates; their factor s is then its own
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class Muon(RuleOptimizer):
 
 
 def scales_of(group: dict[str, Any], pieces: Pieces) -> list[float]:
-    """The s of each piece: what its orthogonalized momentum is multiplied by."""
+    """The factor s of each piece's update."""
     adjusted = ADJUST[group["adjust_lr_fn"]]
     return [adjusted(*shape) for shape in pieces.shapes]
 
