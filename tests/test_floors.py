@@ -1,4 +1,4 @@
-"""The floors of the package: imports run one way, down, those for types too; there is no circle; no room is too long."""
+"""The floors of the package: imports run one way, down, those for types too, in no circle; no room is too long."""
 
 import ast
 from pathlib import Path
