@@ -73,10 +73,11 @@ torch.optim._muon._zeropower_via_newtonschulz = iteration
 # Of the torch that is installed: what it does depends on it in places.
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
-LONG = ("test_accuracy", "test_compiled_steps", "test_audit", "test_codecs", "test_training_step", "test_torch_compile",
-        "test_launch", "test_symmetric_product", "test_gpu_session", "test_two_ranks", "test_doctor",
-        "test_stochastic_rounding", "test_gradients_come_and_go", "test_memory_traps", "test_race", "test_race_command",
-        "test_example_scripts", "test_state_machine", "test_state_machine_twin")  # fmt: skip
+LONG = ("test_accuracy", "test_compiled_steps", "test_audit", "test_codecs", "test_codec_checkpoints",
+        "test_training_step", "test_torch_compile", "test_launch", "test_symmetric_product", "test_gpu_session",
+        "test_two_ranks", "test_doctor", "test_stochastic_rounding", "test_gradients_come_and_go",
+        "test_memory_traps", "test_race", "test_race_command", "test_example_scripts", "test_state_machine",
+        "test_state_machine_twin")  # fmt: skip
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

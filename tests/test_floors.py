@@ -1,4 +1,4 @@
-"""The floors of the package: imports run one way, down, those for types too; there is no circle."""
+"""The floors of the package: imports run one way, down, those for types too, in no circle; no room is too long."""
 
 import ast
 from pathlib import Path
@@ -105,6 +105,18 @@ def test_a_backend_knows_no_other_and_no_optimizer() -> None:
         if name.startswith("backends.") and kind[0] in BACKENDS:
             others = {f"backends.{other}" for other in BACKENDS if other != kind[0]} | {"kernels.rules"}
             assert not [i for i in IMPORTS[name] if any(i.startswith(other) for other in others)], name
+
+
+def test_modules_and_classes_are_read_in_one_go() -> None:
+    """About 350 lines and 250: what grows longer has more than one subject."""
+    long = {}
+    for name, path in MODULES.items():
+        text = path.read_text()
+        if text.count("\n") > 360:
+            long[name] = text.count("\n")
+        classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+        long |= {f"{name}.{c.name}": n for c in classes if (n := (c.end_lineno or 0) - c.lineno + 1) > 255}
+    assert long == {}
 
 
 def test_nothing_needs_the_tools() -> None:

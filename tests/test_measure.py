@@ -230,7 +230,10 @@ def test_scalars_of_what_is_kept(backend: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"size": 1.0}, r"kept_scalars returned \['size'\]; return a dict by names of scalars: lr, scale"),
+        (
+            {"size": 1.0},
+            r"kept_scalars returned \['size'\]; return a dict whose keys are scalars of the rule: lr, scale",
+        ),
         (
             {"scale": torch.ones(2)},
             r"kept_scalars returned scale of shape \(2,\) for 2 parameters; return \(\), a number",
@@ -279,8 +282,8 @@ def wrong(returned: Any) -> Any:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"rate": 1.0}, r"returned \['rate'\]; return a dict by names of scalars: lr, scale"),
-        (torch.ones(2), "return a dict by names"),
+        ({"rate": 1.0}, r"returned \['rate'\]; return a dict whose keys are scalars of the rule: lr, scale"),
+        (torch.ones(2), "return a dict whose keys"),
         ({"scale": torch.ones(3)}, r"scale of shape \(3,\) for 2 parameters; return \(2,\)"),
     ],
 )

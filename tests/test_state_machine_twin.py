@@ -141,7 +141,7 @@ class BesideATwin(Machine):
             values["exact value"] = (value_of(state, p), CORRECTED)
         for name, held in state.items():
             codec = (
-                current_codec(opt, state, name, p)
+                current_codec(opt, state, name)
                 if name in opt.running_variant(opt.param_groups[0]).state_names
                 else None
             )

@@ -1,4 +1,4 @@
-"""What all backends share in updating parameters together, and the methods that each of them has."""
+"""Parameters that one backend updates together: what all backends share, and the methods that each of them defines."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .step_scalars import StepScalars, one_kind, step_scalars_for
 
 
 class DeviceRows(Protocol):
-    """What has the device form rows of scalars."""
+    """What makes the device form the rows of scalars."""
 
     def rows(
         self, step_groups: list[StepGroup], active: list[bool], on_device: OnDevice
     ) -> list[StepScalars | None] | None:
-        """The row of each step group that is active, as the device will form it; None where it can't."""
+        """A row for each active step group, as the device will form it; None if it can't."""
 
 
 class Bucket(Memory):
@@ -83,39 +83,39 @@ class Bucket(Memory):
 
     @cached_property
     def stretches(self) -> list[list[tuple[int, int, int]]]:
-        """What can be updated one after the other: of each stretch the positions of its parameters, and which of their
-        elements, as they lie in memory, are in it. Here all is one.
+        """The stretches that can be updated one after another. Each lists (position, start, stop): the elements from
+        start to stop, in the order of memory, of the parameter at that position. Here all parameters are one stretch.
         """
         return [[(position, 0, numel) for position, numel in enumerate(self.numels)]]
 
     def run_stretches(
         self, rows: list[StepScalars | None], before: Callable[[int], object], after: Callable[[int], object]
     ) -> None:
-        """:meth:`run` a stretch at a time, calling `before` and `after` with the number of each."""
+        """:meth:`run`, a stretch at a time; `before` and `after` are called with the number of each stretch."""
         before(0)
         self.run(rows)
         after(0)
 
     def norms(self) -> Tensor | None:
-        """Sums of the squares of this step's gradients, by the tables that the bucket holds of them: see
-        norms.partial_norms. None where it holds none.
+        """Sums of the squares of this step's gradients, from the bucket's own tables: see norms.partial_norms. None if
+        the bucket has no such tables.
         """
         return None
 
     def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
-        """See gradient_norm.gradient_stats_from; asked of a bucket that takes the stats."""
+        """See gradient_norm.gradient_stats_from. Called only if :attr:`takes_stats`."""
         return gradient_stats_from(partials, scaling, device)
 
     def measure(self) -> Tensor:
-        """What the variant's measure sums over each parameter, in the step whose rows were formed: ``(slots, sums)`` in
-        the widest dtype of the device; 0 where there is no gradient.
+        """The sums of the variant's measure over each parameter, after the rows were formed: ``(slots, sums)`` in the
+        widest dtype of the device; 0 for a parameter without a gradient.
         """
         raise NotImplementedError
 
     # Counting.
 
     def _form_step_groups(self, keys: list[Any]) -> None:
-        """Sort the parameters by group and key; those of one step group have been counted alike."""
+        """Sort the parameters into step groups: those of one group and key, whose steps were counted alike."""
         members_of: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.slots, keys, strict=True)):
             members_of.setdefault((m.group, m.alone, key), []).append(i)
@@ -152,7 +152,7 @@ class Bucket(Memory):
         return numbers
 
     def form_scalars(self) -> None:
-        """Form the scalars of this step, a row for each step group; None where none has a gradient. Counts nothing."""
+        """Form this step's row of scalars for each step group; None for a group without gradients. Counts nothing."""
         if self._reads_constants:
             check_constants(self.key.variant.rule)
         active = self._all_active
@@ -183,7 +183,7 @@ class Bucket(Memory):
 
     @cached_property
     def whole_numels(self) -> Tensor:
-        """How many elements each parameter has for a rule, of a sharded one all; of a complex one both parts count."""
+        """How many elements each whole parameter has, also a sharded one; a complex element counts as two."""
         wide = exact_dtype(self.key.device)
         numels = torch.tensor([m.p.numel() * (1 + m.p.is_complex()) for m in self.slots], dtype=wide, device="cpu")
         return numels.to(self.key.device)
@@ -204,7 +204,7 @@ class Bucket(Memory):
         ]
 
     def scale(self, stats: GradientStats) -> None:
-        """Have the gradients multiplied by the factor of the stats, and the step skipped where they say so."""
+        """Multiply the gradients by the factor of the stats, and skip the step if they say so."""
         if self.takes_stats:
             self.stats = stats.on(self.key.device)
             return
@@ -242,7 +242,7 @@ class Bucket(Memory):
         return self.to_device_async(keys)
 
     def to_device_async(self, keys: Tensor) -> Tensor:
-        """What was made on the host, on the device, without waiting for it."""
+        """Copy what was made on the host to the device, without waiting for the copy."""
         return keys if keys.device == self.key.device else keys.pin_memory().to(self.key.device, non_blocking=True)
 
     def commit(self, skips: bool = False) -> None:

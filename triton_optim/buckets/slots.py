@@ -313,7 +313,7 @@ def start_kept(optimizer: Update, state: dict[str, Any], p: Tensor, group: dict[
         coded: whether a prologue has them: those like the parameter are made, or converted, as the group says.
     """
     for name in optimizer.coded_names if coded else ():
-        codec = state_codec(optimizer, group, name, p, current_codec(optimizer, state, name, p))
+        codec = state_codec(optimizer, group, name, p, current_codec(optimizer, state, name))
         if state.get(name) is None:
             state |= new_state(optimizer, state, name, p, group, codec)
         else:

@@ -150,7 +150,7 @@ def encode_states(optimizer: Update, group: dict[str, Any], p: Tensor, state: di
         return
     variant = optimizer.running_variant(group)
     for name in (*variant.state_names, *(optimizer.coded_names if variant.prologue else ())):
-        held = current_codec(optimizer, state, name, p)
+        held = current_codec(optimizer, state, name)
         if held is not None and (codec := state_codec(optimizer, group, name, p, held)).block_size:
             convert_state(optimizer, state, name, p, codec)
 

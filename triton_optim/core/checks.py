@@ -51,7 +51,7 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
 
 
 def check_ranges(group: dict[str, Any], *names: str) -> None:
-    """Raise torch's errors unless these hyperparameters of a group are in range: betas each in [0, 1), any other at
+    """Raise torch's errors unless these hyperparameters of a group are in range: each of betas in [0, 1), any other at
     least 0.
     """
     for name in names:

@@ -116,7 +116,7 @@ def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
         if i not in saved["state"]:
             continue
         state = loaded_state(optimizer, i, p, saved["state"][i])
-        for name, codec in kept_states(optimizer, state, p):
+        for name, codec in kept_states(optimizer, state):
             parts = [state.pop(part) for part in (name, *part_names(codec, name))]
             value = with_local(p, read(codec, parts, local(p))) if codec.block_size else parts[0]
             half = value.is_floating_point() and value.itemsize < 4
@@ -147,15 +147,15 @@ def load_torch_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
             if state is None:
                 continue
             for name in names:
-                held = current_codec(optimizer, state, name, p)
+                held = current_codec(optimizer, state, name)
                 if held is not None:
                     convert_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))
 
 
-def kept_states(optimizer: RuleOptimizer, state: dict[str, Any], p: Tensor) -> Iterator[tuple[str, Codec]]:
+def kept_states(optimizer: RuleOptimizer, state: dict[str, Any]) -> Iterator[tuple[str, Codec]]:
     """The states of a parameter that are there, of any variant of the optimizer, and how each is kept."""
     for name in optimizer.declared:
-        codec = current_codec(optimizer, state, name, p)
+        codec = current_codec(optimizer, state, name)
         if codec is not None:
             yield name, codec
 

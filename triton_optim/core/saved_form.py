@@ -102,7 +102,7 @@ def hand_out_in_one_dtype(state: dict[str, Any]) -> None:
 def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor, decoded: bool) -> None:
     """Replace codes and scales by what is saved of quantized states."""
     for name in names.elementwise:
-        if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name, p)) is None:
+        if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name)) is None:
             continue
         scale = state.pop(f"{name}_{SCALE}")
         if codec.block_size and decoded:
@@ -156,7 +156,7 @@ def held_codes(optimizer: Update, index: Any, p: Tensor, name: str, saved: dict[
             "Load it where it was saved, and save to_torch_state_dict(optimizer) there."
         )
     parts = {name: saved["codes"], f"{name}_{SCALE}": saved[SCALE]}
-    own = current_codec(optimizer, parts, name, p)
+    own = current_codec(optimizer, parts, name)
     codec = in_blocks(codes(f"int{saved['bits']}", not saved["signed"]), saved["block"])
     if own is None or own._replace(name=codec.name) != codec:
         raise RuntimeError(

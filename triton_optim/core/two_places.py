@@ -76,7 +76,7 @@ class TwoPlaces(RuleOptimizer):
         elsewhere: list[tuple[Tensor, Tensor]] = []  # parameters, and copies of them where their states are
         for p in dict.fromkeys(params):  # one that is listed twice moves once
             state = self.state.get(p, {})
-            held = current_codec(self, state, self.z, p)
+            held = current_codec(self, state, self.z)
             if held is None:
                 continue
             own = current_parameter_codec(state, p)

@@ -257,7 +257,7 @@ def entries_of(
             dtype, aligned, sparse = key.gradient, key.aligned or not bucket_class(key).launches_kernels, key.sparse
         else:
             dtype, aligned, sparse = p.dtype, True, not optimizer.takes_dense_gradients
-        current = [current_parameter_codec(state, p), *(current_codec(optimizer, state, name, p) for name in names)]
+        current = [current_parameter_codec(state, p), *(current_codec(optimizer, state, name) for name in names)]
         target = [parameter_codec(own, p.dtype)]
         target += [state_codec(optimizer, own, n, p, h) for n, h in zip(names, current[1:], strict=True)]
         parts = [local(p)]

@@ -20,11 +20,14 @@ from ..util.layout import added_up, is_sharded, samples, split_over
 
 
 def run_measures(optimizer: Update, buckets: Sequence[Bucket]) -> bool:
-    """Give every bucket that measures what the optimizer makes of the sums. Whether states may have been written.
+    """Give every bucket that measures the scalars that the optimizer makes of the sums.
 
     Args:
         optimizer: whose ``kept_scalars``, ``measure``, ``total`` and ``factors`` are asked.
         buckets: which hold their gradients and rows.
+
+    Returns:
+        Whether states may have been written.
     """
     own = [bucket for bucket in buckets if bucket.key.variant.measures and any(bucket.rows)]
     if type(optimizer).kept_scalars is not Update.kept_scalars:
@@ -94,7 +97,7 @@ def in_order(turns: Sequence[tuple[Bucket, int, Measured]]) -> list[Measured]:
 
 
 def fill_in(optimizer: Update, buckets: Sequence[Bucket]) -> None:
-    """Give the rows of the buckets the scalars that what is kept decides."""
+    """Fill in the scalars that the optimizer computes from its states."""
     for bucket in buckets:
         for number, row in enumerate(bucket.rows):
             if row is None:
@@ -106,7 +109,7 @@ def fill_in(optimizer: Update, buckets: Sequence[Bucket]) -> None:
 
 
 def filled_in(row: StepScalars, values: dict[str, Any], key: Key) -> StepScalars:
-    """A row with these values of scalars, each one number."""
+    """The row with these scalars replaced, each by one number."""
     if key.device == CPU and not (key.differentiable or key.capturable):
         values = {name: float(value) for name, value in values.items()}
     else:  # a device is not asked
@@ -115,7 +118,7 @@ def filled_in(row: StepScalars, values: dict[str, Any], key: Key) -> StepScalars
 
 
 def take_factors(bucket: Bucket, number: int, factors: dict[str, Tensor]) -> None:
-    """Keep the scalars of the parameters of a step group: each ``(parameters,)``."""
+    """Keep the scalars that differ between the parameters of a step group: each ``(parameters,)``."""
     for name, values in factors.items():
         if len(bucket.step_groups) == 1:
             bucket.factors[name] = values
@@ -126,7 +129,7 @@ def take_factors(bucket: Bucket, number: int, factors: dict[str, Tensor]) -> Non
 
 
 def of_all(bucket: Bucket, name: str, like: Tensor) -> Tensor:
-    """A scalar of every parameter, as the rows have it."""
+    """A scalar for every parameter, from the rows."""
     into = like.new_zeros(len(bucket.slots))
     for number, row in enumerate(bucket.rows):
         if row is not None:
@@ -159,13 +162,15 @@ def measured_of(optimizer: Update, bucket: Bucket, number: int, sums: Tensor | N
 
 
 def check_factors(optimizer: Update, measured: Measured, factors: Any, method: str = "factors") -> None:
-    """Raise TypeError where what a method returned is no scalars of the rule: of each parameter where it is factors,
-    else of all.
+    """Raise TypeError unless a method returned scalars of the rule: one for each parameter if it is ``factors``, else
+    one for all.
     """
     name, fields = f"{type(optimizer).__name__}.{method}", measured.h._fields
     if not isinstance(factors, dict) or not factors.keys() <= set(fields):
         got = sorted(factors) if isinstance(factors, dict) else repr(factors)
-        raise TypeError(f"{name} returned {got}; return a dict by names of scalars: {', '.join(fields)}.")
+        raise TypeError(
+            f"{name} returned {got}; return a dict whose keys are scalars of the rule: {', '.join(fields)}."
+        )
     count = len(measured.params)
     takes = (count,) if method == "factors" else ()
     what = "a number a parameter" if takes else "a number"

@@ -322,7 +322,7 @@ def check_momentum(name: str, value: Any) -> None:
     """Raise ValueError unless 0 < value < 1."""
     check_range(name, value, 0.0, 1.0)
     if not value > 0:
-        raise ValueError(f"Invalid {name}: {value}. It must be above 0 and below 1; x can't be told from z and y else.")
+        raise ValueError(f"Invalid {name}: {value}. It must be above 0 and below 1, as x is computed from y and z.")
 
 
 def warm_lr(group: dict[str, Any], step: Any) -> Any:

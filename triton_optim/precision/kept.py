@@ -25,7 +25,7 @@ from .codecs import (
 )
 
 
-def current_codec(optimizer: Update, state: dict[str, Any], name: str, p: Tensor) -> Codec | None:
+def current_codec(optimizer: Update, state: dict[str, Any], name: str) -> Codec | None:
     """The codec of an existing state; None where there is none. Blocks of any size are known, and the dtype of the
     scales tells how many bits a code has.
     """
@@ -46,7 +46,7 @@ def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict
             f"{name} of parameter {index} is {value!r:.80}, no tensor. Load a state dict of the same parameters, or "
             "clear opt.state."
         )
-    codec = current_codec(optimizer, state, name, p)
+    codec = current_codec(optimizer, state, name)
     if codec is not None and codec.block_size:
         scale = state[f"{name}_{SCALE}"]
         current = value.numel() * codec.elements_per_item[0]
@@ -107,7 +107,7 @@ def current_parameter_codec(state: dict[str, Any], p: Tensor) -> Codec:
 
 def convert_state(optimizer: Update, state: dict[str, Any], name: str, p: Tensor, target: Codec) -> None:
     """Convert a state from the codec that it has into `target`."""
-    current = current_codec(optimizer, state, name, p)
+    current = current_codec(optimizer, state, name)
     assert current is not None
     if current == target or (current.dtypes == target.dtypes and not current.block_size and not target.block_size):
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels import codecs
 from ..kernels.language import torch_form
 from ..util.layout import is_sharded, numbers_in_memory, split_over
+from ..util.on_device import half
 
 _hashed, _row_key, _tensor_key = map(torch_form, (codecs.hashed, codecs.row_key, codecs.tensor_key))
 
@@ -22,8 +23,8 @@ def row_key(seed: int | list[Tensor], step: Any, device: torch.device) -> Tensor
     # Filled there, not copied: that would be waited for, and could not be captured.
     halves = seed
     if isinstance(halves, int):
-        halves = [torch.full((), _signed(part), dtype=torch.int32, device=device) for part in (halves, halves >> 32)]
-    count = step.to(device, torch.int32) if isinstance(step, Tensor) else _signed(step)
+        halves = [torch.full((), half(part), dtype=torch.int32, device=device) for part in (halves, halves >> 32)]
+    count = step.to(device, torch.int32) if isinstance(step, Tensor) else half(step)
     key: Tensor = _row_key(halves[0], halves[1], count)
     return key
 
@@ -36,7 +37,7 @@ def host_row_key(seed: int, step: int) -> int:
         key = (key ^ (key >> 16)) * 0x7FEB352D & 0xFFFFFFFF
         key = (key ^ (key >> 15)) * 0x846CA68B & 0xFFFFFFFF
         key ^= key >> 16
-    return _signed(key)
+    return half(key)
 
 
 def tensor_keys(rows: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
@@ -126,8 +127,3 @@ def bits_of_parameter(p: Tensor, index: int, seed: int, count: Any, like: Tensor
 def _low(x: Tensor) -> Tensor:
     """The lower 32 bits of int64."""
     return ((x << 32) >> 32).to(torch.int32)
-
-
-def _signed(x: int) -> int:
-    """The lower 32 bits of an int, as a signed one."""
-    return (x + 2**31) % 2**32 - 2**31

@@ -105,9 +105,6 @@ class AdaMuon(Muon):
             check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
-    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
-        return [1.0] * len(pieces.shapes)
-
     def adapted(
         self,
         group: dict[str, Any],

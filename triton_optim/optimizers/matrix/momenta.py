@@ -1,4 +1,4 @@
-"""Momenta of matrices, and what comes of them orthogonalized: here, or of sharded ones on one rank each."""
+"""Momenta of matrices, orthogonalized: here, or, if they are sharded, each on one of the ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from .pieces import Pieces, cut_between_matrices
 def averaged_gradients(
     states: list[dict[str, Any]], gradients: list[Tensor], weight: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The states ``momentum_buffer``, moved towards the gradients by a weight; and the gradients in their dtypes."""
+    """Move the states ``momentum_buffer`` towards the gradients by a weight.
+
+    Returns:
+        The new averages, and the gradients in their dtypes.
+    """
     buffers = [state["momentum_buffer"] for state in states]
     gradients = [g.to(b.dtype) for g, b in zip(gradients, buffers, strict=True)]
     if torch.is_grad_enabled():  # the graph of a step must not see what the next one writes
@@ -29,14 +33,14 @@ def averaged_gradients(
 
 
 class Momenta:
-    """The momenta of parameters in a step of Muon; each is made when it is its turn to be orthogonalized.
+    """The momenta of parameters in a step of Muon. Each is computed when it is its turn to be orthogonalized.
 
     Args:
-        group: of the parameters.
-        buffers: the averages of their gradients.
-        gradients: theirs, in the dtypes of these.
-        signed: whether signs of the momenta are orthogonalized.
-        scales: what is made of each piece is multiplied by these.
+        group: the parameter group.
+        buffers: the averages of the gradients.
+        gradients: the gradients, in the dtypes of the averages.
+        signed: whether the signs of the momenta are orthogonalized.
+        scales: a function of the group and the pieces; gives the factor of each piece's update. None for 1.
     """
 
     def __init__(
@@ -45,13 +49,13 @@ class Momenta:
         buffers: list[Tensor],
         gradients: list[Tensor],
         signed: bool,
-        scales: Callable[[Pieces], list[float]],
+        scales: Callable[[dict[str, Any], Pieces], list[float]] | None,
     ) -> None:
         self._group, self._buffers, self._gradients = group, buffers, gradients
         self._signed, self._scales = signed, scales
 
     def of(self, indices: list[int]) -> list[Tensor]:
-        """Those of some parameters: new tensors, placed as the parameters."""
+        """The momenta of the parameters with these indices: new tensors, sharded as the parameters are."""
         own = [self._buffers[i] for i in indices]
         nesterov = self._group["nesterov"]
         if nesterov:
@@ -63,11 +67,14 @@ class Momenta:
     def orthogonalized(
         self, like: list[Tensor] | None = None, fetch: Callable[[list[int]], list[Tensor]] | None = None
     ) -> tuple[Pieces, list[Tensor]]:
-        """The pieces of tensors, and what comes of each piece.
+        """Orthogonalize tensors piece by piece.
 
         Args:
-            like: what the tensors are like; None for the momenta of all parameters.
-            fetch: makes those of these numbers.
+            like: tensors of their shapes, dtypes and devices; None for the momenta of all parameters.
+            fetch: computes the tensors with the given indices.
+
+        Returns:
+            The pieces, and the update of each.
         """
         group, like = self._group, self._buffers if like is None else like
         pieces = Pieces(group, like)
@@ -76,13 +83,13 @@ class Momenta:
             group["ns_coefficients"],
             group["ns_steps"],
             group["eps"],
-            self._scales(pieces),
+            [1.0] * len(pieces.shapes) if self._scales is None else self._scales(group, pieces),
             pieces.fetching(fetch or self.of),
         )
         return pieces, found
 
     def of_shards(self, params: list[Tensor], everywhere: bool) -> list[Tensor]:
-        """What comes of the momentum of each sharded parameter: a DTensor, or with `everywhere` the whole."""
+        """The orthogonalized momentum of each sharded parameter: a DTensor, or with `everywhere` the whole tensor."""
 
         def joined(like: list[Tensor], fetch: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
             pieces, found = self.orthogonalized(like, fetch)

@@ -119,7 +119,7 @@ class Muon(RuleOptimizer):
     group_names = ("use_muon", "extra_dims", "splits")
     kept_states: ClassVar[tuple[State, ...]] = (State("momentum_buffer"),)
     signed: ClassVar[bool] = False  # whether signs of the momentum are orthogonalized
-    adapts: ClassVar[bool] = False  # whether `adapted` makes something else of orthogonalized momenta
+    adapts: ClassVar[bool] = False  # whether `adapted` makes the updates; their factor s is then its own
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Muon(RuleOptimizer):
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
         buffers, gradients = averaged_gradients(states, gradients, 1 - group["momentum"])
-        momenta = Momenta(group, buffers, gradients, self.signed, lambda pieces: self.scales(group, pieces))
+        momenta = Momenta(group, buffers, gradients, self.signed, None if self.adapts else scales_of)
         if is_sharded(params[0]):
             updates = momenta.of_shards(params, everywhere=self.adapts)
             if not self.adapts:
@@ -205,11 +205,6 @@ class Muon(RuleOptimizer):
             updates = self.adapted(group, h, params, pieces, updates, states)
         return [placed_as(p, update) for p, update in zip(params, pieces.join(updates), strict=True)]
 
-    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
-        """What orthogonalized momenta are multiplied by, before they are adapted."""
-        adjusted = ADJUST[group["adjust_lr_fn"]]
-        return [adjusted(*shape) for shape in pieces.shapes]
-
     def adapted(
         self,
         group: dict[str, Any],
@@ -221,6 +216,12 @@ class Muon(RuleOptimizer):
     ) -> list[Tensor]:
         """What is subtracted of each piece, made of whole orthogonalized momenta."""
         return updates
+
+
+def scales_of(group: dict[str, Any], pieces: Pieces) -> list[float]:
+    """The factor s of each piece's update."""
+    adjusted = ADJUST[group["adjust_lr_fn"]]
+    return [adjusted(*shape) for shape in pieces.shapes]
 
 
 def uses_muon(group: dict[str, Any]) -> bool:

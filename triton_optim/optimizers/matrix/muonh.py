@@ -111,9 +111,6 @@ class MuonH(Muon):
     def scalars(self, group: dict[str, Any], step: Any) -> Any:
         return MuonHScalars(lr=group["lr"]) if uses_muon(group) else super().scalars(group, step)
 
-    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
-        return [1.0] * len(pieces.shapes)
-
     def adapted(
         self,
         group: dict[str, Any],

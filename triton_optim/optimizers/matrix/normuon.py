@@ -14,7 +14,7 @@ from ...core.factored import means, wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...spec import State
-from .muon import Muon, uses_muon
+from .muon import Muon, scales_of, uses_muon
 from .pieces import Pieces
 
 TINY = 1e-10  # the authors'
@@ -110,9 +110,6 @@ class NorMuon(Muon):
             check_range("epsilon value", group["eps"], 0.0)
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
-    def scales(self, group: dict[str, Any], pieces: Pieces) -> list[float]:
-        return [1.0] * len(pieces.shapes)
-
     def adapted(
         self,
         group: dict[str, Any],
@@ -127,5 +124,5 @@ class NorMuon(Muon):
         sizes = pieces.averaged(held, means(torch._foreach_mul(wide, wide), -1), 1 - group["beta2"])
         even = torch._foreach_div(wide, torch._foreach_add(torch._foreach_sqrt(sizes), TINY))
         lengths = torch._foreach_clamp_min(torch._foreach_norm(even), TINY)
-        factors = torch._foreach_mul(torch._foreach_norm(wide), super().scales(group, pieces))
+        factors = torch._foreach_mul(torch._foreach_norm(wide), scales_of(group, pieces))
         return list(torch._foreach_mul(even, torch._foreach_div(factors, lengths)))
