@@ -99,14 +99,21 @@ class Memory(ABC):
         """Bring the states into the memory layout that the backend needs, for these (local) parameters."""
         if self.takes_memory:
             param, *kept = self.key.codecs
-            names = part_names(param, None)
+            names, quantized = part_names(param, None), list[str]()
             for name, codec in zip(self.key.variant.state_names, kept, strict=True):
-                names += [] if codec.block_size else [name]
+                if codec.block_size:
+                    quantized += [name, *part_names(codec, name)]
+                else:
+                    names.append(name)
             for m, value in zip(self.slots, values, strict=True):
                 for name in names:
                     held = local(m.state[name])
                     if not same_layout(held, value):
                         m.state[name] = with_local(m.state[name], in_layout_of(value, held))
+                for name in quantized:  # codes and scales lie one after the other, whatever their parameter's layout
+                    held = local(m.state[name])
+                    if not held.is_contiguous():
+                        m.state[name] = with_local(m.state[name], held.contiguous())
 
     def note_states(self) -> None:
         """Take note of the states as they are now: the objects, and their addresses."""
