@@ -51,7 +51,7 @@ REFUSALS = (
     "Nesterov momentum requires",  # what a constructor refuses, a step refuses
     "holds .* and lacks",  # a state dict of which a state was deleted
     "of parameter .* is .*, and .* beside a parameter of",  # a correction in another dtype
-    "of parameter .* has .* items of .* scales of",  # codes or scales in another dtype
+    "of parameter .* has items of shape .* scales of shape",  # codes or scales of another dtype or size
     "of parameter .* is .*, the parameter .* codes need their scales",
 )
 

@@ -79,24 +79,28 @@ def test_a_value_put_in_place_of_codes(state_dtype: str, backend: str, device: A
     )
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda state: state.update(exp_avg=torch.zeros(4095)),
-        lambda state: state.update(exp_avg=state["exp_avg"].to(torch.int32)),
-        lambda state: state.update(exp_avg=state["exp_avg"].to(torch.uint8)),
-        lambda state: state.update(exp_avg=state["exp_avg"][:-1]),
-        lambda state: state.update(exp_avg=torch.zeros(4096, dtype=torch.complex64)),
-        lambda state: state.update(exp_avg=0.0),
-        lambda state: state.update(exp_avg_scale=state["exp_avg_scale"][:-1]),
-        lambda state: state.update(exp_avg_scale=state["exp_avg_scale"].double()),
-        lambda state: state.pop("exp_avg_scale"),
-    ],
-    ids=["shape", "int32", "uint8", "fewer", "complex", "float", "fewer scales", "double scales", "no scales"],
-)
-def test_what_is_no_state_in_place_of_codes(wrong: Callable[[dict[str, Any]], Any], device: Any) -> None:
+OTHERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "shape": ("int8", lambda state: state.update(exp_avg=torch.zeros(4095))),
+    "int32": ("int8", lambda state: state.update(exp_avg=state["exp_avg"].to(torch.int32))),
+    "uint8": ("int8", lambda state: state.update(exp_avg=state["exp_avg"].to(torch.uint8))),
+    "fewer": ("int8", lambda state: state.update(exp_avg=state["exp_avg"][:-1])),
+    "rows": ("int8", lambda state: state.update(exp_avg=state["exp_avg"].view(16, 256))),
+    "complex": ("int8", lambda state: state.update(exp_avg=torch.zeros(4096, dtype=torch.complex64))),
+    "float": ("int8", lambda state: state.update(exp_avg=0.0)),
+    "fewer scales": ("int8", lambda state: state.update(exp_avg_scale=state["exp_avg_scale"][:-1])),
+    "one scale": ("int8", lambda state: state.update(exp_avg_scale=torch.tensor(1.0))),
+    "scales for half an item": ("int4", lambda state: state.update(exp_avg_scale=torch.ones(4096, dtype=BF16))),
+    "double scales": ("int8", lambda state: state.update(exp_avg_scale=state["exp_avg_scale"].double())),
+    "listed scales": ("int8", lambda state: state.update(exp_avg_scale=state["exp_avg_scale"].tolist())),
+    "no scales": ("int8", lambda state: state.pop("exp_avg_scale")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_state_in_place_of_codes(name: str, device: Any) -> None:
+    state_dtype, wrong = OTHERS[name]
     params = parameters((5,), (4096,), device=device)
-    opt = to.AdamW(params, state_dtype="int8", backend="eager")
+    opt = to.AdamW(params, state_dtype=state_dtype, backend="eager")
     train(params, opt, range(2))
     wrong(opt.state[params[1]])
     before = [p.detach().clone() for p in params]

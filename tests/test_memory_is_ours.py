@@ -377,50 +377,6 @@ def test_states_that_share_memory_are_updated_in_turn(device: torch.device) -> N
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_gradient_of_inference_mode_is_read(backend: str, device: torch.device) -> None:
-    """As torch does, of those who estimate gradients by forward passes."""
-    params = made(device)
-    with torch.inference_mode():
-        gradients = [torch.ones_like(p) for p in params]
-    before = [p.detach().clone() for p in params]
-    opt = to.SGD(params, lr=0.5, backend=backend)
-    for _ in range(2):
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g
-        opt.step()
-    for p, old in zip(params, before, strict=True):
-        torch.testing.assert_close(p.detach(), old - 1)
-
-
-@pytest.mark.parametrize("what", ["parameter", "state", "state with other data"])
-def test_a_tensor_of_inference_mode_is_refused(what: str, backend: str, device: torch.device) -> None:
-    """Before anything is written, and not halfway."""
-    params = made(device)
-    opt = to.SGD(params, lr=0.1, momentum=0.5, backend=backend)
-    give_gradients(params, 0)
-    opt.step()
-    with torch.inference_mode():
-        if what != "parameter":
-            state = opt.state[params[MIDDLE]]
-            state["momentum_buffer"] = state["momentum_buffer"].clone()
-        else:
-            params[MIDDLE] = opt.param_groups[0]["params"][MIDDLE] = Parameter(params[MIDDLE].clone(), False)
-            params[MIDDLE].grad = torch.ones_like(params[MIDDLE])
-    if what == "state with other data":  # which says that it is an ordinary tensor
-        state["momentum_buffer"].data = torch.zeros_like(params[MIDDLE])
-    before = [p.detach().clone() for p in params]
-    with pytest.raises(RuntimeError, match=f"parameter {MIDDLE}, or .* was made in inference mode"):
-        opt.step()
-    assert all(map(torch.equal, params, before))
-    if what == "state":  # a step in inference mode may write it, which says nothing of the next
-        with torch.inference_mode():
-            opt.step()
-        before = [p.detach().clone() for p in params]
-        with pytest.raises(RuntimeError, match=f"parameter {MIDDLE}, or .* was made in inference mode"):
-            opt.step()
-        assert all(map(torch.equal, params, before))
-
-
 @pytest.mark.parametrize(
     ("options", "part", "dtype"),
     [({"param_precision": "master"}, "master", torch.float64),

@@ -65,6 +65,8 @@ class Memory(ABC):
         # The values themselves are not held: when a parameter's data moves elsewhere, its old memory must be freed.
         self._kinds = kinds_of(values)
         self._params = [m.p for m in slots]
+        # Of a gradient only its address is read, whatever the optimizer.
+        self._by_address = self.takes_addresses and not (key.variant.prologue or key.variant.sampled)
         self.gradients: list[Tensor | None] = []
         self.gradient_addresses = array("q")  # where they lie, 0 for none; not of a backend that takes no memory
         self.complete = False  # every parameter has a gradient in this step
@@ -213,7 +215,7 @@ class Memory(ABC):
 
     def note_gradients(self) -> None:
         """Prepare to gather the gradients of the next step, after one with those that the parameters have."""
-        if self.takes_addresses and not (self.key.variant.prologue or self.key.variant.sampled):
+        if self._by_address:
             self._gatherer = gatherer_of(self._params, self._states, self.key.gradient) or self._gatherer
 
     def _values(self) -> list[Tensor]:
@@ -260,6 +262,9 @@ class Memory(ABC):
 
     def _take(self, gradients: list[Tensor | None]) -> bool:
         """Keep the gradients for the step."""
+        if not (self._by_address or self.key.differentiable):
+            # torch makes views of any tensor's data, and not of a tensor of inference mode that was given other data.
+            gradients = [g if g is None else g.data for g in gradients]
         self.gradients = gradients
         if not self.takes_memory:
             return True

@@ -32,7 +32,9 @@ def current_codec(optimizer: Update, state: dict[str, Any], name: str) -> Codec 
     value, scale = state.get(name), state.get(f"{name}_{SCALE}")
     if not isinstance(value, Tensor):
         return None
-    if scale is None or value.is_floating_point() or value.is_complex():  # a value put in place of codes is no code
+    if (
+        not isinstance(scale, Tensor) or value.is_floating_point() or value.is_complex()
+    ):  # a value put in place of codes is no code
         return plain(value.dtype)
     code = codes("int8" if scale.dtype == torch.float32 else "int4", optimizer.is_nonnegative(name))
     return in_blocks(code, value.numel() * code.elements_per_item[0] // max(scale.numel(), 1))
@@ -51,12 +53,13 @@ def check_state(optimizer: Update, index: int, p: Tensor, name: str, state: dict
         scale = state[f"{name}_{SCALE}"]
         current = value.numel() * codec.elements_per_item[0]
         numel = local(p).numel()
-        fits = (value.dtype, scale.dtype) == codec.dtypes and 0 <= current - numel < codec.block_size
-        if not fits or current != codec.block_size * scale.numel():
+        fits = (value.dtype, scale.dtype) == codec.dtypes and value.dim() == scale.dim() == 1
+        whole = current == codec.block_size * scale.numel() and not codec.block_size % codec.elements_per_item[0]
+        if not (fits and whole and 0 <= current - numel < codec.block_size):
             raise RuntimeError(
-                f"{name} of parameter {index} has {value.numel():,} items of {value.dtype} and {scale.numel():,} "
-                f"scales of {scale.dtype}, which is not how {numel:,} elements are kept. Load a state dict of the "
-                "same parameters, or clear opt.state."
+                f"{name} of parameter {index} has items of shape {tuple(value.shape)}, {value.dtype}, and scales of "
+                f"shape {tuple(scale.shape)}, {scale.dtype}, which is not how {numel:,} elements are kept. Load a "
+                "state dict of the same parameters, or clear opt.state."
             )
         return
     if value.is_complex() != p.is_complex() or not (value.is_floating_point() or value.is_complex()):
