@@ -79,7 +79,7 @@ MUTANTS = (
         "a step fails halfway",
         "optimizer.max_grad_norm is None, torch.is_inference_mode_enabled()]",
         "optimizer.max_grad_norm is None]",
-        "tests/test_memory_is_ours.py::test_a_tensor_of_inference_mode_is_refused",
+        "tests/test_inference_mode.py::test_a_tensor_of_inference_mode_is_refused",
     ),
     Mutant(
         "a step that is captured may lack a gradient",

@@ -49,6 +49,20 @@ def kinds_of(tensors: list[Tensor]) -> list[Any]:
     return [(t.shape, t.stride(), t.dtype) for t in tensors]
 
 
+def gradients_fit(values: list[Tensor], own: list[Tensor | None], wanted: tuple[Any, ...], ordinary: bool) -> bool:
+    """Whether each gradient is of its parameter's shape and of the dtype, device and layout that are wanted; and of no
+    class with operations of its own, if they must be `ordinary`.
+    """
+    for value, g in zip(values, own, strict=True):
+        if g is None:
+            continue
+        if is_sharded(g) or (ordinary and is_wrapper(g)):
+            return False
+        if (g.dtype, g.device, g.layout) != wanted or g.shape != value.shape:
+            return False
+    return True
+
+
 class Memory(ABC):
     """Where parameters, their states and the gradients of a step lie."""
 
@@ -234,16 +248,7 @@ class Memory(ABC):
         if key.sparse and any(self.optimizer.sparse_gradients(groups[m.group]) != "rows" for m in self.slots):
             return False
         wanted = (key.gradient, key.device, torch.sparse_coo if key.sparse else torch.strided)
-        for value, kind, g in zip(values, self._kinds, own, strict=True):
-            if (value.shape, value.stride(), value.dtype) != kind:
-                return False
-            if g is None:
-                continue
-            if is_sharded(g) or (self.takes_memory and is_wrapper(g)):
-                return False
-            if (g.dtype, g.device, g.layout) != wanted or g.shape != value.shape:
-                return False
-        return True
+        return kinds_of(values) == self._kinds and gradients_fit(values, own, wanted, self.takes_memory)
 
     def _laid_out(self, values: list[Tensor], own: list[Tensor | None]) -> list[Tensor | None]:
         """The gradients as the backend takes them, for these parameters."""
