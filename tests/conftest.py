@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import ranks
 import references_matrix
+from gathering import look_at_all
 
 from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.backends.compiled import norm as compiled_norm
@@ -189,7 +190,7 @@ def gathering() -> None:
 def gradients_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what must be noticed of gradients: by C++, and by Python."""
     if request.param == "looked at":
-        monkeypatch.setattr(gather.library, "loaded", None)
+        look_at_all(monkeypatch)
     elif gather.library.loaded is None:
         pytest.skip(f"nothing gathers gradients here: {gather.library.build_error}")
 

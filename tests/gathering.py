@@ -6,6 +6,7 @@ from torch.nn import Parameter
 
 import triton_optim as to
 from triton_optim.engine.plan import Plan
+from triton_optim.util import gather
 
 SHAPES = [(3, 2, 1, 1), (4, 2, 3, 3), (7,), (), (5, 2), (3, 3)]
 STEPS = 6
@@ -29,6 +30,12 @@ def looks(monkeypatch):
     found, bind = [], Plan.bind
     monkeypatch.setattr(Plan, "bind", lambda self, g: found.append(bind(self, g)) or found[-1])
     return found
+
+
+def look_at_all(patch):
+    """From now on Python looks at all gradients: nothing gathers them, and nothing that would is loaded."""
+    patch.setattr(gather.library, "loaded", None)
+    patch.setattr(gather.library, "start_build", lambda: None)  # done in another thread after the second step
 
 
 def reshape(opt, params):

@@ -2,10 +2,12 @@
 takes no look of Python's.
 """
 
+import time
+
 import pytest
 import torch
+from gathering import STEPS, look_at_all, replace, reshape, run, shift_gradient, shrink
 from gathering import looks as looks
-from gathering import replace, reshape, run, shift_gradient, shrink
 from torch.nn import Parameter
 
 from triton_optim.dispatch import this_machine
@@ -165,7 +167,7 @@ def test_what_happens_between_steps_is_noticed(disturb, backend, device, looks, 
     gathered = run(disturb, backend, device, mark=lambda: before.append(list(looks)))
     # Python has looked at the first step's, to plan it, and at none after it.
     assert before == [[True]]
-    monkeypatch.setattr(gather.library, "loaded", None)
+    look_at_all(monkeypatch)
     looked_at = run(disturb, backend, device)
     assert len(gathered) == len(looked_at)
     for ours, theirs in zip(gathered, looked_at, strict=True):
@@ -176,6 +178,12 @@ def test_what_happens_between_steps_is_noticed(disturb, backend, device, looks, 
 def test_usual_steps_take_no_look(disturb, device, looks):
     run(disturb or (lambda opt, params: None), "auto", device)
     assert looks == [True]
+
+
+def test_python_looks_where_the_tests_say_so(device, looks, monkeypatch):
+    look_at_all(monkeypatch)
+    run(lambda opt, params: time.sleep(0.1), "auto", device)  # in which a thread could load what gathers
+    assert len(looks) == STEPS
 
 
 def test_what_is_on_disk_is_there_from_the_first_step_on(monkeypatch):

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from gathering import DISTURBED, SHAPES, STEPS, give_gradients, made, run, shift_gradient
+from gathering import DISTURBED, SHAPES, STEPS, give_gradients, look_at_all, made, run, shift_gradient
 from gathering import looks as looks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -133,7 +133,7 @@ def test_gradients_that_come_and_go_take_no_look(device, looks, monkeypatch):
             ]
         if not results:
             assert looks == [True]
-            monkeypatch.setattr(gather.library, "loaded", None)
+            look_at_all(monkeypatch)
         results.append([t.detach() for p in params for t in (p, *opt.state[p].values())])
     assert all(map(torch.equal, *results))
 
@@ -187,7 +187,7 @@ def test_sharded_gradients_are_gathered(placements, mesh, device, looks):
         opt = to.AdamW(params, lr=0.1)
         with pytest.MonkeyPatch.context() as patch:
             if not gathers:
-                patch.setattr(gather.library, "loaded", None)
+                look_at_all(patch)
             spec = params[0]._spec
             for step in range(STEPS):
                 give_sharded(params, step, [Shard(0)] if step != DISTURBED else placements)
