@@ -50,6 +50,7 @@ REFUSALS = (
     "Clipping threshold d should be",
     "Nesterov momentum requires",  # what a constructor refuses, a step refuses
     "holds .* and lacks",  # a state dict of which a state was deleted
+    "is quantized and does not say how",  # or of which the scales alone are left
     "of parameter .* is .*, and .* beside a parameter of",  # a correction in another dtype
     "of parameter .* has items of shape .* scales of shape",  # codes or scales of another dtype or size
     "of parameter .* is .*, the parameter .* codes need their scales",
