@@ -44,6 +44,20 @@ def test_a_checkpoint_is_exact(name: str, backend: str, device: torch.device) ->
 
 
 @kept
+def test_a_parameter_that_is_in_no_group_is_copied_with_its_state(name: str, device: torch.device) -> None:
+    """Of which a group that was removed may come back."""
+    params, optimizer = trained(triton_optim.AdamW, name, "eager", device, **ADAMW.settings)
+    group = optimizer.param_groups.pop()
+    params, copied = copy.deepcopy((params, optimizer))
+    copied.param_groups.append(copy.deepcopy(group) | {"params": params})
+    assert_same(everything(group["params"], optimizer), everything(params, copied))
+    optimizer.param_groups.append(group)
+    go_on(params, copied, range(3, 5))
+    go_on(group["params"], optimizer, range(3, 5))
+    assert_same(everything(group["params"], optimizer), everything(params, copied))
+
+
+@kept
 @pytest.mark.parametrize("into", KEPT)
 def test_from_every_codec_into_every_other(name: str, into: str, device: torch.device) -> None:
     """By a checkpoint; nothing is lost but what the narrower one cannot hold."""

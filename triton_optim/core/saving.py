@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, count
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -147,8 +148,9 @@ class SavedOptimizer(Optimizer, Update):
         states = dict(state["state"])
         # Else they are as they are held: load_state_dict made them.
         if set(map(type, states.values())) != {WatchedState}:
-            params = chain.from_iterable(group["params"] for group in state["param_groups"])
-            states |= {p: loaded_state(self, i, p, states[p]) for i, p in enumerate(params) if p in states}
+            numbers = dict.fromkeys((p for p in states if isinstance(p, Tensor)), "that is in no group")
+            numbers |= zip(chain.from_iterable(g["params"] for g in state["param_groups"]), count())
+            states |= {p: loaded_state(self, i, p, states[p]) for p, i in numbers.items() if p in states}
         limit = {name: state[name] for name in ("max_grad_norm",) if name in state}
         own = {name: value for name, value in state.items() if name not in limit}
         super().__setstate__(own | {"state": defaultdict(dict, states)})
