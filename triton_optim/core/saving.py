@@ -148,7 +148,9 @@ class SavedOptimizer(Optimizer, Update):
         states = dict(state["state"])
         # Else they are as they are held: load_state_dict made them.
         if set(map(type, states.values())) != {WatchedState}:
-            numbers = dict.fromkeys((p for p in states if isinstance(p, Tensor)), "that is in no group")
+            numbers: dict[Tensor, Any] = dict.fromkeys(
+                (p for p in states if isinstance(p, Tensor)), "that is in no group"
+            )
             numbers |= zip(chain.from_iterable(g["params"] for g in state["param_groups"]), count())
             states |= {p: loaded_state(self, i, p, states[p]) for p, i in numbers.items() if p in states}
         limit = {name: state[name] for name in ("max_grad_norm",) if name in state}
