@@ -51,7 +51,7 @@ RESIDUALS = ("master", "compensation", "residual", "residual_low")  # of a param
 
 def address(value: Any) -> int:
     """Where a pointer argument points; the driver takes tensors and addresses."""
-    return value.data_ptr() if isinstance(value, Tensor) else value
+    return value if isinstance(value, int) else value.data_ptr()
 
 
 class Seen(NamedTuple):

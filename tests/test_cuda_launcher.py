@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from ctypes import POINTER, c_float, c_int32, c_uint, c_uint64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,13 +74,32 @@ class Packed(NamedTuple):
     arguments: list[Any]
 
 
-def flat(arguments: tuple[Any, ...]) -> list[Any]:
-    return [x for a in arguments for x in (a if isinstance(a, tuple) else (a,))]
+@dataclass(frozen=True)
+class Table:
+    """An address that is given in place of its tensor, as Triton takes one."""
+
+    at: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.at
+
+
+def with_tables(launcher: Launcher, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments, of which an int is a number."""
+    given = zip(arguments, launcher.types, strict=True)
+    return [Table(a, kind) if isinstance(a, int) and isinstance(kind, torch.dtype) else a for a, kind in given]
+
+
+def flat(arguments: list[Any]) -> list[Any]:
+    return [x for a in arguments for x in (a if type(a) is tuple else (a,))]
 
 
 def unpacked(params: Any, given: list[Any]) -> list[Any]:
     """The parameters of a launch, each of the type of what was given for it. Triton adds its own."""
-    kinds = [c_uint64 if isinstance(x, Tensor) else c_float if isinstance(x, float) else c_int32 for x in given]
+    kinds = [
+        c_uint64 if isinstance(x, (Tensor, Table)) else c_float if isinstance(x, float) else c_int32 for x in given
+    ]
     return [ctypes.cast(params[i], POINTER(kind))[0] for i, kind in enumerate(kinds)]
 
 
@@ -125,8 +145,9 @@ def packed(
         launches.append((asked[-1], Packed(tuple(one.grid), tuple(one.block), one.stream, function, arguments)))
 
     def ask(launcher: Launcher, programs: int, *arguments: Any) -> None:
-        asked.append(Asked(launcher, programs, flat(arguments)))
-        launch(launcher, programs, *arguments)
+        given = with_tables(launcher, arguments)
+        asked.append(Asked(launcher, programs, flat(given)))
+        launch(launcher, programs, *given)
 
     libcuda.tell(on_launch)
     active = CudaDriver()
@@ -162,7 +183,7 @@ def test_cuda_gets_what_the_kernel_takes(name: str, packed: list[tuple[Asked, Pa
         assert got.grid == (asked.programs, 1, 1)
         assert got.block == (32 * asked.launcher.constants["num_warps"], 1, 1)
         assert got.stream == STREAM
-        wanted = [address(x) if isinstance(x, (Tensor, int)) else c_float(x).value for x in asked.arguments]
+        wanted = [c_float(x).value if isinstance(x, float) else address(x) for x in asked.arguments]
         assert got.arguments == wanted
     functions = {repr((asked.launcher.kernel, asked.launcher.constants)): got.function for asked, got in packed}
     assert len(functions) == len(set(functions.values())) == len({got.function for _, got in packed})

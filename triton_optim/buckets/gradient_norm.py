@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,12 +54,18 @@ def scaling_of(optimizer: Update) -> Scaling | None:
     """What a step of an optimizer does with all gradients now; None where that is nothing."""
     max_norm = optimizer.max_grad_norm
     if optimizer.amp is None:
-        return None if max_norm is None else Scaling(max_norm=max_norm)
+        return None if max_norm is None else limiting(max_norm)
     scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     grad_scale = scale if isinstance(scale, Tensor) else None
     found_inf = found if isinstance(found, Tensor) else None  # of no gradients at all torch's scaler says 0
     looks = grad_scale is not None or found_inf is not None
     return Scaling(grad_scale, found_inf, looks, max_norm) if looks or max_norm is not None else None
+
+
+@lru_cache(maxsize=64)
+def limiting(max_norm: float) -> Scaling:
+    """What does nothing but limit the norm. It is kept: to make one takes as long as a short launch."""
+    return Scaling(max_norm=max_norm)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -113,15 +120,25 @@ class GradientStats:
         """All four."""
         return self._tensor
 
+    def table(self) -> Any:
+        """What a kernel that reads them is given."""
+        return self.tensor
+
     factor = property(lambda self: self.tensor[0], doc="What the gradients are multiplied by.")
     skip = property(lambda self: self.tensor[1], doc="1 where the step is skipped, else 0.")
     norm = property(lambda self: self.tensor[2], doc="Theirs, without what a scaler multiplied them by.")
     not_finite = property(lambda self: self.tensor[3], doc="Not 0 where one of their elements is not finite.")
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._tensor.device
+
     def on(self, device: torch.device) -> GradientStats:
         """The same on another device; the host does not wait, but for its own."""
-        beside = device.type != "cpu"
-        return self if self._tensor.device == device else GradientStats(self.tensor.to(device, non_blocking=beside))
+        if self.device == device:
+            return self
+        return GradientStats(self.tensor.to(device, non_blocking=device.type != "cpu"))
 
 
 def gradient_stats_from(partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:

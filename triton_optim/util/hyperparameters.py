@@ -153,10 +153,11 @@ class Hyperparameters:
 
     def on_device(self, device: torch.device) -> OnDevice:
         """Those in the memory of `device`, up to date."""
-        if device not in self._devices:
-            self._devices[device] = OnDevice(device)
-        self._push(self._devices[device])
-        return self._devices[device]
+        held = self._devices.get(device)
+        if held is None:
+            held = self._devices[device] = OnDevice(device)
+        self._push(held)
+        return held
 
     def push(self) -> None:
         """Bring every device up to date."""

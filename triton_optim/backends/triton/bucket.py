@@ -192,7 +192,7 @@ class TritonBucket(Bucket):
         launch = self._launchers.get(compiled_for)
         if launch is None:
             launch = self._launchers[compiled_for] = launcher_for(self.key, *compiled_for)
-        stats = self.chunks if self.stats is None else self.stats.tensor
+        stats = self.chunks if self.stats is None else self.stats.table()
         launch(self._programs, self.chunks, self.tensors, self.gradient_table, table, self.numbers, keys, stats)
         self.mark_written()
 

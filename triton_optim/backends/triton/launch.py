@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -71,12 +72,19 @@ class Launcher:
         self._trailing = tuple(self.constants[name] for name in names)
         self._run = compiled.run
 
+    def fixed(self, *arguments: Any) -> tuple[Any, ...]:
+        """Arguments for every call to come, with the addresses of tensors that outlive this in place of them."""
+        if self._interpreted:
+            return arguments
+        return tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+
     def __call__(self, programs: int, *arguments: Any) -> None:
         """Start it on the current stream of its device.
 
         Args:
             programs: how many.
-            arguments: those that are not constants: tables as tensors, numbers, tuples of numbers.
+            arguments: those that are not constants: tables as tensors or as :meth:`fixed` made them, numbers, tuples of
+                numbers.
 
         Raises:
             LaunchError: it could not be started.

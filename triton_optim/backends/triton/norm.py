@@ -55,8 +55,9 @@ class NormPass:
         self._programs = -(-count // kernels.CHUNKS)
         self._launch = norm_launcher(dtype, norm.kind, aligned, device)
         self._sums = torch.empty(self._programs, 2, dtype=torch.float64, device=device)
-        self._tables = (chunks, tensors)
-        self._rest = (self._sums, count, tensors.shape[1], power_of(device, norm))
+        self._held = (chunks, tensors)
+        self._tables = self._launch.fixed(chunks, tensors)
+        self._rest = self._launch.fixed(self._sums, count, tensors.shape[1], power_of(device, norm))
 
     def __call__(self, gradients: Tensor) -> Tensor:
         """The sums, ``(programs, 2)``, in memory that the next pass writes anew.

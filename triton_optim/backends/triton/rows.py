@@ -299,8 +299,8 @@ class TritonRows:
             given: tuple[Any, ...] = stats.arguments
             stats.is_formed = True
         else:  # what is not read is any table
-            tensor = code if stats is None else stats.tensor
-            which, given = ("none" if stats is None else "read", None), (tensor, code, 0, code, code, code)
+            table = code if stats is None else stats.table()
+            which, given = ("none" if stats is None else "read", None), (table, code, 0, code, code, code)
         if which not in self._launchers:
             self._launchers[which] = launcher_for(self._key, *self._shape, *which)
         self._launchers[which](len(self._rows), code, memory, rows, keys, *given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...buckets.gradient_norm import EUCLIDEAN, GradientStats, Scaling
+from ...dispatch import this_machine
 from ...kernels import gradient_norm as kernels
 from ...util.on_device import capturing
 from .launch import Launcher, warp_size
@@ -30,9 +31,8 @@ class TritonGradientStats(GradientStats):
     """
 
     def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> None:
-        device = max_norm.device
-        out = rows_on(device).take()
-        super().__init__(out)
+        self._device = device = max_norm.device
+        self._block, self._row, out = rows_on(device).take()
         # In the order of the kernels' arguments; what is not read is any table.
         sums, count = (out, 0) if partials is None else (partials, partials.shape[0])
         scale = out if scaling.grad_scale is None else placed(scaling.grad_scale, device)
@@ -44,10 +44,20 @@ class TritonGradientStats(GradientStats):
     @property
     def tensor(self) -> Tensor:
         """All four; formed by a launch where no other kernel did."""
+        self.table()
+        return self._block[self._row]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._device
+
+    def table(self) -> Any:
+        """What a kernel that reads them is given; formed likewise."""
         if not self.is_formed:
-            stats_launcher(self.kind, self._tensor.device)(1, *self.arguments)
+            stats_launcher(self.kind, self._device)(1, *self.arguments)
             self.is_formed = True
-        return self._tensor
+        return self.arguments[0]
 
 
 class StatsRows:
@@ -55,18 +65,27 @@ class StatsRows:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._left: Iterator[Tensor] = iter(())
+        self._interpreted = this_machine().interpreter
+        self._left: Iterator[tuple[Tensor, int, Any]] = iter(())
 
-    def take(self) -> Tensor:
-        """A row that nobody else has. A captured graph has its own memory."""
+    def take(self) -> tuple[Tensor, int, Any]:
+        """A row that nobody else has: the tensor that it is a row of, its number, and what a kernel is given. A
+        captured graph has its own memory.
+        """
         if capturing(self._device):
-            return torch.empty(4, dtype=torch.float64, device=self._device)
+            return next(self._rows(1))
         row = next(self._left, None)
         if row is None:
-            with torch.inference_mode(False):
-                left = iter(torch.empty(ROWS, 4, dtype=torch.float64, device=self._device).unbind())
+            left = self._rows(ROWS)
             row, self._left = next(left), left
         return row
+
+    def _rows(self, count: int) -> Iterator[tuple[Tensor, int, Any]]:
+        with torch.inference_mode(False):
+            block = torch.empty(count, 4, dtype=torch.float64, device=self._device)
+        first, size = block.data_ptr(), block.stride(0) * block.itemsize
+        for i in range(count):
+            yield block, i, block[i] if self._interpreted else first + i * size
 
 
 @cache
