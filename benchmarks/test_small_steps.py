@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from random import Random
 from typing import Any, NamedTuple
 
 import pytest
@@ -100,6 +101,32 @@ def test_step(case: Case, gradients: str, benchmark: Callable, answer: Callable,
         text = f"{1e6 * m.median('ours'):.0f} us, {words}, {loop['ratio']:.3f} x its for-loop"
         figures = {f"{c.name} us": 1e6 * m.median(c.name) for c in contenders} | ratios
         answer(f"{case.name}, {gradients} gradients", text, figures, value=ratios["ratio"], target=case.target,
+               measurement=m)  # fmt: skip
+        benchmark.pedantic(contenders[0].step, rounds=100)
+
+
+def test_steps_of_experts(benchmark: Callable, answer: Callable, patience: float) -> None:
+    """A random fifth of the parameters has no gradient, as with experts that no token chose: by then the others were
+    updated in as many different numbers of steps.
+    """
+    case = CASES[-2]
+    with threads(case.threads):
+        contenders = sides_of(case)
+        gather.library.load()
+
+        def prepare(c: Contender, all_of_them: list[torch.Tensor], random: Random) -> None:
+            for p, g in zip(c.params, all_of_them, strict=True):
+                p.grad = None if random.random() < 0.2 else g.clone()
+
+        given = [[p.grad for p in c.params] for c in contenders]
+        sides = [
+            Side(c.name, c.step, partial(prepare, c, g, Random(0))) for c, g in zip(contenders, given, strict=True)
+        ]
+        m = measure(sides, patience, turn=20, warm_up=3)
+        ratios, words = m.compared("ours", ["torch-fused"])
+        figures = {f"{c.name} us": 1e6 * m.median(c.name) for c in contenders} | ratios
+        text = f"{1e6 * m.median('ours'):.0f} us, {words}"
+        answer(f"{case.name}, a fifth of them without a gradient", text, figures, value=ratios["ratio"], target=1.0,
                measurement=m)  # fmt: skip
         benchmark.pedantic(contenders[0].step, rounds=100)
 

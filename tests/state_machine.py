@@ -49,6 +49,7 @@ REFUSALS = (
     "list parameter .* twice",  # as another than it stands for now
     "Clipping threshold d should be",
     "Nesterov momentum requires",  # what a constructor refuses, a step refuses
+    r"RMSprop\(centered=True\) takes the root",  # likewise
     "holds .* and lacks",  # a state dict of which a state was deleted
     "is quantized and does not say how",  # or of which the scales alone are left
     "of parameter .* is .*, and .* beside a parameter of",  # a correction in another dtype

@@ -337,3 +337,39 @@ def test_counts_that_are_moved_go_on_where_they_lie(backend, device):
             old = torch.full((1 << 10,), -1.0)  # whoever wrote to the old memory might write here
     assert [opt.state[p]["step"].item() for p in params] == [4, 4, 4]
     assert (old == -1).all()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_counts_lie_where_they_did(capturable, backend, device):
+    """However often the parameters are sorted anew by their counts; and each is that of torch's for-loop."""
+    if capturable and backend == "cpp":
+        pytest.skip("captured steps run on devices")
+    case = BY_NAME["AdamW"]
+    params, others = six(case, device), six(case, device)
+    opt, theirs = to.AdamW(params, backend=backend, capturable=capturable), torch.optim.AdamW(others, foreach=False)
+    rows = [[True] * len(params), *presence(12, len(params))]
+    for number, present in enumerate(rows):
+        gradients = gradients_of(params, present, number)
+        step(opt, params, gradients)
+        step(theirs, others, gradients)
+        counts = [opt.state[p]["step"] for p in params]
+        if number == 0:
+            first = counts
+        assert capturable or all(a is b for a, b in zip(counts, first, strict=True))
+        assert [int(t) for t in counts] == [int(theirs.state[p]["step"]) for p in others]
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_count_that_is_written_between_differing_ones_is_noticed(backend, device):
+    case = BY_NAME["AdamW"]
+    params, others = six(case, device), six(case, device)
+    sides = [(params, to.AdamW(params, backend=backend)), (others, torch.optim.AdamW(others, foreach=False))]
+    for own, opt in sides:
+        for number, present in enumerate([[True] * len(own), *presence(8, len(own))]):
+            if number == 6:
+                opt.state[own[2]]["step"].fill_(40)
+            step(opt, own, gradients_of(own, present, number))
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q)
+    assert [int(sides[0][1].state[p]["step"]) for p in params] == [int(sides[1][1].state[p]["step"]) for p in others]

@@ -14,7 +14,8 @@ from ..spec import AVERAGE, COUNT, Update
 from ..util.hyperparameters import exact_number, plain_group
 from ..util.layout import local
 from .key import Key
-from .slots import ParamSlot, StepGroup
+from .slots import ParamSlot
+from .step_groups import StepGroup
 
 
 def average_what_stays(optimizer: Update, key: Key, step_group: StepGroup, skip: Tensor | None) -> None:

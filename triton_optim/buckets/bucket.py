@@ -18,7 +18,8 @@ from .averaging import average_what_stays
 from .gradient_norm import GradientStats, Scaling, exact_dtype, gradient_stats_from
 from .key import Key, pieces_of
 from .memory import Memory
-from .slots import CPU, ParamSlot, StepGroup
+from .slots import CPU, ParamSlot
+from .step_groups import StepGroup, place
 from .step_scalars import StepScalars, one_kind, step_scalars_for
 
 
@@ -64,7 +65,13 @@ class Bucket(Memory):
             self._first_indices = torch.tensor([piece.first for piece in self.pieces], device=where)
         self._on_device: OnDevice | None = None  # where the step's numbers are read there
         self._device_rows: DeviceRows | None = None
-        self._form_step_groups([tuple(m.numbers.values()) for m in slots])
+        names = {
+            group: optimizer.scalar_state_names(optimizer.param_groups[group]) for group in {m.group for m in slots}
+        }
+        self._columns = place(slots, [names[m.group] for m in slots], key.capturable)
+        numbers = [m.numbers for m in slots]
+        self._form_step_groups(numbers, [tuple(own.values()) for own in numbers])
+        self.note_states()
 
     # The methods of a backend.
 
@@ -114,12 +121,12 @@ class Bucket(Memory):
 
     # Counting.
 
-    def _form_step_groups(self, keys: list[Any]) -> None:
+    def _form_step_groups(self, numbers: list[dict[str, Any]], keys: list[Any]) -> None:
         """Sort the parameters into step groups: those of one group and key, whose steps were counted alike."""
         members_of: dict[Any, list[int]] = {}
         for i, (m, key) in enumerate(zip(self.slots, keys, strict=True)):
             members_of.setdefault((m.group, m.alone, key), []).append(i)
-        numbers, groups = self._numbers(), self.optimizer.param_groups
+        groups = self.optimizer.param_groups
         self.step_groups = [
             StepGroup(
                 group,
@@ -127,7 +134,7 @@ class Bucket(Memory):
                 self.optimizer.scalar_state_names(groups[group]),
                 [self.slots[i] for i in own],
                 own,
-                self.key.capturable,
+                len(own) == len(self.slots),
             )
             for (group, *_), own in members_of.items()
         ]
@@ -141,11 +148,12 @@ class Bucket(Memory):
         self._all_active = [True] * len(self.step_groups)
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
-        self.note_states()
+        # Of the others the bucket's columns have the numbers.
+        self._counted_apart = [step_group for step_group in self.step_groups if step_group.columns]
 
     def _numbers(self) -> list[dict[str, Any]]:
-        numbers = [m.numbers for m in self.slots]
-        for step_group in getattr(self, "step_groups", ()):
+        numbers: list[dict[str, Any]] = [{}] * len(self.slots)
+        for step_group in self.step_groups:
             now = step_group.numbers()
             for i in step_group.positions:
                 numbers[i] = now
@@ -160,7 +168,10 @@ class Bucket(Memory):
             present = self.present()
             if any(len({present[i] for i in step_group.positions}) == 2 for step_group in self.step_groups):
                 numbers = self._numbers()
-                self._form_step_groups([(there, *n.values()) for n, there in zip(numbers, present, strict=True)])
+                keys = [(there, *own.values()) for own, there in zip(numbers, present, strict=True)]
+                self._form_step_groups(numbers, keys)
+                if self._counted_apart:
+                    self.note_states()
             active = [present[step_group.positions[0]] for step_group in self.step_groups]
         self.stats = rows = None
         self.factors = {}
@@ -262,7 +273,10 @@ class Bucket(Memory):
 
     def counts_match(self) -> bool:
         """Whether nobody else has written the counts, which must lie where they did."""
-        for step_group in self.step_groups:  # noqa: SIM110  a generator takes as long as what it asks
+        for column in self._columns:
+            if not column.untouched():
+                return False
+        for step_group in self._counted_apart:  # noqa: SIM110  a generator takes as long as what it asks
             if not step_group.untouched():
                 return False
         return True

@@ -23,7 +23,7 @@ from .stats import Kind, TritonGradientStats, stats_constants, stats_types
 
 if TYPE_CHECKING:
     from ...buckets.key import Key
-    from ...buckets.slots import StepGroup
+    from ...buckets.step_groups import StepGroup
 
 SLOTS = (64, 128, 256)  # values of a row, at most
 _KINDS = {name: number for number, name in enumerate(kernel.KINDS)}
