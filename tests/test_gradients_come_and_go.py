@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from conftest import TRITON
 from launches import replace_launches
 from side_by_side import backward
 from table import CASES, KINDS, OPTIONS_OF_KINDS, array, each_kind_and_backend, rows_and_backends
@@ -373,3 +374,14 @@ def test_a_count_that_is_written_between_differing_ones_is_noticed(backend, devi
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q)
     assert [int(sides[0][1].state[p]["step"]) for p in params] == [int(sides[1][1].state[p]["step"]) for p in others]
+
+
+@TRITON
+def test_rows_are_placed_where_they_were(device):
+    """However many there are: a table of another size would be pinned anew."""
+    params, tables = six(BY_NAME["AdamW"], device), set()
+    opt = to.AdamW(params, backend="triton")
+    for number, present in enumerate([[True] * len(params), *presence(12, len(params))]):
+        step(opt, params, gradients_of(params, present, number))
+        tables |= {id(t) for b in opt.engine.plan.buckets if (t := getattr(b, "_row_table", None)) is not None}
+    assert len(tables) == 1

@@ -236,12 +236,12 @@ class TritonBucket(Bucket):
         cells = [None if row is None else plain_cells(row, self.key.variant.averaged) for row in rows]
         if any(c is None and row is not None for c, row in zip(cells, rows, strict=True)):
             return table_of(rows, self.key.compute, self.key.device, self.key.variant.averaged)
-        if self._row_table is None or len(self._row_table.tensor) != width * len(rows):
-            self._row_table = Staging(width * len(rows), self.key.compute, self.key.device)
+        if self._row_table is None:  # with room for all rows that there may be: how many there are may differ each step
+            self._row_table = Staging(width * len(self.slots), self.key.compute, self.key.device)
         nothing = (0.0,) * width
         code = "d" if self.key.compute == torch.float64 else "f"
         self._row_table.push(array(code, chain.from_iterable(nothing if c is None else c for c in cells)))
-        return self._row_table.tensor.view(-1, width)
+        return self._row_table.tensor[: width * len(rows)].view(-1, width)
 
     def _seed(self, step_group: int) -> int:
         return int(self.optimizer.param_groups[self.step_groups[step_group].group].get("seed", 0))

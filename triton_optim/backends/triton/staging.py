@@ -33,7 +33,7 @@ class Staging:
         self._next = 0
 
     def push(self, values: array[Any]) -> None:
-        """Bring the table to the device, in the order of the current stream."""
+        """Bring the table, or so many numbers at its start, to the device, in the order of the current stream."""
         start, length = values.buffer_info()
         size = length * values.itemsize
         if self._address:
@@ -48,5 +48,8 @@ class Staging:
         self._next = (self._next + 1) % SLOTS
         copied.synchronize()  # of an event that was never recorded it returns at once
         ctypes.memmove(pinned.data_ptr(), start, size)
-        self.tensor.copy_(pinned, non_blocking=True)
+        table = self.tensor
+        if length < len(table):
+            table, pinned = table[:length], pinned[:length]
+        table.copy_(pinned, non_blocking=True)
         copied.record(module.current_stream(self.tensor.device))
