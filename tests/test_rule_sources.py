@@ -19,11 +19,7 @@ from own_rules import defined as defined
 from torch.nn import Parameter
 
 from triton_optim.engine import fallback
-from triton_optim.kernels.language import (
-    RuleError,
-    jit,
-    python_function,
-)
+from triton_optim.kernels.language import RuleError, jit, python_function
 from triton_optim.kernels.straight import straight
 
 # Where a rule is defined, and when.

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from references_constrained import (
-    ADAMH_BY_HAND,
-    MUONH_BY_HAND,
-    SCION_BY_HAND,
-    adamh,
-    muonh,
-    scion,
-)
+from references_constrained import ADAMH_BY_HAND, MUONH_BY_HAND, SCION_BY_HAND, adamh, muonh, scion
 from references_eigen import KL_SOAP_BY_HAND, SHAMPOO_BY_HAND, SOAP_BY_HAND, kl_soap, shampoo, soap
 from references_matrix import (
     ADAMUON_BY_HAND,
@@ -44,10 +37,7 @@ ROWS = [
     Case(
         triton_optim.AdaMuon,
         adamuon,
-        {
-            "default": {},
-            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True},
-        },
+        {"default": {}, "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True}},
         by_hand=tuple(ByHand(*steps) for steps in ADAMUON_BY_HAND),
         matrices=True,
         complex=False,
@@ -84,10 +74,7 @@ ROWS = [
     Case(
         triton_optim.MuonH,
         muonh,
-        {
-            "default": {},
-            "plain": {"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True},
-        },
+        {"default": {}, "plain": {"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True}},
         by_hand=tuple(ByHand(*steps) for steps in MUONH_BY_HAND),
         still={"lr": 0.0},
         settings={"lr": 1e-2},
@@ -99,10 +86,7 @@ ROWS = [
     Case(
         triton_optim.AdamH,
         adamh,
-        {
-            "default": {},
-            "far": {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True},
-        },
+        {"default": {}, "far": {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True}},
         by_hand=tuple(ByHand(*steps) for steps in ADAMH_BY_HAND),
         still={"lr": 0.0},
         settings={"lr": 1e-2},
