@@ -19,6 +19,8 @@ import triton_optim
 
 from .case import ByHand, Case
 
+OFTEN = {"lr": 1e-2, "betas": (0.8, 0.9), "precondition_frequency": 2, "max_precond_dim": 6, "maximize": True}
+
 ROWS = [
     Case(
         triton_optim.NorMuon,
@@ -113,14 +115,7 @@ ROWS = [
         soap,
         {  # longer sides would have several eigenvalues of 0, whose eigenvectors may be any
             "default": {"max_precond_dim": 6},
-            "often": {
-                "lr": 1e-2,
-                "betas": (0.8, 0.9),
-                "shampoo_beta": 0.7,
-                "precondition_frequency": 2,
-                "max_precond_dim": 6,
-                "maximize": True,
-            },
+            "often": OFTEN | {"shampoo_beta": 0.7},
             "one size": {"max_precond_dim": 6, "normalize_grads": True, "correct_bias": False, "weight_decay": 0.1},
         },
         by_hand=tuple(ByHand(*steps) for steps in SOAP_BY_HAND),
@@ -133,15 +128,7 @@ ROWS = [
         kl_soap,
         {
             "default": {"max_precond_dim": 6},
-            "often": {
-                "lr": 1e-2,
-                "betas": (0.8, 0.9),
-                "shampoo_beta": 0.7,
-                "precondition_frequency": 2,
-                "max_precond_dim": 6,
-                "maximize": True,
-                "correct_bias": True,
-            },
+            "often": OFTEN | {"shampoo_beta": 0.7, "correct_bias": True},
         },
         by_hand=tuple(ByHand(*steps) for steps in KL_SOAP_BY_HAND),
         complex=False,
@@ -153,15 +140,7 @@ ROWS = [
         shampoo,
         {
             "default": {"max_precond_dim": 6},
-            "often": {
-                "lr": 1e-2,
-                "betas": (0.8, 0.9),
-                "precondition_frequency": 2,
-                "start_preconditioning_step": 3,
-                "max_precond_dim": 6,
-                "maximize": True,
-                "weight_decay": 0.1,
-            },
+            "often": OFTEN | {"start_preconditioning_step": 3, "weight_decay": 0.1},
             "sums": {
                 "betas": (0.8, 1.0),
                 "precondition_frequency": 1,
