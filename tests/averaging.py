@@ -46,10 +46,6 @@ def averaged(opt: Any) -> list[Tensor]:
         return [p.detach().clone() for group in opt.param_groups for p in group["params"]]
 
 
-def assert_same_bits(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
 def small(device: Any, backend: str = "eager", dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
     """Two parameters after three steps."""
     params = model(device, dtype, SHAPES[:2])

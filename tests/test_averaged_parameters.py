@@ -5,16 +5,8 @@ import gc
 
 import pytest
 import torch
-from averaging import (
-    BF16,
-    assert_same_bits,
-    averaged,
-    bits,
-    give,
-    model,
-    small,
-    train,
-)
+from averaging import BF16, averaged, bits, give, model, small, train
+from compared import assert_same_bits
 from complaints import explains
 from torch import Tensor
 

@@ -6,21 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from averaging import (
-    ALWAYS,
-    BF16,
-    EMPTY,
-    LATE,
-    SHAPES,
-    SOMETIMES,
-    assert_same_bits,
-    averaged,
-    bits,
-    give,
-    model,
-    small,
-    train,
-)
+from averaging import ALWAYS, BF16, EMPTY, LATE, SHAPES, SOMETIMES, averaged, bits, give, model, small, train
+from compared import assert_same_bits
 from complaints import explains
 from conftest import BACKENDS
 from torch.nn import Parameter
