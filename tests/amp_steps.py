@@ -11,8 +11,7 @@ SCALE = 256.0
 SHAPES = [(17, 5), (40,), (3,)]
 # A step that skips is run by a kernel that not every interpreter can.
 each_backend = pytest.mark.parametrize(
-    "backend",
-    ["eager", "compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=needs_loops)],
+    "backend", ["eager", "compiled", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=needs_loops)]
 )
 
 

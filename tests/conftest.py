@@ -76,9 +76,9 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 LONG = ("test_accuracy", "test_compiled_steps", "test_audit", "test_codecs", "test_codec_checkpoints",
         "test_training_step", "test_torch_compile", "test_launch", "test_symmetric_product", "test_gpu_session",
-        "test_two_ranks", "test_doctor", "test_stochastic_rounding", "test_gradients_come_and_go",
-        "test_memory_traps", "test_race", "test_race_command", "test_example_scripts", "test_state_machine",
-        "test_state_machine_twin")  # fmt: skip
+        "test_symmetric_product_code", "test_two_ranks", "test_doctor", "test_stochastic_rounding",
+        "test_gradients_come_and_go", "test_memory_traps", "test_race", "test_race_command", "test_example_scripts",
+        "test_state_machine", "test_state_machine_twin")  # fmt: skip
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -204,6 +204,11 @@ def two_slots() -> Iterator[None]:
                              (compiled_norm, "graph_for")):  # fmt: skip
             patch.setattr(module, name, cache(getattr(module, name).__wrapped__))
         yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -54,18 +54,6 @@ def optimizer(name, params, backend, **settings):
     return case.ours(params, **(case.settings | {"lr": LR} | settings), backend=backend)
 
 
-def step(opt, params, gradients):
-    """One step with gradients of any dtype; None for a parameter without."""
-    if hasattr(torch.Tensor, "grad_dtype"):
-        for p, g in zip(params, gradients, strict=True):
-            if g is not None and g.dtype != p.dtype:
-                p.grad_dtype = g.dtype
-            p.grad = g
-        opt.step()
-    else:  # torch < 2.10 refuses such a gradient wherever it is assigned
-        opt.engine.update(list(gradients))
-
-
 def array(t):
     return t.detach().cpu().double().numpy()
 

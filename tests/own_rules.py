@@ -17,11 +17,7 @@ from triton_optim.spec import State
 
 F32, F64 = torch.float32, torch.float64
 NO_TRITON = pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
-BACKENDS = [
-    "eager",
-    pytest.param("cpp", marks=CPP),
-    pytest.param("triton", marks=NO_TRITON),
-]
+BACKENDS = ["eager", pytest.param("cpp", marks=CPP), pytest.param("triton", marks=NO_TRITON)]
 
 
 class Scalars(NamedTuple):

@@ -12,8 +12,7 @@ from triton_optim.race import Watcher
 from triton_optim.util.extras import DISTRIBUTIONS
 
 needs_extras = pytest.mark.skipif(
-    any(find_spec(module) is None for module in DISTRIBUTIONS),
-    reason='needs the race extra: pip install -e ".[race]"',
+    any(find_spec(module) is None for module in DISTRIBUTIONS), reason='needs the race extra: pip install -e ".[race]"'
 )
 SGD = "torch.optim:SGD"
 

@@ -130,18 +130,10 @@ FEW = {"ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 20}
 X, Y = 3e8, 4e8
 # d = [1.5, 2], of root mean square sqrt(3.125): p = 0.9 - 0.1 * 2 * d / sqrt(3.125). Then d = [0.75, 1].
 SCION_BY_HAND = (
-    (
-        TURN,
-        [[X, Y]],
-        {"p": [0.9 - 0.3 / 3.125**0.5, 0.9 - 0.4 / 3.125**0.5], "momentum_buffer": [X / 2, Y / 2]},
-    ),
+    (TURN, [[X, Y]], {"p": [0.9 - 0.3 / 3.125**0.5, 0.9 - 0.4 / 3.125**0.5], "momentum_buffer": [X / 2, Y / 2]}),
     (TURN, [[X, Y], [0.0, 0.0]], {"momentum_buffer": [X / 4, Y / 4]}),
     # Of 2 rows and 1 column [3, 4] is 5 long: sqrt(2) * [0.6, 0.8].
-    (
-        TURN | FEW,
-        [[[X], [Y]]],
-        {"p": [[0.9 - 0.2 * 2**0.5 * 0.6], [0.9 - 0.2 * 2**0.5 * 0.8]]},
-    ),
+    (TURN | FEW, [[[X], [Y]]], {"p": [[0.9 - 0.2 * 2**0.5 * 0.6], [0.9 - 0.2 * 2**0.5 * 0.8]]}),
     (TURN | FEW | {"unconstrained": True}, [[[X, Y]]], {"p": [[1 - 0.2 * 0.5**0.5 * 0.6, 1 - 0.2 * 0.5**0.5 * 0.8]]}),
     (TURN | FEW | {"norm": "spectral_max"}, [[[X, Y]]], {"p": [[0.9 - 0.12, 0.9 - 0.16]]}),
     # A convolution of 1 channel to 1 with a kernel of 2: [0.6, 0.8] / 2.

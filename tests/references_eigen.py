@@ -315,10 +315,7 @@ KL_SOAP_BY_HAND = (
     (
         KL_BASES,
         GRADIENTS,
-        {
-            "R": diagonal(2.125 / 2 + 1 / 1.5, 4.5 / 2 + 4 / 4.5),
-            "eigenvalues_L": [0.75 + 1 / 1.5, 2.25 + 4 / 4.5],
-        },
+        {"R": diagonal(2.125 / 2 + 1 / 1.5, 4.5 / 2 + 4 / 4.5), "eigenvalues_L": [0.75 + 1 / 1.5, 2.25 + 4 / 4.5]},
     ),
 )
 

@@ -228,13 +228,7 @@ NORMUON_BY_HAND = (
         },
     ),
     # Of 4 rows and 1 column, and [3, 4, 0, 0], r = 0.25 * O^2.
-    (
-        ORTHOGONAL,
-        [[[3.0], [4.0], [0.0], [0.0]]],
-        {
-            "second_momentum_buffer": [[0.09], [0.16], [0.0], [0.0]],
-        },
-    ),
+    (ORTHOGONAL, [[[3.0], [4.0], [0.0], [0.0]]], {"second_momentum_buffer": [[0.09], [0.16], [0.0], [0.0]]}),
 )
 # The norm is 0.2 * sqrt(4) always. First of one element: p = 0.95 - 0.1 * 0.4, v = 0.25. Then of both: v is 0.4375 and
 # 0.25.

@@ -1,6 +1,5 @@
 """Models whose gradients are released, and twins whose gradients are not."""
 
-import copy
 from typing import Any
 
 import torch
@@ -35,15 +34,6 @@ def batch(step: int, own: Model) -> Tensor:
 
 def backward(own: Model, step: int) -> None:
     own(batch(step, own), third=step % 3 != 1).backward()
-
-
-def bits(opt: Any) -> Any:
-    params = [p.detach() for group in opt.param_groups for p in group["params"]]
-    return copy.deepcopy((params, opt.state_dict()["state"]))
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def pair(device: Any, cls: Any = to.SGD, dtype: torch.dtype = torch.float32, **options: Any) -> list[tuple[Model, Any]]:

@@ -60,12 +60,6 @@ def array(t):
     return local(t.detach()).cpu().double().numpy()
 
 
-def step(opt, params, gradients):
-    for p, g in zip(params, gradients, strict=True):
-        p.grad = g
-    opt.step()
-
-
 def assert_is_reference(opt, params, starts, gradients):
     """Local parts of parameters and states against the float64 reference; eight float32 roundings a step."""
     results, states = adamw(starts, gradients, **SETTINGS)

@@ -3,9 +3,7 @@
 import io
 
 import torch
-from table import (
-    CASES,
-)
+from table import CASES
 
 BY_NAME = {case.name: case for case in CASES}
 ADAMW, SGD = BY_NAME["AdamW"], BY_NAME["SGD"]

@@ -1,6 +1,6 @@
 """Compiles the symmetric product as a launch would, for GPUs that need not be there, and prints what came out as JSON.
 
-Run by test_symmetric_product.py in a process of its own, where Triton compiles and does not interpret.
+Run by test_symmetric_product_code.py in a process of its own, where Triton compiles and does not interpret.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPP
+from one_step import step_with
 from table import CASES, Case, array, each_case_and_backend, rows_and_backends
 from torch import Tensor
 
@@ -58,9 +59,7 @@ def trained(optimizer_class: type, start: list[Tensor], gradients: list[list[Ten
     params = [torch.nn.Parameter(t.clone()) for t in start]
     optimizer = optimizer_class(params, **options)
     for step in gradients:
-        for p, g in zip(params, step, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
+        step_with(optimizer, params, [g.clone() for g in step])
     return End([p.detach() for p in params], [optimizer.state.get(p, {}) for p in params])
 
 
@@ -198,9 +197,7 @@ def test_gradients_that_begin_with_0_or_later_and_are_missing(case: Case, varian
     params = [torch.nn.Parameter(p.detach().clone()) for p in start]
     optimizer = case.ours(params, backend="eager", **case.variants[variant])
     for step in gradients:
-        for p, g in zip(params, step, strict=True):
-            p.grad = g
-        optimizer.step()
+        step_with(optimizer, params, step)
     told = [[None if g is None else array(g) for g in step] for step in gradients]
     wanted, _ = case.reference(arrays([p.detach() for p in start]), told, **case.variants[variant])
     for p, value in zip(params, wanted, strict=True):

@@ -4,16 +4,8 @@ import functools
 
 import pytest
 import torch
-from laid_out import (
-    ELEMENTWISE,
-    LR,
-    OUTSIDE,
-    assert_is_reference,
-    in_buffer,
-    optimizer,
-    random_values,
-    step,
-)
+from laid_out import ELEMENTWISE, LR, OUTSIDE, assert_is_reference, in_buffer, optimizer, random_values
+from one_step import step_with
 from table import rows
 from torch.nn import Parameter
 
@@ -43,7 +35,7 @@ def test_misaligned_view(what, dtype, offset, backend, device):
     opt.state[q]["exp_avg"] = in_buffer(torch.zeros_like(values[0]), offset if what == "state" else 0)
     gradients = [values[2:4], values[4:6]]
     for a, b in gradients:
-        step(opt, [p, q], [a.clone(), in_buffer(b, offset) if what == "gradient" else b.clone()])
+        step_with(opt, [p, q], [a.clone(), in_buffer(b, offset) if what == "gradient" else b.clone()])
     assert_is_reference("AdamW", opt, [p, q], values[:2], gradients)
     for t in (q, q.grad, opt.state[q]["exp_avg"]):
         around = t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
@@ -62,7 +54,7 @@ def test_one_launch_and_two_with_a_misaligned_tensor(device, launches):
         opt = to.AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], backend="triton")
         for _ in range(2):
             launches.clear()
-            step(opt, params, [random_values(p.shape, 20, device) for p in params])
+            step_with(opt, params, [random_values(p.shape, 20, device) for p in params])
             assert [constants["ALIGNED"] for _, _, constants in launches] == wanted
         assert sum(bucket.launches for bucket in to.explain(opt)) == len(wanted)
 
@@ -83,7 +75,7 @@ def test_alignment_is_never_claimed_for_a_misaligned_address(device, launches):
     gradients = []
     for k, offsets in enumerate([(0, 0, 0), (0, 1, 0), (2, 0, 3), (0, 0, 0)]):
         gradients.append([random_values((37,), 10 * k + i, device) for i in range(3)])
-        step(opt, params, [in_buffer(g, offset) for g, offset in zip(gradients[-1], offsets, strict=True)])
+        step_with(opt, params, [in_buffer(g, offset) for g, offset in zip(gradients[-1], offsets, strict=True)])
     assert_is_reference("AdamW", opt, params, starts, gradients)
     assert any(not constants["ALIGNED"] for _, _, constants in launches)
     for _, (_, tensors, addresses, *_), constants in launches:
@@ -113,7 +105,7 @@ def test_parameter_with_gaps_runs_eagerly(case, view, device):
     gradients = [[random_values(t.shape, 2 + i, device) for t in start] for i in range(3)]
     opt = optimizer(case.name, [p, other], "auto")
     for row in gradients:
-        step(opt, [p, other], row)
+        step_with(opt, [p, other], row)
     assert_is_reference(case.name, opt, [p, other], start, gradients)
     inside = GAPPY[view](torch.arange(30).view(6, 5)).reshape(-1)
     outside = [i for i in range(30) if i not in inside.tolist()]
@@ -161,7 +153,7 @@ def test_sharing_parameters_are_refused_by_a_pinned_backend_and_nothing_changes(
     before = base.clone()
     x, y, z = Parameter(random_values((2,), 1, device)), Parameter(base[:4]), Parameter(base[2:])
     with pytest.raises(RuntimeError, match="overlap"):  # when it is made, or at the latest here
-        step(to.AdamW([x, y, z], backend=pinned), [x, y, z], [torch.ones_like(t) for t in (x, y, z)])
+        step_with(to.AdamW([x, y, z], backend=pinned), [x, y, z], [torch.ones_like(t) for t in (x, y, z)])
     assert torch.equal(base, before)
     assert torch.equal(x, random_values((2,), 1, device))
 
@@ -171,7 +163,7 @@ def test_expanded_parameter_is_refused_and_nothing_changes(choice, device):
     """As by torch: what its one stored value should become is undefined. It stands last: all is checked first."""
     first, expanded = Parameter(random_values((2,), 1, device)), Parameter(random_values((1,), 0, device).expand(3))
     with pytest.raises(RuntimeError):  # when it is made, or at the latest here
-        step(
+        step_with(
             to.AdamW([first, expanded], backend=choice),
             [first, expanded],
             [torch.ones_like(t) for t in (first, expanded)],
@@ -203,6 +195,6 @@ def test_overlapping_windows_run_eagerly(device):
     base = torch.arange(6.0, device=device)
     p = Parameter(base.as_strided((3, 2), (1, 1), 1))
     opt = to.SGD([p], lr=0.5)
-    step(opt, [p], [torch.ones(3, 2, device=device)])
+    step_with(opt, [p], [torch.ones(3, 2, device=device)])
     assert [bucket.backend for bucket in to.explain(opt)] == ["eager"]
     assert base[[0, 1, 4, 5]].tolist() == [0.0, 0.5, 3.5, 5.0]

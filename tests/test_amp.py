@@ -5,11 +5,11 @@ import io
 import itertools
 import math
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from amp_steps import SCALE, each_backend, give, new_scaler, parameters
+from compared import assert_same_bits, bits
 from complaints import explains
 
 import triton_optim
@@ -18,16 +18,6 @@ BF16 = torch.bfloat16
 SCALERS = {"torch's": torch.amp.GradScaler, "ours": triton_optim.GradScaler}
 each_scaler = pytest.mark.parametrize("scaler_class", list(SCALERS.values()), ids=list(SCALERS))
 STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_decay": 0.9, "ema_dtype": BF16}
-
-
-def everything(opt: Any) -> Any:
-    """Parameters, states and averages; a copy."""
-    params = [p.detach() for group in opt.param_groups for p in group["params"]]
-    return copy.deepcopy((params, opt.state_dict()["state"]))
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 # Scalers
@@ -94,7 +84,7 @@ def test_a_skipped_step_leaves_no_trace(scaler_class, options, backend, device):
         scaler = new_scaler(scaler_class, device)
         number = 0
         for fault in faults:
-            before = everything(opt)
+            before = bits(opt)
             give(params, number, scaler.get_scale(), fault)
             scaler.step(opt)
             scaler.update()
@@ -102,14 +92,14 @@ def test_a_skipped_step_leaves_no_trace(scaler_class, options, backend, device):
             if fault == 0:
                 number += 1
             elif number:
-                assert_same_bits(everything(opt), before)
+                assert_same_bits(bits(opt), before)
             else:
-                assert_same_bits(everything(opt)[0], before[0])
+                assert_same_bits(bits(opt)[0], before[0])
             if number == 3:
                 break
         assert [float(opt.state[p]["step"]) for p in params] == [3.0] * 3
         assert [float(opt.state[p]["n_averaged"]) for p in params] == [3.0] * 3
-        runs.append(everything(opt))
+        runs.append(bits(opt))
     assert_same_bits(runs[1], runs[0])
     assert_same_bits(runs[2], runs[0])
 
@@ -130,7 +120,7 @@ def test_the_next_steps_of_who_misses_gradients_are_not_counted_either(backend, 
             scaler.step(opt)
             scaler.update()
             number += fault == 0
-        ends.append(everything(opt))
+        ends.append(bits(opt))
     assert_same_bits(*ends)
 
 
@@ -195,7 +185,7 @@ def test_a_disabled_scaler_only_steps(scaler_class, amp, device):
 def test_of_two_optimizers_only_the_one_with_infinities_is_skipped(scaler_class, device):
     params = [parameters(device), parameters(device)]
     opts = [triton_optim.SGD(own, lr=0.1, amp="fused", backend="eager") for own in params]
-    before = everything(opts[0])
+    before = bits(opts[0])
     scaler = new_scaler(scaler_class, device)
     give(params[0], 0, SCALE, math.inf)
     give(params[1], 0, SCALE)
@@ -203,7 +193,7 @@ def test_of_two_optimizers_only_the_one_with_infinities_is_skipped(scaler_class,
         scaler.step(opt)
     scaler.update()
     assert scaler.get_scale() == SCALE / 2
-    assert_same_bits(everything(opts[0]), before)
+    assert_same_bits(bits(opts[0]), before)
     assert not torch.equal(params[0][0], params[1][0])
     assert [float(opt.skipped) for opt in opts] == [1, 0]
 
@@ -225,11 +215,11 @@ def test_an_optimizer_without_gradients_beside_another(scaler_class, device):
     opts = [triton_optim.SGD(own, lr=0.1, amp="fused", backend="eager") for own in (params, others)]
     scaler = new_scaler(scaler_class, device)
     give(params, 0, SCALE)
-    before = everything(opts[1])
+    before = bits(opts[1])
     for opt in opts:
         scaler.step(opt)
     scaler.update()
-    assert_same_bits(everything(opts[1]), before)
+    assert_same_bits(bits(opts[1]), before)
 
 
 @each_backend
@@ -255,12 +245,12 @@ def test_a_step_that_raises_leaves_no_scale_behind(device):
     params, plain = parameters(device), parameters(device)
     opt = triton_optim.AdamW(params, lr=0.1, amp="fused", backend="eager")
     scaler = new_scaler(triton_optim.GradScaler, device)
-    before = everything(opt)
+    before = bits(opt)
     give(params, 0, SCALE)
     params[2].grad = params[2].grad.to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         scaler.step(opt)
-    assert_same_bits(everything(opt), before)
+    assert_same_bits(bits(opt), before)
     assert not hasattr(opt, "grad_scale")
     give(params, 0, SCALE)
     scaler.step(opt)

@@ -63,7 +63,7 @@ def test_from_every_codec_into_every_other(name: str, into: str, device: torch.d
     """By a checkpoint; nothing is lost but what the narrower one cannot hold."""
     params, optimizer = trained(triton_optim.AdamW, name, "eager", device)
     if KEPT[into][0] != KEPT[name][0]:
-        pytest.skip("the model's dtype is another matter")
+        pytest.skip("this codec is of parameters of another dtype")
     twins = [Parameter(p.detach().clone()) for p in params]
     other = triton_optim.AdamW(twins, **KEPT[into][1], backend="eager")
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -79,10 +79,7 @@ def test_from_every_codec_into_every_other(name: str, into: str, device: torch.d
             tolerance = 0.3 if "int4" in into else 0.02
             assert float((a - b).abs().max()) <= tolerance * float(a.abs().max())
     for p, q in zip(params, twins, strict=True):
-        a, b = (
-            master(p, optimizer).double(),
-            master(q, other).double(),
-        )
+        a, b = (master(p, optimizer).double(), master(q, other).double())
         if KEPT[into][1].get("param_precision") in CORRECTED:
             torch.testing.assert_close(a, b, rtol=2.0**-15, atol=1e-6)
         names = {suffix for suffix in other.state[q] if suffix in triton_optim.precision.codecs.RESIDUALS}

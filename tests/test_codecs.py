@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_commands_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws it")
     assert command.run(asked(precision="split24", plot=tmp_path / "memory.svg")) == 0
     assert str(tmp_path / "memory.svg") in capsys.readouterr().out
     assert "<svg" in (tmp_path / "memory.svg").read_text()
@@ -142,7 +143,7 @@ def test_bars_are_of_every_state_dtype() -> None:
 )
 def test_bad_options(options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(asked(**options)) == 1
-    assert pytest.importorskip("re").search(says, capsys.readouterr().err)
+    assert re.search(says, capsys.readouterr().err)
 
 
 # What is left alone, and what is refused.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import step_with
 from references_constrained import scion
 from torch import Tensor
 from torch.nn import Parameter
@@ -147,9 +148,7 @@ def test_every_norm_is_the_references(norm: str, unconstrained: bool) -> None:
     optimizer = triton_optim.Scion(params, **options, backend="eager")
     gradients = [[values(*p.shape, seed=k).double() for p in params] for k in range(4)]
     for own in gradients:
-        for p, g in zip(params, own, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
+        step_with(optimizer, params, [g.clone() for g in own])
     ends, _ = scion(start, [[g.numpy() for g in own] for own in gradients], **options)
     for p, end in zip(params, ends, strict=True):
         torch.testing.assert_close(p.detach(), torch.from_numpy(end), rtol=1e-10, atol=1e-12)

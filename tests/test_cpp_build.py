@@ -112,7 +112,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_compiler_that_builds_nothing(
     kind: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +156,6 @@ def test_no_compiler_at_all(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert bucket.backend == "eager"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 def test_a_folder_that_cannot_be_written(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file stands where the folder should: root may write anywhere else."""
     place = tmp_path / "file"
@@ -219,7 +217,6 @@ def test_processes_build_at_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1, "something temporary was left"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 def test_clipping_alone_falls_back_too(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = fake_compiler(tmp_path, "exit 3")
     monkeypatch.setattr(cpp_build, "cxx_compiler", lambda: compiler)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closures import closure_of
 from torch.nn import Parameter
 from torch.utils._device import _device_constructors
 
@@ -92,15 +93,8 @@ def test_clipping(elsewhere: torch.device) -> None:
 def test_a_closure(cls: Any, elsewhere: torch.device) -> None:
     p = Parameter(torch.zeros(3, device=elsewhere))
     optimizer = cls([p])
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = (p - 1).square().sum()
-        loss.backward()
-        return loss
-
     for _ in range(2):
-        optimizer.step(closure)
+        optimizer.step(closure_of(optimizer, lambda p: (p - 1).square().sum(), [p]))
     torch.testing.assert_close(p, torch.ones_like(p), rtol=1e-3, atol=1e-3)
 
 

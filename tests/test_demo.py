@@ -17,8 +17,7 @@ import pytest
 from triton_optim.cli import demo
 
 needs_extras = pytest.mark.skipif(
-    any(find_spec(module) is None for module in demo.EXTRAS),
-    reason='needs the demo extra: pip install -e ".[demo]"',
+    any(find_spec(module) is None for module in demo.EXTRAS), reason='needs the demo extra: pip install -e ".[demo]"'
 )
 
 
@@ -130,10 +129,7 @@ def test_bad_option_is_one_line(options: tuple[str, ...], expected: str, capsys:
 
 
 def a_record(torch: float = 0.98, ours: float = 0.98) -> dict[str, Any]:
-    return {
-        "trainings": {"torch": {"accuracy": torch}, "ours": {"accuracy": ours}},
-        "settings": {"epochs": 6},
-    }
+    return {"trainings": {"torch": {"accuracy": torch}, "ours": {"accuracy": ours}}, "settings": {"epochs": 6}}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import step_with
 from side_by_side import assert_same, train
 from table import CASES, KINDS, Case, rows, rows_and_backends
 
@@ -159,9 +160,7 @@ def test_gradient_of_what_nadam_carries() -> None:
             moments = {name: torch.ones_like(p) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] |= {"step": torch.tensor(3.0), "mu_product": product.clone(), **moments}
         for g in gradients:
-            for p, own in zip(params, g, strict=True):
-                p.grad = own.clone()
-            optimizer.step()
+            step_with(optimizer, params, [own.clone() for own in g])
         return torch.stack(params)
 
     products = [torch.tensor(0.5, dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -6,9 +6,10 @@ from typing import Any
 import edits
 import pytest
 import torch
+from compared import assert_same_bits, bits
 from complaints import explains
 from edits import GROUPS, STATES, TWICE, assert_as_torch, trained
-from releasing import Model, assert_same_bits, backward, batch, bits, model, pair, train
+from releasing import Model, backward, batch, model, pair, train
 from torch.nn import Parameter
 
 import triton_optim as to

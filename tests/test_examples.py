@@ -5,7 +5,6 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -21,7 +20,6 @@ def test_own_optimizer_learns_as_well_as_adamw() -> None:
     assert abs(accuracies[0] - accuracies[1]) < 0.05
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 def test_compiled_step_compiles_once() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

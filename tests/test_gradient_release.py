@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from releasing import Model, assert_same_bits, backward, batch, bits, model, pair, train
+from compared import assert_same_bits, bits
+from releasing import Model, backward, batch, model, pair, train
 from torch import Tensor
 from torch.nn import Parameter
 from two_tensor import parameter, value_of

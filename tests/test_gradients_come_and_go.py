@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TRITON
 from launches import replace_launches
+from one_step import step_with
 from side_by_side import backward
 from table import CASES, KINDS, OPTIONS_OF_KINDS, array, each_kind_and_backend, rows_and_backends
 from torch.nn import Parameter
@@ -42,14 +43,6 @@ def gradients_of(params, present, seed, case=BY_NAME["AdamW"]):
     random = torch.Generator().manual_seed(seed)
     values = [case.gradient(p, random) for p in params]
     return [g if there else None for g, there in zip(values, present, strict=True)]
-
-
-def step(opt, params, gradients):
-    for p, g in zip(params, gradients, strict=True):
-        if g is not None and g.dtype != p.dtype:
-            p.grad_dtype = g.dtype
-        p.grad = g
-    opt.step()
 
 
 def bits(opt, p):
@@ -106,7 +99,7 @@ def test_random_presence_is_the_references(case, options, backend, device):
         present[NEVER] = False
         given.append(gradients_of(params, present, k, case))
         before = [bits(opt, p) for p in params]
-        step(opt, params, given[-1])
+        step_with(opt, params, given[-1])
         for i, p in enumerate(params):
             if not present[i]:
                 after = bits(opt, p)
@@ -167,7 +160,7 @@ def test_a_whole_bucket_misses_a_step(backend, device):
     patterns = [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
     given = [gradients_of(params, present, k) for k, present in enumerate(patterns)]
     for row in given:
-        step(opt, params, row)
+        step_with(opt, params, row)
     values, _ = BY_NAME["AdamW"].reference(
         starts, [[None if g is None else g.cpu().double().numpy() for g in row] for row in given]
     )
@@ -181,9 +174,9 @@ def test_skipped_parameter_can_still_be_backed_through(backend, device):
     """A graph that saved it is still valid, as with torch.optim: nothing was written."""
     used, skipped = (Parameter(torch.ones(3, device=device)) for _ in range(2))
     opt = to.AdamW([used, skipped], backend=backend)
-    step(opt, [used, skipped], [torch.ones_like(used), torch.ones_like(skipped)])
+    step_with(opt, [used, skipped], [torch.ones_like(used), torch.ones_like(skipped)])
     loss = (skipped * skipped).sum()
-    step(opt, [used, skipped], [torch.ones_like(used), None])
+    step_with(opt, [used, skipped], [torch.ones_like(used), None])
     loss.backward()
     assert torch.equal(skipped.grad, 2 * skipped)
 
@@ -195,9 +188,9 @@ def test_newcomer_starts_with_its_own_first_step(case, backend, device):
     old, new, alone = (Parameter(torch.full((2, 3), float(i), device=device)) for i in (0, 1, 1))
     opt = case.ours([old, new], lr=0.1, **options, backend=backend)
     for k in range(4):
-        step(opt, [old, new], gradients_of([old, new], [True, k == 3], k, case))
+        step_with(opt, [old, new], gradients_of([old, new], [True, k == 3], k, case))
     fresh = case.ours([alone], lr=0.1, **options, backend=backend)
-    step(fresh, [alone], [new.grad])
+    step_with(fresh, [alone], [new.grad])
     torch.testing.assert_close(new, alone, rtol=1e-6, atol=0)  # on a CPU equal; GPUs may contract
     for key, value in fresh.state[alone].items():
         torch.testing.assert_close(opt.state[new][key], value, rtol=1e-6, atol=0)
@@ -209,7 +202,7 @@ def test_step_counts_are_exact_after_many_steps(backend, device, no_launch):
     opt = to.AdamW(params, backend=backend)
     patterns = presence(steps, slots)
     for k, present in enumerate(patterns):
-        step(opt, params, gradients_of(params, present, k))
+        step_with(opt, params, gradients_of(params, present, k))
         if k in (7, 30):  # a checkpoint in between
             opt.load_state_dict(opt.state_dict())
     expected = [sum(column) for column in zip(*patterns, strict=True)]
@@ -234,7 +227,7 @@ def test_rows_of_scalars_do_not_multiply(case, backend, device, formed, no_launc
         made = counts if case.ours.counts_steps else counts.clamp(max=1)
         distinct = len(set(zip(group.tolist(), made.tolist(), strict=True)))
         formed.clear()
-        step(opt, params, gradients_of(params, present, k, case))
+        step_with(opt, params, gradients_of(params, present, k, case))
         assert len(formed) <= 2 * distinct, f"step {k}"
         counts += torch.tensor(present)
 
@@ -261,7 +254,7 @@ def test_gradients_that_move_or_miss_a_step_plan_nothing_anew(case, options, bac
             if group.get("weight_decay"):
                 group["weight_decay"] = 0.1 / (k + 1)
         held.append(gradients_of(params, present, k, case))
-        step(opt, params, held[-1])
+        step_with(opt, params, held[-1])
     assert len(plans) == 1
 
 
@@ -272,7 +265,7 @@ def test_plans_are_made_for_newcomers_alone(case, options, backend, device, plan
     opt = case.ours(params, **options, backend=backend)
     patterns = presence(20, 6)
     for k, present in enumerate(patterns):
-        step(opt, params, gradients_of(params, present, k, case))
+        step_with(opt, params, gradients_of(params, present, k, case))
     assert len(plans) <= newcomers(patterns)
 
 
@@ -282,7 +275,7 @@ def test_two_experts_in_turn_plan_twice(backend, device, plans, no_launch):
         params = [Parameter(torch.zeros(3, device=device)) for _ in range(2)]
         opt = cls(params, backend=backend)
         for k in range(12):
-            step(opt, params, gradients_of(params, [k % 2 == 0, k % 2 == 1], k))
+            step_with(opt, params, gradients_of(params, [k % 2 == 0, k % 2 == 1], k))
         assert len(plans) <= 2, cls.__name__
 
 
@@ -293,7 +286,7 @@ def test_absent_gradients_of_another_dtype_are_remembered(backend, device, plans
     opt = to.AdamW(params, backend=backend)
     patterns = presence(24, 4)
     for k, present in enumerate(patterns):
-        step(opt, params, [g if g is None else g.float() for g in gradients_of(params, present, k)])
+        step_with(opt, params, [g if g is None else g.float() for g in gradients_of(params, present, k)])
     assert len(plans) <= newcomers(patterns)
 
 
@@ -303,7 +296,7 @@ def test_absent_misaligned_gradients_are_remembered(device, plans, no_launch):
     patterns = presence(24, 4)
     for k, present in enumerate(patterns):
         gradients = gradients_of(params, present, k)
-        step(opt, params, [g if g is None else torch.cat((g[:1], g))[1:] for g in gradients])
+        step_with(opt, params, [g if g is None else torch.cat((g[:1], g))[1:] for g in gradients])
     assert len(plans) <= newcomers(patterns)
 
 
@@ -332,7 +325,7 @@ def test_counts_that_are_moved_go_on_where_they_lie(backend, device):
     params = [Parameter(torch.ones(3, device=device)) for _ in range(3)]
     opt = to.AdamW([{"params": [p]} for p in params], backend=backend)
     for k in range(4):
-        step(opt, params, [torch.ones_like(p) for p in params])
+        step_with(opt, params, [torch.ones_like(p) for p in params])
         if k == 1:
             opt.state[params[1]]["step"].share_memory_()
             old = torch.full((1 << 10,), -1.0)  # whoever wrote to the old memory might write here

@@ -18,12 +18,7 @@ from side_by_side import (
     train,
     values,
 )
-from table import (
-    CASES,
-    each_kind,
-    each_kind_and_backend,
-    rows,
-)
+from table import CASES, each_kind, each_kind_and_backend, rows
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 # Closures and hooks

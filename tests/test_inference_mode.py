@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_step import step_with
 from state_machine import BY_NAME
 from state_machine import uncompiled as uncompiled
 from table import KINDS, Case, rows
@@ -29,9 +30,7 @@ def test_a_gradient_of_inference_mode_is_read(backend: str, device: torch.device
     before = [p.detach().clone() for p in params]
     opt = to.SGD(params, lr=0.5, backend=backend)
     for _ in range(2):
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g
-        opt.step()
+        step_with(opt, params, gradients)
     for p, old in zip(params, before, strict=True):
         torch.testing.assert_close(p.detach(), old - 1)
 

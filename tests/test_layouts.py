@@ -23,8 +23,8 @@ from laid_out import (
     optimizer,
     permuted,
     random_values,
-    step,
 )
+from one_step import step_with
 from table import NUMBERS
 from torch.nn import Parameter
 
@@ -49,8 +49,8 @@ def test_parameter_and_gradient_of_any_two_layouts(p_layout, g_layout, backend, 
     for g in wanted:
         laid = GRADIENTS[g_layout](g)
         strides_of_g = laid.stride()
-        step(plain_opt, [plain], [g.clone()])
-        step(opt, [p], [laid])
+        step_with(plain_opt, [plain], [g.clone()])
+        step_with(opt, [p], [laid])
         assert torch.equal(laid, g), "the gradient was written to"
         assert p.grad is laid
         assert laid.stride() == strides_of_g
@@ -71,7 +71,7 @@ def test_all_layouts_in_one_optimizer(case, backend, device):
     layouts = itertools.cycle(DENSE.values())
     for row in gradients:
         next(layouts)  # another pairing of layouts in each step, and no gradient that stays where it was
-        step(opt, params, [next(layouts)(g) for g in row])
+        step_with(opt, params, [next(layouts)(g) for g in row])
     assert_is_reference(case.name, opt, params, starts, gradients)
     assert sum(bucket.tensors for bucket in to.explain(opt)) == len(DENSE)
     assert len(to.explain(opt)) == 1
@@ -84,7 +84,7 @@ def test_strides_of_dimensions_of_size_1_mean_nothing(shape, backend, device):
     p = Parameter(start.clone())
     q = Parameter(start.clone().as_strided(shape, odd))
     opt = optimizer("AdamW", [p, q], backend)
-    step(opt, [p, q], [g.as_strided(shape, odd), g.clone()])
+    step_with(opt, [p, q], [g.as_strided(shape, odd), g.clone()])
     assert_same(p, q)
     assert_is_reference("AdamW", opt, [p, q], [start, start], [[g, g]])
 
@@ -95,7 +95,7 @@ def test_gradient_in_the_parameters_layout_is_read_where_it_is(layout, device, l
     p = Parameter(DENSE[layout](random_values(SHAPE, 0, device)))
     opt = optimizer("AdamW", [p], backend)
     for i in range(2):
-        step(opt, [p], [DENSE[layout](random_values(SHAPE, 1 + i, device))])
+        step_with(opt, [p], [DENSE[layout](random_values(SHAPE, 1 + i, device))])
         _, (_, tensors, gradients, *_), _ = launches[-1]
         assert gradients.tolist() == [p.grad.data_ptr()]
         assert tensors[0, 2:].tolist() == [t.data_ptr() for t in (p, *map(opt.state[p].get, ("exp_avg", "exp_avg_sq")))]
@@ -141,18 +141,18 @@ def test_states_loaded_in_another_layout(case, backend, p_layout, s_layout, devi
     gradients = [random_values(SHAPE, 1 + i, device) for i in range(3)]
     p = Parameter(DENSE[p_layout](start))
     opt = optimizer(case.name, [p], backend)
-    step(opt, [p], [gradients[0]])
+    step_with(opt, [p], [gradients[0]])
     saved = opt.state_dict()
     for key, value in saved["state"][0].items():
         if key not in NUMBERS:
             saved["state"][0][key] = GRADIENTS[s_layout](value)
     opt = optimizer(case.name, [p], backend)
     opt.load_state_dict(saved)
-    step(opt, [p], [gradients[1]])
+    step_with(opt, [p], [gradients[1]])
     for key, value in list(opt.state[p].items()):  # and by hand
         if key not in NUMBERS:
             opt.state[p][key] = GRADIENTS[s_layout](value)
-    step(opt, [p], [gradients[2]])
+    step_with(opt, [p], [gradients[2]])
     assert_is_reference(case.name, opt, [p], [start], [[g] for g in gradients])
 
 
@@ -167,7 +167,7 @@ def test_empty_and_0_dim_tensors(case, backend, device):
     gradients = [[random_values(shape, 10 * k + i, device) for i, shape in enumerate(shapes)] for k in range(1, 3)]
     opt = optimizer(case.name, params, backend)
     for row in gradients:
-        step(opt, params, row)
+        step_with(opt, params, row)
     assert_is_reference(case.name, opt, params, starts, gradients)
     assert all(value.shape == p.shape for p in params for key, value in opt.state[p].items() if key not in NUMBERS)
     rows = [bucket for bucket in to.explain(opt) if bucket.elements]
@@ -179,7 +179,7 @@ def test_nothing_but_empty_tensors(backend, device):
     p = Parameter(torch.empty(0, 3, device=device))
     opt = to.AdamW([p], backend=backend)
     for _ in range(2):
-        step(opt, [p], [torch.empty(0, 3, device=device)])
+        step_with(opt, [p], [torch.empty(0, 3, device=device)])
     assert opt.state[p]["step"].item() == 2
     assert sum(bucket.launches for bucket in to.explain(opt)) == 0
 
@@ -188,7 +188,7 @@ def test_0_dim_float64_is_written(backend, device):
     """A graph compiled by torch 2.13 drops an in-place write to a 0-dim float64 tensor."""
     p = Parameter(torch.tensor(1.0, dtype=torch.float64, device=device))
     opt = to.AdamW([p], lr=0.5, weight_decay=0, backend=backend)
-    step(opt, [p], [torch.tensor(3.0, dtype=torch.float64, device=device)])
+    step_with(opt, [p], [torch.tensor(3.0, dtype=torch.float64, device=device)])
     assert p.item() == pytest.approx(0.5, abs=1e-8)  # eps is 1e-8
     assert opt.state[p]["exp_avg"].item() == pytest.approx(0.3, abs=1e-15)
 
@@ -236,7 +236,7 @@ def test_gradients_and_states_of_another_dtype(dtypes, backend, device):
     for p in params:
         opt.state[p].update(states_like(p, s_dtype))
     for row in gradients:
-        step(opt, params, [g.clone() for g in row])
+        step_with(opt, params, [g.clone() for g in row])
     assert_is_reference("AdamW", opt, params, starts, gradients)
     for p in params:
         assert (p.dtype, p.grad.dtype) == (p_dtype, g_dtype)
@@ -259,7 +259,7 @@ def test_every_dtype_is_a_bucket_of_its_own(backend, device):
     for p, dtypes in zip(params, DTYPES, strict=True):
         opt.state[p].update(states_like(p, dtypes[2]))
     for row in gradients:
-        step(opt, flat, row[::2] + row[1::2])
+        step_with(opt, flat, row[::2] + row[1::2])
     assert_is_reference("AdamW", opt, params, starts, gradients)
     assert sorted(tuple(map(str, bucket.dtypes.values()))[:3] for bucket in to.explain(opt)) == sorted(
         tuple(map(str, dtypes)) for dtypes in DTYPES
@@ -275,7 +275,7 @@ def test_states_are_in_the_order_of_their_parameters(backend, device):
     params.append(Parameter(in_buffer(random_values((5,), 5, device), 1)))
     params.append(Parameter(random_values((6,), 6, device)))
     opt = optimizer("AdamW", params, backend)
-    step(opt, params, [torch.ones_like(p) for p in params])
+    step_with(opt, params, [torch.ones_like(p) for p in params])
     assert [next(i for i, p in enumerate(params) if p is q) for q in opt.state] == list(range(6))
     assert list(opt.state_dict()["state"]) == list(range(6))
 
@@ -285,7 +285,7 @@ def test_gradient_is_not_rounded_to_the_parameters_dtype(backend, device):
     p = Parameter(torch.ones(3, dtype=BF16, device=device))
     opt = to.AdamW([p], betas=(0.5, 0.5), backend=backend)
     opt.state[p].update(states_like(p, F32))
-    step(opt, [p], [torch.full((3,), 1 + 2**-10, device=device)])
+    step_with(opt, [p], [torch.full((3,), 1 + 2**-10, device=device)])
     assert opt.state[p]["exp_avg"].tolist() == [0.5 + 2**-11] * 3
 
 
@@ -329,7 +329,7 @@ def trained(model, backend, device, groups):
             opt.state[p].update(states_like(p, dtypes[2]))
     for k, row in enumerate(gradients):
         # The first and last step's gradients lie as their parameters do, the second's the other way round.
-        step(
+        step_with(
             opt,
             params,
             [

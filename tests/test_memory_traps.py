@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import HAS_GPU, HAS_TRITON
 from launches import replace_launches
-from sharding import step, values
+from one_step import step_with
+from sharding import values
 from table import OPTIONS_OF_KINDS
 from torch.nn import Parameter
 
@@ -102,7 +103,7 @@ def test_compiled_pieces_stay_under_2_31_elements(device, monkeypatch):
         p = Parameter(start.clone())
         opt = to.AdamW([p], backend="compiled")
         for g in gradients:
-            step(opt, [p], [g])
+            step_with(opt, [p], [g])
         results.append((p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]))
     for whole, pieces in zip(*results, strict=True):
         torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
@@ -124,7 +125,7 @@ def test_20_000_tiny_parameters_and_empty_ones_among_them(backend, device, monke
     launches, interpreted = [], backend == "triton" and not HAS_GPU
     if interpreted:
         replace_launches(monkeypatch, lambda launcher, *given: launches.append((launcher.constants, *given)))
-    step(opt, params, list(g.split(sizes)))
+    step_with(opt, params, list(g.split(sizes)))
     assert all(opt.state[p]["step"].item() == 1 for p in params[:100])
     assert len(opt.state) == len(params)
     assert sum(bucket.tensors for bucket in to.explain(opt) if bucket.elements) == 3 * count // 4
@@ -139,7 +140,7 @@ def test_20_000_tiny_parameters_and_empty_ones_among_them(backend, device, monke
             assert not chunks[:, 1].any()
         return
     whole = Parameter(start.clone())
-    step(to.AdamW([whole], lr=0.1, backend=backend), [whole], [g])
+    step_with(to.AdamW([whole], lr=0.1, backend=backend), [whole], [g])
     torch.testing.assert_close(torch.cat([p.detach() for p in params]), whole.detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -230,7 +231,7 @@ def test_uninitialised_memory_is_never_read(case, options, backend, device, pois
             random = torch.Generator().manual_seed(1)
             for k in range(2):
                 gradients = [case.gradient(p, random) for p in params]
-                step(opt, params, [*gradients[:-1], gradients[-1] if k else None])
+                step_with(opt, params, [*gradients[:-1], gradients[-1] if k else None])
         states = [s for p in params for s in opt.state.get(p, {}).values() if isinstance(s, torch.Tensor)]
         results.append([*(p.detach() for p in params), *states])
     for plain, same in zip(*results, strict=True):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sharding import step, values
+from one_step import step_with
+from sharding import values
 from torch.nn import Parameter
 
 import triton_optim as to
@@ -20,9 +21,9 @@ def test_data_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
     opt = sgd([p], backend)
-    step(opt, [p], [torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)])
+    step_with(opt, [p], [torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)])
     p.data = p.data.t()
-    step(opt, [p], [torch.tensor([[0.0, 8.0], [0.0, 0.0]], device=device)])
+    step_with(opt, [p], [torch.tensor([[0.0, 8.0], [0.0, 0.0]], device=device)])
     # -[[1, 3], [2, 4]], less the new gradient plus half the old one, which the buffer holds for the old places.
     assert p.tolist() == [[-1.5, -12.0], [-3.5, -6.0]]
 
@@ -32,15 +33,15 @@ def test_same_address_other_size(backend, device):
     base = torch.zeros(4, device=device)
     p = Parameter(base)
     opt = to.SGD([p], lr=1.0, backend=backend)
-    step(opt, [p], [torch.ones(4, device=device)])
+    step_with(opt, [p], [torch.ones(4, device=device)])
     p.grad = None
     p.data = base[:2]
-    step(opt, [p], [torch.ones(2, device=device)])
+    step_with(opt, [p], [torch.ones(2, device=device)])
     assert base.tolist() == [-2, -2, -1, -1]
     assert p.data_ptr() == base.data_ptr()
     p.grad = None
     p.data = base.view(2, 2)
-    step(opt, [p], [torch.ones(2, 2, device=device)])
+    step_with(opt, [p], [torch.ones(2, 2, device=device)])
     assert base.tolist() == [-3, -3, -2, -2]
 
 
@@ -49,7 +50,7 @@ def test_gradient_left_from_another_size_is_refused(backend, device):
     base = torch.zeros(4, device=device)
     p = Parameter(base)
     opt = to.SGD([p], lr=1.0, backend=backend)
-    step(opt, [p], [torch.zeros(4, device=device)])
+    step_with(opt, [p], [torch.zeros(4, device=device)])
     p.grad.fill_(1)
     p.data = base[:2]
     assert p.grad.shape == (4,)
@@ -63,10 +64,10 @@ def test_same_address_other_dtype(backend, device):
     """1.0 in float16 is 0.0078125 in bfloat16."""
     p = Parameter(torch.ones(4, dtype=torch.float16, device=device))
     opt = to.SGD([p], lr=1.0, backend=backend)
-    step(opt, [p], [torch.zeros_like(p)])
+    step_with(opt, [p], [torch.zeros_like(p)])
     p.grad = None
     p.data = p.data.view(torch.bfloat16)
-    step(opt, [p], [torch.full_like(p, 0.00390625)])
+    step_with(opt, [p], [torch.full_like(p, 0.00390625)])
     assert p.dtype == torch.bfloat16
     assert p.tolist() == [0.00390625] * 4
 
@@ -76,13 +77,13 @@ def test_storage_freed_and_made_anew(backend, device):
     """As training does that frees parameters between their uses."""
     p = Parameter(torch.zeros(1000, device=device))
     opt = sgd([p], backend)
-    step(opt, [p], [torch.ones(1000, device=device)])
+    step_with(opt, [p], [torch.ones(1000, device=device)])
     size = p.untyped_storage().nbytes()
     p.untyped_storage().resize_(0)
     others = [torch.full((1000,), 5.0, device=device) for _ in range(8)]  # one of them may lie where p did
     p.untyped_storage().resize_(size)
     p.data.fill_(3)
-    step(opt, [p], [torch.ones(1000, device=device)])
+    step_with(opt, [p], [torch.ones(1000, device=device)])
     assert p.tolist() == [1.5] * 1000
     assert all((other == 5).all() for other in others)
 
@@ -92,7 +93,7 @@ def test_gradient_at_the_same_address_in_another_layout(backend, device):
     p, buffer = Parameter(torch.zeros(2, 2, device=device)), torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
     opt = to.SGD([p], lr=1.0, backend=backend)
     for view in (buffer, buffer, buffer.t(), torch._neg_view(buffer), buffer):
-        step(opt, [p], [view])
+        step_with(opt, [p], [view])
     assert p.tolist() == [[-3, -7], [-8, -12]]
 
 
@@ -107,7 +108,7 @@ def test_gradients_freed_and_others_at_their_addresses(backend, device):
         for i in (range(4), range(3, -1, -1), (2, 0))[k % 3]:
             given[i] = torch.full_like(params[i], float(k + 10 * i)).detach()
             total[i] += k + 10 * i
-        step(opt, params, given)
+        step_with(opt, params, given)
         del given
         opt.zero_grad()
     for p, expected in zip(params, total, strict=True):
@@ -121,12 +122,12 @@ def test_data_of_a_state_replaced(place, backend, device):
     params = [Parameter(torch.zeros(4, device=device)) for _ in range(3)]
     opt = sgd(params, backend)
     ones = [torch.ones(4, device=device) for _ in params]
-    step(opt, params, ones)
+    step_with(opt, params, ones)
     state = opt.state[params[place]]["momentum_buffer"]
     old = state.data
     before = old.clone()
     state.data = torch.full((4,), 10.0, device=device)
-    step(opt, params, ones)
+    step_with(opt, params, ones)
     assert opt.state[params[place]]["momentum_buffer"].tolist() == [6.0] * 4
     assert [p[0].item() for p in params] == [-7.0 if i == place else -2.5 for i in range(3)]
     assert torch.equal(old, before)
@@ -137,9 +138,9 @@ def test_state_replaced_by_its_transpose(backend, device):
     """The same address and the same shape."""
     p = Parameter(torch.zeros(2, 2, device=device))
     opt = sgd([p], backend)
-    step(opt, [p], [torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)])
+    step_with(opt, [p], [torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)])
     opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].t()
-    step(opt, [p], [torch.zeros(2, 2, device=device)])
+    step_with(opt, [p], [torch.zeros(2, 2, device=device)])
     assert p.tolist() == [[-1.5, -3.5], [-4.0, -6.0]]
 
 
@@ -148,10 +149,10 @@ def test_state_replaced_by_its_transpose(backend, device):
 def test_state_replaced_at_the_same_address_in_another_dtype(backend, device):
     p = Parameter(torch.zeros(4, dtype=torch.float16, device=device))
     opt = sgd([p], backend)
-    step(opt, [p], [torch.ones_like(p)])
+    step_with(opt, [p], [torch.ones_like(p)])
     p.data.zero_()
     opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].view(torch.bfloat16)  # now 0.0078125
-    step(opt, [p], [torch.zeros_like(p)])
+    step_with(opt, [p], [torch.zeros_like(p)])
     assert opt.state[p]["momentum_buffer"].dtype == torch.bfloat16
     assert p.tolist() == [-0.00390625] * 4
 
@@ -169,8 +170,8 @@ def test_parameters_and_gradients_sliced_from_flat_buffers(backend, device):
     params = [Parameter(flat[a : a + n]) for a, n in spans]
     opt, other = to.AdamW(params, lr=0.1, backend=backend), to.AdamW([whole], lr=0.1, backend=backend)
     for g in gradients:
-        step(opt, params, [g[a : a + n] for a, n in spans])
-        step(other, [whole], [g])
+        step_with(opt, params, [g[a : a + n] for a, n in spans])
+        step_with(other, [whole], [g])
     padding = [a + n for a, n in spans]
     assert torch.equal(flat[padding], start[padding]), "padding was written to"
     inside = [i for a, n in spans for i in range(a, a + n)]

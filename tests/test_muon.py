@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from conftest import OUR_ITERATED_IN, TORCHS_ITERATION, needs_loops
+from one_step import step_with
 from references_matrix import newton_schulz as reference
 from table import REFERENCES
 from torch import Tensor
@@ -101,9 +102,7 @@ def test_steps_are_the_references(adjust: str | None, nesterov: bool) -> None:
     gradients = [[torch.randn_like(p) for p in params] for _ in range(4)]
     optimizer = triton_optim.Muon(params, backend="eager", **options)
     for own in gradients:
-        for p, g in zip(params, own, strict=True):
-            p.grad = g
-        optimizer.step()
+        step_with(optimizer, params, own)
     ends, states = REFERENCES["Muon"](start, [[g.numpy() for g in own] for own in gradients], **options)
     for p, expected, state in zip(params, ends, states, strict=True):
         torch.testing.assert_close(p.detach(), torch.from_numpy(expected), rtol=1e-9, atol=1e-12)

@@ -291,7 +291,7 @@ ignore_errors = true
 
 
 def test_mypy_knows_the_options(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
+    pytest.importorskip("mypy", reason="mypy is not installed, which is asked here")
     (tmp_path / "checked.py").write_text(CHECKED.strip())
     (tmp_path / "mypy.ini").write_text(SETTINGS)
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "none", "checked.py"]

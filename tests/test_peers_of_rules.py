@@ -143,12 +143,7 @@ def test_of_300_steps_the_results_are_the_same(
     for step in range(STEPS):
         if modes:
             change(optimizers, "train")
-        for p, q in zip(ours, others, strict=True):
-            p.grad = 0.3 * p.detach() + torch.randn(p.shape, generator=random)
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 0.01 * min((step + 1) / 50, 1) * (1 - step / 400)
-            optimizer.step()
+        step_both(step, optimizers, ours, others, random)
         if modes and step % 37 == 0:
             change(optimizers, "eval")
             torch.testing.assert_close(ours, others, rtol=0, atol=1e-13)
@@ -159,12 +154,19 @@ def test_of_300_steps_the_results_are_the_same(
 def walk(optimizers: list[Any], ours: list[Parameter], others: list[Parameter], random: torch.Generator) -> None:
     """300 steps of both under a schedule."""
     for step in range(STEPS):
-        for p, q in zip(ours, others, strict=True):
-            p.grad = 0.3 * p.detach() + torch.randn(p.shape, generator=random)
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 0.01 * min((step + 1) / 50, 1) * (1 - step / 400)
-            optimizer.step()
+        step_both(step, optimizers, ours, others, random)
+
+
+def step_both(
+    step: int, optimizers: list[Any], ours: list[Parameter], others: list[Parameter], random: torch.Generator
+) -> None:
+    """A step of both, of these 300."""
+    for p, q in zip(ours, others, strict=True):
+        p.grad = 0.3 * p.detach() + torch.randn(p.shape, generator=random)
+        q.grad = p.grad.clone()
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.01 * min((step + 1) / 50, 1) * (1 - step / 400)
+        optimizer.step()
 
 
 def twins(shapes: list[tuple[int, ...]], random: torch.Generator) -> tuple[list[Parameter], list[Parameter]]:
@@ -201,11 +203,7 @@ def test_scion_takes_the_same_steps(norm: str, constrained: bool, monkeypatch: p
     optimizers = [
         to.Scion(ours, norm=norm, scale=3.0, unconstrained=not constrained, backend="eager"),
         module.SCION(
-            others,
-            norm_type=getattr(module.LMONorm, theirs),
-            norm_kwargs=keywords,
-            scale=3.0,
-            constraint=constrained,
+            others, norm_type=getattr(module.LMONorm, theirs), norm_kwargs=keywords, scale=3.0, constraint=constrained
         ),
     ]
     walk(optimizers, ours, others, random)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import step_with
 from sharding import playing, sharded
 from torch import Tensor
 from torch.distributed.tensor import Replicate
@@ -44,9 +45,7 @@ def cut(x: Tensor, way: str) -> list[Tensor]:
 
 def steps(optimizer: Any, params: list[Parameter], gradients: list[list[Tensor]]) -> None:
     for own in gradients:
-        for p, g in zip(params, own, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
+        step_with(optimizer, params, [g.clone() for g in own])
 
 
 def whole_and_pieces(name: str, way: str, backend: str, **options: Any) -> tuple[Tensor, list[Tensor]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import HAS_TRITON
 from launches import watch_launches
+from one_step import step_with
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -75,9 +76,7 @@ def test_the_rule_gets_what_the_prologue_made(
     params = [Parameter(x.clone()) for x in start]
     optimizer = NormalizedSGD(params, maximize=maximize, backend=backend)
     for own in gradients:
-        for p, g in zip(params, own, strict=True):
-            p.grad = None if g is None else g.clone()
-        optimizer.step()
+        step_with(optimizer, params, [None if g is None else g.clone() for g in own])
     for p, end in zip(params, expected(start, gradients, -1.0 if maximize else 1.0), strict=True):
         torch.testing.assert_close(p.detach().double(), end, rtol=1e-5, atol=1e-6)
     assert [int(optimizer.state[p]["seen"][0]) for p in params] == [3, 4, 4, 3, 4]
@@ -126,9 +125,7 @@ def test_updates_laid_out_or_aligned_otherwise(backend: str, device: torch.devic
     params = [Parameter(x.clone()) for x in start]
     optimizer = Strange(params, backend=backend)
     for own in gradients:
-        for p, g in zip(params, own, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
+        step_with(optimizer, params, [g.clone() for g in own])
     for p, end in zip(params, expected(start, gradients), strict=True):
         torch.testing.assert_close(p.detach().double(), end, rtol=1e-5, atol=1e-6)
 
@@ -237,9 +234,7 @@ def test_in_pieces(name: str, backend: str, device: torch.device, monkeypatch: p
         params = [Parameter(x.clone()) for x in start]
         optimizer = cls(params, backend=backend)
         for own in gradients:
-            for p, g in zip(params, own, strict=True):
-                p.grad = g.clone()
-            optimizer.step()
+            step_with(optimizer, params, [g.clone() for g in own])
         ends.append([p.detach() for p in params])
     assert [report.tensors for report in triton_optim.explain(optimizer)] == [1, 3, 1]
     for a, b in zip(*ends, strict=True):
@@ -256,9 +251,7 @@ def test_all_parameters_are_taken_together_where_launches_cost(name: str, monkey
         params = [Parameter(x.clone()) for x in start]
         optimizer = getattr(triton_optim, name)(params, backend="eager")
         for own in gradients:
-            for p, g in zip(params, own, strict=True):
-                p.grad = g.clone()
-            optimizer.step()
+            step_with(optimizer, params, [g.clone() for g in own])
         ends.append([p.detach() for p in params])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

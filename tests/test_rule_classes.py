@@ -13,10 +13,7 @@ from torch.nn import Parameter
 
 import triton_optim
 from triton_optim import RuleOptimizer
-from triton_optim.kernels.language import (
-    RuleError,
-    jit,
-)
+from triton_optim.kernels.language import RuleError, jit
 from triton_optim.spec import State
 
 

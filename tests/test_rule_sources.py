@@ -19,11 +19,7 @@ from own_rules import defined as defined
 from torch.nn import Parameter
 
 from triton_optim.engine import fallback
-from triton_optim.kernels.language import (
-    RuleError,
-    jit,
-    python_function,
-)
+from triton_optim.kernels.language import RuleError, jit, python_function
 from triton_optim.kernels.straight import straight
 
 # Where a rule is defined, and when.
@@ -121,7 +117,6 @@ def test_a_rule_in_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     sys.modules.pop("zipped_rule")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 def test_a_rule_of_which_only_compiled_code_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs where no source is needed, unchecked; automatically, too."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -125,7 +125,6 @@ def test_numbers_are_what_they_are_in_python(rule: Any, backend: str) -> None:
         assert found == pytest.approx(expected, rel=1e-15, abs=1e-16)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler
 @CPP
 def test_numbers_are_what_they_are_in_python_where_torch_compiles() -> None:
     @jit

@@ -7,11 +7,7 @@ import pytest
 import torch
 from side_by_side import assert_same, give_grads, ours, peer, train
 from state_dicts import ADAMW, through_a_file
-from table import (
-    KINDS,
-    rows,
-    rows_and_backends,
-)
+from table import KINDS, rows, rows_and_backends
 
 COUNTING = [case for case in KINDS if case.counts_steps]
 each_counting = rows(*COUNTING)

@@ -8,12 +8,7 @@ import torch
 from conftest import CPP, TRITON
 from side_by_side import assert_same, ours, peer, train, values
 from state_dicts import ADAMW, assert_bitwise, assert_same_states, through_a_file
-from table import (
-    KINDS,
-    NUMBERS,
-    each_kind,
-    each_kind_and_backend,
-)
+from table import KINDS, NUMBERS, each_kind, each_kind_and_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

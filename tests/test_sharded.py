@@ -4,12 +4,12 @@ communication: test_two_ranks.py.
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from conftest import CPP, HAS_TRITON
 from launches import replace_launches
-from sharding import RANKS, SETTINGS, Watch, array, assert_is_reference, local, own_part, playing, sharded, step, values
+from one_step import step_with
+from sharding import RANKS, SETTINGS, Watch, array, assert_is_reference, local, own_part, playing, sharded, values
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -48,7 +48,7 @@ def test_local_shards_are_updated_and_the_state_is_placed_as_its_parameter(place
             for full, plain in zip(fulls[1:], plains[1:], strict=True):
                 gradients = [sharded(full, mesh, placements), plain]
                 given.append([array(g) for g in gradients])
-                step(opt, params, gradients)
+                step_with(opt, params, gradients)
             assert_is_reference(opt, params, starts, given)
             for name in ("exp_avg", "exp_avg_sq"):
                 state = opt.state[params[0]][name]
@@ -70,7 +70,7 @@ def test_memory_of_codes_of_shards(state_dtype, nbytes, late, device):
             p = Parameter(sharded(values((128, 256), 0, device), mesh, placements))
             opt = to.AdamW([Parameter(torch.ones(64, 80)) if late else p], state_dtype=state_dtype, backend="eager")
             opt.param_groups[0]["params"] = [p]
-            step(opt, [p], [sharded(values((128, 256), 1, device), mesh, placements)])
+            step_with(opt, [p], [sharded(values((128, 256), 1, device), mesh, placements)])
             held = sum(t.nbytes for name, t in opt.state[p].items() if name != "step")
             assert held == nbytes * 128 * 256 / ranks
             assert held == sum(to.memory_report(opt).states.values())
@@ -93,8 +93,8 @@ def test_shards_have_codes_of_their_own_and_hand_out_their_values(placed, state_
         opt, alone = to.AdamW([p], **make), to.AdamW([twin], **make)
         for k in range(1, 4):
             g = sharded(values((257, 70), k, device), mesh, placements)
-            step(opt, [p], [g])
-            step(alone, [twin], [local(g)])
+            step_with(opt, [p], [g])
+            step_with(alone, [twin], [local(g)])
         for name, value in alone.state[twin].items():
             assert torch.equal(opt.state[p][name], value), name
         assert torch.equal(local(p.detach()), twin.detach())
@@ -117,7 +117,7 @@ def test_empty_shard_counts_its_steps_and_launches_nothing(backend, device, monk
         p = Parameter(sharded(full, mesh, [Shard(0)]))
         opt = to.AdamW([p], backend=backend)
         for _ in range(3):
-            step(opt, [p], [sharded(full, mesh, [Shard(0)])])
+            step_with(opt, [p], [sharded(full, mesh, [Shard(0)])])
         assert opt.state[p]["step"].item() == 3
         assert opt.state[p]["exp_avg"].shape == (5, 3)
         assert opt.state[p]["exp_avg"].to_local().shape == (0, 3)
@@ -143,13 +143,13 @@ def test_layout_of_local_shards(of_parameter, of_gradient, of_state, backend, de
         p = Parameter(sharded(fulls[0], mesh, [Shard(0)], of_parameter))
         start = array(p).copy()
         opt = to.AdamW([p], **SETTINGS, backend=backend)
-        step(opt, [p], [sharded(fulls[1], mesh, [Shard(0)], of_gradient)])
+        step_with(opt, [p], [sharded(fulls[1], mesh, [Shard(0)], of_gradient)])
         for name in ("exp_avg", "exp_avg_sq"):
             shard = of_state(opt.state[p][name].to_local())
             opt.state[p][name] = DTensor.from_local(
                 shard, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride()
             )
-        step(opt, [p], [sharded(fulls[2], mesh, [Shard(0)], of_gradient)])
+        step_with(opt, [p], [sharded(fulls[2], mesh, [Shard(0)], of_gradient)])
         given = [[array(sharded(full, mesh, [Shard(0)]))] for full in fulls[1:]]
         assert_is_reference(opt, [p], [start], given)
         for name in ("exp_avg", "exp_avg_sq"):
@@ -164,7 +164,7 @@ def test_misaligned_shard_is_a_bucket_of_its_own(device):
         params = [Parameter(sharded(values((5, 3), i, device), mesh, [Shard(0)], lay)) for i, lay in enumerate(lays)]
         opt = to.AdamW(params, backend="triton")
         for _ in range(2):
-            step(opt, params, [sharded(values((5, 3), 9, device), mesh, [Shard(0)]) for _ in params])
+            step_with(opt, params, [sharded(values((5, 3), 9, device), mesh, [Shard(0)]) for _ in params])
         assert sorted((bucket.tensors, bucket.launches) for bucket in to.explain(opt)) == [(1, 1), (2, 1)]
 
 
@@ -179,7 +179,7 @@ def test_replicated_gradient_of_a_sharded_parameter(rank, backend, device):
         before = array(p).copy()
         opt = to.AdamW([p], **SETTINGS, backend=backend)
         g = sharded(full, mesh, [Replicate()])
-        step(opt, [p], [g])
+        step_with(opt, [p], [g])
         assert_is_reference(opt, [p], [before], [[array(sharded(full, mesh, [Shard(0)]))]])
         assert p.grad is g
         assert torch.equal(g.to_local(), full), "the gradient was written to"
@@ -189,7 +189,7 @@ def unequal_ranks(rank, case, backend, device):
     """The collectives that this rank issues in three steps, in which its shards differ from the other ranks'."""
     for dtype in (torch.float32, torch.float64):  # torch.compile refuses to compile under a dispatch mode
         p = Parameter(torch.ones(2, dtype=dtype, device=device))
-        step(to.AdamW([p], backend=backend), [p], [torch.ones_like(p)])
+        step_with(to.AdamW([p], backend=backend), [p], [torch.ones_like(p)])
     with playing(rank, device) as mesh:
         params = []
         for i, dtype in enumerate([torch.float32, torch.float64, torch.float32]):
@@ -202,7 +202,7 @@ def unequal_ranks(rank, case, backend, device):
                 gradients = [torch.ones(p.shape, dtype=p.dtype, device=device) for p in params]
                 if case == "moved" and k == 1 and rank == 1:
                     params[0].data = sharded(values((8, 3), 0, device), mesh, [Shard(0)])
-                step(opt, params, [sharded(g, mesh, [Partial()]) for g in gradients])
+                step_with(opt, params, [sharded(g, mesh, [Partial()]) for g in gradients])
         return watch.collectives
 
 
@@ -215,74 +215,6 @@ def test_every_rank_sums_partial_gradients_in_the_same_order(case, backend, devi
         assert ranks[rank] == ranks[0], f"rank {rank}"
 
 
-# Errors: nothing has changed after them.
-
-
-def assert_refuses(opt, params):
-    before = [array(p).copy() for p in params]
-    with pytest.raises((RuntimeError, ValueError)):
-        opt.step()
-    for i, (p, old) in enumerate(zip(params, before, strict=True)):
-        assert np.array_equal(array(p), old), f"parameter {i} was written"
-
-
-@pytest.mark.parametrize("started", [False, True], ids=["fresh", "started"])
-def test_gradient_and_parameter_of_different_kinds(started, backend, device):
-    with playing(1, device) as mesh:
-        full = values((5, 3), 0, device)
-        first = Parameter(torch.ones(2, device=device))
-        for p, right, wrong in [
-            (sharded(full, mesh, [Shard(0)]), sharded(full, mesh, [Shard(0)]), full),
-            (full.clone(), full, sharded(full, mesh, [Replicate()])),
-        ]:
-            params = [first, Parameter(p)]
-            opt = to.AdamW(params, backend=backend)
-            if started:
-                step(opt, params, [torch.ones_like(first), right])
-            first.grad = torch.ones_like(first)
-            try:
-                params[1].grad = None
-                params[1].grad = wrong
-            except RuntimeError:  # torch refuses the assignment already
-                continue
-            assert_refuses(opt, params)
-
-
-@pytest.mark.parametrize("kind", ["whole", "own rows", "replicated", "other dimension"])
-@pytest.mark.parametrize("started", [False, True], ids=["fresh", "started"])
-def test_state_placed_otherwise_than_its_parameter(kind, started, backend, device):
-    """As after loading the state dict of an unsharded run: not one row may be taken for another."""
-    with playing(1, device) as mesh:
-        full = values((5, 3), 0, device)
-        params = [Parameter(torch.ones(2, device=device)), Parameter(sharded(full, mesh, [Shard(0)]))]
-        opt = to.AdamW(params, backend=backend)
-        gradients = [torch.ones(2, device=device), sharded(full, mesh, [Shard(0)])]
-        if started:
-            step(opt, params, gradients)
-        state = {
-            "whole": full,
-            "own rows": own_part(full, mesh, [Shard(0)]),
-            "replicated": sharded(full, mesh, [Replicate()]),
-            "other dimension": sharded(full, mesh, [Shard(1)]),
-        }[kind]
-        opt.state[params[1]]["exp_avg"] = state
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g
-        assert_refuses(opt, params)
-
-
-def test_state_on_another_dimension_of_the_mesh(backend, device):
-    """Equal local shapes, other rows: this rank holds the first half of the parameter, the second of the state."""
-    with playing(1, device, (2, 2)) as mesh:
-        full = values((4, 3), 0, device)
-        p = Parameter(sharded(full, mesh, [Shard(0), Replicate()]))
-        opt = to.AdamW([p], backend=backend)
-        opt.state[p]["exp_avg"] = sharded(full, mesh, [Replicate(), Shard(0)])
-        assert opt.state[p]["exp_avg"].to_local().shape == p.to_local().shape
-        p.grad = sharded(full, mesh, [Shard(0), Replicate()])
-        assert_refuses(opt, [p])
-
-
 # Trap 31: the cost.
 
 
@@ -293,7 +225,7 @@ def test_no_dtensor_dispatch_in_a_step(backend, device):
         for cls in (lambda p: to.AdamW(p, backend=backend), lambda p: torch.optim.AdamW(p, foreach=True)):
             params = [Parameter(sharded(start, mesh, [Shard(0)])) for start in starts]
             opt = cls(params)
-            step(opt, params, [sharded(start, mesh, [Shard(0)]) for start in starts])
+            step_with(opt, params, [sharded(start, mesh, [Shard(0)]) for start in starts])
             for p, start in zip(params, starts, strict=True):
                 p.grad = sharded(start, mesh, [Shard(0)])
             for group in opt.param_groups:
@@ -324,7 +256,7 @@ def test_sharded_gradients_that_move_or_miss_a_step_plan_nothing_anew(backend, d
                 for i, there in enumerate(present)
             ]
             given.append([None if g is None else array(g) for g in row])
-            step(opt, params, row)
+            step_with(opt, params, row)
         assert_is_reference(opt, params, starts, given)
     assert len(plans) == 1
 
@@ -334,11 +266,11 @@ def test_shards_are_rounded_with_the_bits_of_the_whole(backend_name, device):
     options = {"param_precision": "stochastic", "state_dtype": torch.bfloat16, "backend": backend_name}
     start, gradient = (values((5, 3), seed, device).to(torch.bfloat16) for seed in (0, 1))
     whole = Parameter(start.clone())
-    step(to.AdamW([whole], **SETTINGS, **options), [whole], [gradient])
+    step_with(to.AdamW([whole], **SETTINGS, **options), [whole], [gradient])
     for rank in range(RANKS):
         with playing(rank, device) as mesh:
             p = Parameter(sharded(start, mesh, [Shard(0)]))
-            step(to.AdamW([p], **SETTINGS, **options), [p], [sharded(gradient, mesh, [Shard(0)])])
+            step_with(to.AdamW([p], **SETTINGS, **options), [p], [sharded(gradient, mesh, [Shard(0)])])
             assert torch.equal(local(p.detach()), own_part(whole.detach(), mesh, [Shard(0)]))
 
 
@@ -384,7 +316,7 @@ def test_no_element_has_the_random_bits_of_another(placed, device):
             if rank == 0:
                 p = Parameter(shard)
                 opt = to.AdamW([p], **SETTINGS, param_precision="stochastic", backend="eager")
-                step(opt, [p], [sharded(start, mesh, placements)])
+                step_with(opt, [p], [sharded(start, mesh, placements)])
                 assert opt.state[p]["step"] == 1
     assert all(len(own) == 1 for own in taken.values())
     spans = sorted(span for own in taken.values() for span in own)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import step_with
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -37,9 +38,7 @@ def side_by_side(name: str, options: dict[str, Any], start: list[Tensor], gradie
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse invariant checks")  # torch's own constructions
             for own in gradients:
-                for p, g in zip(params, own, strict=True):
-                    p.grad = g.clone()
-                optimizer.step()
+                step_with(optimizer, params, [g.clone() for g in own])
         sides.append((params, optimizer))
     return sides
 

@@ -7,15 +7,7 @@ import pytest
 import torch
 from side_by_side import assert_equal, assert_same, give_grads, ours, peer, train, values
 from state_dicts import BY_NAME, SGD, assert_same_states, model, through_a_file
-from table import (
-    CASES,
-    KINDS,
-    NUMBERS,
-    each_case_and_backend,
-    each_kind,
-    each_kind_and_backend,
-    rows_and_backends,
-)
+from table import CASES, KINDS, NUMBERS, each_case_and_backend, each_kind, each_kind_and_backend, rows_and_backends
 
 import triton_optim as to
 

@@ -179,11 +179,7 @@ def assert_near(mine: Tensor, value: Tensor, near: dict[str, float], what: str) 
 
 @pytest.mark.parametrize(
     ("backend", "share"),
-    [
-        pytest.param("auto", 0.07, marks=CPP),
-        pytest.param("compiled", 0.03),
-        pytest.param("triton", 0.02, marks=TRITON),
-    ],
+    [pytest.param("auto", 0.07, marks=CPP), pytest.param("compiled", 0.03), pytest.param("triton", 0.02, marks=TRITON)],
 )
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore")

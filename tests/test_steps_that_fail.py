@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from sharding import step, values
+from one_step import step_with
+from sharding import values
 from torch.nn import Parameter
 
 import triton_optim as to
@@ -40,7 +41,7 @@ def two_buckets(cls, backend, device, started):
     params = [Parameter(values(3, i, device, dtype)) for i, dtype in enumerate([torch.float32, torch.float64] * 2)]
     opt = cls([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
     if started:
-        step(opt, params, [torch.ones_like(p) for p in params])
+        step_with(opt, params, [torch.ones_like(p) for p in params])
     return opt, params
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_training import everything, go_on
 from side_by_side import nearest_roots
 from table import CASES, KINDS, Case, rows
 from torch import Tensor
@@ -104,20 +105,6 @@ def trained(
     optimizer = case.ours(params, **(case.settings | options), backend=backend)
     go_on(params, optimizer, steps)
     return params, optimizer
-
-
-def go_on(params: list[Parameter], optimizer: triton_optim.RuleOptimizer, steps: range) -> None:
-    for k in steps:
-        random = torch.Generator().manual_seed(1 + k)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=random).to(p.device, p.dtype)
-        optimizer.step()
-
-
-def everything(params: list[Parameter], optimizer: triton_optim.RuleOptimizer) -> list[Tensor]:
-    return [p.detach().clone() for p in params] + [
-        torch.as_tensor(value).clone() for p in params for _, value in sorted(optimizer.state[p].items())
-    ]
 
 
 STOCHASTIC = {"param_precision": "stochastic", "state_dtype": torch.bfloat16}

@@ -6,24 +6,8 @@ import weakref
 
 import pytest
 import torch
-from side_by_side import (
-    alive,
-    assert_equal,
-    assert_same,
-    give_grads,
-    ours,
-    peer,
-    side_by_side,
-    train,
-    values,
-)
-from table import (
-    KINDS,
-    NUMBERS,
-    each_case_and_backend,
-    each_kind_and_backend,
-    rows_and_backends,
-)
+from side_by_side import alive, assert_equal, assert_same, give_grads, ours, peer, side_by_side, train, values
+from table import KINDS, NUMBERS, each_case_and_backend, each_kind_and_backend, rows_and_backends
 from torch.nn import Parameter
 
 COUNTING = [case for case in KINDS if case.counts_steps]

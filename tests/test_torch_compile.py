@@ -5,11 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import edits
 import pytest
 import torch
-from complaints import explains
-from edits import assert_as_torch, trained
+from dynamo import UNDER_COMPILE
 from table import CASES, KINDS, Case, rows, rows_and_backends
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -18,11 +16,7 @@ from two_tensor import TwoTensor, parameter, value_of
 import triton_optim
 from triton_optim.backends.compiled import graph as compiled_graph
 
-pytestmark = [
-    # torch's own compiler warns: of what torch deprecates, and when it looks at a tensor between two graphs.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = UNDER_COMPILE
 
 # A model whose gradients are sparse is not compiled whole by torch.
 DENSE = [case for case in KINDS if not case.sparse]
@@ -58,11 +52,6 @@ def train(model: Any, optimizer: Any, step: Any, steps: int = 6) -> list[torch.T
         model(x).square().sum().backward()
         step()
     return [p.detach().clone() for p in model.parameters()]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -213,71 +202,6 @@ def test_a_step_leaves_the_graph_before_the_optimizer_dies(device: torch.device)
     del optimizer
     gc.collect()
     assert alive() is None
-
-
-def test_changed_set_of_gradients_recompiles_and_stays_right(device: torch.device) -> None:
-    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
-    optimizer = triton_optim.SGD(params, lr=0.5, backend="eager")
-    step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
-    params[0].grad = torch.ones(3, device=device)
-    step()
-    params[1].grad = torch.ones(3, device=device)
-    step()
-    assert params[0].tolist() == [0.0] * 3
-    assert params[1].tolist() == [0.5] * 3
-
-
-def test_parameter_groups_changed_after_compiling(device: torch.device) -> None:
-    first, second = (torch.nn.Parameter(torch.ones(2, device=device)) for _ in range(2))
-    optimizer = triton_optim.SGD([first], lr=1.0, backend="eager")
-    step = torch.compile(optimizer.step, fullgraph=True, backend="eager")
-    first.grad = torch.ones_like(first)
-    step()
-    optimizer.add_param_group({"params": [second], "lr": 0.5})
-    second.grad = torch.ones_like(second)
-    step()
-    assert first.tolist() == [-1.0] * 2
-    assert second.tolist() == [0.5] * 2
-
-
-SEEN = [
-    edits.take_the_first,
-    edits.append,
-    edits.replace,
-    edits.another_list,
-    edits.take_the_last_group,
-    edits.another_list_of_groups,
-    edits.split_a_group,
-    edits.list_one_twice,
-]
-
-
-@pytest.mark.parametrize("edit", SEEN, ids=lambda edit: edit.__name__)
-def test_an_edit_of_the_groups_is_seen(edit: Any, device: torch.device) -> None:
-    """Without an error where a group is gone, and without a graph break."""
-
-    def compiled(opt: Any) -> Any:
-        return torch.compile(opt.step, fullgraph=True, backend="eager")
-
-    ours = trained(triton_optim.AdamW, edit, device, compiled, backend="eager")
-    assert_as_torch(ours, trained(torch.optim.AdamW, edit, device, foreach=False))
-
-
-def test_an_edit_within_the_compiled_function(device: torch.device) -> None:
-    """Python's part of it is done after the graph has run: the step would be of other parameters."""
-    params = [torch.nn.Parameter(torch.ones(2, device=device)) for _ in range(2)]
-    optimizer = triton_optim.SGD(params, lr=1.0, backend="eager")
-
-    def freeze_and_step() -> None:
-        optimizer.param_groups[0]["params"].pop(0)
-        optimizer.step()
-
-    for p in params:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="1 where its step was traced") as error:
-        torch.compile(freeze_and_step, backend="aot_eager")()
-    explains(error, "SGD has 2 parameters", "outside of the compiled function")
-    assert torch.equal(params[0], torch.ones_like(params[0]))
 
 
 def test_parameters_without_memory_of_their_own(device: torch.device) -> None:

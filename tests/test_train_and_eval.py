@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from compared import assert_same_bits, values
 from complaints import explains
 from sharding import RANKS, playing, sharded
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import Shard
 from torch.nn import Parameter
@@ -41,19 +41,11 @@ def train(model: torch.nn.Module, opt: Any, steps: Any, evaluates: bool = False)
             opt.eval()
 
 
-def values(model: torch.nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
 def trained(steps: int = 3, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[torch.nn.Module, Any]:
     model = net(dtype)
     opt = made(model, **options)
     train(model, opt, range(steps))
     return model, opt
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

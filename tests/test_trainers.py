@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from compared import assert_same_bits, values
 from complaints import explains
 from torch import Tensor
 from trainers import made, stand_in
@@ -95,14 +96,6 @@ def net() -> torch.nn.Module:
 
 def backward(model: torch.nn.Module, seed: int) -> None:
     model(torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
-
-
-def values(model: torch.nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def straight(steps: int, accumulation: int = 1, **options: Any) -> tuple[list[Tensor], dict[int, list[Tensor]]]:

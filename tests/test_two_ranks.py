@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from sharding import fully_sharded, network, sharded, step, train, whole
+from one_step import step_with
+from sharding import fully_sharded, network, sharded, train, whole
 from table import CASES, KINDS, rows, rows_and_backends
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -114,7 +115,7 @@ def partial_gradients(mesh, backend):
         for k in range(2):
             # Without the sum each rank would go its own way: 1 + 2 in the first step, 10 times that in the second.
             g = DTensor.from_local(torch.full((3, 2), (rank + 1) * 10.0**k), mesh, [Partial()], run_check=False)
-            step(opt, [p], [g])
+            step_with(opt, [p], [g])
         results.append(p.detach().full_tensor().tolist())
     return results
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from sharding import Watch, sharded, step, values
+from one_step import step_with
+from sharding import Watch, sharded, values
 from torch.distributed.tensor import Replicate, Shard
 from torch.nn import Parameter
 
@@ -35,10 +36,10 @@ def matrices(mesh, name, placement, shapes, options):
         for k in range(3):
             gradients = [values(p.shape, 10 * k + i, "cpu") for i, p in enumerate(plain)]
             own = [gradients[0], *(sharded(g, mesh, [placement]) for g in gradients[1:])]
-            step(twin, plain, [g.clone() for g in gradients])
+            step_with(twin, plain, [g.clone() for g in gradients])
             iterated.clear()
             with Watch() as watch:
-                step(opt, placed, own)
+                step_with(opt, placed, own)
     wholes = [placed[0], *(p.full_tensor() for p in placed[1:])]
     apart = max((p - q).abs().max().item() for p, q in zip(wholes, plain, strict=True))
     return apart, sum(iterated) - starts[0].numel(), len(watch.collectives)
@@ -98,10 +99,10 @@ def summed_or_decomposed(mesh, name, placement, more=()):
         for k in range(3):
             gradients = [values(p.shape, 10 * k + i, "cpu") for i, p in enumerate(plain)]
             whose = "twin"
-            step(twin, plain, [g.clone() for g in gradients])
+            step_with(twin, plain, [g.clone() for g in gradients])
             whose = "own"
             with Watch() as watch:
-                step(opt, placed, [sharded(g, mesh, kind) for g, kind in zip(gradients, kinds, strict=True)])
+                step_with(opt, placed, [sharded(g, mesh, kind) for g, kind in zip(gradients, kinds, strict=True)])
     apart = max((p.full_tensor() - q).abs().max().item() for p, q in zip(placed, plain, strict=True))
     return apart, sum(math.prod(shape) for _, *carried in watch.collectives for shape, _ in carried), many
 

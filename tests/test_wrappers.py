@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from one_step import step_with
 from torch.nn import Parameter
 
 import triton_optim
@@ -248,9 +249,7 @@ def test_copies_and_checkpoints_go_on_alike(row: Row) -> None:
         torch.manual_seed(step)
         gradients = [torch.randn_like(p) for p in params]
         for each in (optimizer, *others):
-            for p, g in zip(each.param_groups[0]["params"], gradients, strict=True):
-                p.grad = g.clone()
-            each.step()
+            step_with(each, each.param_groups[0]["params"], [g.clone() for g in gradients])
     for other in others:
         for p, q in zip(params, other.param_groups[0]["params"], strict=True):
             assert torch.equal(p, q)

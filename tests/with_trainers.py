@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import torch
+from compared import assert_same_bits, values
 from torch import Tensor
 
 import triton_optim as to
@@ -20,14 +21,6 @@ AVERAGED = {"lr": 1e-2, "ema_decay": 0.9, "state_dtype": "int8"}
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(16, 300), torch.nn.GELU(), torch.nn.Linear(300, 16))
-
-
-def values(model: torch.nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def both(model: torch.nn.Module, optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -198,7 +198,7 @@ MUTANTS = (
     Mutant(
         "a loaded optimizer does not know that its parameters are averages",
         "train() leaves the averages where they are, and training goes on from them",
-        "        self.engine.swapped = swapped_as_saved(self)\n",
+        '        self.engine.swapped = "eval()" if any(WEIGHTS in state for state in self.state.values()) else None\n',
         "",
         "tests/test_train_and_eval.py::test_a_checkpoint_in_evaluation_mode_goes_on_from_the_weights[state dict-plain]",
     ),

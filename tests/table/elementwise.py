@@ -195,10 +195,7 @@ ROWS = [
     Case(
         triton_optim.SophiaG,
         more.sophia,
-        {
-            "default": {},
-            "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True},
-        },
+        {"default": {}, "decay": {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9), "maximize": True}},
         by_hand=(
             ByHand(SOPHIA, [2.0], {"p": 0.85, "exp_avg": 1.0, "hessian": 0.0}),
             ByHand(SOPHIA, [2.0, -1.0], {"p": 0.85 * 0.95, "exp_avg": 0.0}),  # test_sophia.py has estimates

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from references_constrained import (
-    ADAMH_BY_HAND,
-    MUONH_BY_HAND,
-    SCION_BY_HAND,
-    adamh,
-    muonh,
-    scion,
-)
+from references_constrained import ADAMH_BY_HAND, MUONH_BY_HAND, SCION_BY_HAND, adamh, muonh, scion
 from references_eigen import KL_SOAP_BY_HAND, SHAMPOO_BY_HAND, SOAP_BY_HAND, kl_soap, shampoo, soap
 from references_matrix import (
     ADAMUON_BY_HAND,
@@ -25,6 +18,8 @@ from references_matrix import (
 import triton_optim
 
 from .case import ByHand, Case
+
+OFTEN = {"lr": 1e-2, "betas": (0.8, 0.9), "precondition_frequency": 2, "max_precond_dim": 6, "maximize": True}
 
 ROWS = [
     Case(
@@ -44,10 +39,7 @@ ROWS = [
     Case(
         triton_optim.AdaMuon,
         adamuon,
-        {
-            "default": {},
-            "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True},
-        },
+        {"default": {}, "plain": {"lr": 1e-2, "momentum": 0.8, "nesterov": False, "beta2": 0.8, "maximize": True}},
         by_hand=tuple(ByHand(*steps) for steps in ADAMUON_BY_HAND),
         matrices=True,
         complex=False,
@@ -84,10 +76,7 @@ ROWS = [
     Case(
         triton_optim.MuonH,
         muonh,
-        {
-            "default": {},
-            "plain": {"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True},
-        },
+        {"default": {}, "plain": {"lr": 0.02, "momentum": 0.8, "nesterov": False, "ns_steps": 4, "maximize": True}},
         by_hand=tuple(ByHand(*steps) for steps in MUONH_BY_HAND),
         still={"lr": 0.0},
         settings={"lr": 1e-2},
@@ -99,10 +88,7 @@ ROWS = [
     Case(
         triton_optim.AdamH,
         adamh,
-        {
-            "default": {},
-            "far": {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True},
-        },
+        {"default": {}, "far": {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "maximize": True}},
         by_hand=tuple(ByHand(*steps) for steps in ADAMH_BY_HAND),
         still={"lr": 0.0},
         settings={"lr": 1e-2},
@@ -129,14 +115,7 @@ ROWS = [
         soap,
         {  # longer sides would have several eigenvalues of 0, whose eigenvectors may be any
             "default": {"max_precond_dim": 6},
-            "often": {
-                "lr": 1e-2,
-                "betas": (0.8, 0.9),
-                "shampoo_beta": 0.7,
-                "precondition_frequency": 2,
-                "max_precond_dim": 6,
-                "maximize": True,
-            },
+            "often": OFTEN | {"shampoo_beta": 0.7},
             "one size": {"max_precond_dim": 6, "normalize_grads": True, "correct_bias": False, "weight_decay": 0.1},
         },
         by_hand=tuple(ByHand(*steps) for steps in SOAP_BY_HAND),
@@ -149,15 +128,7 @@ ROWS = [
         kl_soap,
         {
             "default": {"max_precond_dim": 6},
-            "often": {
-                "lr": 1e-2,
-                "betas": (0.8, 0.9),
-                "shampoo_beta": 0.7,
-                "precondition_frequency": 2,
-                "max_precond_dim": 6,
-                "maximize": True,
-                "correct_bias": True,
-            },
+            "often": OFTEN | {"shampoo_beta": 0.7, "correct_bias": True},
         },
         by_hand=tuple(ByHand(*steps) for steps in KL_SOAP_BY_HAND),
         complex=False,
@@ -169,15 +140,7 @@ ROWS = [
         shampoo,
         {
             "default": {"max_precond_dim": 6},
-            "often": {
-                "lr": 1e-2,
-                "betas": (0.8, 0.9),
-                "precondition_frequency": 2,
-                "start_preconditioning_step": 3,
-                "max_precond_dim": 6,
-                "maximize": True,
-                "weight_decay": 0.1,
-            },
+            "often": OFTEN | {"start_preconditioning_step": 3, "weight_decay": 0.1},
             "sums": {
                 "betas": (0.8, 1.0),
                 "precondition_frequency": 1,

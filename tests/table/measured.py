@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from references_measured import (
+from references_distance import (
     DADAPT_ADAM_BY_HAND,
     DADAPT_LION_BY_HAND,
     DADAPT_SGD_BY_HAND,
+    PRODIGY_BY_HAND,
+    dadapt_adam,
+    dadapt_lion,
+    dadapt_sgd,
+    prodigy,
+)
+from references_measured import (
     LAMB_BY_HAND,
     LARS_BY_HAND,
     MARS_ADAMW_BY_HAND,
     MARS_LION_BY_HAND,
     NOVOGRAD_BY_HAND,
-    PRODIGY_BY_HAND,
     STABLE_BY_HAND,
-    dadapt_adam,
-    dadapt_lion,
-    dadapt_sgd,
     lamb,
     lars,
     mars_adamw,
     mars_lion,
     novograd,
-    prodigy,
     stable_adamw,
 )
 

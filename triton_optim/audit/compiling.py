@@ -73,11 +73,7 @@ def compile_update(
 
 
 def compile_kernel(
-    function: Any,
-    tables: dict[str, Any],
-    constants: dict[str, Any],
-    target: GPUTarget,
-    others: Collection[str] = (),
+    function: Any, tables: dict[str, Any], constants: dict[str, Any], target: GPUTarget, others: Collection[str] = ()
 ) -> Any:
     """Triton's compiled kernel.
 

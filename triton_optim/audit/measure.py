@@ -22,24 +22,8 @@ from ..backends.triton.measure import measure_constants
 from ..backends.triton.tables import TRITON_DTYPES, kept_as
 from ..kernels import measure, multi_tensor
 from .assembly import amdgcn_blocks, full_chunk_branch, sass_blocks
-from .cases import (
-    DTYPES,
-    TARGETS,
-    AuditedRule,
-    Case,
-    every_rule,
-    role_codecs,
-    roles_of,
-)
-from .compiling import (
-    code_bytes,
-    compile_kernel,
-    compile_update,
-    listings,
-    ptx_functions,
-    resources,
-    wrapping_offsets,
-)
+from .cases import DTYPES, TARGETS, AuditedRule, Case, every_rule, role_codecs, roles_of
+from .compiling import code_bytes, compile_kernel, compile_update, listings, ptx_functions, resources, wrapping_offsets
 
 # Cases that a process reads together, at most: the tool takes as long to start as to read fifty. And as few of them
 # take less long than a process to start.

@@ -45,31 +45,29 @@ def count(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number. Give one such as 7e9, 7B or 350M.") from None
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for what would stop the command halfway."""
+    if not 0 < args.params < 1e15:
+        raise ValueError(f"--params {args.params:g}: a model has at least one and fewer than 1e15. Try 7e9.")
+    if args.precision != "storage" and args.dtype == "float32":
+        raise ValueError(
+            f"--precision {args.precision} is for parameters of 16 bits, and float32 ones stay as they are. Give "
+            "--dtype bfloat16, or leave it out."
+        )
+    if args.plot is not None:
+        require(["matplotlib"], "triton-optim memory --plot", "demo")
+        check_files(args.plot, None)
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    if not 0 < args.params < 1e15:
-        print(f"--params {args.params:g}: a model has at least one and fewer than 1e15. Try 7e9.", file=sys.stderr)
-        return 1
-    if args.precision != "storage" and args.dtype == "float32":
-        print(
-            f"--precision {args.precision} is for parameters of 16 bits, and float32 ones stay as they are. Give "
-            "--dtype bfloat16, or leave it out.",
-            file=sys.stderr,
-        )
-        return 1
-    try:
-        if args.plot is not None:
-            require(["matplotlib"], "triton-optim memory --plot", "demo")
-            check_files(args.plot, None)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
+    known = rule_optimizers()
     options = {"state_dtype": STATES[args.state], "param_precision": args.precision}
     options |= {"offload": "cpu"} if args.offload else {}
-    known = rule_optimizers()
     try:
+        check_options(args)
         (name,) = chosen("--optimizer", args.optimizer, known)
+        parameter = meta_parameter(int(args.params), DTYPES[args.dtype])
         report = memory_report(optimizer := known[name]([parameter], **options))
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)

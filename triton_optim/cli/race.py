@@ -116,8 +116,4 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
 
 def record(args: argparse.Namespace, results: Results) -> dict[str, Any]:
     """What `--json` writes."""
-    return {
-        "command": command_line("race", args),
-        **provenance(torch.device(results.device)),
-        **results.as_dict(),
-    }
+    return {"command": command_line("race", args), **provenance(torch.device(results.device)), **results.as_dict()}

@@ -16,7 +16,7 @@ from ..buckets.step_scalars import scalar_state_dtype
 from ..engine.probe import Probe
 from ..engine.processes import in_process_group
 from ..options import OPTIONS, saved_dtype
-from ..precision.codecs import PRECISION, STATE_CODES, state_codec
+from ..precision.codecs import PRECISION, STATE_CODES, Codec, state_codec
 from ..precision.kept import convert_state, current_codec
 from ..spec import Update, states_device
 from ..util.devices import moved
@@ -148,11 +148,20 @@ def encode_states(optimizer: Update, group: dict[str, Any], p: Tensor, state: di
     """Make codes of the states that a group keeps so: until the next step all would be there in float32."""
     if group.get("state_dtype") not in STATE_CODES or is_lazy(p):
         return
+    for name, codec in wanted_codecs(optimizer, group, p, state):
+        if codec.block_size:
+            convert_state(optimizer, state, name, p, codec)
+
+
+def wanted_codecs(
+    optimizer: Update, group: dict[str, Any], p: Tensor, state: dict[str, Any]
+) -> Iterator[tuple[str, Codec]]:
+    """The states of a parameter that are there and have an item for each element, and how its group keeps them."""
     variant = optimizer.running_variant(group)
     for name in (*variant.state_names, *(optimizer.coded_names if variant.prologue else ())):
         held = current_codec(optimizer, state, name)
-        if held is not None and (codec := state_codec(optimizer, group, name, p, held)).block_size:
-            convert_state(optimizer, state, name, p, codec)
+        if held is not None:
+            yield name, state_codec(optimizer, group, name, p, held)
 
 
 def own_number(

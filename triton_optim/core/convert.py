@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, read, state_codec, write
+from ..precision.codecs import RESIDUALS, Codec, parameter_codec, part_names, read, write
 from ..precision.kept import convert_parameter, convert_state, current_codec, current_parameter_codec
 from ..spec import AVERAGE, COUNT, WEIGHTS
 from ..util.layout import local, with_local
+from .checkpoint import wanted_codecs
 from .foreign import CONVERTERS, GROUPS, HYPERPARAMETERS, KINDS, origin, plain
 from .loadable import OPTIONAL
 from .optimizer import RuleOptimizer
@@ -140,16 +141,10 @@ def load_torch_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
     optimizer = unwrap_optimizer(optimizer)
     optimizer.load_state_dict(state_dict)
     for group in optimizer.param_groups:
-        variant = optimizer.running_variant(group)
-        names = (*variant.state_names, *(optimizer.coded_names if variant.prologue else ()))
         for p in group["params"]:
-            state = optimizer.state.get(p)
-            if state is None:
-                continue
-            for name in names:
-                held = current_codec(optimizer, state, name)
-                if held is not None:
-                    convert_state(optimizer, state, name, p, state_codec(optimizer, group, name, p, held))
+            state = optimizer.state.get(p, {})
+            for name, codec in wanted_codecs(optimizer, group, p, state):
+                convert_state(optimizer, state, name, p, codec)
 
 
 def kept_states(optimizer: RuleOptimizer, state: dict[str, Any]) -> Iterator[tuple[str, Codec]]:

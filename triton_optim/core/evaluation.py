@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from .averages import averaged_parameters, swap_back, swap_in
+import torch
+from torch import Tensor
+
+from ..spec import AVERAGE, COUNT, WEIGHTS, averages
+from ..util.layout import local, with_local
 from .saving import SavedOptimizer
 
 
@@ -16,6 +22,7 @@ class EvaluatedOptimizer(SavedOptimizer):
         """False after :meth:`eval`, until :meth:`train`."""
         return self.engine.swapped != "eval()"
 
+    @torch.no_grad()
     def eval(self) -> None:
         """Make the parameters their averages (``ema_decay``) until :meth:`train`: what trainers call before they
         evaluate a model that is then saved, too. Without averages, again or within :meth:`averaged_parameters` it
@@ -38,13 +45,33 @@ class EvaluatedOptimizer(SavedOptimizer):
             >>> p.item()
             -2.0
         """
-        swap_in(self, self.engine)
+        if self.engine.swapped is not None:
+            return
+        self.engine.forget_probe()
+        for p, state in self._averaged():
+            if WEIGHTS not in state:  # a parameter that is listed twice
+                state[WEIGHTS] = with_local(p, local(p).detach().clone())
+                local(p).copy_(local(state[AVERAGE]))
+                self.engine.swapped = "eval()"
 
+    @torch.no_grad()
     def train(self) -> None:
         """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing."""
-        swap_back(self, self.engine)
+        if self.engine.swapped != "eval()":
+            return
+        for p, state in self.state.items():
+            if WEIGHTS in state:
+                local(p).copy_(local(state.pop(WEIGHTS)))
+        self.engine.swapped = None
 
-    def averaged_parameters(self) -> AbstractContextManager[None]:
+    def _averaged(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The parameters that have averages, with their states."""
+        params = [p for group in self.param_groups if averages(group) for p in group["params"]]
+        # An average of no values is what the parameter was when the state was made.
+        return [(p, self.state[p]) for p in params if float(self.state.get(p, {}).get(COUNT, 0))]
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
         """Within it, the parameters are their averages (``ema_decay``): for evaluation, or to save the model.
 
         Parameters that were not updated yet stay as they are. On leaving, the weights are back, bit for bit; they are
@@ -69,4 +96,24 @@ class EvaluatedOptimizer(SavedOptimizer):
             >>> p.item()
             -2.0
         """
-        return averaged_parameters(self, self.engine)
+        engine = self.engine
+        if engine.swapped == "averaged_parameters()":
+            raise RuntimeError("averaged_parameters() is entered already: leave it first.")
+        if not any(map(averages, self.param_groups)):
+            raise RuntimeError(f"{engine.name} keeps no averages. Give it ema_decay, such as ema_decay=0.999.")
+        if engine.swapped == "eval()":
+            yield
+            return
+        own = self._averaged()
+        kept = [local(p).detach().clone() for p, _ in own]
+        engine.swapped = "averaged_parameters()"
+        try:
+            with torch.no_grad():
+                for p, state in own:
+                    local(p).copy_(local(state[AVERAGE]))
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), before in zip(own, kept, strict=True):
+                    local(p).copy_(before)
+            engine.swapped = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,20 @@ ONE_BY_ONE = ("cpu",)
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def portions(params: list[Tensor]) -> Iterator[slice]:
-    """Those that are updated together: few launches for all; a CPU has none to save, and one at a time they stay in its
-    caches. Of sharded ones all, as ranks add up their sums together.
+def by_portions(
+    prologue: Callable[..., list[Tensor]],
+    group: dict[str, Any],
+    h: Any,
+    params: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Any]],
+) -> list[Tensor]:
+    """What a prologue makes of those that are updated together: few launches for all; a CPU has none to save, and one
+    at a time they stay in its caches. Of sharded ones all, as ranks add up their sums together.
     """
     at_once = 1 if params[0].device.type in ONE_BY_ONE and not is_sharded(params[0]) else len(params)
-    return (slice(start, start + at_once) for start in range(0, len(params), at_once))
+    portions = (slice(start, start + at_once) for start in range(0, len(params), at_once))
+    return [x for own in portions for x in prologue(group, h, params[own], gradients[own], states[own])]
 
 
 def in_place(function: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:

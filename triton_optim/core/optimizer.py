@@ -82,12 +82,7 @@ class RuleOptimizer(EvaluatedOptimizer):
         describe_options(cls)
 
     @_disable_dynamo
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        **options: Unpack[Options],
-    ) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **options: Unpack[Options]) -> None:
         check_known(type(self), options)
         carried: dict[str, Any] = {**OPTIONS, **{n: v for n, v in defaults.items() if n in OPTIONS}, **options}
         defaults = {name: value for name, value in defaults.items() if name not in OPTIONS}

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from ..buckets.state import WatchedState, watch
 from ..engine.engine import Engine
-from ..spec import Update
-from .averages import check_loadable, swapped_as_saved
+from ..spec import WEIGHTS, Update, states_device
+from ..util.layout import is_sharded, local, with_local
+from ..util.link import host_memory, pins
 from .checkpoint import fill_in, loaded_groups, loaded_states, packed, without_left
 from .loadable import check_groups, check_keys
-from .moving import states_to_device, states_to_host
 from .saved_form import loaded_state, saved_states
 
 
@@ -29,6 +29,19 @@ def reduced_for_processes(optimizer: SavedOptimizer) -> tuple[Any, ...]:
     state = reduced[2]
     held = {p: dict(own) for p, own in optimizer.state.items() if p in state["state"]}
     return (*reduced[:2], {**state, "state": defaultdict(dict, held)})
+
+
+def check_loadable(optimizer: SavedOptimizer) -> None:
+    """Raise RuntimeError where a state dict in evaluation mode could not be loaded again: distributed checkpoints load
+    no state that a new optimizer has not.
+    """
+    engine = optimizer.engine
+    if engine.swapped == "eval()" and any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            f"{engine.name}: state_dict() in evaluation mode, with sharded parameters. Call optimizer.train() first, "
+            "and save the weights; under transformers' Trainer "
+            'triton_optim.integrations.transformers.AveragedWeights(save="weights") does.'
+        )
 
 
 class SavedOptimizer(Optimizer, Update):
@@ -53,7 +66,7 @@ class SavedOptimizer(Optimizer, Update):
         torch.distributed.checkpoint then saves and loads on any number of ranks, into any ``state_dtype``.
         """
         self.engine.check_not_inside("state_dict()")
-        check_loadable(self, self.engine)
+        check_loadable(self)
         self.engine.probe_again()
         # As torch's own, in one pass: another one over its result would take as long again.
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -124,7 +137,22 @@ class SavedOptimizer(Optimizer, Update):
             >>> optimizer.state[p]["exp_avg"].device == p.device
             True
         """
-        states_to_host(self, self.engine)
+        self.engine.drop_plans("offload_states()")
+        moved: dict[int, Tensor] = {}  # what parameters share is moved once
+        devices = set()
+        for state in self.state.values():
+            for name, value in list(state.items()):
+                if not isinstance(value, Tensor) or not value.dim() or value.device.type == "cpu":
+                    continue
+                devices.add(value.device)
+                if id(value) not in moved:
+                    own = local(value).detach()
+                    host = host_memory(own)
+                    host.copy_(own, non_blocking=True)
+                    moved[id(value)] = with_local(value.detach(), host)
+                state[name] = moved[id(value)]
+        for device in filter(pins, devices):
+            torch.get_device_module(device).current_stream(device).synchronize()
 
     @torch.no_grad()
     def load_states(self) -> None:
@@ -134,7 +162,16 @@ class SavedOptimizer(Optimizer, Update):
         Raises:
             RuntimeError: a step was captured into a graph.
         """
-        states_to_device(self, self.engine)
+        self.engine.drop_plans("load_states()")
+        moved: dict[int, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                device, state = states_device(group, p), self.state.get(p, {})
+                for name, value in list(state.items()):
+                    if isinstance(value, Tensor) and value.dim() and value.device != device:
+                        if id(value) not in moved:
+                            moved[id(value)] = value.to(device, non_blocking=pins(device))
+                        state[name] = moved[id(value)]
 
     def __getstate__(self) -> dict[str, Any]:
         self.engine.check_not_inside("a copy")
@@ -165,5 +202,5 @@ class SavedOptimizer(Optimizer, Update):
         else:
             self.engine = Engine(self, self._check_edited)
         self.engine.max_grad_norm = limit.get("max_grad_norm", self.engine.max_grad_norm)
-        self.engine.swapped = swapped_as_saved(self)
+        self.engine.swapped = "eval()" if any(WEIGHTS in state for state in self.state.values()) else None
         fill_in(self)

@@ -66,12 +66,7 @@ class Adadelta(RuleOptimizer):
         foreach: bool | None = None,
         **options: Unpack[OptionsAfterForeach],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
+        defaults = {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:

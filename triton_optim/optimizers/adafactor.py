@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.checks import check_ranges
-from ..core.factored import averaged, in_place, means, portions
+from ..core.factored import averaged, by_portions, in_place, means
 from ..core.optimizer import RuleOptimizer
 from ..core.shards import Shards
 from ..kernels.rules.adafactor import AdafactorScalars, adafactor
@@ -94,13 +94,7 @@ class Adafactor(RuleOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta2_decay": beta2_decay,
-            "eps": eps,
-            "d": d,
-            "weight_decay": weight_decay,
-        }
+        defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
@@ -128,18 +122,13 @@ class Adafactor(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        updates: list[Tensor] = []
-        for own in portions(params):
-            updates += map(with_local, params[own], normalized(params[own], gradients[own], states[own], group, h))
-        return updates
+        return by_portions(normalized, group, h, params, gradients, states)
 
 
 def normalized(
-    params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
+    group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
 ) -> list[Tensor]:
-    r""":math:`\max(\epsilon_2, RMS(p)) u / \max(1, RMS(u) / d)`, as :class:`Adafactor` says; of sharded parameters the
-    parts that are here. The states are updated.
-    """
+    r""":math:`\max(\epsilon_2, RMS(p)) u / \max(1, RMS(u) / d)`, as :class:`Adafactor` says; the states are updated."""
     shards = Shards(params)
     eps1, eps2 = group["eps"]
     floors = [torch.finfo(p.dtype).eps if eps1 is None else eps1 for p in params]
@@ -171,4 +160,5 @@ def normalized(
     scales = torch._foreach_clamp_min(torch._foreach_div(norms[: len(params)], shards.roots), eps2)
     clips = torch._foreach_div(norms[len(params) :], [group["d"] * root for root in shards.roots])
     scales = torch._foreach_div(scales, torch._foreach_clamp_min(clips, 1.0))
-    return [in_place(torch.mul, update, scale) for update, scale in zip(updates, scales, strict=True)]
+    updates = [in_place(torch.mul, update, scale) for update, scale in zip(updates, scales, strict=True)]
+    return [with_local(p, update) for p, update in zip(params, updates, strict=True)]

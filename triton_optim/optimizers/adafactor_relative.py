@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
-from ..core.factored import averaged, clipped, factored_states, inverse_roots, portions
+from ..core.checks import check_range, check_ranges
+from ..core.factored import averaged, by_portions, clipped, factored_states, inverse_roots
 from ..core.optimizer import RuleOptimizer
 from ..core.shards import Shards
 from ..kernels.rules.adafactor import AdafactorRelativeScalars, adafactor_relative
@@ -111,8 +111,9 @@ class AdafactorRelative(RuleOptimizer):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         lr, relative = group["lr"], group["relative_step"]
+        check_ranges(group, "weight_decay")
         if lr is not None:
-            check_range("learning rate", lr, 0.0)
+            check_ranges(group, "lr")
         if relative is not None and bool(relative) == (lr is not None):
             raise ValueError(
                 f"lr={lr} and relative_step={relative}: relative steps are taken where there is no learning rate, and "
@@ -131,7 +132,6 @@ class AdafactorRelative(RuleOptimizer):
             )
         if group["beta1"] is not None:
             check_range("beta1 value", group["beta1"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdafactorRelativeScalars:
         rho = group["lr"]
@@ -149,14 +149,11 @@ class AdafactorRelative(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        updates: list[Tensor] = []
-        for own in portions(params):
-            updates += steps_of(params[own], gradients[own], states[own], group, h)
-        return updates
+        return by_portions(steps_of, group, h, params, gradients, states)
 
 
 def steps_of(
-    params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
+    group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
 ) -> list[Tensor]:
     """What is subtracted, as :class:`AdafactorRelative` says; the states are updated."""
     shards, parts = Shards(params), list(map(local, params))

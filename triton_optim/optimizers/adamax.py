@@ -65,12 +65,7 @@ class Adamax(RuleOptimizer):
         foreach: bool | None = None,
         **options: Unpack[OptionsAfterForeach],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, foreach=foreach, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:

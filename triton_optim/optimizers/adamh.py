@@ -17,9 +17,7 @@ from ..kernels.rules.hyperball import AdamHScalars, adamh, adamh_sums
 from ..options import Options
 from ..spec import Measured, State, Variant
 from ..util.in_place import write_each
-from .adam import adam_scalars
-
-MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
+from .adam import MOMENTS, adam_scalars
 
 
 class AdamH(RuleOptimizer):
@@ -64,10 +62,7 @@ class AdamH(RuleOptimizer):
     Source: Wen et al. 2026, https://arxiv.org/abs/2606.16899; the norms are those of whole parameters.
     """
 
-    variants = (
-        Variant(adamh, MOMENTS, measure=adamh_sums),
-        Variant(adamw, MOMENTS),
-    )
+    variants = (Variant(adamh, MOMENTS, measure=adamh_sums), Variant(adamw, MOMENTS))
     group_names = ("hyperball",)
     kept_states = (
         State(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range, check_ranges
+from ..core.checks import check_betas, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adan import AdanScalars, adan
 from ..options import Options
@@ -75,9 +75,8 @@ class Adan(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps")
+        check_ranges(group, "lr", "eps", "weight_decay")
         check_betas(group["betas"], 3)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdanScalars:
         lr, decay, (beta1, beta2, beta3) = group["lr"], group["weight_decay"], group["betas"]

@@ -89,12 +89,10 @@ class AdEMAMix(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps")
+        check_ranges(group, "lr", "eps", "alpha", "weight_decay")
         check_betas(group["betas"], 3)
-        check_range("alpha value", group["alpha"], 0.0)
         check_warmup("beta3_warmup", group["beta3_warmup"])
         check_warmup("alpha_warmup", group["alpha_warmup"])
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> AdEMAMixScalars:
         lr, alpha, (beta1, beta2, beta3) = group["lr"], group["alpha"], group["betas"]
@@ -192,10 +190,9 @@ class SimplifiedAdEMAMix(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps", "betas", "alpha")
+        check_ranges(group, "lr", "eps", "betas", "alpha", "weight_decay")
         check_warmup("beta1_warmup", group["beta1_warmup"])
         check_range("min_beta1 value", group["min_beta1"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def init_scalar_state(self, group: dict[str, Any]) -> dict[str, float]:
         return {"num_sum": 0.0}

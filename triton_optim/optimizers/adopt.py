@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range, check_ranges
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adopt import ADOPTScalars, adopt
 from ..options import Options
@@ -84,10 +84,9 @@ class ADOPT(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps", "betas")
+        check_ranges(group, "lr", "eps", "betas", "weight_decay")
         if group["clip_exp"] is not None:
-            check_range("clip_exp value", group["clip_exp"], 0.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
+            check_ranges(group, "clip_exp")
 
     def scalars(self, group: dict[str, Any], step: Any) -> ADOPTScalars:
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]

@@ -73,13 +73,7 @@ class ASGD(RuleOptimizer):
         capturable: bool = False,
         **options: Unpack[OwnOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-        }
+        defaults = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         super().__init__(
             params,
             defaults,

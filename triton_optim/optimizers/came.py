@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_range
-from ..core.factored import averaged, clipped, factored_states, inverse_roots, portions
+from ..core.checks import check_betas, check_range, check_ranges
+from ..core.factored import averaged, by_portions, clipped, factored_states, inverse_roots
 from ..core.optimizer import RuleOptimizer
 from ..core.shards import Shards
 from ..kernels.rules.came import CameScalars, came
@@ -67,11 +67,7 @@ class CAME(RuleOptimizer):
     """
 
     rule = came
-    kept_states = (
-        State("exp_avg"),
-        *factored_states("exp_avg_sq"),
-        *factored_states("exp_avg_res", vectors=False),
-    )
+    kept_states = (State("exp_avg"), *factored_states("exp_avg_sq"), *factored_states("exp_avg_res", vectors=False))
 
     def __init__(
         self,
@@ -93,11 +89,10 @@ class CAME(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "weight_decay")
+        check_betas(group["betas"], 3)
         check_eps(group["eps"])
         check_threshold(group["clip_threshold"])
-        check_betas(group["betas"], 3)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> CameScalars:
         lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
@@ -112,14 +107,11 @@ class CAME(RuleOptimizer):
     def prologue(
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
-        updates: list[Tensor] = []
-        for own in portions(params):
-            updates += trusted(params[own], gradients[own], states[own], group, h)
-        return updates
+        return by_portions(trusted, group, h, params, gradients, states)
 
 
 def trusted(
-    params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], h: Any
+    group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
 ) -> list[Tensor]:
     r""":math:`m / \sqrt s`, as :class:`CAME` says; the states are updated."""
     shards = Shards(params)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_positive, check_range, check_ranges
+from ..core.checks import check_positive, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import DAdapts, check_estimate
 from ..kernels.rules.dadapt import DAdaptAdamScalars, dadapt_adam, dadapt_adam_sums
@@ -106,9 +106,8 @@ class DAdaptAdam(DAdapts, RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "betas", "weight_decay")
         check_positive("epsilon", group["eps"])  # s and v begin as 0
-        check_ranges(group, "betas", "weight_decay")
         check_estimate(group)
         check_positive("layer_scale", group["layer_scale"])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..core.whole_model import EstimatesDistance, check_estimate, grown, over_model
 from ..kernels.rules.dadapt import DAdaptSGDScalars, dadapt_sgd, dadapt_sgd_sums
@@ -79,19 +79,12 @@ class DAdaptSGD(EstimatesDistance, RuleOptimizer):
         growth_rate: float = float("inf"),
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "d0": d0,
-            "growth_rate": growth_rate,
-        }
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "d0": d0, "growth_rate": growth_rate}
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "weight_decay")
         check_range("momentum value", group["momentum"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
         check_estimate(group)
 
     def scalars(self, group: dict[str, Any], step: Any) -> DAdaptSGDScalars:

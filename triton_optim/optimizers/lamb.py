@@ -12,10 +12,9 @@ from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.lamb import LambScalars, lamb, lamb_norms
 from ..options import Options
-from ..spec import Measured, State, Variant
+from ..spec import Measured, Variant
 from ..util.trust import trust_ratio
-
-MOMENTS: tuple[State, ...] = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
+from .adam import MOMENTS
 
 
 class LAMB(RuleOptimizer):
@@ -60,10 +59,7 @@ class LAMB(RuleOptimizer):
     experiments.
     """
 
-    variants = (
-        Variant(lamb, MOMENTS, measure=lamb_norms),
-        Variant(lamb, MOMENTS),
-    )
+    variants = (Variant(lamb, MOMENTS, measure=lamb_norms), Variant(lamb, MOMENTS))
 
     def __init__(
         self,

@@ -102,9 +102,8 @@ class MARSAdamW(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps", "betas")
+        check_ranges(group, "lr", "eps", "betas", "weight_decay", "gamma")
         check_betas(group["betas_1d"])
-        check_ranges(group, "weight_decay", "gamma")
 
     def scalars(self, group: dict[str, Any], step: Any) -> MarsAdamWScalars:
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -207,9 +206,8 @@ class MARSLion(RuleOptimizer):
         super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay, "gamma": gamma}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "weight_decay", "gamma")
         check_range("beta value", group["beta"], 0.0, 1.0)
-        check_ranges(group, "weight_decay", "gamma")
 
     def scalars(self, group: dict[str, Any], step: Any) -> MarsLionScalars:
         lr, beta = group["lr"], group["beta"]

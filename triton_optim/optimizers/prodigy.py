@@ -18,8 +18,8 @@ from ..options import Options
 from ..spec import Measured, State, Variant, first_value
 from ..util.in_place import write_each
 from ..util.layout import is_sharded, samples
+from .adam import MOMENTS
 
-MOMENTS = (State("exp_avg"), State("exp_avg_sq", nonnegative=True))
 SAMPLES = torch_form(prodigy_samples)
 
 
@@ -146,10 +146,9 @@ class Prodigy(EstimatesDistance, RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps", "betas")
+        check_ranges(group, "lr", "eps", "betas", "weight_decay")
         if group["beta3"] is not None:
             check_range("beta3 value", group["beta3"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
         check_estimate(group)
         check_positive("d_coef", group["d_coef"])
         check_count("slice_p", group["slice_p"], 1)

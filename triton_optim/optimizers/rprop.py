@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.rprop import RpropScalars, rprop
 from ..options import Options
@@ -73,15 +73,11 @@ class Rprop(RuleOptimizer):
         step_sizes: tuple[float, float] = (1e-6, 50),
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "etas": etas,
-            "step_sizes": step_sizes,
-        }
+        defaults = {"lr": lr, "etas": etas, "step_sizes": step_sizes}
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr")
         shrink, grow = group["etas"]
         if not 0.0 < shrink < 1.0 < grow:
             raise ValueError(f"Invalid eta values: {shrink}, {grow}. They must be 0 < etas[0] < 1 < etas[1].")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_range
+from ..core.checks import check_range, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.signum import SignumScalars, signsgd, signum
 from ..options import Options
@@ -63,9 +63,8 @@ class Signum(RuleOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "weight_decay")
         check_range("momentum value", group["momentum"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def variant(self, group: dict[str, Any]) -> Variant:
         momentum = group["momentum"]
@@ -125,9 +124,8 @@ class Tiger(RuleOptimizer):
         super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "weight_decay")
         check_range("beta value", group["beta"], 0.0, 1.0)
-        check_range("weight_decay value", group["weight_decay"], 0.0)
 
     def scalars(self, group: dict[str, Any], step: Any) -> SignumScalars:
         return signum_scalars(group["lr"], group["beta"], group["weight_decay"])

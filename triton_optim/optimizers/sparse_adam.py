@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core.checks import check_betas, check_ranges
+from ..core.checks import check_positive, check_ranges
 from ..core.optimizer import RuleOptimizer
 from ..kernels.rules.adam import AdamScalars, adam
 from ..options import OwnOptions
@@ -87,10 +87,8 @@ class SparseAdam(RuleOptimizer):
             raise ValueError(f"Invalid learning rate: {lr}. It must be greater than 0.")
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "eps")
-        if not group["eps"] > 0:
-            raise ValueError(f"Invalid epsilon value: {group['eps']}. It must be greater than 0.")
-        check_betas(group["betas"])
+        check_ranges(group, "lr", "betas")
+        check_positive("epsilon", group["eps"])
 
     def check_parameter(self, index: int, p: Tensor, group: dict[str, Any]) -> None:
         for found, rule in (

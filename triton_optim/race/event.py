@@ -103,12 +103,7 @@ def race(
 
 
 def check_numbers(
-    field: Sequence[Contestant],
-    schedules: Sequence[str],
-    tune: int,
-    seeds: int,
-    steps: int | None,
-    storage: str | None,
+    field: Sequence[Contestant], schedules: Sequence[str], tune: int, seeds: int, steps: int | None, storage: str | None
 ) -> None:
     """Find what would make the race empty or ambiguous.
 

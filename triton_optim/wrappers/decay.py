@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.checks import check_range
+from ..core.checks import check_ranges
 from ..kernels.rules import wrappers as rules
 from .wrapper import Base, Wrapper
 
@@ -18,7 +18,7 @@ def kept(group: dict[str, Any]) -> dict[str, Any]:
 
 def check_weight_decay(group: dict[str, Any]) -> None:
     """Raise ValueError where it is negative."""
-    check_range("weight_decay value", group["weight_decay"], 0.0)
+    check_ranges(group, "weight_decay")
 
 
 def kept_by(group: dict[str, Any], step: Any) -> dict[str, Any]:

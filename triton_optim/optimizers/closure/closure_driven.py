@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ...core.checks import check_range
+from ...core.checks import check_ranges
 from ...core.wrapping import leave_to_python, ordered
 from ...util.layout import ordinary
 from .line_search import Trial, strong_wolfe
@@ -44,7 +44,7 @@ class ClosureOptimizer(Optimizer):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a hyperparameter is out of range: in the constructor, and before every step."""
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)  # first, for what torch has against the parameters

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
+from ...core.checks import check_range, check_ranges
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
 from ...spec import State
@@ -102,7 +102,7 @@ class AdaMuon(Muon):
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         super().check_hyperparameters({"adjust_lr_fn": None, **group})
         if uses_muon(group):
-            check_range("epsilon value", group["eps"], 0.0)
+            check_ranges(group, "eps")
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
     def adapted(

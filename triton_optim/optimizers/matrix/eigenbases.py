@@ -121,11 +121,7 @@ class Batch:
     """
 
     def __init__(
-        self,
-        params: list[Tensor],
-        gradients: list[Tensor],
-        states: list[dict[str, Any]],
-        longest: int | None = None,
+        self, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], longest: int | None = None
     ) -> None:
         self._first, self._states, self._dtype = params[0], states, wide_dtype(params[0])
         self._blocks = blocks_of(params[0], longest)
@@ -205,8 +201,10 @@ def sides_of(state: dict[str, Any]) -> tuple[str, ...]:
     return tuple(side for side in SIDES if state.get(side) is not None)
 
 
-def batches(params: list[Tensor], states: list[dict[str, Any]], longest: int | None = None) -> Iterator[list[int]]:
-    """The indices of the parameters, by what is one batch: of one shape, and no larger than the memory of few.
+def batches(
+    params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], longest: int | None = None
+) -> Iterator[tuple[list[int], Batch]]:
+    """The parameters in batches, each with their indices: of one shape, and no larger than the memory of few.
 
     Args:
         longest: rows and columns that a block may have; None for whole matrices.
@@ -220,7 +218,9 @@ def batches(params: list[Tensor], states: list[dict[str, Any]], longest: int | N
         largest = LARGEST_ON_CPU if device.type == "cpu" and placements is None else LARGEST_BATCH
         size = max(rows * columns, rows**2 * ("L" in sides), columns**2 * ("R" in sides), 1)
         at_once = max(1, largest // (blocks.number * size))
-        yield from (indices[start : start + at_once] for start in range(0, len(indices), at_once))
+        for start in range(0, len(indices), at_once):
+            own = indices[start : start + at_once]
+            yield own, Batch([params[i] for i in own], [gradients[i] for i in own], [states[i] for i in own], longest)
 
 
 def averaged_squares(held: Tensor, x: Tensor, share: float, weight: float) -> Tensor:

@@ -16,7 +16,7 @@ from ...kernels.rules.muon import MuonScalars, muon
 from ...options import Options
 from ...spec import State, Variant
 from ...util.layout import is_sharded, placed_as
-from ..adam import AdamW, adam_scalars
+from ..adam import MOMENTS, AdamW, adam_scalars
 from .momenta import Momenta, averaged_gradients
 from .newton_schulz import triples
 from .pieces import Pieces, check_pieces, check_shape
@@ -110,10 +110,7 @@ class Muon(RuleOptimizer):
     https://arxiv.org/abs/2505.16932, whose safety factor, 1.01, is 1.05 here. The momentum is torch's, an average.
     """
 
-    variants: ClassVar[tuple[Variant, ...]] = (
-        Variant(muon, (), prologue=True),
-        Variant(adamw, (State("exp_avg"), State("exp_avg_sq", nonnegative=True))),
-    )
+    variants: ClassVar[tuple[Variant, ...]] = (Variant(muon, (), prologue=True), Variant(adamw, MOMENTS))
     counts_steps = False
     option_names: ClassVar[tuple[str, ...]] = ()
     group_names = ("use_muon", "extra_dims", "splits")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
+from ...core.checks import check_ranges
 from ...core.factored import wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...kernels.rules.hyperball import MuonHScalars, muonh
@@ -99,7 +99,7 @@ class MuonH(Muon):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         if uses_muon(group):
-            check_range("epsilon value", group["eps"], 0.0)
+            check_ranges(group, "eps")
             group = {"adjust_lr_fn": None, "weight_decay": 0.0, **group}
             if group["weight_decay"] != 0:
                 raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...core.checks import check_range
+from ...core.checks import check_range, check_ranges
 from ...core.factored import means, wide_zeros
 from ...core.optimizer import RuleOptimizer
 from ...options import Options
@@ -107,7 +107,7 @@ class NorMuon(Muon):
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         super().check_hyperparameters(group)
         if uses_muon(group):
-            check_range("epsilon value", group["eps"], 0.0)
+            check_ranges(group, "eps")
             check_range("beta2 value", group["beta2"], 0.0, 1.0)
 
     def adapted(

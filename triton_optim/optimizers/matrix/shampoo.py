@@ -149,7 +149,7 @@ class Shampoo(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_range("learning rate", group["lr"], 0.0)
+        check_ranges(group, "lr", "eps", "weight_decay", "grafting_eps")
         check_range("beta parameter at index 0", group["betas"][0], 0.0, 1.0)
         beta2 = group["betas"][1]
         if not 0 <= beta2 <= 1:
@@ -157,7 +157,6 @@ class Shampoo(RuleOptimizer):
                 f"Invalid beta parameter at index 1: {beta2}. It must be at least 0 and at most 1, which makes sums of "
                 "the averages."
             )
-        check_ranges(group, "eps", "weight_decay", "grafting_eps")
         check_count("precondition_frequency", group["precondition_frequency"], 1)
         if group["start_preconditioning_step"] is not None:
             check_count("start_preconditioning_step", group["start_preconditioning_step"], 1)
@@ -178,9 +177,7 @@ class Shampoo(RuleOptimizer):
             for p, state in zip(params, states, strict=True):
                 if "exp_avg_sq" not in state:
                     state["exp_avg_sq"] = wide_zeros_like(p)
-        longest = group["block_size"]
-        for own in batches(params, states, longest):
-            batch = Batch([params[i] for i in own], [gradients[i] for i in own], [states[i] for i in own], longest)
+        for own, batch in batches(params, gradients, states, group["block_size"]):
             for i, u in zip(own, batch.whole(update_of(batch, group, step)).unbind(), strict=True):
                 made[i] = placed_as(params[i], u.reshape(params[i].shape))
         return made

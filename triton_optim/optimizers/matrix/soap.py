@@ -144,10 +144,9 @@ class SOAP(RuleOptimizer):
         super().__init__(params, defaults, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_ranges(group, "lr", "betas")
+        check_ranges(group, "lr", "betas", "eps", "weight_decay")
         if group["shampoo_beta"] is not None:
             check_range("shampoo_beta value", group["shampoo_beta"], 0.0, 1.0)
-        check_ranges(group, "eps", "weight_decay")
         check_count("precondition_frequency", group["precondition_frequency"], 1)
         check_count("max_precond_dim", group["max_precond_dim"], 0)
 
@@ -164,8 +163,7 @@ class SOAP(RuleOptimizer):
         self, group: dict[str, Any], h: Any, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]]
     ) -> list[Tensor]:
         updates, made = host_step(self, h, params) - 1, list(gradients)
-        for own in batches(params, states):
-            batch = Batch([params[i] for i in own], [gradients[i] for i in own], [states[i] for i in own])
+        for own, batch in batches(params, gradients, states):
             if updates == 0:
                 self.begin(batch, group)
                 update = torch.zeros_like(batch.gradients)
