@@ -10,15 +10,26 @@ import torch
 from torch import Tensor
 
 from ..engine.engine import Engine, Swap
+from ..precision.kept import check_state
 from ..spec import AVERAGE, COUNT, WEIGHTS, Update, averages
 from ..util.layout import is_sharded, local, with_local
 
 
 def averaged(optimizer: Update) -> list[tuple[Tensor, dict[str, Any]]]:
-    """The parameters that have averages, with their states."""
-    params = [p for group in optimizer.param_groups if averages(group) for p in group["params"]]
-    # An average of no values is what the parameter was when the state was made.
-    return [(p, optimizer.state[p]) for p in params if float(optimizer.state.get(p, {}).get(COUNT, 0))]
+    """The parameters that have averages, with their states.
+
+    Raises:
+        RuntimeError: an average is not its parameter's.
+    """
+    found = []
+    params = [(p, averages(group)) for group in optimizer.param_groups for p in group["params"]]
+    for i, (p, kept) in enumerate(params):
+        state = optimizer.state.get(p, {})
+        # An average of no values is what the parameter was when the state was made.
+        if kept and state.get(AVERAGE) is not None and float(state.get(COUNT, 0)):
+            check_state(optimizer, i, p, AVERAGE, state)
+            found.append((p, state))
+    return found
 
 
 @contextmanager
@@ -64,9 +75,12 @@ def swap_back(optimizer: Update, engine: Engine) -> None:
     """See :meth:`RuleOptimizer.train`."""
     if engine.swapped != "eval()":
         return
-    for p, state in optimizer.state.items():
-        if WEIGHTS in state:
-            local(p).copy_(local(state.pop(WEIGHTS)))
+    own = [(p, state) for p, state in optimizer.state.items() if WEIGHTS in state]
+    numbers: dict[Any, Any] = {p: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    for p, state in own:
+        check_state(optimizer, numbers.get(p, "that is in no group"), p, WEIGHTS, state)
+    for p, state in own:
+        local(p).copy_(local(state.pop(WEIGHTS)))
     engine.swapped = None
 
 

@@ -24,6 +24,9 @@ class EvaluatedOptimizer(SavedOptimizer):
         Each state keeps the parameter's weights meanwhile, as ``weights``. They are saved, loaded and copied with it,
         so that a checkpoint of model and optimizer goes on exactly from where training was.
 
+        Raises:
+            RuntimeError: an average is not of its parameter's shape. Nothing was changed.
+
         Example:
             >>> import torch, triton_optim
             >>> p = torch.nn.Parameter(torch.zeros(1))
@@ -41,7 +44,11 @@ class EvaluatedOptimizer(SavedOptimizer):
         swap_in(self, self.engine)
 
     def train(self) -> None:
-        """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing."""
+        """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing.
+
+        Raises:
+            RuntimeError: weights are not of their parameter's shape. Nothing was changed.
+        """
         swap_back(self, self.engine)
 
     def averaged_parameters(self) -> AbstractContextManager[None]:
