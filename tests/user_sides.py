@@ -157,7 +157,7 @@ class Side:
 
 # Hyperparameters that are left: torch takes those of the constructor, whatever a group says; and what divides by 0.
 STARTS = ("eps", "initial_accumulator_value")
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "n_averaged"}
+NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "weight_sum", "lr_max", "n_averaged"}
 DENSE = ("plain", "plain", "transposed", "shifted", "padded")
 
 
