@@ -54,7 +54,7 @@ REFUSALS = (
     "of parameter .* is .*, and .* beside a parameter of",  # a correction in another dtype
     "of parameter .* has items of shape .* scales of shape",  # codes or scales of another dtype or size
     "of parameter .* is .*, the parameter .* codes need their scales",
-    "loaded state dict has a (parameter group that doesn't match|different number)",  # parameters came or went since it was saved
+    "loaded state dict has a (parameter group that doesn't match|different number)",  # than when it was saved
     "of parameter .* is .*, the parameter .* Load a state dict of a model",
     "a step on the host can't be capturable",
     'backend="triton" runs no step on the host',

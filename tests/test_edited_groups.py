@@ -59,6 +59,8 @@ def test_a_choice_of_states_that_is_edited(choice: str) -> None:
         assert made in opt.state[p]
         assert not torch.equal(p, value)
         return
-    with pytest.raises(RuntimeError, match="with the options of its group, .*the options that the state was made with"):
+    with pytest.raises(
+        RuntimeError, match=r"with the options of its group, .*the options that the state was made with"
+    ):
         opt.step()
     assert torch.equal(p, value)

@@ -1,4 +1,9 @@
-"""As test_state_machine.py: ours with its own options, beside an eager optimizer that is made anew from the state."""
+"""As test_state_machine.py: ours with its own options, beside an eager optimizer that is made anew from the state.
+
+It runs whatever the package has, also within wrappers. After a copy all is as it was before. Some sequences of each:
+
+    TRITON_OPTIM_FUZZ=2000 pytest -n 0 tests/test_state_machine_twin.py -k "each and SOAP"
+"""
 
 from __future__ import annotations
 
@@ -63,16 +68,19 @@ WRAPPED = [
     wrapped("ScheduleFreeAdamW", to.centralized),
     wrapped("NorMuon", lambda base: to.lookahead(to.centralized(base)), lookahead_steps=2),
 ]
-OPTIONS_OF_OURS = (
-    "state_dtype",
-    "param_precision",
-    "ema_decay",
-    "ema_dtype",
-    "offload",
-    "capturable",
-    "max_grad_norm",
-    "amp",
-)
+PRECISIONS = ("storage", "stochastic", "kahan", "split24", "split32", "master")
+DTYPES = (None, torch.float32, torch.bfloat16, "int8", "int4")
+# What a group, or the optimizer, may come to have between steps.
+EDITS: dict[str, Any] = {
+    "state_dtype": DTYPES,
+    "param_precision": PRECISIONS,
+    "ema_decay": (None, 0.9, 0.5),
+    "ema_dtype": (None, torch.float32, torch.bfloat16),
+    "offload": (None, "cpu"),
+    "capturable": (False, True),
+    "max_grad_norm": (None, 0.5, 3.0),
+    "amp": (None, "fused"),
+}
 SHAPES = ((20, 16), (300,), (4, 3), (), (0,), (64,), (0, 3), (6, 20))
 
 
@@ -82,13 +90,11 @@ class BesideATwin(Machine):
     # A copy is not tied; and a new optimizer takes no parameter twice, and none of another dtype with this precision.
     left_out = ("tied_data", "states_tied", "listed_twice", "cast", "data_of_another_dtype")
     cases = (*CASES, *WRAPPED)
-    precisions = ("storage", "stochastic", "kahan", "split24", "split32", "master")
-    dtypes = (None, torch.float32, torch.bfloat16, "int8", "int4")
 
     @initialize(data=st.data(), seed=SEEDS, remembers=st.booleans())
     def start(self, data: Any, seed: int, remembers: bool) -> None:
         case = data.draw(st.sampled_from(self.cases))
-        precision, kept = data.draw(st.sampled_from(self.precisions)), data.draw(st.sampled_from(self.dtypes))
+        precision, kept = data.draw(st.sampled_from(PRECISIONS)), data.draw(st.sampled_from(DTYPES))
         whole = data.draw(st.fixed_dictionaries({}, optional=WHOLE))
         # Each variant is another kernel to compile.
         variant = case.variants[data.draw(st.sampled_from(sorted(case.variants)))] if BY_HAND and case.variants else {}
@@ -236,7 +242,7 @@ class BesideATwin(Machine):
         for name, (value, near) in theirs.items():
             assert_near(mine[name][0], value, near, f"{name} of parameter {i}", whose)
 
-    @rule(name=st.sampled_from(OPTIONS_OF_OURS), seed=SEEDS)
+    @rule(name=st.sampled_from(sorted(EDITS)), seed=SEEDS)
     def kept_otherwise(self, name: str, seed: int) -> None:
         """Another value of an option of ours."""
 
@@ -271,7 +277,7 @@ class BesideATwin(Machine):
         restart(ours)
         ours.opt.train()
         for group in ours.groups:
-            for name in OPTIONS_OF_OURS:
+            for name in EDITS:
                 if name in group and name not in ours.opt.defaults:
                     del group[name]
 
@@ -285,17 +291,7 @@ WHOLE: Any = {
     "offload": st.just("cpu"),
     "capturable": st.just(True),
 }
-# What a group, or the optimizer, may come to have, and what of it the twin has not.
-EDITS: dict[str, Any] = {
-    "state_dtype": BesideATwin.dtypes,
-    "param_precision": BesideATwin.precisions,
-    "ema_decay": (None, 0.9, 0.5),
-    "ema_dtype": (None, torch.float32, torch.bfloat16),
-    "offload": (None, "cpu"),
-    "capturable": (False, True),
-    "max_grad_norm": (None, 0.5, 3.0),
-    "amp": (None, "fused"),
-}
+# What of it the twin has not.
 PLAIN = {"offload": None, "capturable": False}
 
 
