@@ -2,7 +2,7 @@
 
 It runs whatever the package has, also within wrappers. After a copy all is as it was before. Some sequences of each:
 
-    TRITON_OPTIM_FUZZ=2000 pytest -n 0 tests/test_state_machine_twin.py -k "each and SOAP"
+    TRITON_OPTIM_FUZZ=2000 pytest -n 0 tests/test_state_machine_twin.py -k SOAP
 """
 
 from __future__ import annotations
@@ -301,26 +301,25 @@ def assert_near(mine: Tensor, value: Tensor, near: dict[str, float], what: str, 
     assert torch.allclose(a, b, **near, equal_nan=True), f"{what}: {a}, {whose} {b}"
 
 
+SOME = [case for case in BesideATwin.cases if not case.sparse] if BY_HAND else [BY_NAME["AdamW"]]
+
+
 @pytest.mark.parametrize(
-    ("backend", "share"),
+    ("backend", "share", "cases"),
     [
-        pytest.param("auto", 0.07, marks=CPP),
-        pytest.param("compiled", 0.03),
-        pytest.param("triton", 0.02, marks=TRITON),
+        pytest.param("auto", 0.07, SOME, marks=CPP),
+        pytest.param("compiled", 0.03, SOME),
+        pytest.param("triton", 0.02, SOME, marks=TRITON),
+        *(
+            pytest.param(backend, 0.01, [case], marks=[CPP] * (backend == "auto"), id=f"{backend}-{case.name}")
+            for backend in ("eager", "auto", "compiled")
+            for case in BesideATwin.cases
+            if BY_HAND and not (case.sparse and backend == "compiled")
+        ),
     ],
 )
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore")
-def test_beside_a_twin(backend: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_a_twin(backend: str, share: float, cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "MIN_QUANTIZED_NUMEL", 64)
-    run(BesideATwin, backend, share, cases=BesideATwin.cases if BY_HAND else [BY_NAME["AdamW"]])
-
-
-# By hand alone, some sequences of each: they take an hour.
-@pytest.mark.parametrize("case", BesideATwin.cases if BY_HAND else [], ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", ["eager", pytest.param("auto", marks=CPP), "compiled"])
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.filterwarnings("ignore")
-def test_each_beside_a_twin(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs, "MIN_QUANTIZED_NUMEL", 64)
-    run(BesideATwin, backend, 0.01, steps=20, cases=[case])
+    run(BesideATwin, backend, share, steps=20, cases=cases)
