@@ -58,6 +58,8 @@ REFUSALS = (
     "of parameter .* is .*, the parameter .* Load a state dict of a model",
     "a step on the host can't be capturable",
     'backend="triton" runs no step on the host',
+    "states of complex parameters are complex",
+    "Give both real, or both complex",
     "rows (where they were gathered|are updated where)",
     'offload="cpu": the gradient of parameter .* is sparse',
     "state_dtype=.* is for states like their parameter",
@@ -70,8 +72,8 @@ BY_NAME = {case.name: case for case in CASES}
 OURS = ("Lion", "LAMB", "LaProp")
 RULES = [case for case in CASES if (case.torchs or case.name in OURS) and not case.sparse]
 SEEDS = st.integers(0, 1 << 16)
-CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2}
-LEAST = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.complex64: 1e-4, torch.bfloat16: 4e-2}
+LEAST = {torch.float64: 1e-7, torch.float32: 1e-5, torch.complex64: 1e-5, torch.bfloat16: 2e-2}
 
 found: Counter[str] = Counter()
 

@@ -98,7 +98,12 @@ class BesideATwin(Machine):
         whole = data.draw(st.fixed_dictionaries({}, optional=WHOLE))
         # Each variant is another kernel to compile.
         variant = case.variants[data.draw(st.sampled_from(sorted(case.variants)))] if BY_HAND and case.variants else {}
-        self.begin(case, *self.drawn(case, precision, kept, variant | whole), seed, remembers)
+        options, dtype = self.drawn(case, precision, kept, variant | whole)
+        if BY_HAND and dtype == torch.float32:
+            complex = case.complex and self.backend in ("eager", "auto")
+            dtype = data.draw(st.sampled_from([dtype, torch.float64] + [torch.complex64] * complex))
+            options |= {"state_dtype": None} if dtype.is_complex else {}
+        self.begin(case, options, dtype, seed, remembers)
 
     @classmethod
     def drawn(cls, case: Case, precision: str, kept: Any, whole: dict[str, Any]) -> tuple[dict[str, Any], torch.dtype]:
@@ -297,7 +302,8 @@ PLAIN = {"offload": None, "capturable": False}
 
 def assert_near(mine: Tensor, value: Tensor, near: dict[str, float], what: str, whose: str) -> None:
     assert mine.shape == value.shape, f"{what} has shape {mine.shape}, {whose} {value.shape}"
-    a, b = mine.detach().double(), value.detach().double()
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    a, b = mine.detach().to(wide), value.detach().to(wide)
     assert torch.allclose(a, b, **near, equal_nan=True), f"{what}: {a}, {whose} {b}"
 
 

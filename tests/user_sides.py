@@ -164,7 +164,7 @@ DENSE = ("plain", "plain", "transposed", "shifted", "padded")
 def values(draw: random.Random, shape: Any, dtype: torch.dtype) -> Tensor:
     """Normally distributed."""
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
-    return torch.randn(tuple(shape), generator=generator).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype if dtype.is_complex else None).to(dtype)
 
 
 def writable(tensor: Tensor) -> bool:
