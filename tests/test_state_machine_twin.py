@@ -256,7 +256,9 @@ class BesideATwin(Machine):
             if name in ("max_grad_norm", "amp"):
                 setattr(side.opt, name, value)
             else:
-                draw.choice(side.groups)[name] = value
+                group = draw.choice(side.groups)
+                group |= PLAIN if name in PLAIN else {}  # which exclude each other
+                group[name] = value
 
         self.do(edit, seed, f"edit {name}")
 
