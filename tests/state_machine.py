@@ -48,6 +48,7 @@ REFUSALS = (
     "was made in inference mode",
     "list parameter .* twice",  # as another than it stands for now
     "Clipping threshold d should be",
+    "Invalid growth_rate",
     "Nesterov momentum requires",  # what a constructor refuses, a step refuses
     "holds .* and lacks",  # a state dict of which a state was deleted
     "is quantized and does not say how",  # or of which the scales alone are left
@@ -58,6 +59,7 @@ REFUSALS = (
     "of parameter .* is .*, the parameter .* Load a state dict of a model",
     "a step on the host can't be capturable",
     'backend="triton" runs no step on the host',
+    "takes the root of square_avg - grad_avg",
     "states of complex parameters are complex",
     "Give both real, or both complex",
     "rows (where they were gathered|are updated where)",

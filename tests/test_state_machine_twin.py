@@ -110,14 +110,15 @@ class BesideATwin(Machine):
         options = case.settings | {"lr": 0.1, "param_precision": precision, "state_dtype": kept, "seed": 5} | whole
         if "ema_decay" not in options:
             options.pop("ema_dtype", None)
-        if case.ours.kept_states and not case.ours.coded_names and case.ours.variants[0].prologue:
-            options["state_dtype"] = None  # which they refuse
         if case.sparse:
             precision, options = "storage", {name: options[name] for name in ("lr", "max_grad_norm") if name in options}
         if cls.backend == "triton":
             options.pop("offload", None)
         if "offload" in options:
             options.pop("capturable", None)
+        error = attempt(lambda: case.ours([Parameter(torch.zeros(4, 4))], **options))
+        if "state_dtype" in str(error):  # which some refuse
+            options["state_dtype"] = None
         return options, torch.float32 if precision == "storage" else torch.bfloat16
 
     def makers(self, case: Case, options: dict[str, Any]) -> list[Callable[[Any], Any]]:
