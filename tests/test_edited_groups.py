@@ -32,3 +32,35 @@ def test_the_next_step_of_matrices_sees_the_edit(edit: Any, device: torch.device
 def test_a_parameter_that_is_listed_twice_is_stepped_twice(edit: Any, device: torch.device) -> None:
     ours = trained(triton_optim.AdamW, edit, device)
     assert_as_torch(ours, trained(torch.optim.AdamW, edit, device, foreach=False))
+
+
+# What a group may choose of its states: an edit that needs others, and what the next step does about it.
+CHOICES = {
+    "Adafactor, moments begin": (triton_optim.AdafactorRelative, {"beta1": None}, {"beta1": 0.9}, "exp_avg"),
+    "SOAP, another side": (triton_optim.SOAP, {"max_precond_dim": 4}, {"max_precond_dim": 6}, "Q_R"),
+    "SOAP, a side less": (triton_optim.SOAP, {"max_precond_dim": 6}, {"max_precond_dim": 4}, None),
+    "Prodigy, other samples": (triton_optim.Prodigy, {"slice_p": 3}, {"slice_p": 2}, None),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_of_states_that_is_edited(choice: str) -> None:
+    """The states are made, or those that are there are refused before anything changes."""
+    kind, before, after, made = CHOICES[choice]
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6))
+    opt = kind([p], **before, backend="eager")
+    for _ in range(3):
+        p.grad = p.detach().clone()
+        opt.step()
+    opt.param_groups[0] |= after
+    value = p.detach().clone()
+    if made is not None:
+        opt.step()
+        assert made in opt.state[p]
+        assert not torch.equal(p, value)
+        return
+    with pytest.raises(
+        RuntimeError, match=r"with the options of its group, .*the options that the state was made with"
+    ):
+        opt.step()
+    assert torch.equal(p, value)

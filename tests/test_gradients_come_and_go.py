@@ -344,8 +344,8 @@ def test_counts_lie_where_they_did(capturable, backend, device):
     rows = [[True] * len(params), *presence(12, len(params))]
     for number, present in enumerate(rows):
         gradients = gradients_of(params, present, number)
-        step(opt, params, gradients)
-        step(theirs, others, gradients)
+        step_with(opt, params, gradients)
+        step_with(theirs, others, gradients)
         counts = [opt.state[p]["step"] for p in params]
         if number == 0:
             first = counts
@@ -363,7 +363,7 @@ def test_a_count_that_is_written_between_differing_ones_is_noticed(backend, devi
         for number, present in enumerate([[True] * len(own), *presence(8, len(own))]):
             if number == 6:
                 opt.state[own[2]]["step"].fill_(40)
-            step(opt, own, gradients_of(own, present, number))
+            step_with(opt, own, gradients_of(own, present, number))
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q)
     assert [int(sides[0][1].state[p]["step"]) for p in params] == [int(sides[1][1].state[p]["step"]) for p in others]
@@ -375,6 +375,6 @@ def test_rows_are_placed_where_they_were(device):
     params, tables = six(BY_NAME["AdamW"], device), set()
     opt = to.AdamW(params, backend="triton")
     for number, present in enumerate([[True] * len(params), *presence(12, len(params))]):
-        step(opt, params, gradients_of(params, present, number))
+        step_with(opt, params, gradients_of(params, present, number))
         tables |= {id(t) for b in opt.engine.plan.buckets if (t := getattr(b, "_row_table", None)) is not None}
     assert len(tables) == 1

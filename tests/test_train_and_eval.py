@@ -254,3 +254,46 @@ def test_sharded_parameters(device: torch.device) -> None:
         assert torch.equal(p.to_local(), weights)
         assert RANKS > 1
         opt.state_dict()
+
+
+AWAY = {"average": (to.AdamW, {"ema_decay": 0.5}), "two places": (to.ScheduleFreeAdamW, {})}
+
+
+@pytest.mark.parametrize("kind", AWAY)
+def test_a_parameter_of_another_shape_moves_no_other(kind: str) -> None:
+    """Such as an embedding that was made larger: neither way does half of the parameters move."""
+    cls, options = AWAY[kind]
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(4))]
+    opt = cls(params, lr=0.1, backend="eager", **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    old = params[1].data
+    for move in (opt.eval, opt.train):
+        training, before = opt.training, params[0].clone()
+        params[1].data = torch.ones(5)
+        with pytest.raises(RuntimeError, match=r"parameter 1 has shape \(4,\); the parameter \(5,\)"):
+            move()
+        assert opt.training == training
+        assert torch.equal(params[0], before)
+        params[1].data = old
+        move()
+        assert opt.training != training
+        assert not torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_parameter_whose_average_was_deleted_stays(gone: bool) -> None:
+    p = Parameter(torch.ones(3))
+    opt = to.AdamW([p], ema_decay=0.5, backend="eager")
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.state[p]["ema"] = None
+    if gone:
+        del opt.state[p]["ema"]
+    before = p.clone()
+    opt.eval()
+    assert torch.equal(p, before)
+    with opt.averaged_parameters():
+        assert torch.equal(p, before)

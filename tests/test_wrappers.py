@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -253,6 +254,19 @@ def test_copies_and_checkpoints_go_on_alike(row: Row) -> None:
     for other in others:
         for p, q in zip(params, other.param_groups[0]["params"], strict=True):
             assert torch.equal(p, q)
+
+
+class OfAUser(cautious(triton_optim.AdamW)):  # type: ignore[misc]
+    """A subclass of what a wrapper made, which is found by its name."""
+
+
+@pytest.mark.parametrize("kind", [lookahead(cautious(triton_optim.SGD)), OfAUser, lookahead(nesterov(OfAUser))])
+def test_copies_are_of_the_same_class(kind: Any) -> None:
+    """Of a wrapper around another, and of a subclass."""
+    optimizer = kind([Parameter(torch.ones(2))], lr=0.1, backend="eager")
+    to_a_process = pickle.loads(ForkingPickler.dumps(optimizer))
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), to_a_process):
+        assert type(other) is kind
 
 
 def test_hyperparameters_are_those_of_groups() -> None:

@@ -179,6 +179,14 @@ def switch(side: Side, draw: random.Random) -> None:
 
 
 @action(OPTIONS)
+def whole_number(side: Side, draw: random.Random) -> None:
+    group = draw.choice(side.groups)
+    if names := sorted(n for n, v in group.items() if type(v) is int and v >= 1):
+        name = draw.choice(names)
+        group[name] = max(1, group[name] + draw.choice((-1, 1, 2)))
+
+
+@action(OPTIONS)
 def entry_in_a_group(side: Side, draw: random.Random) -> None:
     draw.choice(side.groups)["mine"] = draw.choice((None, "x", 3))
 

@@ -157,14 +157,14 @@ class Side:
 
 # Hyperparameters that are left: torch takes those of the constructor, whatever a group says; and what divides by 0.
 STARTS = ("eps", "initial_accumulator_value")
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "n_averaged"}
+NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "weight_sum", "lr_max", "n_averaged"}
 DENSE = ("plain", "plain", "transposed", "shifted", "padded")
 
 
 def values(draw: random.Random, shape: Any, dtype: torch.dtype) -> Tensor:
     """Normally distributed."""
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
-    return torch.randn(tuple(shape), generator=generator).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype if dtype.is_complex else None).to(dtype)
 
 
 def writable(tensor: Tensor) -> bool:

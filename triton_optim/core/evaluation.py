@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision.kept import check_state
 from ..spec import AVERAGE, COUNT, WEIGHTS, averages
 from ..util.layout import local, with_local
 from .saving import SavedOptimizer
@@ -30,6 +31,9 @@ class EvaluatedOptimizer(SavedOptimizer):
 
         Each state keeps the parameter's weights meanwhile, as ``weights``. They are saved, loaded and copied with it,
         so that a checkpoint of model and optimizer goes on exactly from where training was.
+
+        Raises:
+            RuntimeError: an average is not of its parameter's shape. Nothing was changed.
 
         Example:
             >>> import torch, triton_optim
@@ -56,19 +60,36 @@ class EvaluatedOptimizer(SavedOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing."""
+        """Make the parameters their weights again, bit for bit, after :meth:`eval`. Else it changes nothing.
+
+        Raises:
+            RuntimeError: weights are not of their parameter's shape. Nothing was changed.
+        """
         if self.engine.swapped != "eval()":
             return
-        for p, state in self.state.items():
-            if WEIGHTS in state:
-                local(p).copy_(local(state.pop(WEIGHTS)))
+        own = [(p, state) for p, state in self.state.items() if WEIGHTS in state]
+        numbers: dict[Any, Any] = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        for p, state in own:
+            check_state(self, numbers.get(p, "that is in no group"), p, WEIGHTS, state)
+        for p, state in own:
+            local(p).copy_(local(state.pop(WEIGHTS)))
         self.engine.swapped = None
 
     def _averaged(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The parameters that have averages, with their states."""
-        params = [p for group in self.param_groups if averages(group) for p in group["params"]]
-        # An average of no values is what the parameter was when the state was made.
-        return [(p, self.state[p]) for p in params if float(self.state.get(p, {}).get(COUNT, 0))]
+        """The parameters that have averages, with their states.
+
+        Raises:
+            RuntimeError: an average is not its parameter's.
+        """
+        found = []
+        params = [(p, averages(group)) for group in self.param_groups for p in group["params"]]
+        for i, (p, kept) in enumerate(params):
+            state = self.state.get(p, {})
+            # An average of no values is what the parameter was when the state was made.
+            if kept and state.get(AVERAGE) is not None and float(state.get(COUNT, 0)):
+                check_state(self, i, p, AVERAGE, state)
+                found.append((p, state))
+        return found
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:

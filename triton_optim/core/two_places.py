@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..options import Options
 from ..precision.codecs import Codec, part_names, read, write
-from ..precision.kept import current_codec, current_parameter_codec
+from ..precision.kept import check_residuals, check_state, current_codec, current_parameter_codec
 from ..util.hyperparameters import plain_group
 from ..util.layout import local
 from .optimizer import RuleOptimizer
@@ -48,7 +48,8 @@ class TwoPlaces(RuleOptimizer):
         them what it keeps in a step.
 
         Raises:
-            RuntimeError: it is called within ``averaged_parameters()``.
+            RuntimeError: it is called within ``averaged_parameters()``, or a state is not its parameter's. Nothing was
+                changed.
         """
         self._move(train_mode=False)
 
@@ -56,7 +57,8 @@ class TwoPlaces(RuleOptimizer):
         """Move the parameters back to where gradients are taken. Again, or at first, it changes nothing.
 
         Raises:
-            RuntimeError: it is called within ``averaged_parameters()``.
+            RuntimeError: it is called within ``averaged_parameters()``, or a state is not its parameter's. Nothing was
+                changed.
         """
         self._move(train_mode=True)
 
@@ -64,6 +66,11 @@ class TwoPlaces(RuleOptimizer):
     def _move(self, train_mode: bool) -> None:
         self.engine.check_not_swapped("train()" if train_mode else "eval()")
         self.engine.forget_probe()
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            state = self.state.get(p, {})
+            if state.get(self.z) is not None:
+                check_state(self, i, p, self.z, state)
+                check_residuals(i, p, state)
         for group in self.param_groups:
             if group["train_mode"] != train_mode:
                 share = float(self.share(plain_group(group)))

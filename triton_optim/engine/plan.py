@@ -30,6 +30,8 @@ from .offload import Offload
 from .processes import check_seen_whole
 from .prologue import run_prologues, warm_prologue
 
+CHOICES = (int, str, type(None))
+
 
 class Plan:
     """The buckets of an optimizer's parameters.
@@ -323,5 +325,12 @@ def options_of(optimizer: Update) -> list[tuple[Any, ...]]:
     # Tensors made in inference mode can't be written outside of it: that is checked when a plan is made.
     of_all = (optimizer.amp, optimizer.scales_gradients, torch.is_inference_mode_enabled())
     return [
-        (of_all, optimizer.variant(group), averages(group), *map(group.get, names)) for group in optimizer.param_groups
+        (of_all, optimizer.variant(group), averages(group), choices_of(optimizer, group), *map(group.get, names))
+        for group in optimizer.param_groups
     ]
+
+
+def choices_of(optimizer: Update, group: dict[str, Any]) -> dict[str, Any]:
+    """What of a group may decide which states are kept, and of what shape: all that is chosen, and not a quantity."""
+    kept = optimizer.kept_states and optimizer.variant(group).staged
+    return {name: value for name, value in group.items() if isinstance(value, CHOICES)} if kept else {}

@@ -28,10 +28,11 @@ def check_states(optimizer: Update, group: dict[str, Any], index: int, p: Tensor
         value = state.get(name)
         shape = like[name].shape if name in like else p.shape
         if isinstance(value, Tensor) and value.shape != shape:
+            wanted = f"it is {tuple(shape)}" if name in like else "there is none"
             raise RuntimeError(
                 f"{name} of parameter {index} has shape {tuple(value.shape)}; for the parameter's shape "
-                f"{tuple(p.shape)} it is {tuple(shape)}. Load a state dict of the same parameters in the same "
-                "order, or clear opt.state."
+                f"{tuple(p.shape)}, with the options of its group, {wanted}. Load a state dict of the same parameters "
+                "in the same order, give the group the options that the state was made with, or clear opt.state."
             )
 
 

@@ -198,13 +198,14 @@ def made(wrapper: Wrapper, base: type[RuleOptimizer]) -> type[RuleOptimizer]:
         "__module__": base.__module__,
         "variants": variants,
         "wrappers": (*base.__dict__.get("wrappers", ()), wrapper),
+        "unwrapped": base.__dict__.get("unwrapped", base),
         "counts_steps": base.counts_steps or wrapper.counts_steps,
         "scalars": scalars,
         "check_hyperparameters": check_hyperparameters,
         "check_parameter": check_parameter,
         "factors": factors,
         "__init__": __init__,
-        "__reduce_ex__": lambda self, protocol: (unpickled, (wrapper.place or wrapper, base), self.__getstate__()),
+        "__reduce_ex__": reduced,
     }
     if wrapper.prologue is not None:
         namespace["prologue"] = prologue_of(wrapper, base)
@@ -242,10 +243,26 @@ def check_additive(wrapper: Wrapper, base: type[RuleOptimizer], variant: Variant
         wrapper.refuse(base, "what its rule adds to a parameter, or keeps, depends on the parameter")
 
 
-def unpickled(around: str | Wrapper, base: type[RuleOptimizer]) -> RuleOptimizer:
-    """An optimizer without its state, of the class that a wrapper, or the public function at a place, makes."""
-    if isinstance(around, str):
-        module, _, name = around.partition(":")
-        around = getattr(import_module(module), name)
-    kind = cast(Any, around)(base)
+def reduced(self: Any, protocol: Any) -> Any:
+    """As an optimizer is pickled and copied: its class has no name by which it is found, unless it is a subclass of one
+    that a wrapper made.
+    """
+    own = type(self).__dict__
+    if "wrappers" not in own:
+        return object.__reduce_ex__(self, protocol)
+    first, *others = (wrapper.place or wrapper for wrapper in own["wrappers"])
+    return unpickled, (first, own["unwrapped"], *others), self.__getstate__()
+
+
+def unpickled(first: str | Wrapper, base: type[RuleOptimizer], *others: str | Wrapper) -> RuleOptimizer:
+    """An optimizer without its state, of the class that wrappers, or the public functions at places, make one after the
+    other.
+    """
+    kind: Any = base
+    for around in (first, *others):
+        if isinstance(around, str):
+            module, _, name = around.partition(":")
+            kind = getattr(import_module(module), name)(kind)
+        else:
+            kind = around(kind)
     return cast(RuleOptimizer, kind.__new__(kind))
