@@ -236,3 +236,17 @@ def test_an_average_of_a_differentiable_step():
     with pytest.raises(RuntimeError, match="differentiable") as error:
         to.AdamW(model("cpu"), ema_decay=0.9, differentiable=True)
     explains(error, "ema_decay", "Leave")
+
+
+def test_an_average_joins_those_of_the_groups_alone(device):
+    """Of a parameter that is in no group a state dict says nothing: who resumes from one goes on alike."""
+    params = [Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    opt = to.AdamW([{"params": [p]} for p in params], ema_decay=0.9)
+    for k in range(4):
+        for p in params:
+            p.grad = torch.full_like(p, k + 1.0)
+        if k == 3:
+            opt.param_groups.pop()
+            opt.state[params[0]].clear()
+        opt.step()
+    assert float(opt.state[params[0]]["n_averaged"]) == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ class ParamSlot:
     Attributes:
         param: the parameter.
         p: what a step reads and writes: the parameter, or host memory in its place.
+
+    Args:
+        averaged: of how many values the averages are that others have so far.
     """
 
     __slots__ = ("alone", "begins", "columns", "given", "group", "index", "numbers", "p", "param", "state")
 
-    def __init__(self, optimizer: Update, index: int, group: int, p: Tensor) -> None:
+    def __init__(self, optimizer: Update, index: int, group: int, p: Tensor, averaged: Callable[[], float]) -> None:
         self.index, self.group, self.param, self.p = index, group, p, p
         self.given: set[str] = set()  # the numbers that were tensors before: a user who holds one sees it updated
         self.columns: dict[str, Column] = {}  # those in which its numbers are cells: see step_groups.place
@@ -46,7 +50,7 @@ class ParamSlot:
         count = 0 if self.begins else int(self.state.get("step", begun and not optimizer.counts_steps))
         started = optimizer.first_scalar_states(own_group)
         if COUNT in started and self.state.get(AVERAGE) is None:
-            started[COUNT] = optimizer.averaged_so_far()
+            started[COUNT] = averaged()
         # The number of steps so far, and the other scalar states: parameters that have these in common share scalars.
         self.numbers: dict[str, Any] = {"step": count}
         for name, value in started.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
@@ -292,9 +293,10 @@ Gradients = Sequence[Tensor | None] | Mapping[int, Tensor | None]
 def sort_params(optimizer: Update, entries: list[Entry]) -> dict[Key, list[ParamSlot]]:
     """The parameters by bucket. Those that share memory are updated in their order, in however many buckets."""
     slots: dict[Key, list[ParamSlot]] = {}
+    averaged = cache(optimizer.averaged_so_far)
     elements, turn, last = 0, 0, None
     for entry in entries:
-        slot = ParamSlot(optimizer, entry.number, entry.group, entry.p)
+        slot = ParamSlot(optimizer, entry.number, entry.group, entry.p, averaged)
         key = key_for(optimizer, entry)
         if key.variant.prologue:
             elements += entry.p.numel()  # of a sharded one all: the pieces must be every rank's

@@ -62,8 +62,9 @@ def value_of(state: dict[str, Any], p: Tensor) -> Tensor:
 
 
 def largest_count(optimizer: Update) -> float:
-    """Of how many values the average is that has the most."""
-    return max((float(state[COUNT]) for state in optimizer.state.values() if COUNT in state), default=0.0)
+    """Of how many values the average is that has the most, of the parameters that the groups have."""
+    states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
+    return max((float(state[COUNT]) for state in states if COUNT in state), default=0.0)
 
 
 def initial_average(state: dict[str, Any], p: Tensor, codec: Codec) -> Tensor:
