@@ -134,7 +134,6 @@ class Bucket(Memory):
                 self.optimizer.scalar_state_names(groups[group]),
                 [self.slots[i] for i in own],
                 own,
-                len(own) == len(self.slots),
             )
             for (group, *_), own in members_of.items()
         ]

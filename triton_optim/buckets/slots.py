@@ -33,12 +33,13 @@ class ParamSlot:
         averaged: of how many values the averages are that others have so far.
     """
 
-    __slots__ = ("alone", "begins", "columns", "given", "group", "index", "numbers", "p", "param", "state")
+    __slots__ = ("alone", "begins", "cell", "columns", "given", "group", "index", "numbers", "p", "param", "state")
 
     def __init__(self, optimizer: Update, index: int, group: int, p: Tensor, averaged: Callable[[], float]) -> None:
         self.index, self.group, self.param, self.p = index, group, p, p
         self.given: set[str] = set()  # the numbers that were tensors before: a user who holds one sees it updated
-        self.columns: dict[str, Column] = {}  # those in which its numbers are cells: see step_groups.place
+        self.columns: dict[str, Column] = {}  # those in which its numbers are a cell: see step_groups.place
+        self.cell = 0
         self.alone = 0  # not 0 where its numbers are in memory that processes share: they stay there, with no others
         self.state: dict[str, Any] = optimizer.state.get(p, WatchedState())
         own_group = optimizer.param_groups[group]

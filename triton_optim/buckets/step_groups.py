@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _STEP = {"step"}
 
 
 def place(slots: list[ParamSlot], counted: list[list[str]], captured: bool) -> list[Column]:
-    """Move the parameters' numbers that are on the CPU into columns, with a cell for each parameter.
+    """Move the parameters' numbers that are on the CPU into columns: of each group one, with a cell for each parameter.
 
     A parameter whose count is in memory that processes share stays where it is, and has columns of its own.
 
@@ -25,27 +26,29 @@ def place(slots: list[ParamSlot], counted: list[list[str]], captured: bool) -> l
         captured: whether device code writes them: then they are left where they are.
     """
     columns: dict[Any, tuple[Column, list[Tensor]]] = {}
-    for i, (m, names) in enumerate(zip(slots, counted, strict=True)):
-        m.columns = {}
+    sizes = Counter((m.group, m.alone) for m in slots)
+    taken: Counter[Any] = Counter()
+    for m, names in zip(slots, counted, strict=True):
+        own = (m.group, m.alone)
+        m.columns, m.cell = {}, taken[own]
+        taken[own] += 1
         for name in () if captured else names:
             held = m.state.get(name)
             if not isinstance(held, Tensor) or held.device != CPU or requires_grad(m.numbers.get(name)):
                 continue
             shared = bool(m.alone) and held.is_shared()  # type: ignore[no-untyped-call]
-            kind = (name, held.dtype, m.alone)
+            kind = (name, held.dtype, own)
             if kind not in columns:
                 with torch.inference_mode(False):  # later steps may be made outside of it
-                    count = 1 if m.alone else len(slots)
-                    own = held.detach().view(1) if shared else torch.zeros(count, dtype=held.dtype, device=CPU)
-                    column = Column(own)
+                    memory = held.detach().view(1) if shared else torch.zeros(sizes[own], dtype=held.dtype, device=CPU)
+                    column = Column(memory)
                     columns[kind] = column, [] if shared else column.cells()
             column, cells = columns[kind]
-            cell = 0 if m.alone else i
             if not shared and name in m.given:
-                held.data = cells[cell]
+                held.data = cells[m.cell]
             elif not shared:
-                m.state[name] = cells[cell]
-            kept = column.start(cell, m.numbers[name])
+                m.state[name] = cells[m.cell]
+            kept = column.start(m.cell, m.numbers[name])
             m.columns[name] = column
             if name != "step" and kept != m.numbers[name]:  # rounded
                 m.numbers = m.numbers | {name: kept}
@@ -63,7 +66,6 @@ class StepGroup:
 
     Args:
         positions: of the parameters in their bucket.
-        every: whether these are all of the bucket.
 
     Attributes:
         columns: by name, ``(parameters,)``, where the parameters' own numbers lie; of those that are not on the CPU,
@@ -77,13 +79,14 @@ class StepGroup:
         counted: list[str],
         slots: list[ParamSlot],
         positions: list[int],
-        every: bool,
     ) -> None:
         self.group, self.slots, self.positions = group, slots, positions
         self._numbers = dict(numbers)
         self._counts = "step" in counted
         self._cells = slots[0].columns
-        self._at = None if every or slots[0].alone else positions
+        # All of the group have the same number, or some.
+        every = all(len(column.tensor) == len(slots) for column in self._cells.values())
+        self._at = None if every else [m.cell for m in slots]
         self.columns: dict[str, Tensor] = {}
         for name in counted:
             first = slots[0].state.get(name)
