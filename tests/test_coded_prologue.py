@@ -189,7 +189,7 @@ def test_codes_of_other_parameters_are_refused() -> None:
     optimizer = triton_optim.Muon([p], state_dtype="int8", backend="eager")
     steps(optimizer, p, gradients(1))
     other = triton_optim.Muon([q], state_dtype="int8", backend="eager")
-    with pytest.raises(RuntimeError, match="momentum_buffer of parameter 0 has items of shape \(4352,\)"):
+    with pytest.raises(RuntimeError, match=r"momentum_buffer of parameter 0 has items of shape \(4352,\)"):
         other.load_state_dict(optimizer.state_dict())
     optimizer.state[p]["momentum_buffer"] = torch.ones(3)
     with pytest.raises(RuntimeError, match="momentum_buffer of parameter 0"):
