@@ -32,9 +32,8 @@ def current_codec(optimizer: Update, state: dict[str, Any], name: str) -> Codec 
     value, scale = state.get(name), state.get(f"{name}_{SCALE}")
     if not isinstance(value, Tensor):
         return None
-    if (
-        not isinstance(scale, Tensor) or value.is_floating_point() or value.is_complex()
-    ):  # a value put in place of codes is no code
+    # A value put in place of codes is no code.
+    if not isinstance(scale, Tensor) or value.is_floating_point() or value.is_complex():
         return plain(value.dtype)
     code = codes("int8" if scale.dtype == torch.float32 else "int4", optimizer.is_nonnegative(name))
     return in_blocks(code, value.numel() * code.elements_per_item[0] // max(scale.numel(), 1))
