@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 
 from ...dispatch import LaunchError, this_machine
@@ -115,8 +116,11 @@ class Launcher:
             raise self._failed("started", error) from error
 
     def _failed(self, what: str, error: Exception) -> LaunchError:
+        while isinstance(error.__cause__, CompilationError):  # in a function that another one calls
+            error = error.__cause__
         name = getattr(self.kernel, "__name__", str(self.kernel))
-        lines = str(error).strip().splitlines() or [""]
+        # Triton prints the code before its own words.
+        lines = (getattr(error, "error_message", None) or str(error)).strip().splitlines() or [""]
         return LaunchError(
             f"the Triton kernel {name} could not be {what} on {self.device}: {type(error).__name__}: {lines[0]}"
         )
