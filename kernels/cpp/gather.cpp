@@ -38,6 +38,7 @@ struct Bucket {
     std::vector<Owner> owners;
     std::vector<PyObject *> specs;  // how the gradient of each is sharded, null for an ordinary one
     std::vector<Gradient> gradients;  // in a call
+    int64_t *addresses;               // of the gradients, that a call finds
     bool sharded = false;             // whether there are sharded parameters
     bool watched = true;              // whether all states can be looked at
 };
@@ -102,14 +103,16 @@ extern "C" {
 
 void begin(int64_t offset) { tensor_offset = offset; }
 
-// Notes parameters. `specs` has a null for each that is an ordinary tensor; `like` is a tensor of the gradients' dtype.
-// Null where one of them is of a kind that Python must look at.
-void *note(const Offsets *offsets, int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like) try {
+// Notes parameters. `specs` has a null for each that is an ordinary tensor; `like` is a tensor of the gradients' dtype;
+// `addresses` is for those that a call finds. Null where one of them is of a kind that Python must look at.
+void *note(const Offsets *offsets, int64_t n, PyObject *const *objects, PyObject *const *specs, const PyObject *like,
+           int64_t *addresses) try {
     auto bucket = std::make_unique<Bucket>();
     bucket->offsets = bucket->values.offsets = *offsets;
     bucket->dtype = tensor_of(like)->dtype();
     bucket->gradients.resize(n);
     bucket->specs.assign(specs, specs + n);
+    bucket->addresses = addresses;
     for (int64_t i = 0; i < n; ++i) {
         TensorImpl *t = tensor_of(objects[i]);
         if (!bucket->values.take(objects[i], specs[i] != nullptr) || t->autograd_meta() == nullptr)
@@ -138,7 +141,7 @@ void forget(void *bucket) { delete static_cast<Bucket *>(bucket); }
 // Fills in where the gradients lie, 0 for none. Negative where Python must look: a parameter or state is not what it was,
 // or a gradient is not kept as its parameter, or has no memory. Else the sum of 1, if all addresses are multiples of 16,
 // and 2, if none is 0.
-int gather(void *of, int64_t *addresses) try {
+int gather(void *of) try {
     Bucket &bucket = *static_cast<Bucket *>(of);
     if (!bucket.watched) return -1;
     const int64_t count = bucket.owners.size(), stages = bucket.sharded ? 6 : 3;
@@ -173,7 +176,7 @@ int gather(void *of, int64_t *addresses) try {
             address = reinterpret_cast<int64_t>(g->data());
             if (address == 0) return -1;
         }
-        addresses[i] = address;
+        bucket.addresses[i] = address;
         all |= address;
         complete &= g != nullptr;
     }
@@ -191,14 +194,21 @@ struct Group {
     const PyObject *const *param;
 };
 
+// Parameter groups, each a `Group` that comes after this.
+struct Groups {
+    int64_t count;
+    PyObject *params;  // their key
+};
+
 // Whether these are groups of the same parameters in the same order: 1 if they are, and 2 if the hyperparameters are the
 // same objects, too. No parameter is read: a thousand may lie outside of all caches.
-int groups_hold(PyObject *groups, int64_t n, const Group *noted, PyObject *params) {
+int groups_hold(PyObject *groups, const Groups *all) {
+    const Group *noted = reinterpret_cast<const Group *>(all + 1);
     const PyObject *list = reinterpret_cast<PyObject *>(&PyList_Type);
-    if (!is_a(list, groups) || PyList_Size(groups) != n) return 0;
+    if (!is_a(list, groups) || PyList_Size(groups) != all->count) return 0;
     bool same = true;
-    for (int64_t i = 0; i < n; ++i) {
-        PyObject *group = PyList_GetItem(groups, i), *own = PyDict_GetItem(group, params);
+    for (int64_t i = 0; i < all->count; ++i) {
+        PyObject *group = PyList_GetItem(groups, i), *own = PyDict_GetItem(group, all->params);
         const Group &known = noted[i];
         if (own == nullptr || !is_a(list, own) || PyList_Size(own) != known.params) return 0;
         for (int64_t j = 0; j < known.params; ++j)

@@ -41,16 +41,22 @@ static inline double sum_of(const T *x, int64_t n) {
 #define UPDATE_PARAMETERS                                                                                    \
     char *const *parts, const double *row, const int32_t *key, int32_t low, int32_t high, int64_t n, int64_t chunk, \
         double *sums
-#define STEP_PARAMETERS                                                                                         \
-    int64_t works, const int64_t *first, const int64_t *chunks, const int64_t *tensors, const int64_t *gradients, \
-        const double *rows, const int32_t *keys, double *sums, int64_t threads
-#define STEP_ARGUMENTS works, first, chunks, tensors, gradients, rows, keys, sums, threads
+
+// What a step is given, in 64 bits each: see backends/cpp/bucket.py.
+struct Step {
+    int64_t works;  // portions, taken one after the other
+    const int64_t *first, *chunks, *tensors, *gradients;
+    const double *rows;
+    const int32_t *keys;
+    double *sums;
+    int64_t threads;
+};
 
 static constexpr int64_t WRAP = (int64_t)1 << 32;
 
 // Update all chunks.
 //
-// first: (works + 1) the number of each thread's portion's first chunk; portions are taken one after the other.
+// first: (works + 1) the number of each portion's first chunk.
 // chunks: (chunks, 3) a tensor, and its elements from where to where; a chunk starts with a block.
 // tensors: (tensors, COLUMNS) the number of elements, the row of scalars, the address of each part but the gradient.
 // gradients: (tensors) addresses; 0 for none, and then nothing is done.
@@ -59,7 +65,13 @@ static constexpr int64_t WRAP = (int64_t)1 << 32;
 // BATCH: elements that `update` is given at a time. BLOCK: they are whole blocks of so many, or less than one in memory
 // of a whole one; 0 for any number.
 template <const Part *ABOUT, int PARTS, int GRADIENT, int WIDTH, int BATCH, int BLOCK, class Update>
-static void run(Update update, STEP_PARAMETERS) {
+static void run(Update update, const Step *step) {
+    const int64_t works = step->works, threads = step->threads;
+    const int64_t *const first = step->first, *const chunks = step->chunks, *const tensors = step->tensors;
+    const int64_t *const gradients = step->gradients;
+    const double *const rows = step->rows;
+    const int32_t *const keys = step->keys;
+    double *const sums = step->sums;
     const auto portion = [&](int64_t work) __attribute__((noinline)) {
         for (int64_t c = first[work]; c < first[work + 1]; ++c) {
             const int64_t *chunk = chunks + 3 * c, tensor = chunk[0];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from struct import Struct
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ class Column:
         tensor: the memory, ``(parameters,)``.
     """
 
-    __slots__ = ("_after", "_before", "_bits", "_code", "_values", "_written", "tensor")
+    __slots__ = ("_after", "_before", "_bits", "_bytes", "_pack", "_values", "_written", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         memory = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-        self._code = _CODES[tensor.dtype]
-        self._values: Any = memory.cast(self._code)  # type: ignore[call-overload]
+        code = _CODES[tensor.dtype]
+        self._bytes, self._pack = memory, Struct(code).pack
+        self._values: Any = memory.cast(code)  # type: ignore[call-overload]
         self._bits: Any = memory.cast("I") if tensor.itemsize == 4 else memory.cast("Q")  # NaN is unlike itself
         self._before, self._after = self._bits[:-1], self._bits[1:]
         self._written: Any = None  # what was written last: into all, or an array with a number for each
@@ -52,9 +54,11 @@ class Column:
         """Write it into some cells, or into all; returns it as they keep it."""
         values = self._values
         if cells is None:
-            some = array(self._code, (value,)) * min(len(values), 128)
-            for start in range(0, len(values), 128):
-                values[start : start + 128] = some[: len(values) - start]
+            memory = self._bytes
+            some = self._pack(value) * min(len(values), 128)
+            memory[: len(some)] = some
+            for start in range(len(some), len(memory), len(some)):
+                memory[start : start + len(some)] = some[: len(memory) - start]
             self._written = self._bits[0]
             return float(values[0])
         if type(self._written) is int:

@@ -6,7 +6,7 @@ options. Gradients may come and go and move; schedules may change any hyperparam
 
 from __future__ import annotations
 
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from .processes import check_seen_whole
 from .prologue import run_prologues, warm_prologue
 
 CHOICES = (int, str, type(None))
+_rebuilt = attrgetter("rebuilt")
 
 
 class Plan:
@@ -66,7 +67,7 @@ class Plan:
         self.sharded = any(map(is_sharded, params if only is None else [params[only]]))
         self.placements = list(map(placements_of, params)) if self.sharded and only is None else []
         self.options = options_of(optimizer)
-        self._seen: list[Any] | None = None  # what the options were made of when they last matched
+        self._seen: tuple[Any, ...] | None = None  # what the options were made of when they last matched
         same = previous if previous is not None and previous.same_params(params) else None
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
         entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
@@ -83,6 +84,7 @@ class Plan:
         if self._offload is not None:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
+        self.device = params[0].device if params else torch.device("cpu")  # to ask a tensor takes long
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
@@ -150,10 +152,14 @@ class Plan:
         return (same or self._states_are_there()) and self._options_hold()
 
     def _options_hold(self) -> bool:
-        optimizer = self.optimizer
-        now: list[Any] = [optimizer.amp, optimizer.max_grad_norm is None, torch.is_inference_mode_enabled()]
-        for values, group in zip(self._hyperparameters.values, optimizer.param_groups, strict=True):
-            now += (values.rebuilt, optimizer.variant(group))
+        optimizer, held = self.optimizer, self._hyperparameters
+        now = (
+            optimizer.amp,
+            held.max_norm is None,
+            torch.is_inference_mode_enabled(),
+            *map(_rebuilt, held.values),
+            *map(optimizer.variant, optimizer.param_groups),
+        )
         if now != self._seen:
             if options_of(optimizer) != self.options:
                 return False

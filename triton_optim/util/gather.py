@@ -28,6 +28,7 @@ from .hyperparameters import GroupValues
 from .layout import ORDINARY, is_sharded
 
 WORD = ctypes.sizeof(ctypes.c_void_p)
+_PARAMS = "params"  # held, so that it stays where it is
 
 # Compiling takes as long as thousands of steps of few parameters, and a short run would not see its end.
 WORTHWHILE = 1 << 12  # parameters, times steps that a plan has run
@@ -117,11 +118,11 @@ class Library:
         table, size = ctypes.c_void_p, ctypes.c_int64
         for name, result, arguments in (
             ("begin", None, (size,)),
-            ("note", table, (table, size, table, table, ctypes.py_object)),
+            ("note", table, (table, size, table, table, ctypes.py_object, table)),
             ("watch", None, (table, size, table, table)),
             ("forget", None, (table,)),
-            ("gather", ctypes.c_int, (table, table)),
-            ("groups_hold", ctypes.c_int, (ctypes.py_object, size, table, ctypes.py_object)),
+            ("gather", ctypes.c_int, (table,)),
+            ("groups_hold", ctypes.c_int, (ctypes.py_object, table)),
             ("without", ctypes.c_bool, (size, table)),
             ("written", None, (table,)),
         ):
@@ -157,14 +158,13 @@ class Gatherer:
 
     Args:
         bucket: what the library noted of the parameters, which outlive this.
-        count: how many they are.
+        addresses: where it puts those of the gradients.
         specs: how their gradients are sharded; None of ordinary ones. Held, so that no other has their address.
         states: of :meth:`watch`.
     """
 
-    def __init__(self, bucket: int, count: int, specs: Sequence[Any], states: Sequence[Tensor]) -> None:
-        self.addresses = array("q", bytes(WORD * count))
-        self._found, _ = self.addresses.buffer_info()
+    def __init__(self, bucket: int, addresses: array[int], specs: Sequence[Any], states: Sequence[Tensor]) -> None:
+        self.addresses = addresses
         self.aligned = False  # whether all are multiples of 16
         self.complete = False  # whether none is 0
         self._bucket, self._specs = bucket, specs
@@ -185,7 +185,7 @@ class Gatherer:
         state is not what it was, or a gradient is of another dtype, or lies in memory in another way than its
         parameter, or in none.
         """
-        found = library.loaded.gather(self._bucket, self._found)
+        found = library.loaded.gather(self._bucket)
         self.aligned, self.complete = bool(found & 1), bool(found & 2)
         return found >= 0  # type: ignore[no-any-return]
 
@@ -210,10 +210,10 @@ def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch
         return None
     objects, known = array("q", map(id, params)), array("q", [0 if spec is None else id(spec) for spec in specs])
     like = torch.empty(0, dtype=dtype, device="cpu")
-    bucket = library.loaded.note(
-        ctypes.addressof(offsets), len(params), objects.buffer_info()[0], known.buffer_info()[0], like
-    )
-    return None if bucket is None else Gatherer(bucket, len(params), specs, states)
+    addresses = array("q", bytes(WORD * len(params)))
+    tables = (own.buffer_info()[0] for own in (objects, known))
+    bucket = library.loaded.note(ctypes.addressof(offsets), len(params), *tables, like, addresses.buffer_info()[0])
+    return None if bucket is None else Gatherer(bucket, addresses, specs, states)
 
 
 def spec_of(p: Any) -> Any:
@@ -258,7 +258,7 @@ class GroupTable:
 
     def __init__(self, groups: list[dict[str, Any]], values: Sequence[GroupValues]) -> None:
         self._params = [ParamTable(list(group["params"])) for group in groups]
-        self._table = array("q")
+        self._table = array("q", (len(groups), id(_PARAMS)))
         for params in self._params:
             self._table.extend((0, 0, params.count, params.address))
         self._address, _ = self._table.buffer_info()
@@ -270,16 +270,16 @@ class GroupTable:
         """
         self._held = [(own.names, own.values) for own in values]  # so that no others can take their addresses
         for i, own in enumerate(values):
-            self._table[4 * i] = id(own.names)
-            self._table[4 * i + 1] = id(own.values) if own.fixed else 0
+            self._table[4 * i + 2] = id(own.names)
+            self._table[4 * i + 3] = id(own.values) if own.fixed else 0
 
     def forget_hyperparameters(self) -> None:
         """Take them to be others, until they are noted again."""
         for i in range(len(self._params)):
-            self._table[4 * i + 1] = 0
+            self._table[4 * i + 3] = 0
 
     def matches(self, groups: Any) -> int:
         """Whether these are groups of the same parameters in the same order, 1, and whether all of their
         hyperparameters are the same objects, too, 2. Else 0.
         """
-        return library.loaded.groups_hold(groups, len(self._params), self._address, "params")  # type: ignore[no-any-return]
+        return library.loaded.groups_hold(groups, self._address)  # type: ignore[no-any-return]

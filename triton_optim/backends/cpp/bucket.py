@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from ctypes import c_int64, c_void_p
+from ctypes import c_void_p
 from functools import cache, cached_property
+from struct import Struct
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .chunks import Chunks
 from .norm import chunk_sums, sums_of
 from .source import measure_source, source
 
+# Where in what a step is given: see kernels/cpp/multi_tensor.h. The first four are fixed.
+GRADIENTS, ROWS, KEYS, SUMS, THREADS = range(4, 9)
+
 
 @cache
 def step_of(rule: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: torch.dtype, averaged: bool) -> Any:
@@ -40,7 +44,7 @@ def measure_of(measure: Any, scalars: Any, codecs: tuple[Codec, ...], gradient: 
 def step_in(text: str) -> Any:
     """The function of a compiled source."""
     step = library(text).step
-    step.argtypes, step.restype = [c_int64, *[c_void_p] * 7, c_int64], None
+    step.argtypes, step.restype = [c_void_p], None
     return step
 
 
@@ -55,8 +59,12 @@ class CppBucket(Bucket):
         kept = [[part.data_ptr() for parts in self.parts_of(m) for part in parts] for m in slots]
         own = zip(self.numels, kept, strict=True)
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
-        self._fixed = (*self.chunks.arguments(), self.tensors.data_ptr())
-        self.call, self._measure, self._width = self.compile(optimizer, key, slots)
+        self._given = array("q", (*self.chunks.arguments(), self.tensors.data_ptr(), *[0] * 5))
+        self._at, _ = self._given.buffer_info()
+        self._keys = self.tensors.data_ptr()  # where no bits are random, none are read
+        self.call, self._measure, width = self.compile(optimizer, key, slots)
+        self._row_struct = Struct(f"{width}d")
+        self._cells = array("d")
 
     @classmethod
     def compile(cls, optimizer: Update, key: Key, slots: list[ParamSlot], ahead: bool = False) -> Any:
@@ -75,7 +83,8 @@ class CppBucket(Bucket):
         return chunk_sums(self.chunks, self.gradient_addresses, self.key.gradient, EUCLIDEAN)
 
     def run(self, rows: list[StepScalars | None]) -> None:
-        self._call(self.call, rows, self.random_keys() if self.random else self.tensors)
+        keys = self.random_keys() if self.random else None
+        self._call(self.call, rows, keys)
         self.mark_written()
 
     @cached_property
@@ -85,7 +94,7 @@ class CppBucket(Bucket):
     def run_stretches(
         self, rows: list[StepScalars | None], before: Callable[[int], object], after: Callable[[int], object]
     ) -> None:
-        keys = self.random_keys() if self.random else self.tensors
+        keys = self.random_keys() if self.random else None
         for number, portions in enumerate(self.chunks.stretches):
             before(number)
             self._call(self.call, rows, keys, portions=portions)
@@ -95,26 +104,37 @@ class CppBucket(Bucket):
     def measure(self) -> Tensor:
         count = python_function(self.key.variant.measure).returned
         found = torch.zeros(len(self.chunks), count, dtype=torch.float64, device="cpu")
-        self._call(self._measure, self.rows_to_run(), self.tensors, found.data_ptr())
+        self._call(self._measure, self.rows_to_run(), None, found.data_ptr())
         return found.new_zeros(len(self.slots), count).index_add_(0, self.chunks.chunks[:, 0], found)
 
     def _call(
         self,
         step: Any,
         rows: list[StepScalars | None],
-        keys: Tensor,
+        keys: Tensor | None,
         sums: int = 0,
         portions: tuple[int, int] | None = None,
     ) -> None:
         if self.regrouped:
             self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False
-        cells = array("d")
+        packer, given = self._row_struct, self._given
+        if len(self._cells) * 8 != len(rows) * packer.size:
+            self._cells = array("d", bytes(len(rows) * packer.size))
+            given[ROWS] = self._cells.buffer_info()[0]
+        start, averaged = 0, self.key.variant.averaged
         for row in rows:
-            if row is None:
-                cells.extend((0.0,) * self._width)
-            else:
-                cells.extend((row.factor, *row.h, row.weight)[: self._width])
-        gradients, _ = self.gradient_addresses.buffer_info()
-        fixed = self._fixed if portions is None else (*self.chunks.arguments(portions), *self._fixed[3:])
-        step(*fixed, gradients, cells.buffer_info()[0], keys.data_ptr(), sums, self.chunks.threads())
+            if row is not None:
+                if averaged:
+                    packer.pack_into(self._cells, start, row.factor, *row.h, row.weight)
+                else:
+                    packer.pack_into(self._cells, start, row.factor, *row.h)
+            start += packer.size
+        given[GRADIENTS] = self.gradient_addresses.buffer_info()[0]
+        given[KEYS] = self._keys if keys is None else keys.data_ptr()
+        given[SUMS], given[THREADS] = sums, self.chunks.threads()
+        if portions is None:
+            step(self._at)
+        else:
+            some = array("q", (*self.chunks.arguments(portions), *given[3:]))
+            step(some.buffer_info()[0])

@@ -151,7 +151,7 @@ static inline __attribute__((always_inline)) void update(UPDATE_PARAMETERS) {{
 {lines}
 }}
 
-extern "C" void step(STEP_PARAMETERS) {{ run<{of_run}>(update, STEP_ARGUMENTS); }}
+extern "C" void step(const Step *step) {{ run<{of_run}>(update, step); }}
 """
 
 
