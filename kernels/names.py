@@ -105,4 +105,5 @@ class Names(Statements):
                 return COMPOSED[name]
             if hasattr(of, name):
                 return self.meant(getattr(of, name), node, name, vars(of))
-        self.refuse(node, self.instead(name))
+        last = "it is no scalar: a rule takes p, g, its states in order, and the scalars last"
+        self.refuse(node, self.instead(name) or (last if isinstance(of, Value) else ""))

@@ -160,7 +160,7 @@ def test_error_is_no_larger_than_torchs(
     scalars = 0 if case.torchs else steps * torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     # torch's float16 goes to NaN where eps = 1e-8 is 0; any finite error is no worse.
     assert mine <= BOUND[dtype] * theirs + scalars or (np.isfinite(mine) and np.isnan(theirs)), (
-        f"ours {mine:.3g}, torch {theirs:.3g}"
+        f"error of ours {mine:.3g}, of {'torch' if case.torchs else 'the reference in this dtype'} {theirs:.3g}"
     )
 
 

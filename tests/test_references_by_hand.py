@@ -36,7 +36,7 @@ def test_rows(case, steps, maximize):
 def test_every_reference_is_compared_with_something(case):
     """With torch's, in test_references.py, or by hand, twice: more than one step, more than the defaults."""
     by_hand = any(len(steps.gradients) > 1 for steps in case.by_hand) and any(steps.options for steps in case.by_hand)
-    assert case.torchs or by_hand, "give the row a by_hand"
+    assert case.torchs or by_hand, "give the row a by_hand with a ByHand of more than one gradient and one with options"
 
 
 def test_adadelta_by_hand():

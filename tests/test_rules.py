@@ -252,6 +252,7 @@ REFUSED = [
     ("g, m = g", "(g, m)", "as many as there are values"),
     ("g = g.to(torch.float32)", "g.to", "one dtype"),
     ("g = float(g)", "float(g)", "one dtype"),
+    ("g = g * m.lr", "m.lr", "the scalars last"),
     ("g = g * 'a'", "'a'", "a number or value"),
     ("g = g + (m := m + 1)", "(m := (m + 1))", "none of the words"),
     ("g = (lambda x: x)(g)", "lambda x: x", "outside, with @jit"),
