@@ -219,7 +219,7 @@ class Bucket(Memory):
             self.stats = stats.on(self.key.device)
             return
         here = stats.factor
-        factor = here.item() if here.device.type == "cpu" else here.to(self.key.device)
+        factor = here.item() if here.is_cpu else here.to(self.key.device)
         self.rows = [row and row._replace(factor=row.factor * factor) for row in self.rows]
 
     def _row(self, step_group: StepGroup) -> StepScalars:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,7 @@ def limiting(max_norm: float) -> Scaling:
     return Scaling(max_norm=max_norm)
 
 
+@cache
 def exact_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point dtype of a device."""
     return torch.float32 if device.type == "mps" else torch.float64

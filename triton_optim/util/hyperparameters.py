@@ -29,7 +29,7 @@ def plain_number(value: Any, keep: bool = False) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         if keep:
             return value.reshape(())
-        return value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
+        return value.item() if value.is_cpu else value.detach().double().reshape(())
     if isinstance(value, (tuple, list)):
         return type(value)(plain_number(v, keep) for v in value)
     if isinstance(value, Integral):
@@ -74,7 +74,7 @@ class Unread:
 def unread(value: Any) -> Any:
     """A hyperparameter, or a group, with :class:`Unread` in the place of 1-element tensors on a device."""
     if isinstance(value, Tensor):
-        return value if value.device.type == "cpu" or value.numel() != 1 else Unread()
+        return value if value.is_cpu or value.numel() != 1 else Unread()
     if isinstance(value, dict):
         return {name: v if type(v) in PLAIN or name in NOT_NUMBERS else unread(v) for name, v in value.items()}
     return type(value)(map(unread, value)) if isinstance(value, (tuple, list)) else value

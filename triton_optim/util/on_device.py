@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from array import array
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 
+@cache
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"  # a text that torch makes anew: it takes as long as a short launch
+
+
 def capturing(device: torch.device) -> bool:
     """Whether the device's work is being recorded into a graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _is_cuda(device) and torch.cuda.is_current_stream_capturing()
 
 
 class OnDevice:
