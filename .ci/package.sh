@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Wheel and sdist: built, checked, installed from the wheel into an empty environment, run and type-checked there.
 # With TORCH_FROM=SITE-PACKAGES torch and what it needs are taken from that folder, and not downloaded.
-# Before a release also with other Pythons, each with a torch: `bash .ci/package.sh python3.10:2.9.0 python3.13:2.13.0`.
+# Before a release also with other Pythons, each with a torch: `bash .ci/package.sh python3.10:2.9.0 python3.14:2.13.0`.
 # What came of their tests goes to benchmarks/results/suite.json and benchmarks/RESULTS.md, to be committed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
