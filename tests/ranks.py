@@ -92,7 +92,7 @@ def ranks(tmp_path_factory):
         ranks.start()
     finally:
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     yield ranks
     for tasks in ranks.tasks:
         tasks.put(None)
