@@ -31,7 +31,7 @@ def replace_optimizers() -> list[str]:
     ours = {}
     for name in torch.optim.__all__:
         theirs, twin = getattr(torch.optim, name, None), getattr(triton_optim, name, None)
-        if isinstance(theirs, type) and isinstance(twin, type):
+        if isinstance(theirs, type) and isinstance(twin, type) and twin is not theirs:
             ours[theirs] = twin
     for info in common_optimizers.optim_db:
         info.optim_cls = ours.get(info.optim_cls, info.optim_cls)

@@ -322,7 +322,7 @@ def test_a_group_with_a_key_that_is_nearly_an_option() -> None:
 
 
 def test_a_group_keeps_what_is_the_users() -> None:
-    own = {"name": "decoder", "initial_lr": 0.1, "lr_scale": 0.5, "max_lr": 1.0, "lr_mult": 1, "layer": 3, "wd": 0.1}
+    own = {"name": "decoder", "initial_lr": 0.1, "lr_scale": 0.5, "max_lr": 1.0, "lr_mult": 1, "layer": 3, "wd_mult": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = triton_optim.AdamW([{"params": [Parameter(torch.zeros(2))], **own}])

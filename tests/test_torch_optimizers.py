@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import triton_optim
+from triton_optim.registry import optimizers
 
 PEERS = {case.name: case for case in CASES if case.torchs is not None}
 CLOSURE_DRIVEN = {"LBFGS"}
-OURS = {name: getattr(triton_optim, name) for name in torch.optim.__all__ if hasattr(triton_optim, name)}
+OURS = {name: getattr(triton_optim, name) for name in torch.optim.__all__ if name.lower() in optimizers()}
 
 each_name = pytest.mark.parametrize("name", sorted(OURS))
 each_peer = rows(*PEERS.values())

@@ -1,5 +1,7 @@
 """Optimizers for PyTorch, each written once as a Triton function and run by Triton, torch.compile or eagerly."""
 
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
 from . import dispatch
 from .core.convert import (
     convert_state_dict,
@@ -120,6 +122,7 @@ __all__ = [
     "NonlinearCG",
     "NorMuon",
     "NovoGrad",
+    "Optimizer",
     "Options",
     "Prodigy",
     "RAdam",
@@ -154,10 +157,12 @@ __all__ = [
     "load_master_state_dict",
     "load_torch_state_dict",
     "lookahead",
+    "lr_scheduler",
     "master_state_dict",
     "memory_report",
     "muon_param_groups",
     "mup_param_groups",
     "nesterov",
+    "swa_utils",
     "to_torch_state_dict",
 ]

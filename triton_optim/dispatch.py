@@ -146,7 +146,8 @@ def remedy(request: Request, machine: Machine) -> str:
     if request.pinned == "cpp" and request.device != "cpu":
         return "Move the parameters to the CPU, or leave backend out to choose automatically."
     if request.pinned == "triton":
-        return "Move the parameters to a GPU (pip install triton), or leave backend out to choose automatically."
+        first = "Move the parameters to a GPU" if machine.triton else "Install it (pip install triton)"
+        return f"{first}, or leave backend out to choose automatically."
     return "Install g++ or set CXX, or leave backend out to choose automatically."
 
 

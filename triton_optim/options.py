@@ -133,33 +133,65 @@ def describe_options(cls: type) -> None:
         cls.__doc__ = text if SECTION in text else f"{text}\n\n{SECTION}"
 
 
+# What other packages, and papers, call a hyperparameter.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "l2": "weight_decay",
+    "epsilon": "eps",
+    "beta1": "betas",
+    "beta2": "betas",
+    "b1": "betas",
+    "b2": "betas",
+    "mu": "momentum",
+    "grad_clip": "max_grad_norm",
+    "clip_norm": "max_grad_norm",
+}
+
+
+@cache
+def nearest(name: str, known: tuple[str, ...], sure: bool = False) -> str | None:
+    """The name of those that are known which an unknown one may be meant for.
+
+    Args:
+        sure: leave out what the unknown name may be by chance.
+    """
+    lower = name.lower()
+    usual = SYNONYMS.get(lower)
+    near = [usual] if lower not in known and usual in known else get_close_matches(lower, known, 1, 0.85)
+    if not near and not sure:  # a wrapper's has another word before it: lookahead_alpha
+        near = [own for own in known if own.endswith(f"_{lower}")] or get_close_matches(lower, known, 1)
+    return next(iter(near), None)
+
+
 def check_known(cls: type, options: Mapping[str, Any]) -> None:
     """Raise TypeError where an option is unknown."""
     for name, value in options.items():
         if name not in OPTIONS:
-            known = {**inspect.signature(cls).parameters, **OPTIONS}
-            near = get_close_matches(name.lower(), known, 1)
-            fix = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(known)}."
+            known = (*dict.fromkeys([*inspect.signature(cls).parameters, *OPTIONS]),)
+            near = nearest(name, known)
+            fix = f"Did you mean {near}?" if near else f"It takes {', '.join(known)}."
             raise TypeError(f"{cls.__name__} got an unexpected keyword argument: {name}={value!r}. {fix}")
 
 
 def check_group_keys(optimizer: Any, group: Mapping[str, Any]) -> None:
-    """Look at what a parameter group holds beside hyperparameters. Keys of the user's own are theirs.
+    """Look at what a parameter group holds beside hyperparameters. Keys of the user's own are theirs; one that is much
+    like a hyperparameter is warned of.
 
     Raises:
         ValueError: one is an option of the whole optimizer, which has another value there.
     """
     title = type(optimizer).__name__
-    known = {"params", "param_names", *optimizer.defaults, *optimizer.group_names, *OPTIONS}
+    known = (*dict.fromkeys(["params", "param_names", *optimizer.defaults, *optimizer.group_names, *OPTIONS]),)
     for name, value in group.items():
         if name in OF_ALL and value != getattr(optimizer, name):
             raise ValueError(
                 f"a parameter group of {title} has {name}={value!r}, which is of the whole optimizer. Give it to the "
                 f"constructor: {title}(groups, {name}={value!r})."
             )
-        if name not in known and (near := get_close_matches(name.lower(), known, 1, 0.85)):
+        if name not in known and isinstance(name, str) and (near := nearest(name, known, sure=True)):
             warn_once(
-                f"a parameter group of {title} has {name}={value!r}, which nothing reads. If {near[0]} was meant, "
+                f"a parameter group of {title} has {name}={value!r}, which nothing reads. If {near} was meant, "
                 "rename it."
             )
 

@@ -15,7 +15,8 @@ from .core.optimizer import RuleOptimizer
 def optimizers() -> dict[str, type[Optimizer]]:
     """The optimizers that the package exports, by their names in lower case."""
     exported = {name.lower(): getattr(triton_optim, name) for name in triton_optim.__all__}
-    kinds = {name: value for name, value in exported.items() if isinstance(value, type) and value is not RuleOptimizer}
+    bases = Optimizer, RuleOptimizer
+    kinds = {name: value for name, value in exported.items() if isinstance(value, type) and value not in bases}
     return {name: cls for name, cls in kinds.items() if issubclass(cls, Optimizer)}
 
 

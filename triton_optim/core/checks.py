@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from functools import cache
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from ..util.hyperparameters import compared
+from ..options import OPTIONS
+from ..util.hyperparameters import compared, no_number
 
 
 def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None:
@@ -66,10 +71,7 @@ def check_betas(betas: Any, count: int = 2) -> None:
     """Raise torch's ValueError unless each of so many betas is in [0, 1), and what torch raises unless there are so
     many: TypeError where they are no sequence, IndexError where one is missing.
     """
-    given = len(betas) if hasattr(betas, "__len__") else None
-    if given != count:
-        kind = TypeError if given is None else IndexError if given < count else ValueError
-        raise kind(f"Invalid betas: {betas!r}. It must be {count} numbers, each at least 0 and below 1.")
+    betas = items_of("betas", betas, count, "each at least 0 and below 1")
     for index in range(count):
         if not (type(betas[index]) is float and 0.0 <= betas[index] < 1.0):
             check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)
@@ -90,3 +92,85 @@ def check_count(name: str, value: Any, least: int) -> None:
         right = False
     if not right:
         raise ValueError(f"Invalid {name} value: {value!r}. It must be an int of {least} or more.")
+
+
+# The words of annotations that allow numbers, and tuples of numbers.
+_NUMBER = {"float", "int", "Tensor", "None", "Optional", "Union", "torch", "typing", "class"}
+_TUPLE = {*_NUMBER, "tuple", "Tuple"}
+
+
+@cache
+def declared_numbers(cls: type) -> dict[str, tuple[Any, bool]]:
+    """The hyperparameters of a class that are a number, or a tuple of so many.
+
+    Returns:
+        By name the default, in the signature of the constructor or of one that it inherits, and whether None may stand
+        for it. What an annotation allows to be something else is left out.
+    """
+    found: dict[str, tuple[Any, bool]] = {}
+    constructors = [base.__dict__["__init__"] for base in reversed(cls.__mro__) if "__init__" in base.__dict__]
+    for argument in (a for init in constructors for a in inspect.signature(init).parameters.values()):
+        name, default = argument.name, argument.default
+        found.pop(name, None)
+        items = default if isinstance(default, tuple) else (default,)
+        numbers = [x for x in items if isinstance(x, Real) and not isinstance(x, bool)]
+        if name in OPTIONS or len(numbers) + items.count(None) < len(items):
+            continue
+        hint = "" if argument.annotation is argument.empty else str(argument.annotation)
+        words = set(re.findall(r"\w+", hint))
+        if isinstance(default, tuple):
+            fits = bool(numbers) and words <= _TUPLE and "..." not in hint
+        else:
+            fits = words <= _NUMBER and bool(numbers or words & {"float", "int"})
+        if fits:
+            outside = re.sub(r"\[.*\]", "", hint)
+            found[name] = default, default is None or any(x in outside for x in ("None", "Optional", "Union"))
+    return found
+
+
+def hold_numbers(cls: type, group: dict[str, Any]) -> None:
+    """Look at the hyperparameters of a group that are numbers, before any is compared. A list, which files of settings
+    have for a tuple, becomes one.
+
+    Raises:
+        TypeError: one is None, a text or another thing that is no number, or not a sequence of numbers.
+        IndexError: one has fewer numbers than the constructor's default, as torch's.
+        ValueError: one has more.
+    """
+    for name, (default, may_be_none) in declared_numbers(cls).items():
+        value = group.get(name, default)
+        if value is None and may_be_none:
+            continue
+        if not isinstance(default, tuple):
+            if value is None or isinstance(value, str):
+                raise no_number(_SPELT.get(name, f"{name} value"), value)
+            continue
+        items = items_of(name, value, len(default), f"such as {default}")
+        for i, (item, usual) in enumerate(zip(items, default, strict=True)):
+            if not (hasattr(item, "__float__") or (item is None and usual is None)):
+                raise no_number(f"{name}[{i}]", item)
+        if items is not value:
+            group[name] = items
+
+
+def items_of(name: str, value: Any, count: int, more: str) -> tuple[Any, ...]:
+    """A sequence of so many numbers as a tuple.
+
+    Args:
+        more: what the error says that they are.
+
+    Raises:
+        TypeError: it is no sequence. IndexError: it has too few. ValueError: it has too many.
+    """
+    if isinstance(value, tuple) and len(value) == count:
+        return value
+    items = None if isinstance(value, str) else value
+    try:
+        items = None if items is None else tuple(items)
+    except TypeError:  # a number, or a 0-dim tensor
+        items = None
+    if items is not None and len(items) == count:
+        return items
+    kind = TypeError if items is None else IndexError if len(items) < count else ValueError
+    hint = " YAML reads 0.9, 0.99 as text, and [0.9, 0.99] as numbers." if isinstance(value, str) else ""
+    raise kind(f"Invalid {name}: {value!r}. It must be {count} numbers, {more}.{hint}")

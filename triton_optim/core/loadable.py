@@ -123,13 +123,24 @@ class Checks:
         optimizer, names = self._optimizer, self._names
         known = {*names.counted, *names.elementwise, *optimizer.kept_names}
         parts = {*RESIDUALS, COUNT, WEIGHTS, *names.scales}
-        # Names that optimizers share, such as step, prove nothing where others are in place of ours.
+        others = state.keys() - known - parts
+        # Names that optimizers share, such as step, prove nothing where others are in place of ours. Beside ours they
+        # may be the user's own.
         complete = any(state.keys() >= {*variant.state_names} for variant in optimizer.variants)
-        if state and (not (known | parts) & state.keys() or (state.keys() - known - parts and not complete)):
+        wrong = others and (not complete or not others.isdisjoint(names_of_all(Update)))
+        if state and (not (known | parts) & state.keys() or wrong):
             raise ValueError(
                 f"the state of parameter {index} holds {sorted(state)}, {type(optimizer).__name__} keeps "
                 f"{sorted(known)}: this state dict is of another optimizer. Load it into that one."
             )
+
+
+def names_of_all(cls: type[Update]) -> set[str]:
+    """The names of the tensors that optimizers of this class keep. What a wrapper adds is left out: where it is taken
+    away, the rest goes on.
+    """
+    own = set() if "wrappers" in cls.__dict__ else {*cls.declared, *cls.kept_names}
+    return own.union(*map(names_of_all, cls.__subclasses__()))
 
 
 def check_no_scales(names: Names, index: Any, state: Mapping[str, Any]) -> None:

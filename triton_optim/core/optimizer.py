@@ -34,9 +34,9 @@ from ..precision.codecs import check_declared, check_precision, coded_states
 from ..spec import Variant, offloads
 from ..util.hyperparameters import Hyperparameters, compared, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
-from .checks import check_alone
+from .checks import check_alone, hold_numbers
 from .evaluation import EvaluatedOptimizer
-from .wrapping import leave_to_python, ordered, with_hooks
+from .wrapping import check_param_group, leave_to_python, ordered, with_hooks
 
 
 class RuleOptimizer(EvaluatedOptimizer):
@@ -91,6 +91,7 @@ class RuleOptimizer(EvaluatedOptimizer):
             raise ValueError(f'Invalid backend: {backend!r}. Use "auto", ' + ", ".join(f'"{b}"' for b in BACKENDS))
         if amp not in (None, "fused"):
             raise ValueError(f'Invalid amp: {amp!r}. Use "fused", or None to leave scaling to the scaler.')
+        hold_numbers(type(self), defaults)
         self.check_hyperparameters(defaults)
         hold_dtypes(carried)
         check_options(type(self), carried | defaults)
@@ -149,11 +150,17 @@ class RuleOptimizer(EvaluatedOptimizer):
             What `closure` returned, or None.
 
         Raises:
+            TypeError: `closure` is no function, such as a loss.
             RuntimeError: a gradient is sparse where that has no meaning, or differs from its parameter in shape or
                 device. Nothing was changed.
         """
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"step takes a closure, a function that returns the loss; got {closure!r:.80}, of type "
+                    f"{type(closure).__name__}. Call loss.backward(), then step() without it."
+                )
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
@@ -221,8 +228,7 @@ class RuleOptimizer(EvaluatedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch.optim, checking that a pinned backend can run it."""
-        if isinstance(param_group, dict):
-            check_group_keys(self, param_group)
+        check_param_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -234,7 +240,9 @@ class RuleOptimizer(EvaluatedOptimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_group_keys(self, group)
         hold_dtypes(group)
+        hold_numbers(type(self), group)
         numbers = unread(group)
         self.check_hyperparameters(numbers)
         check_options(type(self), group)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from inspect import isroutine
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def ordered(params: Any) -> Any:
     """The parameters as they are; a set as a list, with the warning that torch has for it from 2.15 on. It points at
     the line that made the optimizer: what Dynamo and the classes lay around their constructors differs.
     """
+    check_iterable(params)
     if not isinstance(params, (set, frozenset)):
         return params
     level, frame = 1, sys._getframe()
@@ -55,6 +57,22 @@ def ordered(params: Any) -> Any:
         stacklevel=level,
     )
     return list(params)
+
+
+def check_iterable(params: Any) -> None:
+    """Raise TypeError where what stands for parameters can't be iterated over."""
+    if not (hasattr(params, "__iter__") or hasattr(params, "__getitem__")):
+        fix = "Call it." if isroutine(params) else "Give a list of tensors or of groups, such as model.parameters()."
+        raise TypeError(f"params is {params!r:.80}, of type {type(params).__name__}, which is not iterable. {fix}")
+
+
+def check_param_group(group: Any) -> None:
+    """Raise KeyError where a group has no parameters, TypeError where these can't be iterated over."""
+    if not isinstance(group, dict):
+        return  # torch refuses it
+    if "params" not in group:
+        raise KeyError(f"a parameter group needs the key 'params', and this has {list(group)}. Give its tensors so.")
+    check_iterable(group["params"])
 
 
 def leave_to_python(cls: type[Optimizer], *methods: str) -> None:

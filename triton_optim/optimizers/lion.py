@@ -61,7 +61,7 @@ class Lion(RuleOptimizer):
         weight_decay: float | Tensor = 0.0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}, **options)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, **options)
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_ranges(group, "lr", "betas", "weight_decay")

@@ -24,7 +24,7 @@ def check_averaging(optimizer: Update, group: dict[str, Any]) -> None:
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(
             f"Invalid ema_dtype: {dtype!r}. Use None (float32, or the parameter's dtype where that is wider), "
-            "torch.float32 or torch.bfloat16."
+            'torch.float32 or "float32", torch.bfloat16 or "bfloat16".'
         )
     if not averages(group):
         return

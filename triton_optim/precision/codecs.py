@@ -288,8 +288,8 @@ def check_precision(optimizer: Update, group: dict[str, Any]) -> None:
     state_dtype, precision = group.get("state_dtype"), group.get("param_precision", "storage")
     if state_dtype not in (None, torch.float32, torch.bfloat16, *STATE_CODES):
         raise ValueError(
-            f"Invalid state_dtype: {state_dtype!r}. Use None (the parameter's), torch.float32, torch.bfloat16, "
-            f"{' or '.join(map(_quoted, STATE_CODES))}."
+            f'Invalid state_dtype: {state_dtype!r}. Use None (the parameter\'s), torch.float32 or "float32", '
+            f'torch.bfloat16 or "bfloat16", {" or ".join(map(_quoted, STATE_CODES))}.'
         )
     if precision not in PARAM_PRECISIONS:
         raise ValueError(

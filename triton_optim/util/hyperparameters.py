@@ -42,9 +42,13 @@ def compared(name: str, value: Any, comparison: Callable[[], Any]) -> bool:
     try:
         return bool(comparison())
     except TypeError:
-        hint = " YAML reads 1e-3 as text, and 1.0e-3 as a number." if isinstance(value, str) else ""
-        kind = type(value).__name__
-        raise TypeError(f"Invalid {name}: {value!r}, of type {kind}. It must be a number.{hint}") from None
+        raise no_number(name, value) from None
+
+
+def no_number(name: str, value: Any) -> TypeError:
+    """The error of a hyperparameter that is no number."""
+    hint = " YAML reads 1e-3 as text, and 1.0e-3 as a number." if isinstance(value, str) else ""
+    return TypeError(f"Invalid {name}: {value!r}, of type {type(value).__name__}. It must be a number.{hint}")
 
 
 def exact_number(value: Any) -> Tensor:

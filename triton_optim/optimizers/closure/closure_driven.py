@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ...core.checks import check_ranges
-from ...core.wrapping import leave_to_python, ordered
+from ...core.checks import check_ranges, hold_numbers
+from ...core.wrapping import check_param_group, leave_to_python, ordered
 from ...util.layout import ordinary
 from .line_search import Trial, strong_wolfe
 
@@ -44,9 +44,11 @@ class ClosureOptimizer(Optimizer):
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a hyperparameter is out of range: in the constructor, and before every step."""
+        hold_numbers(type(self), group)
         check_ranges(group, "lr")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_param_group(param_group)
         super().add_param_group(param_group)  # first, for what torch has against the parameters
         if len(self.param_groups) > 1:
             self.param_groups.pop()
@@ -121,10 +123,10 @@ class ClosureOptimizer(Optimizer):
         Raises:
             TypeError: there is no closure. RuntimeError (from the result): it returned no loss.
         """
-        if closure is None:
+        if not callable(closure):
             raise TypeError(
-                f"{type(self).__name__}.step needs a closure, got None. Pass a function that clears the gradients, "
-                "computes the loss, calls backward and returns the loss."
+                f"{type(self).__name__}.step needs a closure, got {closure!r:.80}. Pass a function that clears the "
+                "gradients, computes the loss, calls backward and returns the loss."
             )
 
         def evaluate() -> tuple[Any, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.checks import check_range
 from .closure_driven import ClosureOptimizer, copied, largest
 from .lbfgs_history import History
 from .line_search import Trial
@@ -89,6 +90,7 @@ class LBFGS(ClosureOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
+        check_range("max_iter value", max_iter, 0)
         defaults = {
             "lr": lr,
             "max_iter": max_iter,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.checks import check_range
 from .closure_driven import ClosureOptimizer, largest
 from .line_search import Trial
 
@@ -105,6 +106,7 @@ class NonlinearCG(ClosureOptimizer):
         *,
         maximize: bool = False,
     ) -> None:
+        check_range("max_iter value", max_iter, 0)
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -122,7 +124,7 @@ class NonlinearCG(ClosureOptimizer):
         beta, restart = group["beta"], group["restart"]
         if beta not in self.betas:
             raise ValueError(f"Invalid beta: {beta!r}. It must be one of {', '.join(self.betas)}.")
-        if restart is not None and restart < 1:
+        if restart is not None and not restart >= 1:
             raise ValueError(f"Invalid restart: {restart}. It must be at least 1, or None for none by count.")
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ def triples(coefficients: str | Sequence[float] | Sequence[Sequence[float]], ste
         ValueError: they are none of these, or not so many.
     """
     rows: Any = PRESETS.get(coefficients) if isinstance(coefficients, str) else coefficients
-    if rows is None:
+    if not hasattr(rows, "__len__"):
         raise ValueError(
             f"Invalid ns_coefficients: {coefficients!r} is no preset. Use {', '.join(map(repr, PRESETS))}, three "
             "numbers (a, b, c), or three numbers for each step."
@@ -126,7 +126,7 @@ def triples(coefficients: str | Sequence[float] | Sequence[Sequence[float]], ste
     if len(rows) == 3 and not any(isinstance(row, (tuple, list)) for row in rows):
         rows = [tuple(rows)] * steps
     for row in rows:
-        if not isinstance(row, (tuple, list)) or len(row) != 3:
+        if not isinstance(row, (tuple, list)) or len(row) != 3 or not all(hasattr(x, "__float__") for x in row):
             raise ValueError(
                 f"Invalid ns_coefficients: {coefficients}. Give three numbers, (a, b, c), or three for each step."
             )
