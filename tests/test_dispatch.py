@@ -177,3 +177,12 @@ def test_auto_falls_back_to_eager_when_compiling_fails(monkeypatch: pytest.Monke
         pinned.step()
     assert q.tolist() == [1.0] * 3
     assert not pinned.state
+
+
+@pytest.mark.parametrize("machine", [EVERYTHING, NO_TRITON])
+def test_triton_is_to_be_installed_where_it_is_not(machine: Machine) -> None:
+    with pytest.raises(RuntimeError) as error:
+        choose(Request("cpu", f32, pinned="triton"), machine)
+    fix = "Move the parameters to a GPU, or" if machine.triton else "Install it (pip install triton), or"
+    assert fix in str(error.value)
+    assert ("pip install" in str(error.value)) == (not machine.triton)

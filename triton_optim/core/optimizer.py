@@ -56,7 +56,9 @@ class RuleOptimizer(EvaluatedOptimizer):
 
     Raises:
         ValueError: `backend` or `amp` is unknown, or torch's own checks of `params` fail.
-        TypeError: an option is unknown, or `params` is a tensor.
+        TypeError: an option is unknown, `params` is a tensor or no iterable, or a hyperparameter whose default is a
+            number, or a tuple of numbers, is none; a tuple that is shorter or longer is an IndexError or a ValueError.
+        KeyError: a group has no ``"params"``.
         RuleError: a TypeError: a rule is not of the language of rules, or has other states than ``states``.
         RuntimeError: the options exclude each other, or the pinned backend cannot run these parameters here.
     """
