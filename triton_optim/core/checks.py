@@ -114,7 +114,7 @@ def declared_numbers(cls: type) -> dict[str, tuple[Any, bool]]:
         found.pop(name, None)
         items = default if isinstance(default, tuple) else (default,)
         numbers = [x for x in items if isinstance(x, Real) and not isinstance(x, bool)]
-        if name in OPTIONS or len(numbers) + items.count(None) < len(items):
+        if name in OPTIONS or len(numbers) + sum(x is None for x in items) < len(items):
             continue
         hint = "" if argument.annotation is argument.empty else str(argument.annotation)
         words = set(re.findall(r"\w+", hint))
@@ -164,10 +164,9 @@ def items_of(name: str, value: Any, count: int, more: str) -> tuple[Any, ...]:
     """
     if isinstance(value, tuple) and len(value) == count:
         return value
-    items = None if isinstance(value, str) else value
     try:
-        items = None if items is None else tuple(items)
-    except TypeError:  # a number, or a 0-dim tensor
+        items = None if isinstance(value, str) else tuple(value)
+    except TypeError:  # a number, None, or a 0-dim tensor
         items = None
     if items is not None and len(items) == count:
         return items
