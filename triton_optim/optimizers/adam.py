@@ -79,6 +79,13 @@ class Adam(RuleOptimizer):
         decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
+        pair = betas if isinstance(betas, (tuple, list)) else ()  # what is neither is refused below
+        for name, value in (("lr", lr), *((f"betas[{i}]", beta) for i, beta in enumerate(pair))):
+            if isinstance(value, Tensor) and options.get("foreach") and not options.get("capturable"):
+                raise ValueError(
+                    f"{name} as a Tensor is not supported for capturable=False and foreach=True, as in torch; got "
+                    f"{value}. Leave foreach out: every backend takes a tensor."
+                )
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -88,13 +95,6 @@ class Adam(RuleOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, **options)
-        beta1, beta2 = self.defaults["betas"]
-        for name, value in (("lr", lr), ("betas[0]", beta1), ("betas[1]", beta2)):
-            if isinstance(value, Tensor) and options.get("foreach") and not options.get("capturable"):
-                raise ValueError(
-                    f"{name} as a Tensor is not supported for capturable=False and foreach=True, as in torch; got "
-                    f"{value}. Leave foreach out: every backend takes a tensor."
-                )
 
     def check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_ranges(group, "lr", "eps", "betas", "weight_decay")
