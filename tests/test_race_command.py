@@ -212,8 +212,11 @@ def test_two_processes_share_a_study(folder: Path) -> None:
         assert process.returncode == 0, error
         found.append(out)
     assert found[0] == found[1]  # both wait for the other's last trial
-    (summary,) = optuna.get_all_study_summaries("sqlite:///shared.db")
-    trials = optuna.load_study(study_name=summary.study_name, storage="sqlite:///shared.db").trials
+    storage = optuna.storages.RDBStorage("sqlite:///shared.db")
+    (summary,) = optuna.get_all_study_summaries(storage)
+    trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
+    storage.remove_session()
+    storage.engine.dispose()
     done = [t for t in trials if t.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)]
     assert len(done) in (8, 9)  # both may begin the last at once
     assert len({t.params["lr"] for t in done}) >= 8

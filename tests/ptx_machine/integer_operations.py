@@ -12,7 +12,7 @@ from .parse import Instruction
 if TYPE_CHECKING:
     from .machine import Machine
 
-LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.bitwise_not}
 
 
 def logic(m: Machine, one: Instruction) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .contestants import Contestant
@@ -28,14 +28,14 @@ def tuned(race: Race, lrs: Sequence[float], seeds: int, trials: int, storage: st
     race.watcher.planned({c.label: len(race.schedules) * (trials + seeds) for c in race.contestants})
     usual = [Run(c, schedule, c.usual_lr, 0) for c, schedule in pairs]  # which is the first trial
     race.check(run for run in usual if race.record(run) is None)
-    search = Search(race, lrs, trials, storage)
     records, best = [], []
-    for c, schedule in pairs:
-        tried, lr = search.best_lr(c, schedule)
-        records += tried
-        best += [Run(c, schedule, lr, seed) for seed in range(seeds)] if lr else []
-        if lr is None:
-            race.watcher.skipped(c.label, seeds)
+    with closing(Search(race, lrs, trials, storage)) as search:
+        for c, schedule in pairs:
+            tried, lr = search.best_lr(c, schedule)
+            records += tried
+            best += [Run(c, schedule, lr, seed) for seed in range(seeds)] if lr else []
+            if lr is None:
+                race.watcher.skipped(c.label, seeds)
     best.sort(key=lambda run: run.seed)
     seen = {(r.optimizer, r.schedule, r.lr, r.seed): r for r in records}
     seen.update({(r.optimizer, r.schedule, r.lr, r.seed): r for r in map(race.perform, best)})
@@ -63,6 +63,12 @@ class Search:
             folder.mkdir(parents=True, exist_ok=True)
             storage = f"sqlite:///{folder / 'study.db'}"
         self.storage = opened(storage)
+
+    def close(self) -> None:
+        """Let go of the database: Python warns of one that is open when it is collected."""
+        if hasattr(self.storage, "engine"):
+            self.storage.remove_session()
+            self.storage.engine.dispose()
 
     def best_lr(self, contestant: Contestant, schedule: str) -> tuple[list[Record], float | None]:
         """The records of all trials that were made here, and the best learning rate; None if all diverged."""
