@@ -221,8 +221,8 @@ PRIMITIVES: dict[str, tuple[Any, Callable[..., Any], Cpp]] = {
     "interleave": (interleave, _interleave, Cpp("2 * i, 2 * i + 1", 2, moves="interleave")),
     "like": (like, _like, Cpp("{0}", 2)),
     "log": (log, torch.log, Cpp("__builtin_log{f}({0})")),
-    "maximum": (maximum, torch.maximum, Cpp("{0} > {1} | {0} != {0} ? {0} : {1}", 2)),
-    "minimum": (minimum, torch.minimum, Cpp("{0} < {1} | {0} != {0} ? {0} : {1}", 2)),
+    "maximum": (maximum, torch.maximum, Cpp("{0} <= {1} | {1} != {1} ? {1} : {0}", 2)),
+    "minimum": (minimum, torch.minimum, Cpp("{0} >= {1} | {1} != {1} ? {1} : {0}", 2)),
     "bitcast_to_float": (
         bitcast_to_float,
         _bitcast_to_float,
