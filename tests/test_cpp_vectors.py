@@ -1,4 +1,4 @@
-"""The loop that the C++ backend makes of a rule is one of vectors: else a step takes three times as long."""
+"""The loop that the C++ backend makes of a rule is one of vectors: else it computes an element at a time."""
 
 from __future__ import annotations
 

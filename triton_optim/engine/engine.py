@@ -124,7 +124,7 @@ class Engine:
         else:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
-        if same and given is None and plan is not None and not capturing(plan.device) and plan.bind_gathered():
+        if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
             recording = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)  # the context manager takes as long as the launch
             try:

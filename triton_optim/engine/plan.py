@@ -84,7 +84,6 @@ class Plan:
         if self._offload is not None:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
-        self.device = params[0].device if params else torch.device("cpu")  # to ask a tensor takes long
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})

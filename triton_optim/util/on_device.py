@@ -12,7 +12,7 @@ import torch
 
 @cache
 def _is_cuda(device: torch.device) -> bool:
-    return device.type == "cuda"  # a text that torch makes anew: it takes as long as a short launch
+    return device.type == "cuda"  # torch makes a new text of it each time
 
 
 def capturing(device: torch.device) -> bool:
