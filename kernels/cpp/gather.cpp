@@ -13,6 +13,8 @@ PyObject *PyList_GetItem(PyObject *, ssize_t);
 PyObject *PyTuple_GetItem(PyObject *, ssize_t);
 PyObject *PyDict_GetItem(PyObject *, PyObject *);
 int PyDict_Next(PyObject *, ssize_t *, PyObject **, PyObject **);
+void *PyEval_SaveThread();
+void PyEval_RestoreThread(void *);
 }
 
 namespace {
@@ -240,7 +242,15 @@ void written(const void *of) {
     for (int64_t i = 0; i < count; ++i) {
         if (i + AHEAD < count)  // all that it has is a pointer to the number
             __builtin_prefetch(*reinterpret_cast<void *const *>(&values(i + AHEAD)->version_counter()));
-        if (bucket.owners[i].gradient->defined()) values(i)->bump_version();
+        if (bucket.addresses[i]) values(i)->bump_version();
     }
+}
+
+// Runs the compiled loop of a bucket, during which other threads run Python, and tells autograd.
+void run(const void *of, void (*step)(const void *), const void *given) {
+    void *thread = PyEval_SaveThread();
+    step(given);
+    PyEval_RestoreThread(thread);
+    written(of);
 }
 }

@@ -144,7 +144,6 @@ class Bucket(Memory):
         # After a measure each parameter has scalars of its own.
         self.row_of = list(range(len(self.slots))) if self.key.variant.measures else self.group_of
         self._group_positions: list[Tensor] = []
-        self._all_active = [True] * len(self.step_groups)
         self.regrouped = True  # until the backend has taken note
         self._row_index: Tensor | None = None
         # Of the others the bucket's columns have the numbers.
@@ -162,7 +161,7 @@ class Bucket(Memory):
         """Form this step's row of scalars for each step group; None for a group without gradients. Counts nothing."""
         if self._reads_constants:
             check_constants(self.key.variant.rule)
-        active = self._all_active
+        active = None  # all of them
         if not self.complete:
             present = self.present()
             if any(len({present[i] for i in step_group.positions}) == 2 for step_group in self.step_groups):
@@ -177,9 +176,10 @@ class Bucket(Memory):
         if self.key.capturable:
             self._on_device = self._hyperparameters.on_device(self.key.device)
             if self._device_rows is not None:
-                rows = self._device_rows.rows(self.step_groups, active, self._on_device)
+                every = active or [True] * len(self.step_groups)
+                rows = self._device_rows.rows(self.step_groups, every, self._on_device)
         if rows is None:
-            rows = [self._row(c) if there else None for c, there in zip(self.step_groups, active, strict=True)]
+            rows = [self._row(c) if active is None or active[i] else None for i, c in enumerate(self.step_groups)]
         self.rows = rows
         if len(rows) > 1:
             one_kind([row for row in self.rows if row is not None], self.optimizer)
@@ -260,7 +260,8 @@ class Bucket(Memory):
         skip = None
         if skips and self.stats is not None and not all(row is not None and row.counted for row in self.rows):
             skip = self.stats.skip
-        for step_group, row in zip(self.step_groups, self.rows, strict=True):
+        for i, row in enumerate(self.rows):
+            step_group = self.step_groups[i]
             if row is not None and row.counted:
                 step_group.count(row.scalar_state)
             elif row is not None:

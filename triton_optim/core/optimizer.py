@@ -36,7 +36,7 @@ from ..util.hyperparameters import Hyperparameters, compared, unread
 from ..util.layout import first_of_each_dtype, first_of_each_kind
 from .checks import check_alone, hold_numbers
 from .evaluation import EvaluatedOptimizer
-from .wrapping import check_param_group, leave_to_python, ordered, with_hooks
+from .wrapping import check_param_group, is_compiling, leave_to_python, ordered, with_hooks
 
 
 class RuleOptimizer(EvaluatedOptimizer):
@@ -165,7 +165,7 @@ class RuleOptimizer(EvaluatedOptimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if is_compiling():
             compile_op.traced_step(self.engine, compile_op.groups_of(self))
         else:
             self.engine.step()
@@ -223,7 +223,7 @@ class RuleOptimizer(EvaluatedOptimizer):
         if not set_to_none:
             super().zero_grad(set_to_none=False)
             return
-        groups = compile_op.groups_of(self) if torch.compiler.is_compiling() else self.param_groups
+        groups = compile_op.groups_of(self) if is_compiling() else self.param_groups
         for group in groups:
             for p in group["params"]:
                 p.grad = None

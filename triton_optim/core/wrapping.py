@@ -14,6 +14,9 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+# Each module on the way to a function takes as long as the question.
+is_compiling, profiled = torch.compiler.is_compiling, torch._C._autograd._profiler_enabled
+
 
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """A method ``step`` as torch wraps it: hooks before and after it, and a range for the profiler. Without any of them
@@ -26,12 +29,12 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
         if type(self).step is not wrapper:  # a subclass's own, which torch has wrapped, and which called this one
             return step(self, *args, **kwargs)
         if (
-            torch.compiler.is_compiling()
+            is_compiling()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
+            or profiled()
         ):
             return hooked(self, *args, **kwargs)
         return step(self, *args, **kwargs)

@@ -24,6 +24,7 @@ from .plan import Plan, PlanOfOne, warm_up
 from .probe import Probe
 from .processes import Agreement, check_norm_is_whole
 
+records, record = torch.is_grad_enabled, torch._C._set_grad_enabled
 Swap = Literal["averaged_parameters()", "eval()"]
 
 
@@ -124,13 +125,13 @@ class Engine:
         else:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
-        if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
-            recording = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)  # the context manager takes as long as the launch
+        if same and given is None and plan is not None and plan.bind_gathered():
+            recording = records()
+            record(False)  # the context manager takes as long as the launch
             try:
                 self._run(plan)
             finally:
-                torch._C._set_grad_enabled(recording)
+                record(recording)
             return
         self.take_params()
         gradients = [p.grad for p in self.params] if given is None else given
@@ -252,10 +253,11 @@ class Engine:
         return Plan(self._optimizer, self.failed, self.params, gradients, self.plan, self.repeats)
 
     def _run(self, plan: Plan) -> None:
-        scaling = scaling_of(self._optimizer)
+        optimizer = self._optimizer
+        scaling = None if self.max_grad_norm is None and optimizer.amp is None else scaling_of(optimizer)
         limited = scaling is not None and scaling.max_norm is not None
         if limited and not self.limited:
-            check_norm_is_whole(self._optimizer, self.params)
+            check_norm_is_whole(optimizer, self.params)
         self.stats, self.limited = plan.step(scaling), limited
 
     # Steps that only make the states.

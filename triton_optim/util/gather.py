@@ -125,6 +125,7 @@ class Library:
             ("groups_hold", ctypes.c_int, (ctypes.py_object, table)),
             ("without", ctypes.c_bool, (size, table)),
             ("written", None, (table,)),
+            ("run", None, (table, table, table)),
         ):
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
@@ -192,6 +193,10 @@ class Gatherer:
     def written(self) -> None:
         """Tell autograd that the parameters were written."""
         library.loaded.written(self._bucket)
+
+    def run(self, step: int, given: int) -> None:
+        """Call a compiled loop that writes them, and tell autograd; addresses of the loop and of what it is given."""
+        library.loaded.run(self._bucket, step, given)
 
 
 def gatherer_of(params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype) -> Gatherer | None:

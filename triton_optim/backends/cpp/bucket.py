@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from ctypes import c_void_p
+from ctypes import c_void_p, cast
 from functools import cache, cached_property
 from struct import Struct
 from typing import Any
@@ -61,8 +61,10 @@ class CppBucket(Bucket):
         self.tensors = torch.tensor([[numel, 0, *addresses] for numel, addresses in own], device="cpu")
         self._given = array("q", (*self.chunks.arguments(), self.tensors.data_ptr(), *[0] * 5))
         self._at, _ = self._given.buffer_info()
-        self._keys = self.tensors.data_ptr()  # where no bits are random, none are read
+        self._given[KEYS] = self.tensors.data_ptr()  # where no bits are random, none are read
+        self._keys: Tensor | None = None  # of this step, held for the loop
         self.call, self._measure, width = self.compile(optimizer, key, slots)
+        self._call_at = cast(self.call, c_void_p).value or 0
         self._row_struct = Struct(f"{width}d")
         self._cells = array("d")
 
@@ -83,8 +85,11 @@ class CppBucket(Bucket):
         return chunk_sums(self.chunks, self.gradient_addresses, self.key.gradient, EUCLIDEAN)
 
     def run(self, rows: list[StepScalars | None]) -> None:
-        keys = self.random_keys() if self.random else None
-        self._call(self.call, rows, keys)
+        self._give(rows)
+        if self._gathered and self._gatherer is not None:
+            self._gatherer.run(self._call_at, self._at)
+            return
+        self.call(self._at)
         self.mark_written()
 
     @cached_property
@@ -94,27 +99,23 @@ class CppBucket(Bucket):
     def run_stretches(
         self, rows: list[StepScalars | None], before: Callable[[int], object], after: Callable[[int], object]
     ) -> None:
-        keys = self.random_keys() if self.random else None
+        self._give(rows)
         for number, portions in enumerate(self.chunks.stretches):
             before(number)
-            self._call(self.call, rows, keys, portions=portions)
+            some = array("q", (*self.chunks.arguments(portions), *self._given[3:]))
+            self.call(some.buffer_info()[0])
             after(number)
         self.mark_written()
 
     def measure(self) -> Tensor:
         count = python_function(self.key.variant.measure).returned
         found = torch.zeros(len(self.chunks), count, dtype=torch.float64, device="cpu")
-        self._call(self._measure, self.rows_to_run(), None, found.data_ptr())
+        self._give(self.rows_to_run(), found.data_ptr())
+        self._measure(self._at)
         return found.new_zeros(len(self.slots), count).index_add_(0, self.chunks.chunks[:, 0], found)
 
-    def _call(
-        self,
-        step: Any,
-        rows: list[StepScalars | None],
-        keys: Tensor | None,
-        sums: int = 0,
-        portions: tuple[int, int] | None = None,
-    ) -> None:
+    def _give(self, rows: list[StepScalars | None], sums: int | None = None) -> None:
+        """Write down what the loop is given; `sums` is where a measure puts its own, which needs no random bits."""
         if self.regrouped:
             self.tensors[:, 1] = torch.tensor(self.row_of, device="cpu")
             self.regrouped = False
@@ -131,10 +132,7 @@ class CppBucket(Bucket):
                     packer.pack_into(self._cells, start, row.factor, *row.h)
             start += packer.size
         given[GRADIENTS] = self.gradient_addresses.buffer_info()[0]
-        given[KEYS] = self._keys if keys is None else keys.data_ptr()
-        given[SUMS], given[THREADS] = sums, self.chunks.threads()
-        if portions is None:
-            step(self._at)
-        else:
-            some = array("q", (*self.chunks.arguments(portions), *given[3:]))
-            step(some.buffer_info()[0])
+        given[SUMS], given[THREADS] = sums or 0, self.chunks.threads()
+        if self.random and sums is None:
+            self._keys = self.random_keys()
+            given[KEYS] = self._keys.data_ptr()
