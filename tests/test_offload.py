@@ -309,18 +309,23 @@ class Recorder:
 def test_streams_and_the_host_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     monkeypatch.setattr(offload, "link_to", lambda device: Link(device, recorder))
-    call = CppBucket._call
-
-    def noted(*args: Any, **kwargs: Any) -> None:
-        recorder.calls.append(("host", "steps"))
-        call(*args, **kwargs)
-
-    monkeypatch.setattr(CppBucket, "_call", noted)
     params = [Parameter(torch.zeros(3, chunks.CHUNK))]
     opt = to.AdamW(params, offload="cpu")
     give(params, 0)
     opt.step()
-    numbers = range(3)
+    assert opt.engine.plan is not None
+    (bucket,) = opt.engine.plan.buckets
+    assert isinstance(bucket, CppBucket)
+    call = bucket.call
+
+    def noted(given: int) -> None:
+        recorder.calls.append(("host", "steps"))
+        call(given)
+
+    monkeypatch.setattr(bucket, "call", noted)
+    recorder.calls.clear()
+    opt.step()
+    numbers = range(3, 6)  # of the second step
     assert recorder.calls == [
         ("over", "waits for", "current"),
         ("back", "waits for", "current"),
@@ -332,7 +337,6 @@ def test_streams_and_the_host_wait_for_each_other(monkeypatch: pytest.MonkeyPatc
     ]
     assert params[0].grad is not None
     recorder.calls.clear()
-    monkeypatch.setattr(CppBucket, "_call", call)
     monkeypatch.setattr(CppBucket, "run_stretches", None)  # a step that fails
     with pytest.raises(TypeError):
         opt.step()

@@ -125,7 +125,7 @@ class Engine:
         else:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
-        if same and given is None and plan is not None and plan.bind_gathered():
+        if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
             recording = records()
             record(False)  # the context manager takes as long as the launch
             try:

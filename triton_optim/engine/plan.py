@@ -88,7 +88,6 @@ class Plan:
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
         self._pieces = [[bucket for bucket in self.buckets if bucket.key.piece == piece] for piece in pieces]
-        self._on_cuda = any(bucket.key.device.type == "cuda" for bucket in self.buckets)
         self._state_dicts = list(optimizer.state.values()) if only is None else []
         self._states: WatchedStates | None = None  # in which they were found, at a count of changes
         self._changes = -1
@@ -118,8 +117,6 @@ class Plan:
         only where they lie. False where :meth:`bind` must look at them.
         """
         if not self.matches() or (self._without and not self._idle.have_no_gradients()):
-            return False
-        if self._on_cuda and torch.cuda.is_current_stream_capturing():
             return False
         if self.sharded and self.optimizer.scales_gradients:  # ranks speak of their norm
             return False
