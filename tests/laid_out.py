@@ -1,7 +1,7 @@
 """Tensors as they may lie in memory, and optimizers of them beside the float64 reference."""
 
 import torch
-from table import CASES, KINDS, NUMBERS, rows_and_backends
+from table import CASES, KINDS, rows_and_backends
 
 LR = 0.1  # an element that gets another one's gradient is then off by more than any dtype rounds
 # Of others, what becomes of an element depends on its row, its column or the whole matrix.
@@ -87,7 +87,7 @@ def assert_is_reference(name, opt, params, starts, gradients, **settings):
     )
     for i, (p, value, state) in enumerate(zip(params, values, states, strict=True)):
         compute = torch.finfo(torch.float64 if p.dtype == torch.float64 else torch.float32).eps
-        stored = [p, *(opt.state[p][key] for key in state if key not in NUMBERS)]
+        stored = [p, *(opt.state[p][key] for key in state if key not in case.numbers)]
         tolerance = len(steps) * (max(torch.finfo(t.dtype).eps for t in stored) + 8 * compute)
         assert_close(p, value, tolerance, f"parameter {i}")
         for key, expected in state.items():

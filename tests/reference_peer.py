@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from references_runner import begin, spread, step
 from torch import Tensor
 
-# The states that are numbers, in torch's names; all others are tensors that belong to elements.
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "norm_sq", "weight_sum", "lr_max"}
-OF_MODEL = {"d", "d_max", "d_numerator", "numerator_weighted", "g0_norm"}  # numbers of the whole model
-NUMBERS |= OF_MODEL | {"initial_norm"}
-EXACT = {"weight_sum", "initial_norm", *OF_MODEL}  # of those the float64 ones
 OPTIONS = {"maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
 
 
 @cache
-def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
-    """A class that computes in float64 where the parameter is so wide, else in float32, and keeps torch's states."""
+def peer_of(reference: Callable[..., Any], *numbers: tuple[str, torch.dtype]) -> type[torch.optim.Optimizer]:
+    """A class that computes in float64 where the parameter is so wide, else in float32, and keeps torch's states.
+
+    Args:
+        numbers: the states that are numbers, and their dtypes; all others are tensors that belong to elements.
+    """
+    dtypes = dict(numbers)
     p, _, _, *hyperparameters = inspect.signature(reference).parameters.values()
     optional = [inspect.Parameter(n, p.KEYWORD_ONLY, default=default) for n, default in OPTIONS.items()]
 
@@ -54,17 +54,17 @@ def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
             begun: list[Any] = []
             for (group, p), state in zip(turn, states, strict=True):
                 h = {x.name: number(group[x.name]) for x in hyperparameters}
-                g, arrays = array(p.grad), arrays_of(state)
+                g, arrays = array(p.grad), arrays_of(state, dtypes)
                 with np.errstate(all="ignore"):
                     update = reference.__wrapped__(array(p), -g if group["maximize"] else g, arrays, **h)
                 if not inspect.isgenerator(update):  # it is done before the next reads what both may have
-                    take(p, state, update, arrays)
+                    take(p, state, update, arrays, dtypes)
                 begun.append((update, arrays))
             with np.errstate(all="ignore"):
                 ended = step([update for update, _ in begun])
             for (_, p), state, new, (update, arrays) in zip(turn, states, ended, begun, strict=True):
                 if inspect.isgenerator(update):
-                    take(p, state, new, arrays)
+                    take(p, state, new, arrays, dtypes)
             spread(list(self.state.values()), states, reference.of_model)
 
     Peer.__name__ = Peer.__qualname__ = f"{reference.__name__}_peer"
@@ -72,15 +72,18 @@ def peer_of(reference: Callable[..., Any]) -> type[torch.optim.Optimizer]:
     return Peer
 
 
-def arrays_of(state: dict[str, Any]) -> dict[str, Any]:
+def arrays_of(state: dict[str, Any], numbers: Container[str]) -> dict[str, Any]:
     """A state as a reference takes it: a number is one, the count an int."""
-    arrays = {name: number(value) if name in NUMBERS else array(value) for name, value in state.items()}
+    arrays = {name: number(value) if name in numbers else array(value) for name, value in state.items()}
     return arrays | {name: int(value) for name, value in arrays.items() if name == "step"}
 
 
-def take(p: Tensor, state: dict[str, Any], new: np.ndarray, arrays: dict[str, Any]) -> None:
+def take(
+    p: Tensor, state: dict[str, Any], new: np.ndarray, arrays: dict[str, Any], numbers: dict[str, torch.dtype]
+) -> None:
     """Write a parameter and its state; in this a number is a tensor."""
-    new, kept = tensor(new, p), {n: one(n, v) if n in NUMBERS else tensor(v, p) for n, v in arrays.items()}
+    new = tensor(new, p)
+    kept = {n: one(v, numbers[n]) if n in numbers else tensor(v, p) for n, v in arrays.items()}
     p.copy_(new)
     for name, value in kept.items():  # where it lies, as torch does: another parameter may have the same
         own = state.setdefault(name, value)
@@ -90,9 +93,9 @@ def take(p: Tensor, state: dict[str, Any], new: np.ndarray, arrays: dict[str, An
             state[name] = value
 
 
-def one(name: str, value: Any) -> Tensor:
-    """A state that is a number."""
-    return torch.tensor(float(value), dtype=torch.float64 if name in EXACT else None)
+def one(value: Any, dtype: torch.dtype) -> Tensor:
+    """A state that is a number: in float64 where that is torch's default, too."""
+    return torch.tensor(float(value), dtype=torch.promote_types(dtype, torch.get_default_dtype()))
 
 
 def number(value: Any) -> Any:

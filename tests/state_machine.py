@@ -25,6 +25,7 @@ from user_sides import Memory, Side, equal, values
 
 from triton_optim.backends.compiled import graph as compiled_graph
 from triton_optim.precision.codecs import Codec
+from triton_optim.spec import COUNT
 from triton_optim.util.layout import flat
 
 BY_HAND = int(os.environ.get("TRITON_OPTIM_FUZZ", "0"))
@@ -112,13 +113,15 @@ class Machine(RuleBasedStateMachine):
         shapes = self.shapes or (SHAPES_OF[draw.random() < 0.2] if case.elementwise else case.shapes)
         count = draw.choice((3, 4, 5, 8, 8, 40) if self.backend != "triton" or BY_HAND else (3, 4))
         cut = draw.randint(1, count)
+        one = case.ours(case.parameters(), backend="eager")
+        counted = frozenset({"step", COUNT, *one.scalar_state_names(one.param_groups[0])})
         drawn = [values(draw, draw.choice(shapes), dtype) for _ in range(count)]
         for i, make in enumerate(makers):
             params = [Parameter(value.clone()) for value in drawn]
             groups: list[Any] = [{"params": params[:cut]}]
             if cut < count:
                 groups.append({"params": params[cut:], "lr": 0.05})
-            self.sides.append(Side(make, groups, Memory(remembers) if i == 0 else None, shapes))
+            self.sides.append(Side(make, groups, Memory(remembers) if i == 0 else None, shapes, counted))
 
     def makers(self, case: Case, options: dict[str, Any]) -> list[Callable[[Any], Any]]:
         raise NotImplementedError

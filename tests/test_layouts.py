@@ -25,7 +25,6 @@ from laid_out import (
     random_values,
 )
 from one_step import step_with
-from table import NUMBERS
 from torch.nn import Parameter
 
 import triton_optim as to
@@ -144,13 +143,13 @@ def test_states_loaded_in_another_layout(case, backend, p_layout, s_layout, devi
     step_with(opt, [p], [gradients[0]])
     saved = opt.state_dict()
     for key, value in saved["state"][0].items():
-        if key not in NUMBERS:
+        if key not in case.numbers:
             saved["state"][0][key] = GRADIENTS[s_layout](value)
     opt = optimizer(case.name, [p], backend)
     opt.load_state_dict(saved)
     step_with(opt, [p], [gradients[1]])
     for key, value in list(opt.state[p].items()):  # and by hand
-        if key not in NUMBERS:
+        if key not in case.numbers:
             opt.state[p][key] = GRADIENTS[s_layout](value)
     step_with(opt, [p], [gradients[2]])
     assert_is_reference(case.name, opt, [p], [start], [[g] for g in gradients])
@@ -169,7 +168,7 @@ def test_empty_and_0_dim_tensors(case, backend, device):
     for row in gradients:
         step_with(opt, params, row)
     assert_is_reference(case.name, opt, params, starts, gradients)
-    assert all(value.shape == p.shape for p in params for key, value in opt.state[p].items() if key not in NUMBERS)
+    assert all(value.shape == p.shape for p in params for key, value in opt.state[p].items() if key not in case.numbers)
     rows = [bucket for bucket in to.explain(opt) if bucket.elements]
     assert sum(bucket.tensors for bucket in rows) == 4, "an empty tensor reached the tables"
     assert [bucket.backend for bucket in rows] == [backend]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from table import CASES, REFERENCES, each_case
 
 RTOL = 1e-14
@@ -37,6 +38,17 @@ def test_every_reference_is_compared_with_something(case):
     """With torch's, in test_references.py, or by hand, twice: more than one step, more than the defaults."""
     by_hand = any(len(steps.gradients) > 1 for steps in case.by_hand) and any(steps.options for steps in case.by_hand)
     assert case.torchs or by_hand, "give the row a by_hand with a ByHand of more than one gradient and one with options"
+
+
+@each_case
+def test_a_row_says_which_states_are_numbers(case):
+    (p,) = params = case.parameters(shapes=((4, 3),))
+    opt = case.ours(params, **case.settings, backend="eager")
+    p.grad = case.gradient(p, torch.Generator().manual_seed(0))
+    opt.step()
+    found = {name: x.dtype for name, x in opt.state[p].items() if isinstance(x, torch.Tensor) and not x.dim()}
+    said = {name: dtype for name, dtype in case.numbers.items() if name in found or name != "step"}
+    assert found == said, f"give the row numbers={ {n: d for n, d in found.items() if n != 'step'} }"
 
 
 def test_adadelta_by_hand():

@@ -8,7 +8,7 @@ import torch
 from conftest import CPP, TRITON
 from side_by_side import assert_same, ours, peer, train, values
 from state_dicts import ADAMW, assert_bitwise, assert_same_states, through_a_file
-from table import KINDS, NUMBERS, each_kind, each_kind_and_backend
+from table import KINDS, each_kind, each_kind_and_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,7 +27,8 @@ def test_layout_of_the_state_survives(case, backend, device):
     train(case, range(2), (params, opt), (theirs, torchs))
     other.load_state_dict(through_a_file(opt.state_dict()))
     strides = [
-        {key: v.stride() for key, v in o.state_dict()["state"][0].items() if key not in NUMBERS} for o in (opt, other)
+        {key: v.stride() for key, v in o.state_dict()["state"][0].items() if key not in case.numbers}
+        for o in (opt, other)
     ]
     assert strides[0] == strides[1]
     resumed[0].data = params[0].data.clone()
@@ -57,10 +58,10 @@ def test_every_state_is_restored_in_its_own_dtype_bit_for_bit(case, p_dtype, s_d
     train(case, range(1), (params, opt))
     for i, p in enumerate(params):
         for key, value in opt.state[p].items():
-            if key not in NUMBERS:
+            if key not in case.numbers:
                 opt.state[p][key] = awkward(value.shape, s_dtype, seed=i).to(device)
     saved = copy.deepcopy(opt.state_dict())
-    assert {v.dtype for s in saved["state"].values() for key, v in s.items() if key not in NUMBERS} == {s_dtype}
+    assert {v.dtype for s in saved["state"].values() for key, v in s.items() if key not in case.numbers} == {s_dtype}
     for reload in (lambda: saved, lambda: through_a_file(saved)):
         other = ours(case, case.parameters(device, p_dtype), "eager")
         other.load_state_dict(reload())
@@ -108,7 +109,7 @@ def test_training_resumes_bit_for_bit_with_states_of_another_dtype(case, pinned,
     for optimizer, model in ((opt, params), (reference, eager)):
         for p in model:
             for key, value in optimizer.state[p].items():
-                if key not in NUMBERS:
+                if key not in case.numbers:
                     optimizer.state[p][key] = value.to(s_dtype)
     train(case, range(1, 2), (params, opt), (eager, reference))
     resumed = [torch.nn.Parameter(value) for value in values(params)]
@@ -119,7 +120,7 @@ def test_training_resumes_bit_for_bit_with_states_of_another_dtype(case, pinned,
         assert_bitwise(q, p)
     saved = opt.state_dict()
     assert_same_states(other.state_dict(), saved)
-    assert {v.dtype for s in saved["state"].values() for key, v in s.items() if key not in NUMBERS} == {s_dtype}
+    assert {v.dtype for s in saved["state"].values() for key, v in s.items() if key not in case.numbers} == {s_dtype}
     # Nor are they bit for bit the same nonsense: a few roundings, of values of order 1, from the eager backend.
     rounding = 4 * max(torch.finfo(p_dtype).eps, torch.finfo(s_dtype).eps)
     assert_same(case, opt, reference, rtol=rounding, atol=rounding)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from side_by_side import assert_equal, assert_same, give_grads, ours, peer, train, values
 from state_dicts import BY_NAME, SGD, assert_same_states, model, through_a_file
-from table import CASES, KINDS, NUMBERS, each_case_and_backend, each_kind, each_kind_and_backend, rows_and_backends
+from table import CASES, KINDS, each_case_and_backend, each_kind, each_kind_and_backend, rows_and_backends
 
 import triton_optim as to
 
@@ -276,7 +276,7 @@ def test_distributed_checkpoint_leaves_a_fresh_optimizer_fresh(case, backend, lr
         key: set(state) for key, state in expected["state"].items()
     }
     for state in opt.state_dict()["state"].values():
-        assert not any(value.any() for key, value in state.items() if key not in (*NUMBERS, "step_size", "z"))
+        assert not any(value.any() for key, value in state.items() if key not in (*case.numbers, "step_size", "z"))
     # What matters: it trains as if nobody had looked.
     other = ours(case, untouched.parameters(), backend, lr=lr)
     train(case, range(3), (list(net.parameters()), opt), (list(untouched.parameters()), other))

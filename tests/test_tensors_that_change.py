@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from side_by_side import alive, assert_equal, assert_same, give_grads, ours, peer, side_by_side, train, values
-from table import KINDS, NUMBERS, each_case_and_backend, each_kind_and_backend, rows_and_backends
+from table import KINDS, each_case_and_backend, each_kind_and_backend, rows_and_backends
 from torch.nn import Parameter
 
 COUNTING = [case for case in KINDS if case.counts_steps]
@@ -132,9 +132,9 @@ def test_state_written_by_the_user_counts(case, backend, device):
     params, opt, theirs, torchs = side_by_side(case, backend, device)
     train(case, range(2), (params, opt), (theirs, torchs))
     for optimizer, model in ((opt, params), (torchs, theirs)):
-        for name in opt.state[params[0]].keys() - NUMBERS:
+        for name in opt.state[params[0]].keys() - case.numbers.keys():
             optimizer.state[model[0]][name].mul_(3)
-        for name in opt.state[params[1]].keys() - NUMBERS:
+        for name in opt.state[params[1]].keys() - case.numbers.keys():
             optimizer.state[model[1]][name] = optimizer.state[model[1]][name] * 3
     train(case, range(2, 4), (params, opt), (theirs, torchs))
     assert_same(case, opt, torchs)
@@ -174,7 +174,7 @@ def test_parameter_object_replaced_in_its_group(case, backend, device):
         grown = Parameter(torch.cat([model[0].detach(), torch.ones(2, 3, device=device)]))
         state = optimizer.state.pop(model[0])
         for name, value in state.items():
-            if name not in NUMBERS and len(value) == 4:
+            if name not in case.numbers and len(value) == 4:
                 state[name] = torch.cat([value, value[:2]])
         optimizer.param_groups[0]["params"][0] = model[0] = grown
         optimizer.state[grown] = state

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from side_by_side import assert_same, backward, train
-from table import CASES, NUMBERS, Case, rows
+from table import CASES, Case, rows
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -162,7 +162,7 @@ def test_old_checkpoints_load(case: Case) -> None:
     for option in ("foreach", "fused", "capturable", "differentiable", "maximize"):
         saved["param_groups"][0].pop(option, None)
     for state in saved["state"].values():
-        for name in NUMBERS & state.keys():
+        for name in case.numbers.keys() & state.keys():
             state[name] = float(state[name]) if isinstance(state[name], Tensor) else state[name]
     twins = [Parameter(p.detach().clone()) for p in params]
     resumed = case.ours(twins, backend="eager")

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from user_sides import (
     LAYOUTS,
-    NUMBERS,
     Action,
     Side,
     action,
@@ -159,7 +158,7 @@ def states_tied(side: Side, draw: random.Random) -> None:
     if p is not None and q is not None:
         own, theirs = side.opt.state.get(p, {}), side.opt.state.get(q, {})
         for name in own:
-            if name in theirs and name not in NUMBERS and isinstance(own[name], Tensor):
+            if name in theirs and name not in side.counted and isinstance(own[name], Tensor):
                 side.replaced(own[name])
                 if draw.random() < 0.5:
                     own[name] = theirs[name]

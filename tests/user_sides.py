@@ -85,12 +85,18 @@ class Side:
         groups: of new parameters.
         memory: to watch; None for torch's.
         shapes: that parameters may have.
+        counted: the states that are numbers which the host counts.
     """
 
     def __init__(
-        self, make: Callable[[Any], Any], groups: Any, memory: Memory | None, shapes: tuple[tuple[int, ...], ...]
+        self,
+        make: Callable[[Any], Any],
+        groups: Any,
+        memory: Memory | None,
+        shapes: tuple[tuple[int, ...], ...],
+        counted: frozenset[str],
     ) -> None:
-        self.make, self.memory, self.shapes = make, memory, shapes
+        self.make, self.memory, self.shapes, self.counted = make, memory, shapes, counted
         self.opt = make(groups)
         self.spare: list[Parameter] = []
         self.saved: Any = None
@@ -113,7 +119,7 @@ class Side:
         """
         for p in self.params:
             for name, value in sorted(self.opt.state.get(p, {}).items()):
-                if isinstance(value, Tensor) and name not in NUMBERS and value.numel():
+                if isinstance(value, Tensor) and name not in self.counted and value.numel():
                     yield p, name, value
 
     def pick_state(self, draw: random.Random) -> tuple[Parameter, str, Tensor] | None:
@@ -157,7 +163,6 @@ class Side:
 
 # Hyperparameters that are left: torch takes those of the constructor, whatever a group says; and what divides by 0.
 STARTS = ("eps", "initial_accumulator_value")
-NUMBERS = {"step", "mu_product", "eta", "mu", "num_sum", "exp_avg_lr", "weight_sum", "lr_max", "n_averaged"}
 DENSE = ("plain", "plain", "transposed", "shifted", "padded")
 
 

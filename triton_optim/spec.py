@@ -27,7 +27,8 @@ class State(NamedTuple):
             and its group that returns either a number or a new tensor. Of one among ``kept_states`` the tensor may be
             of any shape, and it returns None for a parameter that has no such state.
         nonnegative: it is never negative, such as a second moment: its codes have no sign.
-        quantized: False for what is kept in float32 where `state_dtype` asks for codes, such as weights.
+        quantized: False for what is kept in float32 where `state_dtype` asks for codes: weights, and what differs by
+            orders of magnitude within a block, of which a code keeps little more than the largest.
     """
 
     name: str

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS
-from reference_peer import NUMBERS as NUMBERS
 from torch import Tensor
 
 from triton_optim.spec import Update

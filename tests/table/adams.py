@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import references_more as more
+import torch
 
 import triton_optim
 
@@ -64,6 +65,7 @@ ROWS = [
             ),
         ),
         minimizes={"lr": 0.1, "betas": (0.9, 0.99)},
+        numbers={"exp_avg_lr": torch.float32},
     ),
     Case(
         triton_optim.AdaBelief,

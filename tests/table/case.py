@@ -37,6 +37,8 @@ class Case:
     still: dict[str, Any] = field(default_factory=lambda: {"lr": 0.0, "weight_decay": 0.0})
     # Options of all property tests: one set, so that the compiled backend compiles each rule once for them.
     settings: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-2, "weight_decay": 0.1})
+    # The states, besides ``step``, that are numbers whatever the parameter's shape, with their dtypes.
+    numbers: dict[str, torch.dtype] = field(default_factory=dict)
     # Takes parameters of two dimensions only.
     matrices: bool = False
     # Takes complex parameters.
@@ -58,6 +60,7 @@ class Case:
     def __post_init__(self) -> None:
         kinds = {"matrices": ((4, 3), (5, 2), (0, 3), (2, 6)), "sparse": ((4, 3), (5,), (0, 2), (6, 1))}
         kind = "matrices" if self.matrices else "sparse" if self.sparse else ""
+        object.__setattr__(self, "numbers", {"step": torch.float32, **self.numbers})
         object.__setattr__(self, "shapes", self.shapes or kinds.get(kind, ((4, 3), (5,), (0,), ())))
 
     @property
@@ -71,7 +74,7 @@ class Case:
     @property
     def peer(self) -> type[torch.optim.Optimizer]:
         """What stands beside ours: torch's, or the reference in torch's words."""
-        return self.torchs or peer_of(self.reference)
+        return self.torchs or peer_of(self.reference, *self.numbers.items())
 
     @property
     def counts_steps(self) -> bool:

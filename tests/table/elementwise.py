@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import references_more as more
+import torch
 from references_runner import reference
 
 import triton_optim
@@ -138,6 +139,7 @@ ROWS = [
             ),
         ),
         minimizes={"lr": 0.02, "betas": (0.9, 0.99)},
+        numbers={"num_sum": torch.float32},
     ),
     Case(
         triton_optim.ADOPT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from references_constrained import ADAMH_BY_HAND, MUONH_BY_HAND, SCION_BY_HAND, adamh, muonh, scion
 from references_eigen import KL_SOAP_BY_HAND, SHAMPOO_BY_HAND, SOAP_BY_HAND, kl_soap, shampoo, soap
 from references_matrix import (
@@ -94,6 +95,7 @@ ROWS = [
         settings={"lr": 1e-2},
         elementwise=False,
         minimizes={},
+        numbers={"initial_norm": torch.float64},
     ),
     Case(
         triton_optim.Scion,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from references_distance import (
     DADAPT_ADAM_BY_HAND,
     DADAPT_LION_BY_HAND,
@@ -71,6 +72,7 @@ ROWS = [
         by_hand=tuple(ByHand(*steps) for steps in NOVOGRAD_BY_HAND),
         elementwise=False,
         minimizes={"lr": 0.03, "betas": (0.9, 0.99)},
+        numbers={"norm_sq": torch.float32},
     ),
     Case(
         triton_optim.MARSAdamW,
@@ -114,6 +116,7 @@ ROWS = [
         settings={"lr": 0.5, "weight_decay": 0.1, "d0": 0.01},
         elementwise=False,
         minimizes={"lr": 1.0, "betas": (0.9, 0.99)},
+        numbers={"d": torch.float64, "d_max": torch.float64, "d_numerator": torch.float64},
     ),
     Case(
         triton_optim.DAdaptAdam,
@@ -128,6 +131,7 @@ ROWS = [
         settings={"lr": 0.5, "weight_decay": 0.1, "d0": 0.01},
         elementwise=False,
         minimizes={"lr": 1.0, "betas": (0.9, 0.99)},
+        numbers={"d": torch.float64, "numerator_weighted": torch.float64},
     ),
     Case(
         triton_optim.DAdaptSGD,
@@ -141,6 +145,7 @@ ROWS = [
         settings={"lr": 0.5, "weight_decay": 0.1, "d0": 0.01},
         elementwise=False,
         minimizes={"lr": 1.0, "momentum": 0.9},
+        numbers={"d": torch.float64, "numerator_weighted": torch.float64, "g0_norm": torch.float64},
     ),
     Case(
         triton_optim.DAdaptLion,
@@ -153,5 +158,6 @@ ROWS = [
         settings={"lr": 0.5, "weight_decay": 0.1, "d0": 0.01},
         elementwise=False,
         minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
+        numbers={"d": torch.float64, "numerator_weighted": torch.float64},
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import references_more as more
+import torch
 
 import triton_optim
 
@@ -46,6 +47,7 @@ ROWS = [
             ),
         ),
         minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
+        numbers={"weight_sum": torch.float64, "lr_max": torch.float32},
     ),
     Case(
         triton_optim.ScheduleFreeSGD,
@@ -68,6 +70,7 @@ ROWS = [
             ByHand({"lr": 0.5, "warmup_steps": 2, "r": 1.0}, [4.0, 0.0], {"p": 0.0, "weight_sum": 0.5625}),
         ),
         minimizes={"lr": 0.005, "momentum": 0.9, "r": 5.0},
+        numbers={"weight_sum": torch.float64, "lr_max": torch.float32},
     ),
     Case(
         triton_optim.ScheduleFreeRAdam,
@@ -96,5 +99,6 @@ ROWS = [
         ),
         settings={"lr": 1e-2, "weight_decay": 0.1, "silent_sgd_phase": False},  # the first steps move something
         minimizes={"lr": 0.3, "betas": (0.9, 0.99)},
+        numbers={"weight_sum": torch.float64, "lr_max": torch.float32},
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import references
+import torch
 from references_matrix import adafactor, muon
 
 import triton_optim
@@ -71,6 +72,7 @@ ROWS = [
         references.asgd,
         {"default": {}, "averaged": {"lr": 0.1, "lambd": 0.1, "t0": 5, "weight_decay": 0.1, "maximize": True}},
         minimizes={"lr": 0.005, "lambd": 0.0},
+        numbers={"eta": torch.float32, "mu": torch.float32},
     ),
     Case(
         triton_optim.NAdam,
@@ -82,6 +84,7 @@ ROWS = [
         },
         on_every_backend=True,  # as one that carries a number besides
         minimizes={"lr": 0.07, "betas": (0.9, 0.99)},
+        numbers={"mu_product": torch.float32},
     ),
     Case(
         triton_optim.RAdam,
