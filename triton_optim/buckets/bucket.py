@@ -258,13 +258,14 @@ class Bucket(Memory):
     def commit(self, skips: bool = False) -> None:
         """Count the step, unless it `skips` where the stats say so."""
         skip = None
-        if skips and self.stats is not None and not all(row is not None and row.counted for row in self.rows):
-            skip = self.stats.skip
         for i, row in enumerate(self.rows):
             step_group = self.step_groups[i]
             if row is not None and row.counted:
                 step_group.count(row.scalar_state)
-            elif row is not None:
+                continue
+            if skips and self.stats is not None and skip is None:
+                skip = self.stats.skip
+            if row is not None:
                 step_group.advance(row.scalar_state, skip)
             elif self.key.variant.averaged:
                 average_what_stays(self.optimizer, self.key, step_group, skip)

@@ -84,6 +84,7 @@ class Plan:
         if self._offload is not None:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
+        self._takes_stats = all(bucket.takes_stats for bucket in self.buckets)
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
@@ -202,6 +203,7 @@ class Plan:
             }
             self.buckets = [failed.get(bucket, bucket) for bucket in self.buckets]
             self._pieces = [[failed.get(bucket, bucket) for bucket in piece] for piece in self._pieces]
+            self._takes_stats = all(bucket.takes_stats for bucket in self.buckets)
             return step(scaling)
         finally:
             if self._offload is not None:
@@ -217,8 +219,7 @@ class Plan:
         if scaling is not None:
             stats = self._stats(scaling)
             # Where code runs that does not read the stats on the device, the host reads them.
-            asked = skips and not all(bucket.takes_stats for bucket in self.buckets)
-            if asked and bool(stats.skip):
+            if skips and not self._takes_stats and bool(stats.skip):
                 for bucket in self.buckets:
                     bucket.gradients = []
                 return stats

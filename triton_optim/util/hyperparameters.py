@@ -170,7 +170,9 @@ class Hyperparameters:
 
     def _push(self, held: OnDevice) -> None:
         seen = [self.max_norm, *[own.changes for own in self.values]]
-        held.push([own.plain for own in self.values], self.max_norm, seen, self.captured)
+        if seen != held.seen:
+            held.push([own.plain for own in self.values], self.max_norm, self.captured)
+            held.seen = seen
 
 
 def kind_of(value: Any) -> Any:

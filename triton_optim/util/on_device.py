@@ -29,7 +29,7 @@ class OnDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._groups: list[dict[str, Any]] = []
-        self._seen: list[Any] = []
+        self.seen: list[Any] = []  # what tells that nothing changed where it is as before
         self.rebuilt = 0  # how often the numbers have come to lie elsewhere
         self._pushed: list[float] = []
         self._names: list[list[str]] = []  # of each group's
@@ -37,23 +37,19 @@ class OnDevice:
         self._memory = torch.empty(0, dtype=torch.float64, device=device)
         self.max_norm = self._memory  # float64 (1,)
 
-    def push(self, groups: list[dict[str, Any]], max_norm: float | None, seen: list[Any], captured: bool) -> None:
+    def push(self, groups: list[dict[str, Any]], max_norm: float | None, captured: bool) -> None:
         """Bring the device up to date, without waiting for it; a copy only where something changed.
 
         Args:
             groups: the plain ones.
             max_norm: the largest norm allowed; None for any.
-            seen: what tells that nothing changed where it is as before.
             captured: whether a captured step reads what is there.
         """
-        if seen == self._seen:
-            return
         own = list(map(numbers, groups))
         now = [x for group in own for _, x in group]
         now.append(float("inf") if max_norm is None else float(max_norm))
         self._groups = groups
         if now == self._pushed:
-            self._seen = seen
             return
         if capturing(self.device):
             raise RuntimeError(
@@ -74,7 +70,7 @@ class OnDevice:
         if self.device.type != "cpu":
             staged = staged.pin_memory()  # of its own, so that none in flight is overwritten
         self._memory.copy_(staged, non_blocking=True)
-        self._pushed, self._seen = now, seen
+        self._pushed = now
         self._names = names
         self._first = [0, *accumulate(map(len, own))]
 

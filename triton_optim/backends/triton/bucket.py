@@ -132,9 +132,8 @@ class TritonBucket(Bucket):
         return [*before, *measures, own]
 
     def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
-        limit = limit_on(device, scaling.max_norm)
-        if self.key.capturable:
-            limit = self.optimizer.hyperparameters.on_device(device).max_norm
+        on_device = self._hyperparameters.on_device(device) if self.key.capturable else None
+        limit = limit_on(device, scaling.max_norm) if on_device is None else on_device.max_norm
         return TritonGradientStats(partials, scaling, limit)
 
     def _take_addresses(self, addresses: array[int], aligned: bool) -> bool:

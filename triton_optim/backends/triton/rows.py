@@ -199,7 +199,7 @@ class TritonRows:
         self._seen: list[Any] = []
         self._rows: list[StepScalars | None] = []
         self._tables: tuple[Tensor, ...] = ()
-        self._launchers: dict[Any, Launcher] = {}
+        self._launchers: dict[Any, tuple[Launcher, tuple[Any, ...]]] = {}
 
     def rows(self, step_groups: list[StepGroup], active: list[bool], held: OnDevice) -> list[StepScalars | None] | None:
         """Make ready to form the rows of the active step groups; None where they cannot be formed so.
@@ -210,12 +210,13 @@ class TritonRows:
         if not any(active):
             return [None] * len(step_groups)
         optimizer, groups = self._optimizer, self._optimizer.param_groups
-        # The same objects as in the last step, of which nothing but the values of numbers has changed.
+        # The same objects as in the last step, of which nothing but the values of numbers has changed. Of a group where
+        # that can't be told `rebuilt` is another in every step.
         values = [optimizer.hyperparameters.values[c.group] for c in step_groups]
         kept = [t.data_ptr() for c in step_groups for t in c.columns.values()]
         formulas = (optimizer.scalars, optimizer.update_scalar_state)
         seen = [held.rebuilt, active, kept, [v.rebuilt for v in values], [c.unshared for c in step_groups], formulas]
-        if self._are_known and step_groups is self._step_groups and seen == self._seen and all(v.fixed for v in values):
+        if self._are_known and step_groups is self._step_groups and seen == self._seen:
             return self._rows
         self._step_groups, self._seen = [], []
         numbers = [
@@ -302,6 +303,8 @@ class TritonRows:
             table = code if stats is None else stats.table()
             which, given = ("none" if stats is None else "read", None), (table, code, 0, code, code, code)
         if which not in self._launchers:
-            self._launchers[which] = launcher_for(self._key, *self._shape, *which)
-        self._launchers[which](len(self._rows), code, memory, rows, keys, *given)
+            launch = launcher_for(self._key, *self._shape, *which)
+            self._launchers[which] = launch, launch.fixed(code, memory, rows, keys)
+        launch, tables = self._launchers[which]
+        launch(len(self._rows), *tables, *given)
         return rows, keys
