@@ -1,6 +1,7 @@
 """max_grad_norm: the norm that a step reports, and what is clipped by it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,3 +111,19 @@ def test_a_norm_that_is_none_is_refused_when_it_is_set(device):
     with pytest.raises(ValueError, match="Invalid max_grad_norm: -1"):
         opt.max_grad_norm = -1
     assert opt.max_grad_norm is None
+
+
+def test_what_becomes_of_gradients_is_formed_where_a_bucket_reads_it():
+    """A kernel reads it on its device; there, whatever the first bucket's."""
+    (p,) = params = [Parameter(torch.ones(2))]
+    opt = triton_optim.SGD(params, max_grad_norm=1.0, backend="eager")
+    p.grad = torch.ones(2)
+    opt.step()
+    plan = opt.engine.plan
+    buckets = [
+        SimpleNamespace(takes_stats=n > 0, key=SimpleNamespace(device=torch.device("cuda", n))) for n in range(3)
+    ]
+    plan.buckets = buckets
+    plan._note_who_takes_stats()
+    assert (plan._takes_stats, plan._stats_device) == (buckets[1], torch.device("cuda", 1))
+    assert not plan._all_take_stats

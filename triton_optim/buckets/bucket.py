@@ -109,9 +109,9 @@ class Bucket(Memory):
         """
         return None
 
-    def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
-        """See gradient_norm.gradient_stats_from. Called only if :attr:`takes_stats`."""
-        return gradient_stats_from(partials, scaling, device)
+    def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling) -> GradientStats:
+        """See gradient_norm.gradient_stats_from; on the bucket's device. Called only if :attr:`takes_stats`."""
+        return gradient_stats_from(partials, scaling, self.key.device)
 
     def measure(self) -> Tensor:
         """The sums of the variant's measure over each parameter, after the rows were formed: ``(slots, sums)`` in the

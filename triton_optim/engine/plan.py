@@ -84,7 +84,7 @@ class Plan:
         if self._offload is not None:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
-        self._takes_stats = all(bucket.takes_stats for bucket in self.buckets)
+        self._note_who_takes_stats()
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
         pieces = sorted({bucket.key.piece for bucket in self.buckets})
@@ -203,7 +203,7 @@ class Plan:
             }
             self.buckets = [failed.get(bucket, bucket) for bucket in self.buckets]
             self._pieces = [[failed.get(bucket, bucket) for bucket in piece] for piece in self._pieces]
-            self._takes_stats = all(bucket.takes_stats for bucket in self.buckets)
+            self._note_who_takes_stats()
             return step(scaling)
         finally:
             if self._offload is not None:
@@ -219,7 +219,7 @@ class Plan:
         if scaling is not None:
             stats = self._stats(scaling)
             # Where code runs that does not read the stats on the device, the host reads them.
-            if skips and not self._takes_stats and bool(stats.skip):
+            if skips and not self._all_take_stats and bool(stats.skip):
                 for bucket in self.buckets:
                     bucket.gradients = []
                 return stats
@@ -251,10 +251,16 @@ class Plan:
             bucket.commit(skips)
         return stats
 
+    def _note_who_takes_stats(self) -> None:
+        taking = [bucket for bucket in self.buckets if bucket.takes_stats]
+        self._all_take_stats = len(taking) == len(self.buckets)
+        self._takes_stats = next(iter(taking), None)
+        first = next(iter([*taking, *self.buckets]), None)
+        self._stats_device = torch.device("cpu") if first is None else first.key.device
+
     def _stats(self, scaling: Scaling) -> GradientStats:
-        """The stats of all gradients of the step."""
-        device = self.buckets[0].key.device if self.buckets else torch.device("cpu")
-        partials = None
+        """The stats of all gradients of the step, where the first bucket is that reads them on its device."""
+        device, partials = self._stats_device, None
         if scaling.needs_norm and self.sharded:
             pairs = [
                 (m.index, m.p, g)
@@ -270,12 +276,11 @@ class Plan:
             for bucket in self.buckets:
                 if bucket.complete or any(bucket.present()):
                     found += norms_of(bucket) if bucket.key.home is None else norms_at_home(self._given(bucket))
-            partials = on_one_device(found, device)
+            partials = found[0] if len(found) == len(self.buckets) == 1 else on_one_device(found, device)
         partials = None if partials is None else ordinary(partials)
-        for bucket in self.buckets:
-            if bucket.takes_stats:
-                return bucket.gradient_stats_from(partials, scaling, device)
-        return gradient_stats_from(partials, scaling, device)
+        if self._takes_stats is None:
+            return gradient_stats_from(partials, scaling, device)
+        return self._takes_stats.gradient_stats_from(partials, scaling)
 
     def _given(self, bucket: Bucket) -> list[Tensor | None]:
         """A bucket's gradients where the parameters are."""

@@ -28,7 +28,7 @@ from .norm import NormPass, norm_launcher
 from .rows import SLOTS, TritonRows
 from .rows import launcher_for as launcher_of_rows
 from .staging import Staging
-from .stats import TritonGradientStats, kind_of, stats_launcher
+from .stats import TritonGradientStats, kind_of, rows_on, stats_launcher
 from .tables import TRITON_DTYPES, chunk_table, kept_as
 
 
@@ -88,6 +88,9 @@ class TritonBucket(Bucket):
         self._launchers: dict[Any, Launcher] = {}
         self._row_table: Staging | None = None
         self._norm_pass: NormPass | None = None
+        self._stats_rows = rows_on(key.device)
+        self._limited_to: float | None = None  # what is on the device
+        self._limit = limit_on(key.device, None)
         self._measure_pass: MeasurePass | None = None
         self._own_table: Tensor | None = None  # of a step that was measured: a row for each parameter
         self._groups_here: Tensor | None = None
@@ -131,10 +134,14 @@ class TritonBucket(Bucket):
         measures = [] if key.variant.measure is None else measure_launchers(key, scalars)
         return [*before, *measures, own]
 
-    def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling, device: torch.device) -> GradientStats:
-        on_device = self._hyperparameters.on_device(device) if self.key.capturable else None
-        limit = limit_on(device, scaling.max_norm) if on_device is None else on_device.max_norm
-        return TritonGradientStats(partials, scaling, limit)
+    def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling) -> GradientStats:
+        if self.key.capturable:
+            limit = self._hyperparameters.on_device(self.key.device).max_norm
+        else:
+            if scaling.max_norm != self._limited_to:
+                self._limited_to, self._limit = scaling.max_norm, limit_on(self.key.device, scaling.max_norm)
+            limit = self._limit
+        return TritonGradientStats(partials, scaling, limit, self._stats_rows)
 
     def _take_addresses(self, addresses: array[int], aligned: bool) -> bool:
         if addresses != self.pointers:

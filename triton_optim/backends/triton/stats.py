@@ -28,11 +28,12 @@ class TritonGradientStats(GradientStats):
         partials: of all gradients, ``(n, 2)``; None where they were not read.
         scaling: what the step is to do with them.
         max_norm: the largest norm allowed, infinite for any, float64 ``(1,)`` on the device.
+        rows: of the device.
     """
 
-    def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor) -> None:
-        self._device = device = max_norm.device
-        self._block, self._row, out = rows_on(device).take()
+    def __init__(self, partials: Tensor | None, scaling: Scaling, max_norm: Tensor, rows: StatsRows) -> None:
+        self._device = device = rows.device
+        self._block, self._row, out = rows.take()
         # In the order of the kernels' arguments; what is not read is any table.
         sums, count = (out, 0) if partials is None else (partials, partials.shape[0])
         scale = out if scaling.grad_scale is None else placed(scaling.grad_scale, device)
@@ -64,7 +65,7 @@ class StatsRows:
     """Rows of four numbers on a device, each handed out once: to allocate one takes as long as a launch."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._interpreted = this_machine().interpreter
         self._left: Iterator[tuple[Tensor, int, Any]] = iter(())
 
@@ -72,7 +73,7 @@ class StatsRows:
         """A row that nobody else has: the tensor that it is a row of, its number, and what a kernel is given. A
         captured graph has its own memory.
         """
-        if capturing(self._device):
+        if capturing(self.device):
             return next(self._rows(1))
         row = next(self._left, None)
         if row is None:
@@ -82,7 +83,7 @@ class StatsRows:
 
     def _rows(self, count: int) -> Iterator[tuple[Tensor, int, Any]]:
         with torch.inference_mode(False):
-            block = torch.empty(count, 4, dtype=torch.float64, device=self._device)
+            block = torch.empty(count, 4, dtype=torch.float64, device=self.device)
         first, size = block.data_ptr(), block.stride(0) * block.itemsize
         for i in range(count):
             yield block, i, block[i] if self._interpreted else first + i * size
