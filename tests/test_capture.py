@@ -243,6 +243,19 @@ def test_capturing_without_a_gradient_raises(device: torch.device, monkeypatch: 
         optimizer.step()
 
 
+@pytest.mark.parametrize("captured", [0, 1])
+def test_capturing_parameters_elsewhere_raises(captured: int, monkeypatch: Any) -> None:
+    """Whichever comes first."""
+    devices = ["cpu", "meta"]
+    params = [Parameter(torch.ones(2, device=where)) for where in devices]
+    optimizer = triton_optim.AdamW(params, capturable=True, backend="eager")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr("triton_optim.engine.engine.capturing", lambda device: device.type == devices[captured])
+    with pytest.raises(RuntimeError, match=f"parameter {1 - captured} is on {devices[1 - captured]}"):
+        optimizer.step()
+
+
 def test_capturing_numbers_of_the_host_raises(device: torch.device, monkeypatch: Any) -> None:
     params = start(device, torch.float32)
     optimizer = triton_optim.AdamW(params)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..spec import Update, offloads
 from .plan import Plan
 
 
-def check_capture(optimizer: Update, params: list[Tensor], gradients: list[Tensor | None]) -> None:
-    """Raise RuntimeError where a step that is being captured would not be right when it is replayed."""
+def check_capture(
+    optimizer: Update, params: list[Tensor], gradients: list[Tensor | None], devices: list[torch.device]
+) -> None:
+    """Raise RuntimeError where a step that is captured on these devices would not be right when it is replayed."""
     name = type(optimizer).__name__
     if any(map(offloads, optimizer.param_groups)):
         raise RuntimeError(
@@ -24,6 +27,11 @@ def check_capture(optimizer: Update, params: list[Tensor], gradients: list[Tenso
             raise RuntimeError(
                 f"{name}: parameter {i} requires a gradient and has none while a graph is captured; replays would "
                 "never update it. Capture backward with the step, or give it a gradient before."
+            )
+        if g is not None and p.device not in devices:
+            raise RuntimeError(
+                f"{name}: parameter {i} is on {p.device}, of which the graph that is captured records nothing; replays "
+                "would never update it. Give it to an optimizer of its own, and step that outside the graph."
             )
 
 

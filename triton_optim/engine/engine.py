@@ -125,7 +125,7 @@ class Engine:
         else:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
-        if same and given is None and plan is not None and not self._is_capturing() and plan.bind_gathered():
+        if same and given is None and plan is not None and not self._captured_on() and plan.bind_gathered():
             recording = records()
             record(False)  # the context manager takes as long as the launch
             try:
@@ -135,8 +135,8 @@ class Engine:
             return
         self.take_params()
         gradients = [p.grad for p in self.params] if given is None else given
-        if self._is_capturing():
-            check_capture(self._optimizer, self.params, gradients)
+        if captured_on := self._captured_on():
+            check_capture(self._optimizer, self.params, gradients, captured_on)
         recording = any(group.get("differentiable") for group in optimizer.param_groups)
         with nullcontext() if recording and torch.is_grad_enabled() else torch.no_grad():
             for own in turns_of(self.params, gradients) if self.repeats else [gradients]:
@@ -218,8 +218,11 @@ class Engine:
                 "belong to. Leave it first."
             )
 
-    def _is_capturing(self) -> bool:
-        return bool(self.params) and capturing(self.params[0].device)
+    def _captured_on(self) -> list[torch.device]:
+        """The devices of the parameters whose work is being recorded into a graph now."""
+        plan = self.plan
+        devices = dict.fromkeys(p.device for p in self.params) if plan is None else plan.devices
+        return [device for device in devices if capturing(device)]
 
     def _update(self, gradients: list[Tensor | None]) -> None:
         if self.repeats:

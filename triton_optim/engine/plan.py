@@ -84,6 +84,7 @@ class Plan:
         if self._offload is not None:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
+        self.devices = dict.fromkeys(bucket.key.home or bucket.key.device for bucket in self.buckets)
         self._note_who_takes_stats()
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
