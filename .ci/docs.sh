@@ -11,6 +11,15 @@ if [ -n "${TORCH_FROM:-}" ]; then
 fi
 "$place/venv/bin/pip" install -e ".[docs]"
 "$place/venv/bin/mkdocs" build --strict -f docs/site/mkdocs.yml
+# A member that a page of the reference lists is left out without a word where it is not found.
+grep -rhoP '^::: \K\S+|members: \[\K[^]]+' docs/reference | while IFS= read -r line; do
+    case $line in
+        triton_optim*) object=$line ;;
+        *) for member in ${line//,/ }; do
+            grep -rqF "id=\"$object.$member\"" build/docs/reference || { echo "no page has $object.$member" >&2; exit 1; }
+        done ;;
+    esac
+done
 # Nothing that a reader's browser would fetch from elsewhere.
 if grep -rnoE '<(script|link|img|iframe)[^>]+(src|href)="https?://[^"]+' build/docs --include='*.html' | grep -v canonical; then
     echo "the pages ask other machines for these" >&2

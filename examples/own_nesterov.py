@@ -1,4 +1,4 @@
-"""An optimizer of your own in ten lines: SGD with Nesterov's momentum, beside torch's.
+"""An optimizer of your own, of a few lines: SGD with Nesterov's momentum, beside torch's.
 
     python examples/own_nesterov.py
 

@@ -129,10 +129,26 @@ class AdamW(Adam):
     r"""AdamW, with torch.optim.AdamW's arguments, defaults and state: :class:`Adam` with decoupled weight decay.
 
     .. math::
-        p_t = (1 - \gamma\lambda) p_{t-1}
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= (1 - \gamma\lambda) p_{t-1}
             - \frac{\gamma}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
-    Args, state and errors as for :class:`Adam`; ``weight_decay`` is 0.01 unless given.
+    with :math:`\max_{s \le t} v_s` for :math:`v_t` if ``amsgrad``.
+
+    State of a parameter: ``step`` (0-dim float32), ``exp_avg`` :math:`m`, ``exp_avg_sq`` :math:`v`, and with
+    ``amsgrad`` ``max_exp_avg_sq``; each like the parameter.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: :math:`\gamma \ge 0`; a number or a 1-element tensor.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1); both numbers or both 1-element tensors.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`; a number or a 1-element tensor.
+        amsgrad: divide by the largest second moment so far.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a tensor where ``foreach`` is True and ``capturable`` False.
 
     Example:
         >>> import torch, triton_optim

@@ -45,8 +45,7 @@ class AdamC(RuleOptimizer):
         >>> import torch, triton_optim
         >>> p = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = triton_optim.AdamC([p], lr=0.5, backend="eager")
-        >>> torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-        <torch.optim.lr_scheduler.LambdaLR object at ...>
+        >>> schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
         >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["max_lr"]
         (0.25, 0.5)
 

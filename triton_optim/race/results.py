@@ -276,7 +276,8 @@ def draw(results: Results) -> Figure:
                 results.target, color="0.5", linewidth=0.8, linestyle=":", label=f"target {results.target:.4g}"
             )
     draw_learning_rates(by_lr, results, colours)
-    by_step.set(xlabel="optimizer steps", title=f"loss; bands: lowest to highest of {results.seeds} seeds")
+    bands = f"; bands: lowest to highest of {results.seeds} seeds" if results.seeds > 1 else ""
+    by_step.set(xlabel="optimizer steps", title=f"loss{bands}")
     by_time.set(xlabel="seconds of training", title="loss over time, without validation")
     by_lr.set(yscale="log", xlabel="learning rate", ylabel="best validation loss", title="sensitivity")
     rates.set(yscale="log", xlabel="optimizer steps", ylabel="learning rate", title="learning rates of the best")

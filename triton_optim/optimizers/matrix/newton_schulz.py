@@ -72,7 +72,7 @@ def newton_schulz(
         >>> import torch
         >>> from triton_optim.optimizers.matrix.newton_schulz import newton_schulz
         >>> m, = newton_schulz([torch.diag(torch.tensor([4.0, 1.0]))], (1.5, -0.5, 0.0), 20, 1e-7, [1.0])
-        >>> m.round(decimals=4)
+        >>> m.float().round(decimals=4)
         tensor([[1., 0.],
                 [0., 1.]])
 
