@@ -26,7 +26,8 @@ TABLE = ROOT / "triton_optim" / "optimizers" / "README.md"
 START, END = "<!-- optimizers: written by tests/derived.py -->", "<!-- end of optimizers -->"
 INTRODUCTION = """\
 The optimizers and, last, the wrappers, as `triton-optim list` has them; `triton-optim list adamw` says more of one, and
-`--kind eval` chooses. Written by `python tests/derived.py`, from the classes and their docstrings."""
+`--kind eval` chooses. `state` is in bytes a parameter, and `step` is what a step moves beside AdamW's: below the table
+both are said exactly. Written by `python tests/derived.py`, from the classes and their docstrings."""
 BASES = (RuleOptimizer, ClosureOptimizer)
 
 

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 import triton_optim
+import triton_optim.integrations
+import triton_optim.race
 
 ROOT = Path(__file__).parents[1]
 README, GUIDES = ROOT / "README.md", ROOT / "docs" / "guides"
@@ -163,13 +165,27 @@ def test_the_examples_in_docstrings(name: str) -> None:
     if ".backends.triton" in name or name.endswith(("multi_tensor", "kernels.symmetric_product")):
         pytest.importorskip("triton", reason="this module is Triton's")
     if name.startswith("triton_optim.integrations."):
-        trainer = {"lightning": "lightning", "transformers": "accelerate"}.get(name.split(".")[-1], name.split(".")[-1])
+        trainer = name.split(".")[-1].replace("transformers", "accelerate")
         pytest.importorskip(trainer, reason="this module is for those who have the trainer")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
+def reference() -> str:
+    return "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+
+
 @pytest.mark.parametrize("name", triton_optim.__all__)
 def test_every_public_name_is_in_readme_or_the_reference(name: str) -> None:
-    reference = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     listed = f"`{name}`" in README.read_text() or f"`{name}`" in (GUIDES / "wrappers.md").read_text()
-    assert listed or re.search(rf"^::: triton_optim\.{name}\b", reference, re.M)
+    assert listed or re.search(rf"^::: triton_optim\.{name}\b", reference(), re.M)
+
+
+@pytest.mark.parametrize("name", triton_optim.race.__all__)
+def test_every_name_of_the_race_is_in_the_reference(name: str) -> None:
+    module = getattr(triton_optim.race, name).__module__
+    assert re.search(rf"^::: {re.escape(module)}\.{name}\b", reference(), re.M)
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(triton_optim.integrations.__path__)])
+def test_every_trainer_is_in_the_reference(name: str) -> None:
+    assert f"::: triton_optim.integrations.{name}." in reference()
