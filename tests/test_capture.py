@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HAS_GPU, TRITON, TRITON_LOOPS
+from conftest import HAS_GPU, needs_loops
 from launches import replace_launches
 from table import CASES, Case, rows
 from torch import Tensor
@@ -119,7 +119,7 @@ def test_every_rule_is_replayed_bit_for_bit(case: Case, device: torch.device, mo
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_loops)])
 @pytest.mark.parametrize("kind", [np.float64, np.float32])
 def test_numbers_of_every_kind_reach_the_replays(
     kind: Any, backend: str, device: torch.device, monkeypatch: Any
@@ -177,7 +177,7 @@ WHOLE = {"max_grad_norm": 1.0, "amp": "fused", "ema_decay": 0.9, "ema_warmup": T
 STOCHASTIC = {"param_precision": "stochastic", "state_dtype": BF16, "ema_dtype": BF16}
 
 
-@pytest.mark.skipif(not TRITON_LOOPS, reason="no Triton, or an interpreter of it that NumPy broke")
+@needs_loops
 @pytest.mark.parametrize(
     ("dtype", "options"), [(torch.float32, WHOLE), (BF16, WHOLE | STOCHASTIC)], ids=["float32", "stochastic"]
 )
