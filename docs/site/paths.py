@@ -16,8 +16,7 @@ from triton_optim import RuleOptimizer
 from triton_optim.registry import optimizers
 
 STEPS = 80
-RATES = (0.003, 0.03, 0.1, 0.3)  # of which the best is shown; it falls to 0 in these steps
-OF_UNIT = (0.1, 0.3, 1.0, 3.0)  # where the usual one is 1
+RATES = (0.003, 0.03, 0.1, 0.3, 1.0, 3.0)  # of which the best is shown; it falls to 0 in these steps
 WIDTH, HEIGHT = 340, 230
 LEVELS = [10 ** (k / 2) for k in range(-3, 7)]
 Points = list[tuple[float, float]]
@@ -128,8 +127,7 @@ def least(points: Points, function: Function) -> float:
 def best(name: str, function: Function) -> tuple[Points, float | None]:
     """The way that ends lowest, and its learning rate; None is that of the class."""
     cls = optimizers()[name.lower()]
-    usual = inspect.signature(cls).parameters["lr"].default
-    rates = (None,) if not issubclass(cls, RuleOptimizer) else OF_UNIT if usual == 1 else RATES
+    rates = RATES if issubclass(cls, RuleOptimizer) else (None,)
     ways = [(walked(cls, function, lr), lr) for lr in rates]
     return min(ways, key=lambda way: least(way[0], function))
 
