@@ -233,10 +233,17 @@ def test_cuda_graph(dtype: torch.dtype, options: dict[str, Any], device: torch.d
         assert torch.equal(a, b)
 
 
-def test_capturing_without_a_gradient_raises(device: torch.device, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("stepped", [True, False])
+def test_capturing_without_a_gradient_raises(stepped: bool, device: torch.device, monkeypatch: Any) -> None:
+    """Also after a step in which no parameter had one."""
     params = start(device, torch.float32)
     optimizer = triton_optim.AdamW(params, capturable=True)
+    if not stepped:
+        params[0].grad = None
+    for p in params[1:]:
+        p.grad = p.grad if stepped else None
     optimizer.step()
+    params[0].grad = torch.ones_like(params[0])
     params[1].grad = None
     monkeypatch.setattr("triton_optim.engine.engine.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="parameter 1 requires a gradient and has none while a graph is captured"):

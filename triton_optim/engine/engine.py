@@ -24,7 +24,8 @@ from .plan import Plan, PlanOfOne, warm_up
 from .probe import Probe
 from .processes import Agreement, check_norm_is_whole
 
-records, record = torch.is_grad_enabled, torch._C._set_grad_enabled
+# Each module on the way to a function takes as long as the function.
+grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 Swap = Literal["averaged_parameters()", "eval()"]
 
 
@@ -126,12 +127,12 @@ class Engine:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
         if same and given is None and plan is not None and not self._captured_on() and plan.bind_gathered():
-            recording = records()
-            record(False)  # the context manager takes as long as the launch
+            recording = grad_enabled()
+            set_grad_enabled(False)  # the context manager takes as long as the launch
             try:
                 self._run(plan)
             finally:
-                record(recording)
+                set_grad_enabled(recording)
             return
         self.take_params()
         gradients = [p.grad for p in self.params] if given is None else given
@@ -257,7 +258,7 @@ class Engine:
 
     def _run(self, plan: Plan) -> None:
         optimizer = self._optimizer
-        scaling = None if self.max_grad_norm is None and optimizer.amp is None else scaling_of(optimizer)
+        scaling = scaling_of(optimizer)
         limited = scaling is not None and scaling.max_norm is not None
         if limited and not self.limited:
             check_norm_is_whole(optimizer, self.params)

@@ -64,7 +64,9 @@ class Plan:
         self.optimizer, self._failed, self.params = optimizer, failed, params
         self._hyperparameters = optimizer.hyperparameters
         # A plan of one is made for each parameter: it must not go through all of them.
-        self.sharded = any(map(is_sharded, params if only is None else [params[only]]))
+        own = params if only is None else [params[only]]
+        self.sharded = any(map(is_sharded, own))
+        self.devices = dict.fromkeys(p.device for p in own)
         self.placements = list(map(placements_of, params)) if self.sharded and only is None else []
         self.options = options_of(optimizer)
         self._seen: tuple[Any, ...] | None = None  # what the options were made of when they last matched
@@ -84,7 +86,6 @@ class Plan:
         if self._offload is not None:
             self._offload.write_back(ready)
         self.buckets: list[Bucket] = [bucket_class(key)(optimizer, key, own) for key, own in ready.items()]
-        self.devices = dict.fromkeys(bucket.key.home or bucket.key.device for bucket in self.buckets)
         self._note_who_takes_stats()
         self._has_prologue = any(bucket.key.variant.prologue for bucket in self.buckets)
         self._measures = any(bucket.key.variant.measures for bucket in self.buckets)
@@ -277,7 +278,7 @@ class Plan:
             for bucket in self.buckets:
                 if bucket.complete or any(bucket.present()):
                     found += norms_of(bucket) if bucket.key.home is None else norms_at_home(self._given(bucket))
-            partials = found[0] if len(found) == len(self.buckets) == 1 else on_one_device(found, device)
+            partials = on_one_device(found, device)
         partials = None if partials is None else ordinary(partials)
         if self._takes_stats is None:
             return gradient_stats_from(partials, scaling, device)

@@ -89,8 +89,6 @@ class TritonBucket(Bucket):
         self._row_table: Staging | None = None
         self._norm_pass: NormPass | None = None
         self._stats_rows = rows_on(key.device)
-        self._limited_to: float | None = None  # what is on the device
-        self._limit = limit_on(key.device, None)
         self._measure_pass: MeasurePass | None = None
         self._own_table: Tensor | None = None  # of a step that was measured: a row for each parameter
         self._groups_here: Tensor | None = None
@@ -135,12 +133,8 @@ class TritonBucket(Bucket):
         return [*before, *measures, own]
 
     def gradient_stats_from(self, partials: Tensor | None, scaling: Scaling) -> GradientStats:
-        if self.key.capturable:
-            limit = self._hyperparameters.on_device(self.key.device).max_norm
-        else:
-            if scaling.max_norm != self._limited_to:
-                self._limited_to, self._limit = scaling.max_norm, limit_on(self.key.device, scaling.max_norm)
-            limit = self._limit
+        on_device = self._hyperparameters.on_device(self.key.device) if self.key.capturable else None
+        limit = limit_on(self.key.device, scaling.max_norm) if on_device is None else on_device.max_norm
         return TritonGradientStats(partials, scaling, limit, self._stats_rows)
 
     def _take_addresses(self, addresses: array[int], aligned: bool) -> bool:
