@@ -110,7 +110,7 @@ class Job(NamedTuple):
 
 
 def contents(made: dict[str, tuple[Sharded, Any]], mesh: DeviceMesh | None) -> dict[str, dict[str, Tensor]]:
-    """Every value that training goes on from, whole, by job."""
+    """Every value that training goes on from, whole, by job; the first rank has them, the others nothing."""
     own: dict[str, dict[str, Tensor]] = {}
     for job, (model, optimizer) in made.items():
         own[job] = {name: p.detach() for name, p in model.named_parameters()}
@@ -118,25 +118,35 @@ def contents(made: dict[str, tuple[Sharded, Any]], mesh: DeviceMesh | None) -> d
             own[job] |= {f"{name} of {i}": value for name, value in state.items() if isinstance(value, Tensor)}
     if mesh is None:
         return {job: {name: value.clone() for name, value in values.items()} for job, values in own.items()}
-    here = {job: {name: getattr(t, "_local_tensor", t) for name, t in values.items()} for job, values in own.items()}
+    here = {
+        job: {name: packed(getattr(t, "_local_tensor", t)) for name, t in values.items()} for job, values in own.items()
+    }
     ranks: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(ranks, here, group=mesh.get_group())
+    dist.gather_object(here, ranks if mesh.get_local_rank() == 0 else None, group=mesh.get_group(), group_dst=0)
+    if mesh.get_local_rank():
+        return {}
     return {
         job: {
-            name: joined([rank[job][name] for rank in ranks]) if hasattr(t, "full_tensor") else ranks[0][job][name]
+            name: joined([rank[job][name] for rank in (ranks if hasattr(t, "full_tensor") else ranks[:1])])
             for name, t in values.items()
         }
         for job, values in own.items()
     }
 
 
-def joined(shards: list[Tensor]) -> Tensor:
-    assert len({shard.dtype for shard in shards}) == 1, "the ranks keep it in different dtypes"
-    return torch.cat(shards)
+def packed(t: Tensor) -> tuple[torch.dtype, torch.Size, Any]:
+    """Its bytes as NumPy's, which are pickled many times as fast."""
+    return t.dtype, t.shape, t.reshape(-1).view(torch.uint8).numpy()
+
+
+def joined(shards: list[tuple[torch.dtype, torch.Size, Any]]) -> Tensor:
+    assert len({dtype for dtype, *_ in shards}) == 1, "the ranks keep it in different dtypes"
+    own = [torch.from_numpy(data).view(dtype).reshape(shape) for dtype, shape, data in shards]
+    return torch.cat(own) if own[1:] else own[0]
 
 
 class Trained(NamedTuple):
-    """What there was at a checkpoint, and what training came to that went on from it; by job."""
+    """What there was at a checkpoint, and what training came to that went on from it; by job, at the first rank."""
 
     values: dict[str, dict[str, Tensor]]
     later: dict[str, dict[str, Tensor]]
@@ -244,7 +254,7 @@ def outcomes(
         dist.barrier()
         for k in own:
             after = loaded(jobs, meshes[k], checkpoint, how) if meshes[k].get_coordinate() else None
-            for name, job in jobs.items() if before and after else ():
+            for name, job in jobs.items() if before and after and before.values else ():
                 far = [apart(x[name], y[name]) for x, y in zip(before, after, strict=True)]
                 allowed = 0.0 if n == k else ROUNDING.get(job.kept.states, 0.0)
                 found[name, n, k] = Outcome(*far, allowed, n == k)
@@ -256,14 +266,14 @@ def changed(
     jobs: dict[str, tuple[Job, Job]], mesh: DeviceMesh | None, folder: Path, how: str, partial: bool
 ) -> dict[str, Outcome]:
     """What comes of checkpoints that are loaded with other options than they were saved with: of what both have, and
-    later of the parameters.
+    later of the parameters. The first rank has it.
     """
     before = saved({name: job for name, (job, _) in jobs.items()}, mesh, folder, how)
     dist.barrier()
     after = loaded({name: job for name, (_, job) in jobs.items()}, mesh, folder, how, partial)
     dist.barrier()
     found = {}
-    for name, (_, job) in jobs.items():
+    for name, (_, job) in jobs.items() if before.values else ():
         both = before.values[name].keys() & after.values[name].keys()
         params = [part for part in both if " of " not in part]
         values = apart(*({part: x.values[name][part] for part in both} for x in (before, after)))
