@@ -38,9 +38,21 @@ static inline double sum_of(const T *x, int64_t n) {
 }
 
 // What is called for the elements of a block; of a measure `sums` is (chunks, sums), which it adds to.
-#define UPDATE_PARAMETERS                                                                                    \
-    char *const *parts, const double *row, const int32_t *key, int32_t low, int32_t high, int64_t n, int64_t chunk, \
-        double *sums
+#define UPDATE_PARAMETERS                                                                                       \
+    char *const *parts, const double *row, const int32_t *key, int32_t low, int32_t high, int64_t n, bool asks, \
+        int64_t chunk, double *sums
+
+// Elements from those at work to those asked of memory, where a chunk is LONG and portions are MANY: the processor itself
+// looks ahead by less, and stops at a page. What is smaller may well be in a cache.
+static constexpr int64_t AHEAD = 512, LONG = 4096, MANY = 32;
+
+// Ask for so many bytes, to read them, or to write them, too.
+template <int BYTES> static inline void ask(const void *part) {
+    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch((const char *)part + i, 0);
+}
+template <int BYTES> static inline void ask(void *part) {
+    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch((const char *)part + i, 1);
+}
 
 // What a step is given, in 64 bits each: see backends/cpp/bucket.py.
 struct Step {
@@ -80,6 +92,7 @@ static void run(Update update, const Step *step) {
             const double *row = rows + entry[1] * WIDTH;
             const int32_t *key = keys + 4 * tensor;
             const int64_t index = (int64_t)key[1] << 32 | (uint32_t)key[0];
+            const bool asks = works >= MANY && chunk[2] - chunk[1] >= LONG;
             char *parts[PARTS];
             for (int i = 0; i < PARTS; ++i) {
                 const int64_t address = i == GRADIENT ? gradients[tensor] : entry[2 + i - (i > GRADIENT)];
@@ -100,7 +113,7 @@ static void run(Update update, const Step *step) {
                         memcpy(own[i] = memory[i], parts[i], n * ABOUT[i].bytes);
                     }
                 }
-                update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n, c, sums);
+                update(own, row, key, (int32_t)here, (int32_t)(here >> 32), n, asks, c, sums);
                 for (int i = 0; i < PARTS; ++i) {
                     if (own[i] != parts[i] && i != GRADIENT) memcpy(parts[i], own[i], n * ABOUT[i].bytes);
                     parts[i] += n / ABOUT[i].each * ABOUT[i].bytes;

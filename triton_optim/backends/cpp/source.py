@@ -29,6 +29,10 @@ def storage(dtypes: Container[torch.dtype]) -> str:
     return header("storage.h") + (header("float16.h") if torch.float16 in dtypes else "")
 
 
+# Elements of a loop of known length, before which as many are asked for.
+STRIP = 64
+
+
 class Source(Translation):
     """The text of a translation; see :func:`source`."""
 
@@ -78,15 +82,28 @@ class Source(Translation):
             read = {a for x in own for a in x.arguments}
             for x in (x for x in live if x in kept and x in read and self.loop[x] < number):
                 yield f"    const {x.kind} {x.name} = {x.name}_a[b];"
-            yield from (f"    {line}" for line in self._of_block(live, own, number))
+            block = self._of_block(live, own, number)
+            if not self.block_size:
+                yield from (f"    {line}" for line in in_strips(block, self._asked(STRIP)))
+            else:
+                if number == 0:
+                    yield f"    if (asks) {{ {self._asked(self.block_size)} }}"
+                yield from (f"    {line}" for line in block)
             for x in (x for x in own if x in kept):
                 yield f"    {x.name}_a[b] = {x.name};"
             yield "}"
 
+    def _asked(self, elements: int) -> str:
+        """What asks for so many elements further on. Of codes of half a byte it would cost more than it saves."""
+        here = "" if self.block_size else " + start"
+        parts = [part for parts in self.parts for part in parts if part.elements_per_item == 1]
+        return " ".join(f"ask<{elements} * sizeof({x.type})>(part{x.number}{here} + AHEAD);" for x in parts)
+
     def _of_block(self, live: list[Value], own: list[Value], number: int) -> Iterable[str]:
         yield from self._statements(x for x in own if x.shape == BLOCK and not x.moves)
-        for shape, end in ((ELEMENT, self.block_size or "n"), (PAIR, self.block_size // 2)):
-            yield from self._loop([x for x in own if x.shape == shape], end)
+        size = self.block_size
+        for shape, start, end in ((ELEMENT, *((0, size) if size else ("start", "stop"))), (PAIR, 0, size // 2)):
+            yield from self._loop([x for x in own if x.shape == shape], start, end)
         for x in (x for x in live if x.moves == "interleave" and self.loop[x] == number + 1):
             first, second = x.arguments
             yield f"for (int64_t i = 0; i < {self.block_size // 2}; ++i) {{"
@@ -97,13 +114,13 @@ class Source(Translation):
         for x in (x for x in own if x.moves == "reduce"):
             yield f"const {x.kind} {x.name} = {x.code}<{self.block_size}>({x.arguments[0].name}_b);"
 
-    def _loop(self, values: list[Value], end: int | str) -> Iterable[str]:
+    def _loop(self, values: list[Value], start: int | str, end: int | str) -> Iterable[str]:
         """A loop for these values. Codes are widened in a loop before it, and made in one after it: in one of both
         widths, as many elements would be taken at a time as a vector has bytes, of which the registers hold few values.
         """
         if not values:
             return
-        head = f"for (int64_t i = 0; i < {end}; ++i)"
+        head = f"for (int64_t i = {start}; i < {end}; ++i)"
         for x in values:
             if x in self.narrow and x not in self.written:
                 yield from self._converted(head, end, x, self.narrow[x])
@@ -174,6 +191,19 @@ class MeasureSource(Source):
                 left, most = f"n - b * {self.block_size}", self.block_size
                 into = f"sums[{len(self.summed)} * chunk + {i}]"
                 yield f"{into} += sum_of({x.name}_b, {left} < {most} ? {left} : {most});"
+
+
+def in_strips(lines: Iterable[str], asked: str) -> Iterable[str]:
+    """A loop over n elements: as strips where each asks for one further on."""
+    yield "const auto elements = [&](int64_t start, int64_t stop) __attribute__((always_inline)) {"
+    yield from (f"    {line}" for line in lines)
+    yield "};"
+    yield "int64_t start = 0;"
+    yield f"for (; asks && start + {STRIP} <= n; start += {STRIP}) {{"
+    yield f"    {asked}"
+    yield f"    elements(start, start + {STRIP});"
+    yield "}"
+    yield "elements(start, n);"
 
 
 @cache
