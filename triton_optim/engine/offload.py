@@ -43,6 +43,7 @@ class Twin:
         self.gradient_dtype = key.gradient
         self.given: Tensor | None = None
         self._gradient: Tensor | None = None
+        self._lain: dict[str, Tensor] = {}  # of this step, by their names here, as they lie in memory
         self.host.copy_(value)  # states may start with it
 
     @property
@@ -56,6 +57,20 @@ class Twin:
         if self._gradient is None:
             self._gradient = host_memory(self.value, self.gradient_dtype)
         return self._gradient
+
+    def begin(self) -> None:
+        """Forget the last step's gradient."""
+        self.given = None
+        self._lain = {}
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of ``"given"``, ``"gradient"``, ``"value"`` or ``"host"``, as they lie in memory; all of one with
+        gaps.
+        """
+        t = self._lain.get(name)
+        if t is None:
+            t = self._lain[name] = flat(getattr(self, name)) if self.dense else getattr(self, name)
+        return t[start:stop] if self.dense else t
 
     def fits(self, g: Tensor | None) -> bool:
         """Whether the parameter is of the kind that the host memory is for, and a (local) gradient, too."""
@@ -97,7 +112,7 @@ class Offload:
             g = gradients[index]
             if not twin.fits(g):
                 return None
-            twin.given = None
+            twin.begin()
             if g is not None:
                 found[index] = twin.gradient
                 plain = g.resolve_neg().resolve_conj()
@@ -129,7 +144,7 @@ class Offload:
     def let_go(self) -> None:
         """Hold no gradients until the next are bound."""
         for twin in self._twins.values():
-            twin.given = None
+            twin.begin()
 
     def wait(self) -> None:
         """Wait until all is here."""
@@ -152,16 +167,16 @@ class Offload:
         for position, start, stop in stretch:
             twin = self._twins[bucket.indices[position]]
             if twin.given is not None:
-                yield part(twin.gradient, start, stop, twin.dense), part(twin.given, start, stop, twin.dense)
+                yield twin.part("gradient", start, stop), twin.part("given", start, stop)
             # What stays counts in its average.
             if twin.read and (averaged or twin.given is not None):
-                yield part(twin.host, start, stop, twin.dense), part(twin.value, start, stop, twin.dense)
+                yield twin.part("host", start, stop), twin.part("value", start, stop)
 
     def _back(self, bucket: Bucket, stretch: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         for position, start, stop in stretch:
             twin = self._twins[bucket.indices[position]]
             if twin.given is not None:
-                yield part(twin.value, start, stop, twin.dense), part(twin.host, start, stop, twin.dense)
+                yield twin.part("value", start, stop), twin.part("host", start, stop)
 
 
 def link_to(device: torch.device) -> Link:
@@ -172,10 +187,3 @@ def link_to(device: torch.device) -> Link:
 def kind_of(value: Tensor) -> tuple[Any, ...]:
     """What the host memory of a tensor depends on."""
     return value.shape, value.stride(), value.dtype, value.device
-
-
-def part(t: Tensor, start: int, stop: int, dense: bool) -> Tensor:
-    """Elements of a tensor, as they lie in memory; all of one with gaps."""
-    if not dense or (start == 0 and stop == t.numel()):
-        return t
-    return flat(t)[start:stop]

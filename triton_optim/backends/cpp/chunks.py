@@ -16,7 +16,7 @@ PARALLEL_FROM = 1 << 14
 
 # Elements of a stretch, where what one thread is done with is on its way while others go on: so many that starting it
 # costs nothing, and so few that little waits for the first and the last.
-STRETCH, STRETCHES = 1 << 20, 64
+STRETCH, STRETCHES = 1 << 21, 64
 
 
 class Chunks:
