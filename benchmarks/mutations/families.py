@@ -145,6 +145,18 @@ MUTANTS = (
         "tests/test_offload.py::test_steps_are_those_of_the_cpp_backend[AdamW]",
     ),
     Mutant(
+        "views of a gradient are kept for the next step",
+        "offloaded parameters are stepped by gradients that were",
+        """        self.given = None
+        self._lain = {}
+
+    def part""",
+        """        self.given = None
+
+    def part""",
+        "tests/test_offload.py::test_steps_are_those_of_the_cpp_backend[AdamW]",
+    ),
+    Mutant(
         "what a device does next does not wait for offloaded parameters",
         "the next forward pass reads weights of which some are old",
         "current.wait_stream(self._back)",

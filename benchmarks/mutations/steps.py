@@ -89,6 +89,13 @@ MUTANTS = (
         "tests/test_accuracy.py::test_error_is_no_larger_than_torchs[cpp-AdamW-default-torch.float32]",
     ),
     Mutant(
+        "what is left of a chunk after its strips is not stepped",
+        "up to 63 elements of each large tensor stay as they were",
+        'yield "elements(start, n);"',
+        'yield "if (!asks) elements(start, n);"',
+        "tests/test_cpp.py::test_every_bit_is_the_eager_backends[float32]",
+    ),
+    Mutant(
         "a step that is captured may lack a gradient",
         "replays never update that parameter",
         "if p.requires_grad and g is None:",
