@@ -55,10 +55,23 @@ def test_a_shape_and_its_transpose_are_one_batch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "iterate", iterate)
     newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
     assert sorted(batches) == [(1, 1, 7), (1, 1, 9), (1, 5, 5), (4, 4, 6)]
-    monkeypatch.setattr(module, "LARGEST_ON_CPU", 50)  # two matrices of 24
+    for name in ("LARGEST_ON_CPU", "LARGEST_OF_16_BITS"):
+        monkeypatch.setattr(module, name, 50)  # two matrices of 24
     batches.clear()
     newton_schulz(matrices(torch.float32), COEFFICIENTS, 5, 1e-7, [1.0] * len(SHAPES))
     assert batches.count((2, 4, 6)) == 2
+
+
+@pytest.mark.parametrize(
+    ("threads", "elements", "expected"), [(2, 768 * 3072, 4), (3, 768 * 3072, 3), (16, 768**2, 16)]
+)
+def test_threads_take_a_matrix_of_16_bits_each(
+    threads: int, elements: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert module.batch_size(torch.device("cpu"), torch.bfloat16, elements) == expected
+    assert module.batch_size(torch.device("cpu"), torch.float32, elements) == 1
+    assert module.batch_size(torch.device("cpu"), torch.bfloat16, 4096**2) == 1
 
 
 @needs_loops

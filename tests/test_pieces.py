@@ -115,7 +115,8 @@ def test_a_momentum_is_formed_once(name: str, monkeypatch: pytest.MonkeyPatch) -
         return fetching(self, lambda indices: (formed.extend(indices), fetch(indices))[1])
 
     monkeypatch.setattr(Pieces, "fetching", counted)
-    monkeypatch.setattr(module, "LARGEST_ON_CPU", 20)  # a matrix
+    for largest in ("LARGEST_ON_CPU", "LARGEST_OF_16_BITS"):
+        monkeypatch.setattr(module, largest, 20)  # a matrix
     params = [Parameter(torch.randn(10, 5)), Parameter(torch.randn(10, 5))]
     optimizer = getattr(triton_optim, name)([{"params": params, "splits": [4, 2, 4]}], backend="eager")
     steps(optimizer, params, [[torch.randn_like(p) for p in params]])

@@ -30,8 +30,9 @@ PRESETS: dict[str, tuple[Triple, ...]] = {
     "polar_express": tuple((a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in _POLAR_EXPRESS)
 }
 
-# Elements iterated at once: an iteration holds several batches of this size. A CPU's are to stay in its caches.
-LARGEST_BATCH, LARGEST_ON_CPU = 1 << 26, 1 << 19
+# Elements iterated at once: an iteration holds several batches of this size. A CPU's are to stay in its caches; but in
+# 16 bits its threads take a matrix each, and share a single one badly.
+LARGEST_BATCH, LARGEST_ON_CPU, LARGEST_OF_16_BITS = 1 << 26, 1 << 19, 10 << 20
 # The ratio of sides above which steps in the Gram matrix take fewer operations: see `advance`.
 LONG = 1.5
 # What rounding leaves in a Gram matrix grows by a^2 a step, in the directions of small singular values. So much it may
@@ -86,8 +87,7 @@ def newton_schulz(
     tall = [m.shape[0] > m.shape[1] for m in matrices]
     results: dict[int, Tensor] = {}
     for (device, dtype, rows, columns), indices in alike.items():
-        largest = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_BATCH
-        at_once = max(1, largest // max(rows * columns, 1))
+        at_once = batch_size(device, dtype, rows * columns)
         indices.sort(key=tall.__getitem__)  # those that lie alike use the same buffers
         buffers: list[Tensor | None] = []
         for start in range(0, len(indices), at_once):
@@ -104,6 +104,16 @@ def newton_schulz(
             for i, x in zip(own, scaled, strict=True):
                 results[i] = x.mT if tall[i] else x
     return [results[i] for i in range(len(matrices))]
+
+
+def batch_size(device: torch.device, dtype: torch.dtype, elements: int) -> int:
+    """How many matrices of so many elements are iterated at once."""
+    if device.type != "cpu":
+        return max(1, LARGEST_BATCH // max(elements, 1))
+    if dtype.itemsize > 2:
+        return max(1, LARGEST_ON_CPU // max(elements, 1))
+    found, threads = LARGEST_OF_16_BITS // max(elements, 1), torch.get_num_threads()
+    return max(1, found - found % threads if found > threads else found)
 
 
 def triples(coefficients: str | Sequence[float] | Sequence[Sequence[float]], steps: int) -> list[Triple]:
