@@ -110,7 +110,7 @@ class Job(NamedTuple):
 
 
 def contents(made: dict[str, tuple[Sharded, Any]], mesh: DeviceMesh | None) -> dict[str, dict[str, Tensor]]:
-    """Every value that training goes on from, whole, by job; the first rank has them, the others nothing."""
+    """Every value that training goes on from, whole, by job; of a mesh the first rank has them, the others nothing."""
     own: dict[str, dict[str, Tensor]] = {}
     for job, (model, optimizer) in made.items():
         own[job] = {name: p.detach() for name, p in model.named_parameters()}
@@ -266,7 +266,7 @@ def changed(
     jobs: dict[str, tuple[Job, Job]], mesh: DeviceMesh | None, folder: Path, how: str, partial: bool
 ) -> dict[str, Outcome]:
     """What comes of checkpoints that are loaded with other options than they were saved with: of what both have, and
-    later of the parameters. The first rank has it.
+    later of the parameters. Of a mesh the first rank has it.
     """
     before = saved({name: job for name, (job, _) in jobs.items()}, mesh, folder, how)
     dist.barrier()

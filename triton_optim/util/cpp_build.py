@@ -55,8 +55,8 @@ FLAGS = (
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )
 
-# Where the compiler is g++. A seventh of its time went to passes that find nothing in such loops. Without being asked
-# it links C++'s own library, too, which nothing uses, and to read that takes half as long as to compile. C's is in
+# Where the compiler is g++. These passes find nothing in such loops, and would make each build longer. Without being
+# asked it links C++'s own library, too, which nothing uses, and to read that takes half as long as to compile. C's is in
 # every process; to read it takes as long as the rest.
 OF_GCC = (
     *(
