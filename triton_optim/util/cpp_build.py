@@ -56,8 +56,8 @@ FLAGS = (
 )
 
 # Where the compiler is g++. These passes find nothing in such loops, and would make each build longer. Without being
-# asked it links C++'s own library, too, which nothing uses, and to read that takes half as long as to compile. C's is in
-# every process; to read it takes as long as the rest.
+# asked, it links C++'s own library, too, which nothing uses, and to read that takes half as long as to compile. C's is
+# in every process; to read it takes as long as the rest.
 OF_GCC = (
     *(
         f"-fno-{name}"
