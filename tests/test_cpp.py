@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from triton_optim import RuleOptimizer
 from triton_optim.backends.cpp import chunks as cpp_chunks
 from triton_optim.backends.cpp import norm as cpp_norm
 from triton_optim.buckets.gradient_norm import Norm, eager_partial_norms, norm_from
+from triton_optim.kernels.language import jit
 from triton_optim.spec import State
 from triton_optim.util import cpp_build
 
@@ -213,6 +215,35 @@ def test_sums_round_to_the_nearest_even(dtype: torch.dtype) -> None:
         optimizer.step()
         expected = (values.float() + p.grad.float()).to(dtype)
         assert torch.equal(optimizer.state[p]["momentum_buffer"].view(torch.int16), expected.view(torch.int16))
+
+
+def test_every_nan_of_bfloat16_stays_nan() -> None:
+    """Of a gradient, in whatever is made of it: a rounding that adds to its bits could carry into the sign."""
+    values = every_bit(BF16)
+    p = Parameter(torch.ones_like(values))
+    p.grad = values
+    optimizer = triton_optim.AdamW([p], backend="cpp")
+    optimizer.step()
+    for found in (p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]):
+        assert found[values.isnan()].isnan().all()
+        assert not found[values.abs() < 1e18].isnan().any()
+
+
+NAN_OF_ONES = struct.unpack("<d", b"\xff" * 7 + b"\x7f")[0]
+
+
+@jit
+def rule_of_scalars(p: Tensor, g: Tensor, momentum: Tensor, h: Scalars) -> tuple[Tensor, Tensor]:
+    return p - h.lr * g, momentum + h.beta * g
+
+
+def test_a_number_that_is_nan_with_more_bits_than_bfloat16_has_makes_nan() -> None:
+    p = Parameter(torch.ones(100, dtype=BF16))
+    p.grad = torch.ones_like(p)
+    optimizer = optimizer_of(rule_of_scalars)([p], beta=NAN_OF_ONES, backend="cpp")
+    optimizer.step()
+    assert optimizer.state[p]["momentum"].isnan().all()
+    assert p.detach().isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "stochastic", "split32"])

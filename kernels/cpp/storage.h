@@ -7,13 +7,17 @@ static inline float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float,
 
 static inline uint16_t upper_half(float x) { return (uint16_t)(__builtin_bit_cast(uint32_t, x) >> 16); }
 
-// The bits of the nearest number, ties to even, in the upper half; NaN stays NaN.
+// The bits of the nearest number, ties to even, in the upper half. A NaN must be one that a bfloat16 has, too, as those
+// are that arithmetic makes, of such and of numbers: another could become Inf or 0. No rule makes one of bits.
 static inline int32_t rounded_bfloat16(float x) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    return (int32_t)(x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : 0x7FC00000u);
+    return (int32_t)(bits + 0x7FFF + ((bits >> 16) & 1));
 }
 
-static inline uint16_t to_bfloat16(float x) { return (uint16_t)((uint32_t)rounded_bfloat16(x) >> 16); }
+// The same number; NaN as a bfloat16 has it.
+template <class T> static inline T with_short_nan(T x) { return x == x ? x : (T)__builtin_nanf(""); }
+
+static inline uint16_t to_bfloat16(float x) { return (uint16_t)((uint32_t)rounded_bfloat16(with_short_nan(x)) >> 16); }
 
 // Pairs in a row: the lower halves of N / 2 integers, and then the upper ones. No element moves to another place in a
 // vector, which takes as long as all the arithmetic of a step.

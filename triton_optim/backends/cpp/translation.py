@@ -86,7 +86,8 @@ class Translation:
     def _called(self, rule: Any) -> tuple[Any, list[Value], Value | None, list[Value]]:
         """What the rule returns; and the states, their average, and the row of scalars."""
         trace, codecs = self.trace, self.codecs
-        row = [trace.new(DOUBLE, ONE, f"row[{i}]", name="h") for i in range(self.width)]
+        number = "with_short_nan(row[{}])" if self.pairs else "row[{}]"
+        row = [trace.new(DOUBLE, ONE, number.format(i), name="h") for i in range(self.width)]
         roles = []
         for parts, codec in zip(self.parts, (codecs[0], plain(self.parts[1][0].dtype), *codecs[1:]), strict=True):
             value = self._codec(decode, tuple(map(self._load, parts)), codec.name)
