@@ -69,6 +69,27 @@ def test_numbers_that_were_read_and_taken_back_are_noticed(between, device):
     assert all(map(torch.equal, params, expected))
 
 
+def test_an_option_that_changed_before_a_step_that_failed_counts_in_the_next(device):
+    """The groups are those that were read last, and the plan is of before."""
+    results = []
+    for package in (to, torch.optim):
+        params = made(device)
+        opt = package.Adam(params, lr=0.1, weight_decay=0.5)
+        for step in range(STEPS):
+            give_gradients(params, step)
+            opt.step()
+        opt.param_groups[0]["decoupled_weight_decay"] = True
+        if package is to:
+            params[0].grad = params[0].grad.to_sparse()
+            with pytest.raises(RuntimeError, match="sparse"):
+                opt.step()
+        for step in range(STEPS, STEPS + 3):
+            give_gradients(params, step)
+            opt.step()
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results)
+
+
 def test_a_number_that_scalars_changes_counts_in_the_next_step(device):
     class Halving(to.SGD):
         def scalars(self, group, step):

@@ -70,15 +70,22 @@ MUTANTS = (
     Mutant(
         "numbers that were read beside a step are taken for noted ones",
         "a rate that was changed and taken back is not the one that steps",
-        "self._groups.forget_hyperparameters()",
-        "pass",
+        "None if self._groups is None else self._groups.note_hyperparameters",
+        "None",
         "tests/test_what_gather_notices.py::test_numbers_that_were_read_and_taken_back_are_noticed",
+    ),
+    Mutant(
+        "a plan takes options that differ for those it was made for",
+        "weight decay stays in the gradient when it is decoupled",
+        "if held.changes == self._seen_changes and now == self._seen:",
+        "if now == self._seen:",
+        "tests/test_what_gather_notices.py::test_an_option_that_changed_before_a_step_that_failed_counts_in_the_next",
     ),
     Mutant(
         "a plan that was made in inference mode serves outside of it",
         "a step fails halfway",
-        "            torch.is_inference_mode_enabled(),\n            *map(_rebuilt, held.values),\n",
-        "            *map(_rebuilt, held.values),\n",
+        "now = (optimizer.amp, held.max_norm is None, is_inference_mode_enabled())",
+        "now = (optimizer.amp, held.max_norm is None)",
         "tests/test_inference_mode.py::test_a_tensor_of_inference_mode_is_refused",
     ),
     Mutant(

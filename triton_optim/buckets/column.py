@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AT_ONCE = 128  # numbers
+
 _CODES = {torch.float32: "f", torch.float64: "d"}
 
 
@@ -54,11 +56,13 @@ class Column:
         """Write it into some cells, or into all; returns it as they keep it."""
         values = self._values
         if cells is None:
-            memory = self._bytes
-            some = self._pack(value) * min(len(values), 128)
-            memory[: len(some)] = some
-            for start in range(len(some), len(memory), len(some)):
-                memory[start : start + len(some)] = some[: len(memory) - start]
+            memory, count = self._bytes, len(values)
+            if count <= AT_ONCE:
+                memory[:] = self._pack(value) * count
+            else:
+                some = self._pack(value) * AT_ONCE
+                for start in range(0, len(memory), len(some)):
+                    memory[start : start + len(some)] = some[: len(memory) - start]
             self._written = self._bits[0]
             return float(values[0])
         if type(self._written) is int:

@@ -29,6 +29,8 @@ def check_alone(name: str, max_grad_norm: float | None, amp: str | None) -> None
         )
 
 
+INF = math.inf
+
 # How torch's messages spell hyperparameters, but for those that they call by the name and "value".
 _SPELT = {"lr": "learning rate", "eps": "epsilon value"}
 # Of what torch's message about tensors calls by the argument, as `check_range` is told it.
@@ -39,7 +41,7 @@ _ARGUMENTS = {
 }
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+def check_range(name: str, value: Any, low: float, high: float = INF) -> None:
     """Raise torch's ValueError unless low <= value < high, and its TypeError where value is no number.
 
     Args:
@@ -51,7 +53,7 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
         argument = _ARGUMENTS.get(name, name.removesuffix(" value"))
         raise ValueError(f"Tensor {argument} must be 1-element, got shape {shape}. Use groups to give each its own.")
     if not compared(name, value, lambda: low <= value < high):
-        bounds = f"at least {low:g} and " + (f"below {high:g}" if high < math.inf else "finite")
+        bounds = f"at least {low:g} and " + (f"below {high:g}" if high < INF else "finite")
         raise ValueError(f"Invalid {name}: {value}. It must be {bounds}.")
 
 
@@ -61,9 +63,11 @@ def check_ranges(group: dict[str, Any], *names: str) -> None:
     """
     for name in names:
         value = group[name]
+        if type(value) is float and 0.0 <= value < INF:
+            continue
         if name == "betas":
             check_betas(value)
-        elif not (type(value) is float and 0.0 <= value < math.inf):
+        else:
             check_range(_SPELT.get(name, f"{name} value"), value, 0.0)
 
 
@@ -71,10 +75,9 @@ def check_betas(betas: Any, count: int = 2) -> None:
     """Raise torch's ValueError unless each of so many betas is in [0, 1), and what torch raises unless there are so
     many: TypeError where they are no sequence, IndexError where one is missing.
     """
-    betas = items_of("betas", betas, count, "each at least 0 and below 1")
-    for index in range(count):
-        if not (type(betas[index]) is float and 0.0 <= betas[index] < 1.0):
-            check_range(f"beta parameter at index {index}", betas[index], 0.0, 1.0)
+    for index, beta in enumerate(items_of("betas", betas, count, "each at least 0 and below 1")):
+        if not (type(beta) is float and 0.0 <= beta < 1.0):
+            check_range(f"beta parameter at index {index}", beta, 0.0, 1.0)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -121,12 +121,16 @@ class Engine:
         same = 0 if table is None else table.matches(optimizer.param_groups)
         if same < 2:
             self.read_groups()
-            if table is not None and same:
-                table.note_hyperparameters(self.hyperparameters.values)
         else:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
-        if same and given is None and plan is not None and not self._captured_on() and plan.bind_gathered():
+        if (
+            same
+            and given is None
+            and plan is not None
+            and not any(map(capturing, plan.devices))
+            and plan.bind_gathered()
+        ):
             recording = grad_enabled()
             set_grad_enabled(False)  # the context manager takes as long as the launch
             try:
@@ -197,10 +201,11 @@ class Engine:
         """Take note of the hyperparameters as they are now, once a step. What the constructor would refuse raises, in
         every step that finds it.
         """
-        if self._groups is not None:  # what is read in part, or by others than a step, is not what was noted
-            self._groups.forget_hyperparameters()
-        self.hyperparameters.max_norm = self.max_grad_norm
-        self.hyperparameters.read(self._optimizer.param_groups, self._check)
+        held, groups = self.hyperparameters, self._optimizer.param_groups
+        held.max_norm = self.max_grad_norm
+        if len(held.values) != len(groups):
+            self._groups = None
+        held.read(groups, self._check, None if self._groups is None else self._groups.note_hyperparameters)
 
     def check_not_swapped(self, what: str = "step") -> None:
         """Raise RuntimeError where the parameters are their averages."""

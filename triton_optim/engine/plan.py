@@ -32,6 +32,7 @@ from .prologue import run_prologues, warm_prologue
 
 CHOICES = (int, str, type(None))
 _rebuilt = attrgetter("rebuilt")
+is_inference_mode_enabled = torch.is_inference_mode_enabled
 
 
 class Plan:
@@ -69,7 +70,10 @@ class Plan:
         self.devices = dict.fromkeys(p.device for p in own)
         self.placements = list(map(placements_of, params)) if self.sharded and only is None else []
         self.options = options_of(optimizer)
-        self._seen: tuple[Any, ...] | None = None  # what the options were made of when they last matched
+        # What the options were made of when they last matched.
+        self._seen: tuple[Any, ...] | None = None
+        self._seen_groups: tuple[Any, ...] | None = None
+        self._seen_changes: int | None = None
         same = previous if previous is not None and previous.same_params(params) else None
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
         entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
@@ -155,17 +159,15 @@ class Plan:
 
     def _options_hold(self) -> bool:
         optimizer, held = self.optimizer, self._hyperparameters
-        now = (
-            optimizer.amp,
-            held.max_norm is None,
-            torch.is_inference_mode_enabled(),
-            *map(_rebuilt, held.values),
-            *map(optimizer.variant, optimizer.param_groups),
-        )
-        if now != self._seen:
+        now = (optimizer.amp, held.max_norm is None, is_inference_mode_enabled())
+        if held.changes == self._seen_changes and now == self._seen:
+            return True
+        groups = (*map(_rebuilt, held.values), *map(optimizer.variant, optimizer.param_groups))
+        if groups != self._seen_groups or now != self._seen:
             if options_of(optimizer) != self.options:
                 return False
-            self._seen = now
+            self._seen, self._seen_groups = now, groups
+        self._seen_changes = held.changes
         return True
 
     def _states_are_there(self) -> bool:

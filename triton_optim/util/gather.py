@@ -121,14 +121,13 @@ class Library:
             ("note", table, (table, size, table, table, ctypes.py_object, table)),
             ("watch", None, (table, size, table, table)),
             ("forget", None, (table,)),
-            ("gather", ctypes.c_int, (table,)),
-            ("groups_hold", ctypes.c_int, (ctypes.py_object, table)),
             ("without", ctypes.c_bool, (size, table)),
-            ("written", None, (table,)),
-            ("run", None, (table, table, table)),
+            ("method", ctypes.py_object, (size,)),
         ):
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
+        for number, name in enumerate(("gather", "groups_hold", "run", "written")):
+            setattr(found, name, found.method(number))
         found.begin(offset)
         self.loaded = found
 
@@ -166,8 +165,8 @@ class Gatherer:
 
     def __init__(self, bucket: int, addresses: array[int], specs: Sequence[Any], states: Sequence[Tensor]) -> None:
         self.addresses = addresses
-        self.aligned = False  # whether all are multiples of 16
-        self.complete = False  # whether none is 0
+        self.aligned = 0  # not 0 where all are multiples of 16
+        self.complete = 0  # not 0 where none is 0
         self._bucket, self._specs = bucket, specs
         self.watch(states)
         weakref.finalize(self, library.loaded.forget, bucket)
@@ -187,7 +186,7 @@ class Gatherer:
         parameter, or in none.
         """
         found = library.loaded.gather(self._bucket)
-        self.aligned, self.complete = bool(found & 1), bool(found & 2)
+        self.aligned, self.complete = found & 1, found & 2
         return found >= 0  # type: ignore[no-any-return]
 
     def written(self) -> None:
@@ -267,21 +266,17 @@ class GroupTable:
         for params in self._params:
             self._table.extend((0, 0, params.count, params.address))
         self._address, _ = self._table.buffer_info()
-        self.note_hyperparameters(values)
-
-    def note_hyperparameters(self, values: Sequence[GroupValues]) -> None:
-        """Take note of the hyperparameters as they were read. Where one may change and stay the same object, they will
-        always be others.
-        """
-        self._held = [(own.names, own.values) for own in values]  # so that no others can take their addresses
+        self._held: list[Any] = [None] * len(groups)  # so that no others can take their addresses
         for i, own in enumerate(values):
-            self._table[4 * i + 2] = id(own.names)
-            self._table[4 * i + 3] = id(own.values) if own.fixed else 0
+            self.note_hyperparameters(i, own)
 
-    def forget_hyperparameters(self) -> None:
-        """Take them to be others, until they are noted again."""
-        for i in range(len(self._params)):
-            self._table[4 * i + 3] = 0
+    def note_hyperparameters(self, number: int, own: GroupValues) -> None:
+        """Take note of the hyperparameters of a group as they were read. Where one may change and stay the same
+        object, they will always be others.
+        """
+        self._held[number] = names, values = own.names, own.values
+        self._table[4 * number + 2] = id(names)
+        self._table[4 * number + 3] = id(values) if own.fixed else 0
 
     def matches(self, groups: Any) -> int:
         """Whether these are groups of the same parameters in the same order, 1, and whether all of their

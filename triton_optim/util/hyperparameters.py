@@ -104,8 +104,8 @@ class GroupValues:
         self._kinds: dict[str, Any] = {}
         self.plain: dict[str, Any] = {}
 
-    def read(self, group: dict[str, Any], check: Check | None = None) -> None:
-        """Take note of them as they are now.
+    def read(self, group: dict[str, Any], check: Check | None = None) -> bool:
+        """Take note of them as they are now; whether they are others.
 
         Args:
             group: whose they are.
@@ -115,9 +115,17 @@ class GroupValues:
         names, values = tuple(group), tuple(group.values())
         known, read = self.fixed and names == self.names, group
         if known:
-            read = dict(compress(zip(names, values, strict=True), map(is_not, values, self.values)))
+            others = list(map(is_not, values, self.values))
+            read = dict(zip(compress(names, others), compress(values, others), strict=True))
             if not read:
-                return
+                return False
+            # As in most steps: a schedule gave others.
+            kinds = [*map(type, read.values()), *map(self._kinds.get, read)]
+            if kinds.count(float) == len(kinds):
+                if check is not None:
+                    check(group, group)
+                self.changes, self.values, self.plain = next(_numbers), values, self.plain | read
+                return True
         found = {name: kind_of(value) for name, value in read.items() if name not in NOT_NUMBERS}
         more = not found.items() <= self._kinds.items() if known else found != self._kinds
         fixed = None not in found.values()
@@ -130,6 +138,7 @@ class GroupValues:
             self._kinds = self._kinds | found if known else found
         if more or not fixed:
             self.rebuilt = next(_numbers)
+        return True
 
 
 class Hyperparameters:
@@ -137,23 +146,38 @@ class Hyperparameters:
 
     Attributes:
         values: of each group.
+        changes: a number that is another one wherever that of a group is.
         max_norm: the largest norm of all gradients together; None for any.
         captured: whether a captured step reads them on a device.
     """
 
     def __init__(self) -> None:
         self.values: list[GroupValues] = []
+        self.changes = 0
         self.captured = False
         self.max_norm: float | None = None
         self._devices: dict[torch.device, OnDevice] = {}
 
-    def read(self, groups: list[dict[str, Any]], check: Check | None = None) -> None:
-        """Take note of those of the groups as they are now; `check` as of :meth:`GroupValues.read`."""
-        values = self.values
-        if len(values) != len(groups):
-            values = self.values = [GroupValues() for _ in groups]
-        for own, group in zip(values, groups, strict=True):
-            own.read(group, check)
+    def read(
+        self,
+        groups: list[dict[str, Any]],
+        check: Check | None = None,
+        note: Callable[[int, GroupValues], None] | None = None,
+    ) -> None:
+        """Take note of those of the groups as they are now.
+
+        Args:
+            groups: all of them.
+            check: as of :meth:`GroupValues.read`.
+            note: called with the number of each group whose hyperparameters are others, and with these.
+        """
+        if len(self.values) != len(groups):
+            self.values = [GroupValues() for _ in groups]
+        for i, own in enumerate(self.values):
+            if own.read(groups[i], check):
+                self.changes = own.changes
+                if note is not None:
+                    note(i, own)
 
     def on_device(self, device: torch.device) -> OnDevice:
         """Those in the memory of `device`, up to date."""
