@@ -165,8 +165,8 @@ class Gatherer:
 
     def __init__(self, bucket: int, addresses: array[int], specs: Sequence[Any], states: Sequence[Tensor]) -> None:
         self.addresses = addresses
-        self.aligned = 0  # not 0 where all are multiples of 16
-        self.complete = 0  # not 0 where none is 0
+        self.aligned = False  # whether all are multiples of 16
+        self.complete = False  # whether none is 0
         self._bucket, self._specs = bucket, specs
         self.watch(states)
         weakref.finalize(self, library.loaded.forget, bucket)
@@ -186,7 +186,7 @@ class Gatherer:
         parameter, or in none.
         """
         found = library.loaded.gather(self._bucket)
-        self.aligned, self.complete = found & 1, found & 2
+        self.aligned, self.complete = found & 1 == 1, found & 2 == 2
         return found >= 0  # type: ignore[no-any-return]
 
     def written(self) -> None:
