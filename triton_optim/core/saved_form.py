@@ -25,7 +25,7 @@ BYTES = ("residual", "residual_low")  # states of int8 that are no codes
 # Of what kinds the values of a state are that is held as it is saved.
 HELD = frozenset((*ORDINARY, int, float))
 
-_IS_CPU, _BASE = attrgetter("is_cpu"), attrgetter("_base")
+_BASE = attrgetter("_base")
 
 AGAIN = "Load the state dict as it was saved."
 
@@ -64,13 +64,16 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any], decoded: bool = F
         decoded: whether values stand in place of codes.
     """
     names = names_of(optimizer)
-    saved = [dict.copy(state) if isinstance(state, dict) else state for state in states.values()]
+    try:
+        saved: list[Any] = list(map(dict.copy, states.values()))
+    except TypeError:  # somebody put there what is no dict
+        saved = [dict.copy(state) if isinstance(state, dict) else state for state in states.values()]
     dicts = saved if set(map(type, saved)) == {dict} else [state for state in saved if type(state) is dict]
     there: set[str] = set().union(*dicts)
     for name in there.difference(names.elementwise):
         values = [state.get(name) for state in dicts]
-        if set(map(type, values)) == {Tensor} and all(map(_IS_CPU, values)) and set(map(_BASE, values)) == {None}:
-            continue  # each has a storage of its own, as numbers have on a CPU
+        if set(map(type, values)) == {Tensor} and set(map(_BASE, values)) == {None}:
+            continue  # none is a part of another, as numbers on a CPU are none
         having = [state for state, v in zip(dicts, values, strict=True) if isinstance(v, Tensor) and not v.dim()]
         for state, value in zip(having, clones([state[name] for state in having]), strict=True):
             state[name] = value

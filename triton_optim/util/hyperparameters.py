@@ -119,9 +119,10 @@ class GroupValues:
             read = dict(zip(compress(names, others), compress(values, others), strict=True))
             if not read:
                 return False
-            # As in most steps: a schedule gave others.
-            kinds = [*map(type, read.values()), *map(self._kinds.get, read)]
-            if kinds.count(float) == len(kinds):
+            for name, value in read.items():
+                if not is_alike(value, self._kinds.get(name)):
+                    break
+            else:  # as in most steps: a schedule gave others
                 if check is not None:
                     check(group, group)
                 self.changes, self.values, self.plain = next(_numbers), values, self.plain | read
@@ -197,6 +198,13 @@ class Hyperparameters:
         if seen != held.seen:
             held.push([own.plain for own in self.values], self.max_norm, self.captured)
             held.seen = seen
+
+
+def is_alike(value: Any, kind: Any) -> bool:
+    """Whether a hyperparameter is a float, or a tuple of them, and the one before was so, of this :func:`kind_of`."""
+    if type(value) is float:
+        return kind is float
+    return type(value) is tuple and {*map(type, value)} == {float} and kind == [float] * len(value)
 
 
 def kind_of(value: Any) -> Any:
