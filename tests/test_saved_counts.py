@@ -107,13 +107,15 @@ def distinct(tensors):
     ],
     ids=["state_dict", "deepcopied", "saved", "pickle", "deepcopy", "states of a deepcopy", "states of a pickle"],
 )
-def test_nothing_handed_out_aliases_step(backend, passed_on, device):
+@pytest.mark.parametrize("capturable", [False, True])
+def test_nothing_handed_out_aliases_step(backend, passed_on, capturable, device):
     params = ADAMW.parameters(device)
-    opt = ours(ADAMW, params, backend)
+    opt = ours(ADAMW, params, backend, capturable=capturable)
     train(ADAMW, range(2), (params, opt))
     counts = steps(passed_on(opt))
     assert len(counts) == len(params)
     assert distinct(counts)
+    assert {t.untyped_storage().nbytes() for t in counts} == {4}
     assert all(t == 2 for t in counts)
 
 
