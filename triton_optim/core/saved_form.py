@@ -39,17 +39,21 @@ class Names(NamedTuple):
     """What the states of an optimizer are called: found once, as thousands of parameters have them."""
 
     elementwise: list[str]
-    scales: frozenset[str]  # of those, where they are quantized
+    scales: frozenset[str]  # of those
     counted: frozenset[str]  # numbers, those that the groups have
     numbers: frozenset[str]  # and those that others may have
+
+
+def scales_of(elementwise: list[str]) -> frozenset[str]:
+    """What the scales of these states are called, where they are quantized."""
+    return frozenset([f"{name}_{SCALE}" for name in elementwise])
 
 
 def names_of(optimizer: Update) -> Names:
     """What the states of any parameter may be called."""
     elementwise = elementwise_names(optimizer)
-    scales = frozenset(f"{name}_{SCALE}" for name in elementwise)
     counted = {"step", *chain.from_iterable(map(optimizer.scalar_state_names, optimizer.param_groups))}
-    return Names(elementwise, scales, frozenset(counted), frozenset(counted | {COUNT}))
+    return Names(elementwise, scales_of(elementwise), frozenset(counted), frozenset(counted | {COUNT}))
 
 
 def saved_states(optimizer: Update, states: Mapping[Any, Any], decoded: bool = False) -> list[Any]:
@@ -63,24 +67,25 @@ def saved_states(optimizer: Update, states: Mapping[Any, Any], decoded: bool = F
         states: by parameter, or by what else there may be states of.
         decoded: whether values stand in place of codes.
     """
-    names = names_of(optimizer)
+    elementwise = elementwise_names(optimizer)
+    scales = scales_of(elementwise)
     try:
         saved: list[Any] = list(map(dict.copy, states.values()))
     except TypeError:  # somebody put there what is no dict
         saved = [dict.copy(state) if isinstance(state, dict) else state for state in states.values()]
     dicts = saved if set(map(type, saved)) == {dict} else [state for state in saved if type(state) is dict]
     there: set[str] = set().union(*dicts)
-    for name in there.difference(names.elementwise):
+    for name in there.difference(elementwise):
         values = [state.get(name) for state in dicts]
         if set(map(type, values)) == {Tensor} and set(map(_BASE, values)) == {None}:
             continue  # none is a part of another, as numbers on a CPU are none
         having = [state for state, v in zip(dicts, values, strict=True) if isinstance(v, Tensor) and not v.dim()]
         for state, value in zip(having, clones([state[name] for state in having]), strict=True):
             state[name] = value
-    if not names.scales.isdisjoint(there):
+    if not scales.isdisjoint(there):
         for p, state in zip(states, saved, strict=True):
-            if isinstance(p, Tensor) and isinstance(state, dict) and not names.scales.isdisjoint(state):
-                describe_codes(optimizer, names, state, p, decoded)
+            if isinstance(p, Tensor) and isinstance(state, dict) and not scales.isdisjoint(state):
+                describe_codes(optimizer, elementwise, state, p, decoded)
     for state in dicts if WEIGHTS in there else ():
         if WEIGHTS in state:
             state[AVERAGE] = {name: state.pop(name) for name in (AVERAGE, WEIGHTS)}
@@ -102,9 +107,9 @@ def hand_out_in_one_dtype(state: dict[str, Any]) -> None:
             state[name] = state[name].to(*dtypes)
 
 
-def describe_codes(optimizer: Update, names: Names, state: dict[str, Any], p: Tensor, decoded: bool) -> None:
-    """Replace codes and scales by what is saved of quantized states."""
-    for name in names.elementwise:
+def describe_codes(optimizer: Update, names: list[str], state: dict[str, Any], p: Tensor, decoded: bool) -> None:
+    """Replace codes and scales of the states of these names by what is saved of quantized states."""
+    for name in names:
         if f"{name}_{SCALE}" not in state or (codec := current_codec(optimizer, state, name)) is None:
             continue
         scale = state.pop(f"{name}_{SCALE}")
