@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "a plan takes options that differ for those it was made for",
         "weight decay stays in the gradient when it is decoupled",
-        "if held.changes == self._seen_changes and now == self._seen:",
-        "if now == self._seen:",
+        "if (held.changes, now) == self._unchanged:",
+        "if now == self._unchanged[1]:",
         "tests/test_what_gather_notices.py::test_an_option_that_changed_before_a_step_that_failed_counts_in_the_next",
     ),
     Mutant(

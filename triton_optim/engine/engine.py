@@ -124,13 +124,7 @@ class Engine:
         else:
             self.hyperparameters.max_norm = self.max_grad_norm
         optimizer._opt_called = True
-        if (
-            same
-            and given is None
-            and plan is not None
-            and not any(map(capturing, plan.devices))
-            and plan.bind_gathered()
-        ):
+        if same and given is None and plan and not any(map(capturing, plan.devices)) and plan.bind_gathered():
             recording = grad_enabled()
             set_grad_enabled(False)  # the context manager takes as long as the launch
             try:
