@@ -90,6 +90,34 @@ def test_an_option_that_changed_before_a_step_that_failed_counts_in_the_next(dev
     torch.testing.assert_close(*results)
 
 
+def test_a_rule_that_an_attribute_chooses_is_noticed(device):
+    """Nothing in the groups tells."""
+
+    class Chosen(to.Adam):
+        decoupled = False
+
+        def variant(self, group):
+            return self.variants[2 * self.decoupled]
+
+        def scalars(self, group, step):
+            return super().scalars(group | {"decoupled_weight_decay": self.decoupled}, step)
+
+    results = []
+    for kind, name in ((Chosen, "decoupled"), (torch.optim.Adam, None)):
+        params = made(device)
+        opt = kind(params, lr=0.1, weight_decay=0.5)
+        for step in range(2 * STEPS):
+            if step == STEPS:
+                if name:
+                    opt.decoupled = True
+                else:
+                    opt.param_groups[0]["decoupled_weight_decay"] = True
+            give_gradients(params, step)
+            opt.step()
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results)
+
+
 def test_a_number_that_scalars_changes_counts_in_the_next_step(device):
     class Halving(to.SGD):
         def scalars(self, group, step):

@@ -71,7 +71,6 @@ class Plan:
         self.placements = list(map(placements_of, params)) if self.sharded and only is None else []
         self.options = options_of(optimizer)
         self._seen: tuple[Any, ...] | None = None  # what the options were made of when they last matched
-        self._unchanged: tuple[int, Any] = (0, None)  # the same, with the number of the groups' last change
         same = previous if previous is not None and previous.same_params(params) else None
         known = {m.index: bucket.key for bucket in same.buckets for m in bucket.slots} if same is not None else {}
         entries = entries_of(optimizer, params, gradients, known, only=only, repeats=repeats)
@@ -157,15 +156,17 @@ class Plan:
 
     def _options_hold(self) -> bool:
         optimizer, held = self.optimizer, self._hyperparameters
-        now = (optimizer.amp, held.max_norm is None, is_inference_mode_enabled())
-        if (held.changes, now) == self._unchanged:
-            return True
-        made_of = (*now, *map(_rebuilt, held.values), *map(optimizer.variant, optimizer.param_groups))
-        if made_of != self._seen:
+        now = (
+            optimizer.amp,
+            held.max_norm is None,
+            is_inference_mode_enabled(),
+            *map(_rebuilt, held.values),
+            *map(optimizer.variant, optimizer.param_groups),
+        )
+        if now != self._seen:
             if options_of(optimizer) != self.options:
                 return False
-            self._seen = made_of
-        self._unchanged = held.changes, now
+            self._seen = now
         return True
 
     def _states_are_there(self) -> bool:

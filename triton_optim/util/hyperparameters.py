@@ -147,14 +147,12 @@ class Hyperparameters:
 
     Attributes:
         values: of each group.
-        changes: a number that is another one wherever that of a group is.
         max_norm: the largest norm of all gradients together; None for any.
         captured: whether a captured step reads them on a device.
     """
 
     def __init__(self) -> None:
         self.values: list[GroupValues] = []
-        self.changes = 0
         self.captured = False
         self.max_norm: float | None = None
         self._devices: dict[torch.device, OnDevice] = {}
@@ -175,10 +173,8 @@ class Hyperparameters:
         if len(self.values) != len(groups):
             self.values = [GroupValues() for _ in groups]
         for i, own in enumerate(self.values):
-            if own.read(groups[i], check):
-                self.changes = own.changes
-                if note is not None:
-                    note(i, own)
+            if own.read(groups[i], check) and note is not None:
+                note(i, own)
 
     def on_device(self, device: torch.device) -> OnDevice:
         """Those in the memory of `device`, up to date."""
