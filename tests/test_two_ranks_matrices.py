@@ -125,8 +125,10 @@ def test_ranks_share_decompositions(name, ranks):
 
 
 def test_ranks_share_the_blocks_of_matrices(ranks):
-    for apart, _, many in ranks.run(summed_or_decomposed, "Shampoo", Shard(0), {"block_size": 15}):
-        assert apart == 0
-        # In the second step: of the first two matrices 6 blocks each, of the third 14, and of each block two sides; the
+    # Where in a batch a matrix begins changes, on some processors, the last bits of what LAPACK makes of it; of odd sizes,
+    # whose matrices begin at no multiple of 16 bytes, it changes directions, too.
+    for apart, _, many in ranks.run(summed_or_decomposed, "Shampoo", Shard(0), {"block_size": 16}):
+        assert apart < 2**-18  # of weights of the size of 4
+        # In the second step: of the first two matrices 6 blocks each, of the third 13, and of each block two sides; the
         # one row has one side, a matrix alone, which every rank decomposes.
-        assert many == {"twin": 2 * (6 + 6 + 14) + 1, "own": 6 + 6 + 14 + 1}
+        assert many == {"twin": 2 * (6 + 6 + 13) + 1, "own": 6 + 6 + 13 + 1}
